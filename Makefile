@@ -1,0 +1,80 @@
+# Needs make and Python 3.10 or newer, nothing else. `make help` lists the targets.
+
+PYTHON        ?= python3
+VENV          ?= .venv
+VENV_MINIMAL  ?= .venv-minimal
+TORCH_MINIMAL ?= torch==2.13.0
+DEMO_FLAGS    ?=
+TEST_FLAGS    ?=
+BENCH_FLAGS   ?= --quick
+WORKERS       ?= 2
+
+RUN         := $(VENV)/bin/python
+RUN_MINIMAL := $(VENV_MINIMAL)/bin/python
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-minimal lint format bench wheel clean
+
+# Small batches on few cores: two OpenMP threads that wait for each other cost more than they bring.
+demo test test-minimal: export OMP_NUM_THREADS = 1
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Settings, e.g. 'make demo PYTHON=python3.12 DEMO_FLAGS=\"--seed 1\"': PYTHON DEMO_FLAGS TEST_FLAGS BENCH_FLAGS WORKERS"
+
+demo: $(VENV)/.has-examples  ## pretrain on scikit-learn's digits and show what was learned (about two minutes)
+	$(RUN) examples/imagenet_pretrain.py $(DEMO_FLAGS)
+
+test: $(VENV)/.has-test  ## run all tests
+	$(RUN) -m pytest --numprocesses $(WORKERS) $(TEST_FLAGS)
+
+test-minimal: $(VENV_MINIMAL)/.has-test  ## run the tests on an older torch, without torchvision and triton
+	$(RUN_MINIMAL) -m pytest --numprocesses $(WORKERS) --ignore tests/examples $(TEST_FLAGS)
+
+lint: $(VENV)/.has-dev  ## check style, format and types
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+format: $(VENV)/.has-dev  ## put imports and layout in order
+	$(RUN) -m ruff check --select I --fix
+	$(RUN) -m ruff format
+
+bench: $(VENV)/.has-bench  ## time the loss against the others (under ten minutes)
+	$(RUN) benches/compare.py $(BENCH_FLAGS)
+
+wheel: $(VENV)/.has-dev  ## build the wheel and the source distribution into dist/
+	rm -rf dist
+	$(RUN) -m build
+
+clean:  ## remove the environments, what was built and the caches; runs/ stays
+	rm -rf $(VENV) $(VENV_MINIMAL) dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is the last thing its recipe writes, so a half-finished installation is taken up again the next time.
+$(VENV)/.has-examples: EXTRAS = examples
+$(VENV)/.has-test: EXTRAS = examples,test
+$(VENV)/.has-dev: EXTRAS = examples,test,dev
+$(VENV)/.has-bench: EXTRAS = bench
+
+$(VENV)/.has-%: $(VENV)/.made pyproject.toml
+	@echo "Installing barlow-loss[$(EXTRAS)] into $(VENV). The first time takes minutes: torch is large."
+	$(RUN) -m pip install --editable ".[$(EXTRAS)]"
+	@touch $@
+
+$(VENV_MINIMAL)/.has-test: $(VENV_MINIMAL)/.made pyproject.toml
+	@echo "Installing barlow-loss[test] and $(TORCH_MINIMAL) into $(VENV_MINIMAL)."
+	$(RUN_MINIMAL) -m pip install "$(TORCH_MINIMAL)" --editable ".[test]"
+	$(RUN_MINIMAL) -m pip uninstall --yes triton torchvision
+	@touch $@
+
+$(VENV)/.made $(VENV_MINIMAL)/.made:
+	@$(PYTHON) -c '' 2>/dev/null || { echo "No '$(PYTHON)' here. Install Python 3.10 or newer, or name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "barlow-loss needs Python 3.10 or newer, and $(PYTHON) is $$($(PYTHON) -V). Name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv --clear $(@D)
+	@touch $@

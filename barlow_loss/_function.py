@@ -1,0 +1,119 @@
+r"""The two sums of the loss as one differentiable operation, with the gradient written by hand.
+
+Notation: z1, z2 the views, (N, D); ẑ = (z − μ)·r, r = 1/√(v + ε); u = ẑ/√N, so that C = u1ᵀ u2.
+
+    on = Σ_i (C_ii − 1)²,    off = Σ_{i≠j} C_ij²,    a, b = the gradients arriving for on and off
+
+Derivation. M = ∂L/∂C is M_ij = 2b C_ij off the diagonal and M_ii = 2a (C_ii − 1) on it. Both algorithms write it as
+M = 2b C̃ + diag(d), with C̃ = C (dual) or C without its diagonal (primal). Then ∂L/∂u1 = u2 Mᵀ = 2b P + d·u2 with
+P = u2 C̃ᵀ, and through the standardisation, whose mean term vanishes because the columns of u2 are centred,
+
+    ∂L/∂z1 = ρ ⊙ (2b P + d·u2 − (2b q + d·C_ii)·u1),    ρ = r/√N,    q_i = Σ_n u1_ni P_ni = Σ_j C̃_ij C_ij
+           = α P + β u2 − (α q + γ) u1,                   α = 2b ρ,    β = d ρ,    γ = β C_ii
+
+and the same with the views exchanged and C̃ transposed. Each view costs one matrix product, P, and none is D×D in the
+dual. The gradient of a view that needs none is not computed.
+
+Saved: u of both views, the matrices of the algorithm, diag C and ρ. They are outputs of the operation, so that the
+intermediate values stay connected: a second derivative reaches them and raises, instead of being silently wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from barlow_loss import _dual, _primal
+from barlow_loss._backends import resolve
+from barlow_loss._plan import Plan, autocast_disabled
+from barlow_loss._statistics import moments_from_sums, pivot_of, reciprocal_std, sample_index
+
+__all__ = ["correlation_sums"]
+
+_ALGORITHMS = {"primal": _primal, "dual": _dual}
+_SECOND_DERIVATIVE = (
+    "barlow_twins_loss: second derivatives are not implemented. Take them from the plain autograd version, "
+    "barlow_loss.reference.barlow_twins_loss, or detach the first gradient before it is differentiated again."
+)
+
+
+def correlation_sums(z1: Tensor, z2: Tensor, eps: float, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Σ_i (C_ii − 1)² and Σ_{i≠j} C_ij², 0-d, in ``plan.compute_dtype``."""
+    on_diagonal, off_diagonal, *_ = _CorrelationSums.apply(z1, z2, eps, plan)
+    return on_diagonal, off_diagonal
+
+
+def _forward(z1: Tensor, z2: Tensor, eps: float, plan: Plan) -> tuple[Tensor, ...]:
+    ops = resolve(plan.backend)
+    n, compute = z1.shape[0], plan.compute_dtype
+    rows = sample_index(n, z1.device)
+    pivot = pivot_of(torch.stack([z1[rows], z2[rows]]), compute)
+    x, s1, s2 = ops.centre(z1, z2, pivot)
+    moments = moments_from_sums(n, pivot, s1, s2)
+    rho = reciprocal_std(moments, eps) * n**-0.5
+    u, diagonal = ops.standardize(x, rho.to(compute), (-moments.offset * rho).to(compute), plan.matmul_dtype)
+    c = diagonal.to(rho.dtype)
+    on_diagonal = (c - 1).square().sum()
+    off_diagonal, matrices = _ALGORITHMS[plan.algorithm].value(ops, u[0], u[1], c)
+    return on_diagonal.to(compute), off_diagonal.to(compute), c, rho, u, *matrices
+
+
+def _gradients(
+    a: Tensor, b: Tensor, plan: Plan, dtype: torch.dtype, needed: tuple[bool, bool], *saved: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    c, rho, u, *matrices = saved
+    u1, u2 = u[0], u[1]
+    ops, algorithm = resolve(plan.backend), _ALGORITHMS[plan.algorithm]
+    with autocast_disabled(c.device.type):
+        beta = algorithm.coefficients(a, b, c) * rho
+        alpha, beta, gamma = (vector.to(plan.compute_dtype) for vector in (2 * b * rho, beta, beta * c))
+
+        def gradient(view: int, own: Tensor, other: Tensor) -> Tensor | None:
+            if not needed[view]:
+                return None
+            factors = algorithm.factors(view, u1, u2, *matrices)
+            return ops.backproject(factors, own, other, alpha[view], beta[view], gamma[view], dtype)
+
+        return gradient(0, u1, u2), gradient(1, u2, u1)
+
+
+class _CorrelationSums(torch.autograd.Function):
+    @staticmethod
+    def forward(z1: Tensor, z2: Tensor, eps: float, plan: Plan) -> tuple[Tensor, ...]:
+        # torch.export traces this with gradients on, which the backends, writing into buffers, do not support.
+        with torch.no_grad(), autocast_disabled(z1.device.type):
+            return _forward(z1, z2, eps, plan)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        z1, _, _, plan = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[2:])
+        ctx.plan, ctx.dtype = plan, z1.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # The tracer hands in a gradient for every output, and a compiled graph refuses second derivatives itself.
+        tracing = torch.compiler.is_compiling()
+        if not tracing and any(grad is not None for grad in grads[2:]):
+            raise RuntimeError(_SECOND_DERIVATIVE)
+        saved = ctx.saved_tensors
+        a, b = (saved[0].new_zeros(()) if grad is None else grad for grad in grads[:2])
+        gradients = _gradients if tracing else _Gradients.apply
+        return *gradients(a, b, ctx.plan, ctx.dtype, ctx.needs_input_grad[:2], *saved), None, None
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward as an operation of its own, so that differentiating it raises."""
+
+    forward = staticmethod(_gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(_SECOND_DERIVATIVE)

@@ -1,0 +1,146 @@
+"""Batch normalisation of (N, C) and (N, C, *) as a differentiable operation, with the gradient written by hand.
+
+Per channel, over its n values, with v the biased variance:
+
+    ẑ = (z − μ)·r,   r = 1/√(v + ε),   y = w·ẑ + b
+
+With g = ∂L/∂y and means over the n values,
+
+    ∂L/∂b = Σ g,   ∂L/∂w = Σ g·ẑ,   ∂L/∂z = w·r·(g − mean(g) − ẑ·mean(g·ẑ))
+
+ẑ is not saved: x = z − pivot loses nothing, so ẑ = (x − offset)·r, offset = μ − pivot, comes back from z, which the
+layer before keeps anyhow, and vectors. y and ∂L/∂z are then affine maps with one coefficient per channel for each term.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from barlow_loss._plan import autocast_disabled, vector_dtype
+from barlow_loss._statistics import Moments, moments_from_sums, pivot_of, reciprocal_std, sample_index
+
+__all__ = ["check_floating", "normalize", "normalize_with", "values_per_channel"]
+
+
+def check_floating(caller: str, name: str, z: Any) -> None:
+    """A tensor of a floating dtype.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(z, torch.Tensor) or not z.is_floating_point():
+        got = z.dtype if isinstance(z, torch.Tensor) else type(z).__name__
+        raise TypeError(f"{caller}: expected {name} to be a floating tensor, got {got}. Cast it, e.g. with .float().")
+
+
+def normalize(z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
+    """w·ẑ + b in the dtype of z, with the statistics of the batch; and those statistics, not differentiable."""
+    with autocast_disabled(z.device.type):
+        y, *vectors = _BatchNormalize.apply(z, weight, bias, eps)
+    return y, Moments(values_per_channel(z), *vectors)
+
+
+def normalize_with(given: Moments, z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """w·ẑ + b with statistics that do not depend on z; the mean goes first, so that a large one is harmless."""
+    with autocast_disabled(z.device.type):
+        x = z - _per_channel(given.mean, z)  # promotes a 16-bit z
+        r = reciprocal_std(given._replace(m2=given.m2.to(vector_dtype(z.device))), eps)
+        shift = r.new_zeros(1) if bias is None else bias
+        return torch.addcmul(_per_channel(shift, x), x, _per_channel(_scaled(r, weight), x)).to(z.dtype)
+
+
+def values_per_channel(z: Tensor) -> int:
+    """The n of the equations."""
+    return z.numel() // z.shape[1]
+
+
+class _BatchNormalize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, batch = _centre(z)
+        scale = _scaled(reciprocal_std(batch, eps), weight)
+        shift = -scale * batch.offset
+        if bias is not None:
+            shift = shift + bias
+        y = _add_product(_per_channel(shift, x), x, scale, buffer=x)
+        return y.to(z.dtype), batch.pivot, batch.offset, batch.m2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        z, weight, bias, ctx.eps = inputs
+        _, *vectors = output
+        ctx.mark_non_differentiable(*vectors)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(z, weight, *vectors)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight, *vectors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # create_graph=True: the second derivative needs the statistics as functions of z.
+            x, batch = _centre(z)
+        else:
+            batch = Moments(values_per_channel(z), *vectors)
+            x = z - _per_channel(batch.pivot, z)
+        r, offset = reciprocal_std(batch, ctx.eps), batch.offset
+        g = grad_outputs[0].to(x.dtype)
+        sum_g = _sum(g).to(r.dtype)
+        sum_gz = (_sum(g * x).to(r.dtype) - offset * sum_g) * r  # Σ g·ẑ
+        grad_z = None
+        if ctx.needs_input_grad[0]:
+            of_g = _scaled(r, weight)
+            of_x = -of_g * r * sum_gz / batch.n
+            rest = -of_g * sum_g / batch.n - of_x * offset
+            grad_z = _add_product(_per_channel(rest, x), x, of_x, buffer=x)
+            grad_z = _add_product(grad_z, g, of_g, buffer=x).to(z.dtype)
+        grad_weight = None if weight is None else sum_gz.to(weight.dtype)
+        grad_bias = None if ctx.bias_dtype is None else sum_g.to(ctx.bias_dtype)
+        return grad_z, grad_weight, grad_bias, None
+
+
+def _centre(z: Tensor) -> tuple[Tensor, Moments]:
+    """The batch relative to its pivot, x = z − pivot, and the moments of the batch.
+
+    The moments are those of this process's shard: here is where several processes would combine theirs.
+    """
+    pivot = pivot_of(_spread_rows(z.detach()), _compute_dtype(z))
+    x = z - _per_channel(pivot, z)  # promotes a 16-bit z
+    return x, moments_from_sums(values_per_channel(z), pivot, _sum(x), _sum(x * x))
+
+
+def _spread_rows(z: Tensor) -> Tensor:
+    """A few rows (·, C) for the pivot, evenly spaced over samples and positions."""
+    index = sample_index(values_per_channel(z), z.device)
+    if z.ndim == 2:
+        return z[index]
+    maps = z.flatten(2)
+    positions = maps.shape[2]
+    return maps[index // positions, :, index % positions]
+
+
+def _per_channel(vector: Tensor, z: Tensor) -> Tensor:
+    """(C,) in the compute dtype of z, and in a shape that broadcasts against it."""
+    return vector.to(_compute_dtype(z)).view(-1, *[1] * (z.ndim - 2))
+
+
+def _compute_dtype(z: Tensor) -> torch.dtype:
+    return torch.promote_types(z.dtype, torch.float32)
+
+
+def _add_product(base: Tensor, x: Tensor, factor: Tensor, buffer: Tensor) -> Tensor:
+    """The sum base + x·factor, the factor per channel; written into the buffer unless autograd records."""
+    return torch.addcmul(base, x, _per_channel(factor, x), out=None if torch.is_grad_enabled() else buffer)
+
+
+def _scaled(r: Tensor, weight: Tensor | None) -> Tensor:
+    return r if weight is None else r * weight
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Over everything but the channels: (N, C, *) to (C,)."""
+    return x.sum(dim=[0, *range(2, x.ndim)])

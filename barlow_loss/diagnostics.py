@@ -1,0 +1,220 @@
+"""For looking, not for training: what the embeddings of two views say about agreement, redundancy and collapse.
+
+Nothing here is differentiable, and everything is about the rows it is given: no process asks another.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from barlow_loss._normalize import check_floating, normalize
+from barlow_loss._plan import autocast_disabled, vector_dtype
+from barlow_loss._report import CollapseReport
+from barlow_loss._validation import check_eps, check_lambd, check_views
+from barlow_loss.loss import barlow_twins_loss
+
+__all__ = ["CollapseReport", "collapse_report", "cross_correlation", "effective_rank", "noise_floor"]
+
+
+@torch.no_grad()
+def cross_correlation(z1: Tensor, z2: Tensor, eps: float = 1e-5) -> Tensor:
+    r"""The cross-correlation matrix of two views: C = ẑ1ᵀ ẑ2 / N with ẑ = (z − μ)/√(v + ε), v the biased variance.
+
+    The matrix that the loss draws to the identity, for looking at. It costs 2 N D² FLOPs and D² numbers, which the
+    loss itself avoids where N ≤ D/2.
+
+    Args:
+        z1: the first view's embeddings, (N, D) with N ≥ 2, any floating dtype.
+        z2: the second view's embeddings, the same shape, dtype and device.
+        eps: added to the variance inside the root, ≥ 0.
+
+    Returns:
+        C, (D, D), every entry in [−1, 1]: float64 for float64 views, else float32, under autocast too.
+        It carries no gradient.
+
+    Raises:
+        TypeError: views that are not floating tensors of one dtype, or ``eps`` that is not a number.
+        ValueError: views of different or wrong shapes or devices, N < 2, D = 0, or a negative ``eps``.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+        >>> cross_correlation(z, z, eps=0.0)
+        tensor([[1., 0.],
+                [0., 1.]])
+
+    Source: Zbontar et al. (2021), arXiv 2103.03230, equation 2.
+    """
+    z1, z2 = check_views("cross_correlation", z1, z2)
+    check_eps("cross_correlation", eps)
+    wide = torch.promote_types(z1.dtype, torch.float32)
+    with autocast_disabled(z1.device.type):
+        standardized = [normalize(z.to(wide), None, None, eps)[0] for z in (z1, z2)]
+        return standardized[0].T @ standardized[1] / z1.shape[0]
+
+
+def noise_floor(n: int, d: int) -> float:
+    """The off-diagonal sum of embeddings that carry no common structure: Σ_{i≠j} C_ij² ≈ D(D − 1)/(N − 1).
+
+    Over N samples two unrelated features still correlate by chance, by 1/√(N − 1) in the root mean square. Random
+    embeddings have this sum even where both views are identical, so no loss is 0, and its λ-fold is what a loss
+    "around 1,300" at N = 256, D = 8192 consists of. Training can go below, by fitting the batch.
+
+    Args:
+        n: samples in the batch, ≥ 2.
+        d: features, ≥ 1.
+
+    Returns:
+        The expected sum, ≥ 0; exact for Gaussian features and eps = 0.
+
+    Raises:
+        ValueError: n < 2 or d < 1.
+
+    Example:
+        >>> round(0.0051 * noise_floor(n=256, d=8192))
+        1342
+
+    Source: the squared sample correlation of two independent Gaussian variables is Beta(1/2, (N − 2)/2) distributed,
+    whose mean is 1/(N − 1).
+    """
+    if n < 2 or d < 1:
+        raise ValueError(f"noise_floor: expected n ≥ 2 samples and d ≥ 1 features, got n={n} and d={d}.")
+    return d * (d - 1) / (n - 1)
+
+
+@torch.no_grad()
+def effective_rank(z: Tensor, *, center: bool = False) -> float:
+    r"""RankMe: how many directions the embeddings really use, a smooth rank.
+
+    .. math::
+        p_k = \sigma_k / \sum_j \sigma_j, \qquad \text{rank} = \exp\Big(-\sum_k p_k \log p_k\Big)
+
+    with the singular values σ of the N×D matrix z. The paper adds 1e-7 to p against log 0; here 0·log 0 = 0, and
+    singular values that float64 cannot tell from 0 are 0. The smaller of the two Gram matrices is decomposed, in
+    float64: 2·N·D·min(N, D) FLOPs and a symmetric eigenvalue problem of size min(N, D).
+
+    Args:
+        z: embeddings, (N, D) with N, D ≥ 1, any floating dtype.
+        center: subtract the mean of each feature first, as the loss does. False is RankMe as published, in which a
+            large common mean counts as a direction, and hides the others.
+
+    Returns:
+        Between 1 and min(N, D), or min(N − 1, D) if centred; 0 if all (centred) embeddings are 0; NaN if a value is
+        not finite. It grows with N: compare only values of the same N.
+
+    Raises:
+        TypeError: ``z`` is not a floating tensor.
+        ValueError: ``z`` is not (N, D) with N, D ≥ 1.
+
+    Example:
+        >>> round(effective_rank(torch.eye(4)), 6)
+        4.0
+        >>> round(effective_rank(torch.ones(4, 3)), 6)
+        1.0
+
+    Source: Garrido et al. (2023), arXiv 2210.02885, equation 1, after the effective rank of Roy & Vetterli (2007).
+    """
+    check_floating("effective_rank", "z", z)
+    if z.ndim != 2 or z.numel() == 0:
+        raise ValueError(
+            f"effective_rank: expected z of shape (N, D) with N, D ≥ 1, got {tuple(z.shape)}. Flatten or pool it first."
+        )
+    x = z.to(vector_dtype(z.device))
+    if center:
+        x = x - x.mean(dim=0)
+    largest = x.abs().max()
+    if not largest.isfinite():
+        return math.nan
+    if largest == 0:
+        return 0.0
+    x = x / largest
+    gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
+    squares = cast("Tensor", torch.linalg.eigvalsh(gram))  # pyright: ignore[reportUnknownMemberType]
+    resolution = squares[-1] * gram.shape[0] * torch.finfo(gram.dtype).eps
+    sigma = torch.where(squares > resolution, squares, 0).sqrt()
+    p = sigma / sigma.sum()
+    return math.exp(-torch.xlogy(p, p).sum().item())
+
+
+@torch.no_grad()
+def collapse_report(z1: Tensor, z2: Tensor, *, lambd: float = 0.0051, eps: float = 1e-5) -> CollapseReport:
+    """Measure agreement, redundancy and collapse of two views' embeddings; print the result for a table.
+
+    Computed in float64 from the rows given, without communication, so one process alone may call it. Time and memory
+    are linear in D for D > N, cubic in min(N, D) for the rank. It waits for the device: call it now and then, not in
+    every step.
+
+    Args:
+        z1: the first view's embeddings, (N, D) with N ≥ 2, any floating dtype.
+        z2: the second view's embeddings, the same shape, dtype and device.
+        lambd: λ of the loss, ≥ 0.
+        eps: ε of the loss, ≥ 0.
+
+    Returns:
+        A :class:`CollapseReport` of plain numbers.
+
+    Raises:
+        TypeError: views that are not floating tensors of one dtype, or a setting of the wrong type.
+        ValueError: views of different or wrong shapes or devices, N < 2, D = 0, or a negative setting.
+
+    Example:
+        >>> z = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+        >>> report = collapse_report(z, z)
+        >>> report.dead_features, round(report.mean_diagonal, 3)
+        (0, 1.0)
+        >>> print(report.verdict)
+        No sign of collapse; as decorrelated as a batch of this size can show.
+
+    Source: the loss of Zbontar et al. (2021), arXiv 2103.03230; RankMe of Garrido et al. (2023), arXiv 2210.02885;
+    alignment of Wang & Isola (2020), arXiv 2005.10242, with α = 2.
+    """
+    z1, z2 = check_views("collapse_report", z1, z2)
+    check_lambd("collapse_report", lambd)
+    check_eps("collapse_report", eps)
+    n, d = z1.shape
+    wide = [z.to(vector_dtype(z.device)) for z in (z1, z2)]
+    means = torch.stack([z.mean(dim=0) for z in wide])
+    x1, x2 = (z - mean for z, mean in zip(wide, means, strict=True))
+    variances = torch.stack([x.square().mean(dim=0) for x in (x1, x2)])
+    stds = variances.sqrt()
+    diagonal = (x1 * x2).mean(dim=0) * torch.rsqrt(variances + eps).prod(dim=0)
+    dead = (variances <= eps) | (stds <= torch.finfo(z1.dtype).eps * means.abs())
+    terms = barlow_twins_loss(
+        x1, x2, lambd=lambd, eps=eps, algorithm="dual" if d > n else "primal", synchronize=False, return_terms=True
+    )
+    off_diagonal = terms.off_diagonal.item()
+    return CollapseReport(
+        n=n,
+        d=d,
+        lambd=float(lambd),
+        eps=float(eps),
+        loss=terms.loss.item(),
+        loss_noise_floor=float(lambd) * noise_floor(n, d),
+        on_diagonal=terms.on_diagonal.item(),
+        off_diagonal=off_diagonal,
+        off_diagonal_noise_floor=noise_floor(n, d),
+        mean_diagonal=diagonal.mean().item(),
+        off_diagonal_rms=math.sqrt(off_diagonal / max(d * (d - 1), 1)),
+        off_diagonal_rms_noise_floor=(n - 1) ** -0.5,
+        dead_features=int(dead.any(dim=0).sum().item()),
+        **_std_quantiles(stds),
+        effective_rank_1=effective_rank(wide[0], center=True),
+        effective_rank_2=effective_rank(wide[1], center=True),
+        alignment=_alignment(wide[0], wide[1]),
+    )
+
+
+def _std_quantiles(stds: Tensor) -> dict[str, float]:
+    names = ("std_min", "std_p10", "std_median", "std_p90", "std_max")
+    quantiles = torch.quantile(stds.flatten(), stds.new_tensor([0.0, 0.1, 0.5, 0.9, 1.0]))
+    return dict(zip(names, (quantile.item() for quantile in quantiles), strict=True))
+
+
+def _alignment(z1: Tensor, z2: Tensor) -> float:
+    """The mean over pairs of |z1/|z1| − z2/|z2||²."""
+    difference = functional.normalize(z1, dim=1) - functional.normalize(z2, dim=1)
+    return difference.square().sum(dim=1).mean().item()

@@ -1,0 +1,243 @@
+r"""The face: :func:`barlow_twins_loss` and its module :class:`BarlowTwinsLoss`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from barlow_loss._collectives import require_one_process
+from barlow_loss._function import correlation_sums
+from barlow_loss._plan import ALGORITHMS, BACKENDS, Algorithm, Backend, autocast_enabled, make_plan
+from barlow_loss._validation import check_choice, check_eps, check_lambd, check_views
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["BarlowTwinsLoss", "BarlowTwinsTerms", "barlow_twins_loss"]
+
+GradReduction = Literal["mean", "sum"]
+
+
+class BarlowTwinsTerms(NamedTuple):
+    """The loss and its two sums: ``on_diagonal + lambd * off_diagonal == loss``.
+
+    All three are 0-d, float32 (float64 for float64 views), and differentiable.
+    """
+
+    loss: Tensor
+    on_diagonal: Tensor
+    off_diagonal: Tensor
+
+
+@overload
+def barlow_twins_loss(
+    *views: Tensor,
+    lambd: float | Tensor = ...,
+    eps: float = ...,
+    algorithm: Algorithm = ...,
+    backend: Backend = ...,
+    synchronize: bool = ...,
+    process_group: ProcessGroup | None = ...,
+    grad_reduction: GradReduction = ...,
+    return_terms: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def barlow_twins_loss(
+    *views: Tensor,
+    lambd: float | Tensor = ...,
+    eps: float = ...,
+    algorithm: Algorithm = ...,
+    backend: Backend = ...,
+    synchronize: bool = ...,
+    process_group: ProcessGroup | None = ...,
+    grad_reduction: GradReduction = ...,
+    return_terms: Literal[True],
+) -> BarlowTwinsTerms: ...
+
+
+@overload
+def barlow_twins_loss(
+    *views: Tensor,
+    lambd: float | Tensor = ...,
+    eps: float = ...,
+    algorithm: Algorithm = ...,
+    backend: Backend = ...,
+    synchronize: bool = ...,
+    process_group: ProcessGroup | None = ...,
+    grad_reduction: GradReduction = ...,
+    return_terms: bool,
+) -> Tensor | BarlowTwinsTerms: ...
+
+
+def barlow_twins_loss(
+    *views: Tensor,
+    lambd: float | Tensor = 0.0051,
+    eps: float = 1e-5,
+    algorithm: Algorithm = "auto",
+    backend: Backend = "auto",
+    synchronize: bool = True,
+    process_group: ProcessGroup | None = None,
+    grad_reduction: GradReduction = "mean",
+    return_terms: bool = False,
+) -> Tensor | BarlowTwinsTerms:
+    r"""The Barlow Twins loss of two views, exact, in time and memory linear in D for N ≤ D/2.
+
+    .. math::
+        \hat z = \frac{z - \mu}{\sqrt{v + \varepsilon}}, \qquad
+        C = \hat z_1^\top \hat z_2 / N, \qquad
+        L = \sum_i (C_{ii} - 1)^2 + \lambda \sum_i \sum_{j \ne i} C_{ij}^2
+
+    μ and v are the mean and the biased variance of each feature over the batch, of each view by itself. The sums are
+    sums, not means, as in the paper: the value grows with D, and random embeddings have an off-diagonal sum of about
+    D(D−1)/(N−1) (:func:`barlow_loss.collapse_report` shows it beside yours).
+
+    Args:
+        *views: the two views' embeddings z1 and z2, both (N, D) with N ≥ 2, of one dtype (float64, float32, bfloat16 or
+            float16) and device, any strides. Row n of both comes from the same sample. They are never modified.
+        lambd: weight of the off-diagonal sum, ≥ 0; a float or a 0-d tensor (which may require grad, and does not
+            recompile when its value changes). The paper's 0.0051 belongs to D = 8192.
+        eps: added to the variance inside the root, ≥ 0; part of the loss.
+        algorithm: "primal" works on the D×D matrix C (6 N D² FLOPs), "dual" on the N×N Gram matrices of the views
+            (8 N² D FLOPs); both are exact. "auto" takes the dual for N ≤ D/2.
+        backend: "eager" is plain torch; "auto" chooses; "triton" is not implemented in this version.
+        synchronize: take statistics and correlations over all processes of ``process_group``. Not implemented in this
+            version: where torch.distributed runs more than one process, pass False for a loss of the local batch.
+        process_group: the processes to synchronise over; default: the world.
+        grad_reduction: how the training wrapper reduces gradients over processes, "mean" (DDP, FSDP2) or "sum". It has
+            no effect in one process.
+        return_terms: return :class:`BarlowTwinsTerms` in place of the loss.
+
+    Returns:
+        The loss, 0-d: float32, also for 16-bit views and under autocast; float64 for float64 views. Gradients come in
+        the dtype of the views. At D = 2048 most of them are below float16's smallest normal number: train float16
+        with ``torch.amp.GradScaler``. NaN or infinity anywhere in a view makes the loss NaN.
+
+    Raises:
+        ValueError: the shapes differ or are not (N, D), N < 2, D = 0, the devices differ, not exactly two views, or a
+            setting out of its range.
+        TypeError: views that are not floating tensors of one dtype, or a setting of the wrong type.
+        NotImplementedError: ``backend="triton"``, or ``synchronize=True`` with more than one process.
+        RuntimeError: in backward, where a second derivative is asked for.
+
+    Example:
+        >>> z1, z2 = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        >>> loss = barlow_twins_loss(z1, z2, lambd=0.0051)
+        >>> loss.backward()
+        >>> terms = barlow_twins_loss(z1, z2, return_terms=True)
+        >>> bool(terms.on_diagonal + 0.0051 * terms.off_diagonal == terms.loss)
+        True
+
+    References:
+        Zbontar, Jing, Misra, LeCun, Deny: Barlow Twins: Self-Supervised Learning via Redundancy Reduction, ICML 2021,
+        arXiv 2103.03230, equations 1 and 2. The Frobenius identity of the dual: Tsai et al., arXiv 2104.13712,
+        equation 4.
+    """
+    z1, z2 = check_views("barlow_twins_loss", *views)
+    _check_settings("barlow_twins_loss", lambd, eps, algorithm, backend, grad_reduction)
+    if synchronize:
+        require_one_process(
+            process_group, caller="barlow_twins_loss", remedy="Pass synchronize=False for the loss of the local batch."
+        )
+    n, d = z1.shape
+    device_type = z1.device.type
+    plan = make_plan(
+        algorithm=algorithm,
+        backend=backend,
+        n=n,
+        d=d,
+        dtype=z1.dtype,
+        device_type=device_type,
+        autocast=autocast_enabled(device_type),
+    )
+    on_diagonal, off_diagonal = correlation_sums(z1, z2, eps, plan)
+    weight = lambd.to(off_diagonal) if isinstance(lambd, torch.Tensor) else lambd
+    loss = on_diagonal + weight * off_diagonal
+    return BarlowTwinsTerms(loss, on_diagonal, off_diagonal) if return_terms else loss
+
+
+def _check_settings(caller: str, lambd: Any, eps: Any, algorithm: Any, backend: Any, grad_reduction: Any) -> None:
+    check_lambd(caller, lambd)
+    check_eps(caller, eps)
+    check_choice(caller, "algorithm", algorithm, ALGORITHMS)
+    check_choice(caller, "backend", backend, BACKENDS)
+    check_choice(caller, "grad_reduction", grad_reduction, ("mean", "sum"))
+
+
+class BarlowTwinsLoss(nn.Module):
+    r"""The module of :func:`barlow_twins_loss`: stores its settings, has no parameters and no buffers.
+
+    It gives the same loss in ``train()`` and ``eval()``: statistics are always those of the batch.
+
+    Args:
+        lambd: weight of the off-diagonal sum, ≥ 0.
+        eps: added to the variance inside the root, ≥ 0.
+        algorithm: "auto", "primal" or "dual".
+        backend: "auto", "eager" or "triton".
+        synchronize: over all processes of ``process_group``; see :func:`barlow_twins_loss`.
+        process_group: default: the world.
+        grad_reduction: "mean" or "sum"; see :func:`barlow_twins_loss`.
+
+    Raises:
+        ValueError, TypeError: a setting out of its range or of the wrong type, already here.
+
+    Example:
+        >>> loss_fn = BarlowTwinsLoss(lambd=0.0051)
+        >>> z1, z2 = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(0))
+        >>> loss_fn(z1, z2).shape
+        torch.Size([])
+        >>> loss_fn(z1, z2, return_terms=True)._fields
+        ('loss', 'on_diagonal', 'off_diagonal')
+    """
+
+    def __init__(
+        self,
+        lambd: float | Tensor = 0.0051,
+        *,
+        eps: float = 1e-5,
+        algorithm: Algorithm = "auto",
+        backend: Backend = "auto",
+        synchronize: bool = True,
+        process_group: ProcessGroup | None = None,
+        grad_reduction: GradReduction = "mean",
+    ) -> None:
+        super().__init__()
+        _check_settings("BarlowTwinsLoss", lambd, eps, algorithm, backend, grad_reduction)
+        self.lambd = lambd
+        self.eps = eps
+        self.algorithm: Algorithm = algorithm
+        self.backend: Backend = backend
+        self.synchronize = synchronize
+        self.process_group = process_group
+        self.grad_reduction: GradReduction = grad_reduction
+
+    @overload
+    def forward(self, *views: Tensor, return_terms: Literal[False] = ...) -> Tensor: ...
+
+    @overload
+    def forward(self, *views: Tensor, return_terms: Literal[True]) -> BarlowTwinsTerms: ...
+
+    @overload
+    def forward(self, *views: Tensor, return_terms: bool) -> Tensor | BarlowTwinsTerms: ...
+
+    def forward(self, *views: Tensor, return_terms: bool = False) -> Tensor | BarlowTwinsTerms:
+        """The loss of two (N, D) views, or its :class:`BarlowTwinsTerms`."""
+        return barlow_twins_loss(
+            *views,
+            lambd=self.lambd,
+            eps=self.eps,
+            algorithm=self.algorithm,
+            backend=self.backend,
+            synchronize=self.synchronize,
+            process_group=self.process_group,
+            grad_reduction=self.grad_reduction,
+            return_terms=return_terms,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, as the constructor takes them."""
+        names = ("lambd", "eps", "algorithm", "backend", "synchronize", "grad_reduction")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -1,0 +1,149 @@
+"""The architecture as a table: imports go down only, the oracle stands apart, importing costs next to nothing."""
+
+import ast
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import barlow_loss
+
+PACKAGE = Path(barlow_loss.__file__).parent
+
+# Top to bottom; a module imports from lower rows only. "" is the package itself, barlow_loss/__init__.py.
+LAYERS = [
+    {""},
+    {"diagnostics"},
+    {"loss", "normalization", "projector", "_report"},
+    {"_function", "_normalize"},
+    {"_primal", "_dual"},
+    {"_backends"},
+    {"_backends.eager"},
+    {"_statistics", "_validation"},
+    {"_plan", "_collectives"},
+]
+LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
+ORACLE = "reference"
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def _runtime_imports(tree: ast.AST):
+    """Every absolute module name that executing the file may import, inside functions too."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import on line {node.lineno}"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        yield from _runtime_imports(node)
+
+
+def _imports_of(module: str) -> set[str]:
+    return set(_runtime_imports(ast.parse(MODULES[module].read_text(encoding="utf-8"))))
+
+
+def _package_imports_of(module: str) -> set[str]:
+    """The same within the package, as the names of this file's table."""
+    found = set()
+    for name in _imports_of(module):
+        if name == "barlow_loss" or name.startswith("barlow_loss."):
+            inner = name.removeprefix("barlow_loss").removeprefix(".")
+            # `from barlow_loss.loss import f` names an attribute of a module, `from barlow_loss import _dual` a module.
+            found.add(inner if inner in MODULES else inner.rpartition(".")[0])
+    return found
+
+
+def test_every_module_has_a_layer():
+    assert set(MODULES) == set(LEVEL) | {ORACLE}
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {ORACLE}))
+def test_imports_go_down_only(module):
+    """Strictly down, so there can be no cycle."""
+    upward = {name for name in _package_imports_of(module) if name == ORACLE or LEVEL[name] <= LEVEL[module]}
+    assert not upward, f"barlow_loss.{module} imports {upward}, which do not lie below it"
+
+
+def test_the_table_sees_the_imports():
+    """The reader of imports finds what is plainly there; an empty answer would pass every test above."""
+    assert "loss" in _package_imports_of("")
+    assert "_function" in _package_imports_of("loss")
+    assert {"_primal", "_dual", "_backends", "_statistics", "_plan"} <= _package_imports_of("_function")
+
+
+def test_the_oracle_stands_apart():
+    """It imports nothing of the package and nothing of the package imports it."""
+    assert not _package_imports_of(ORACLE)
+    assert not [module for module in MODULES if ORACLE in _package_imports_of(module)]
+
+
+def test_the_algorithms_import_no_backend_module():
+    """They receive their primitives; only `_backends` itself knows its modules."""
+    users = {module for module in MODULES for name in _package_imports_of(module) if name.startswith("_backends.")}
+    assert users <= {"_backends"}
+
+
+def test_only_collectives_imports_torch_distributed():
+    users = {module for module in MODULES if any(name.startswith("torch.distributed") for name in _imports_of(module))}
+    assert users == {"_collectives"}
+
+
+def test_the_only_dependency_is_torch():
+    allowed = {"torch", "barlow_loss"} | set(sys.stdlib_module_names)
+    imported = {name.partition(".")[0] for module in MODULES for name in _imports_of(module)}
+    assert imported <= allowed
+
+
+def _run(code: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_adds_no_other_library():
+    """What `import barlow_loss` loads beyond `import torch` is itself and the standard library."""
+    new = _run(
+        "import sys, torch; before = set(sys.modules); import barlow_loss; print(*sorted(set(sys.modules) - before))"
+    ).split()
+    assert "barlow_loss" in new
+    assert {name.partition(".")[0] for name in new} <= {"barlow_loss", "torch"} | set(sys.stdlib_module_names)
+
+
+def test_works_where_triton_numpy_and_torchvision_cannot_be_imported():
+    out = _run(
+        "import sys\n"
+        "for name in ('triton', 'numpy', 'torchvision'):\n"
+        "    sys.modules[name] = None\n"
+        "import warnings; warnings.filterwarnings('ignore', message='Failed to initialize NumPy')\n"
+        "import torch, barlow_loss\n"
+        "z1, z2 = torch.randn(2, 8, 32).requires_grad_()\n"
+        "loss = barlow_loss.BarlowTwinsLoss()(z1, z2); loss.backward()\n"
+        "print(barlow_loss.collapse_report(z1.detach(), z2.detach()))\n"
+        "print(bool(loss.isfinite()))\n"
+    )
+    assert out.split()[-1] == "True"
+
+
+def test_import_time_over_torch():
+    """Below 50 ms of processor time, median of three fresh interpreters; printed with -s."""
+    code = (
+        "import time, torch; start = time.process_time(); import barlow_loss; print(1e3 * (time.process_time() - start))"
+    )
+    milliseconds = [float(_run(code)) for _ in range(3)]
+    print(f"\nimport barlow_loss over import torch: {statistics.median(milliseconds):.1f} ms of {milliseconds}")
+    assert statistics.median(milliseconds) < 50

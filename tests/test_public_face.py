@@ -1,0 +1,142 @@
+"""The public face: the names, their signatures, their documentation, the version."""
+
+import doctest
+import importlib.metadata
+import inspect
+import re
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+
+import barlow_loss
+from barlow_loss import reference
+
+ROOT = Path(__file__).parents[1]
+NAMES = {
+    "BarlowTwinsLoss",
+    "BarlowTwinsTerms",
+    "CollapseReport",
+    "DistributedBatchNorm",
+    "Projector",
+    "barlow_twins_loss",
+    "collapse_report",
+    "cross_correlation",
+    "standardize",
+}
+# Parameter -> default of what the README and the design promise; a release may add to the end, never change these.
+SIGNATURES = {
+    "barlow_twins_loss": {
+        "views": inspect.Parameter.empty,
+        "lambd": 0.0051,
+        "eps": 1e-5,
+        "algorithm": "auto",
+        "backend": "auto",
+        "synchronize": True,
+        "process_group": None,
+        "grad_reduction": "mean",
+        "return_terms": False,
+    },
+    "BarlowTwinsLoss": {
+        "lambd": 0.0051,
+        "eps": 1e-5,
+        "algorithm": "auto",
+        "backend": "auto",
+        "synchronize": True,
+        "process_group": None,
+        "grad_reduction": "mean",
+    },
+    "Projector": {
+        "in_features": inspect.Parameter.empty,
+        "hidden_features": 8192,
+        "out_features": 8192,
+        "num_layers": 3,
+        "norm_layer": torch.nn.BatchNorm1d,
+    },
+    "DistributedBatchNorm": {
+        "num_features": inspect.Parameter.empty,
+        "eps": 1e-5,
+        "momentum": 0.1,
+        "affine": True,
+        "track_running_stats": True,
+        "process_group": None,
+    },
+    "standardize": {"z": inspect.Parameter.empty, "eps": 1e-5, "process_group": None},
+    "cross_correlation": {"z1": inspect.Parameter.empty, "z2": inspect.Parameter.empty, "eps": 1e-5},
+    "collapse_report": {"z1": inspect.Parameter.empty, "z2": inspect.Parameter.empty, "eps": 1e-5},
+}
+
+
+def test_all_names_the_face_and_nothing_else():
+    public = set(barlow_loss.__all__) - {"__version__"}
+    assert public == NAMES
+    assert len(barlow_loss.__all__) == len(set(barlow_loss.__all__))
+    for name in NAMES:
+        assert getattr(barlow_loss, name).__module__.startswith("barlow_loss")
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name):
+    parameters = inspect.signature(getattr(barlow_loss, name)).parameters
+    defaults = {parameter.name: parameter.default for parameter in parameters.values()}
+    promised = SIGNATURES[name]
+    assert {key: defaults.get(key, "missing") for key in promised} == promised
+    positional = [p.name for p in parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    promised_order = [name for name in promised if name in positional]
+    assert positional[: len(promised_order)] == promised_order
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_public_callables_are_typed(name):
+    target = getattr(barlow_loss, name)
+    function = target.__init__ if inspect.isclass(target) else target
+    hints = getattr(function, "__annotations__", {})
+    unannotated = set(inspect.signature(function).parameters) - {"self"} - set(hints)
+    assert not unannotated or issubclass(target, tuple)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES | {"reference.barlow_twins_loss"}))
+def test_docstrings_have_an_example_that_runs_as_a_doctest(name):
+    """pytest --doctest-modules runs them all; here each one is required to exist and to say what it takes and gives."""
+    target = reference.barlow_twins_loss if "." in name else getattr(barlow_loss, name)
+    documentation = inspect.getdoc(target)
+    assert documentation
+    if name in {"BarlowTwinsTerms", "CollapseReport"}:
+        return  # Results: shown in the examples of the functions that return them.
+    examples = doctest.DocTestParser().get_examples(documentation)
+    assert any(example.want for example in examples), "no example with an output"
+    assert "Args:" in documentation
+    if not inspect.isclass(target):
+        assert "Returns:" in documentation
+
+
+def test_doctests_are_collected_by_the_configured_run():
+    configuration = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert "--doctest-modules" in configuration
+    assert re.search(r'testpaths = \[.*"barlow_loss".*\]', configuration)
+
+
+def test_return_type_follows_return_terms():
+    """A type checker knows a tensor from terms: one overload for each."""
+    overloads = getattr(typing, "get_overloads", None)
+    if overloads is None:
+        pytest.skip("typing.get_overloads needs Python 3.11")
+    found = {str(inspect.signature(f).return_annotation) for f in overloads(barlow_loss.barlow_twins_loss)}
+    assert {"Tensor", "BarlowTwinsTerms"} <= found
+
+
+def test_version_is_the_same_everywhere():
+    version = barlow_loss.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    assert re.search(rf"^version: ['\"]?{re.escape(version)}['\"]?$", (ROOT / "CITATION.cff").read_text("utf-8"), re.M)
+    assert f"[{version}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    try:
+        installed = importlib.metadata.version("barlow-loss")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("barlow-loss runs from a source tree, without installed metadata")
+    assert installed == version
+
+
+def test_package_is_marked_as_typed():
+    assert (Path(barlow_loss.__file__).parent / "py.typed").is_file()

@@ -9,11 +9,14 @@ The Frobenius identity is old (Tsai et al., arXiv 2104.13712, equation 4, for HS
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from barlow_loss._backends import Primitives
+if TYPE_CHECKING:
+    from torch import Tensor
 
-__all__ = ["coefficients", "factors", "value"]
+    from barlow_loss._backends import Primitives
+
+__all__ = ["coefficients", "product", "value"]
 
 
 def value(ops: Primitives, u1: Tensor, u2: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -27,9 +30,9 @@ def value(ops: Primitives, u1: Tensor, u2: Tensor, c: Tensor) -> tuple[Tensor, t
     return off_diagonal.clamp_min(0), (k1, k2)
 
 
-def factors(view: int, u1: Tensor, u2: Tensor, k1: Tensor, k2: Tensor) -> tuple[Tensor, Tensor]:
-    """The two factors of u_other C̃ᵀ, where C̃ = C: K2 u1 for the first view, K1 u2 for the second."""
-    return (k2, u1) if view == 0 else (k1, u2)
+def product(view: int, u1: Tensor, u2: Tensor, k1: Tensor, k2: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """The factors of P, where C̃ = C: K2 u1 for the first view, K1 u2 for the second; q comes out of P."""
+    return ((k2, u1) if view == 0 else (k1, u2)), None
 
 
 def coefficients(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -73,8 +73,8 @@ def _gradients(
         def gradient(view: int, own: Tensor, other: Tensor) -> Tensor | None:
             if not needed[view]:
                 return None
-            factors = algorithm.factors(view, u1, u2, *matrices)
-            return ops.backproject(factors, own, other, alpha[view], beta[view], gamma[view], dtype)
+            factors, q = algorithm.product(view, u1, u2, *matrices)
+            return ops.backproject(factors, q, own, other, alpha[view], beta[view], gamma[view], dtype)
 
         return gradient(0, u1, u2), gradient(1, u2, u1)
 

@@ -87,8 +87,10 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _matmul_dtype(dtype: torch.dtype, d: int, device_type: str, autocast: bool) -> torch.dtype:
-    """16-bit products where the caller allowed them and the hardware has them; float16 of features scaled by 1/√N has
-    8 times less gradient error than bfloat16 and cannot overflow."""
+    """16-bit products where the caller allowed them and the hardware has them.
+
+    float16 of features scaled by 1/√N has 8 times less gradient error than bfloat16, and cannot overflow.
+    """
     allowed = dtype in (torch.float16, torch.bfloat16) or (autocast and dtype == torch.float32)
     if allowed and device_type in _FLOAT16_MATMUL_DEVICES and d <= _FLOAT16_MAX_FEATURES:
         return torch.float16

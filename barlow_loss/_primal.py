@@ -1,29 +1,35 @@
-"""The primal: the D×D cross-correlation itself, as the paper writes it. 6 N D² FLOPs forward and backward, O(D²) memory.
+"""The primal: the D×D cross-correlation itself, as in the paper. 6 N D² FLOPs forward and backward, O(D²) memory.
 
 With u = ẑ/√N and C̃ = u1ᵀ u2 with its diagonal set to zero (the diagonal is summed elementwise, more precisely):
 
-    Σ_{i≠j} C_ij² = ‖C̃‖²
+    Σ_{i≠j} C_ij² = ‖C̃‖²,    q = Σ_j C̃_ij² for the first view, Σ_i C̃_ij² for the second
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from barlow_loss._backends import Primitives
+if TYPE_CHECKING:
+    from torch import Tensor
 
-__all__ = ["coefficients", "factors", "value"]
+    from barlow_loss._backends import Primitives
+
+__all__ = ["coefficients", "product", "value"]
 
 
 def value(ops: Primitives, u1: Tensor, u2: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Σ_{i≠j} C_ij², and the matrix that the gradient needs: C̃."""
+    """Σ_{i≠j} C_ij², and what the gradient needs: C̃ and its row and column sums of squares."""
     correlation = ops.correlate(u1, u2)
     correlation.diagonal().zero_()
-    return ops.frobenius(correlation, correlation), (correlation,)
+    rows, columns = ops.squared_sums(correlation)
+    return rows.sum(), (correlation, rows, columns)
 
 
-def factors(view: int, u1: Tensor, u2: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
-    """The two factors of u2 C̃ᵀ for the first view, of u1 C̃ for the second."""
-    return (u2, correlation.T) if view == 0 else (u1, correlation)
+def product(
+    view: int, u1: Tensor, u2: Tensor, correlation: Tensor, rows: Tensor, columns: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """The factors of P, which is u2 C̃ᵀ for the first view and u1 C̃ for the second; and q."""
+    return ((u2, correlation.T), rows) if view == 0 else ((u1, correlation), columns)
 
 
 def coefficients(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ from torch import Tensor
 __all__ = ["check_choice", "check_eps", "check_lambd", "check_views"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_POOL_OR_FLATTEN = "Pool feature maps (z.mean(dim=(2, 3))), flatten them (z.flatten(1)), or make each token a sample (z.flatten(0, 1))."
+_POOL_OR_FLATTEN = (
+    "Pool feature maps with z.mean(dim=(2, 3)), flatten them with z.flatten(1), "
+    "or make each token a sample with z.flatten(0, 1)."
+)
 
 
 def check_views(caller: str, *views: Any) -> tuple[Tensor, Tensor]:
@@ -80,7 +83,7 @@ def check_eps(caller: str, eps: Any) -> None:
 
 
 def check_lambd(caller: str, lambd: Any) -> None:
-    """A finite number ≥ 0 or a real 0-d tensor; the value of a tensor is not read (that would synchronise the device)."""
+    """A finite number ≥ 0 or a real 0-d tensor, whose value is not read: that would wait for the device."""
     if isinstance(lambd, torch.Tensor):
         if lambd.ndim != 0 or lambd.is_complex():
             raise ValueError(

@@ -6,12 +6,13 @@ in ``_primal.py`` and ``_dual.py`` are written once over these functions and imp
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from barlow_loss._backends import eager
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["Primitives", "resolve"]
 
@@ -24,7 +25,7 @@ class Primitives(Protocol):
         ...
 
     def standardize(self, x: Tensor, scale: Tensor, shift: Tensor, matmul_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """u = x·scale + shift in ``matmul_dtype``, written over x where it can, and diag(u1ᵀ u2) before the rounding."""
+        """u = x·scale + shift in ``matmul_dtype``, over x if it can, and diag(u1ᵀ u2) before the rounding."""
         ...
 
     def gram(self, u: Tensor) -> Tensor:
@@ -39,9 +40,14 @@ class Primitives(Protocol):
         """⟨A, B⟩ = Σ A_ij B_ij, 0-d."""
         ...
 
+    def squared_sums(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Row sums and column sums of C∘C: (D, D) to (D,), (D,)."""
+        ...
+
     def backproject(
         self,
         factors: tuple[Tensor, Tensor],
+        q: Tensor | None,
         own: Tensor,
         other: Tensor,
         alpha: Tensor,
@@ -49,7 +55,7 @@ class Primitives(Protocol):
         gamma: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
-        """α P + β u_other − (α q + γ) u_own in ``dtype``, with P the product of the factors and q = Σₙ u_own ∘ P."""
+        """α P + β u_other − (α q + γ) u_own in ``dtype``, P the product of the factors, q = Σₙ u_own ∘ P if None."""
         ...
 
 

@@ -22,18 +22,7 @@ from torch import Tensor
 from barlow_loss._plan import autocast_disabled, vector_dtype
 from barlow_loss._statistics import Moments, moments_from_sums, pivot_of, reciprocal_std, sample_index
 
-__all__ = ["check_floating", "normalize", "normalize_with", "values_per_channel"]
-
-
-def check_floating(caller: str, name: str, z: Any) -> None:
-    """A tensor of a floating dtype.
-
-    Raises:
-        TypeError: anything else.
-    """
-    if not isinstance(z, torch.Tensor) or not z.is_floating_point():
-        got = z.dtype if isinstance(z, torch.Tensor) else type(z).__name__
-        raise TypeError(f"{caller}: expected {name} to be a floating tensor, got {got}. Cast it, e.g. with .float().")
+__all__ = ["normalize", "normalize_with", "values_per_channel"]
 
 
 def normalize(z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_choice", "check_eps", "check_lambd", "check_views"]
+__all__ = ["check_choice", "check_eps", "check_lambd", "check_tensor", "check_views"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _POOL_OR_FLATTEN = (
@@ -31,7 +31,7 @@ def check_views(caller: str, *views: Any) -> tuple[Tensor, Tensor]:
         )
     z1, z2 = views
     for name, z in (("z1", z1), ("z2", z2)):
-        _check_tensor(caller, name, z)
+        check_tensor(caller, name, z)
     shapes = f"got z1 {tuple(z1.shape)} and z2 {tuple(z2.shape)}"
     if z1.ndim != 2 or z2.ndim != 2:
         raise ValueError(f"{caller}: expected two tensors of shape (N, D), {shapes}. {_POOL_OR_FLATTEN}")
@@ -60,7 +60,12 @@ def check_views(caller: str, *views: Any) -> tuple[Tensor, Tensor]:
     return z1, z2
 
 
-def _check_tensor(caller: str, name: str, z: Any) -> None:
+def check_tensor(caller: str, name: str, z: Any) -> None:
+    """A dense tensor of a floating dtype, with any shape.
+
+    Raises:
+        TypeError: anything else.
+    """
     if not isinstance(z, torch.Tensor):
         raise TypeError(f"{caller}: expected {name} to be a tensor, got {type(z).__name__}. Use torch.as_tensor.")
     if z.layout != torch.strided:

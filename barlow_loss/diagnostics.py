@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from barlow_loss._normalize import check_floating, normalize
+from barlow_loss._normalize import normalize
 from barlow_loss._plan import autocast_disabled, vector_dtype
 from barlow_loss._report import CollapseReport
-from barlow_loss._validation import check_eps, check_lambd, check_views
+from barlow_loss._validation import check_eps, check_lambd, check_tensor, check_views
 from barlow_loss.loss import barlow_twins_loss
 
 __all__ = ["CollapseReport", "collapse_report", "cross_correlation", "effective_rank", "noise_floor"]
@@ -118,7 +118,7 @@ def effective_rank(z: Tensor, *, center: bool = False) -> float:
 
     Source: Garrido et al. (2023), arXiv 2210.02885, equation 1, after the effective rank of Roy & Vetterli (2007).
     """
-    check_floating("effective_rank", "z", z)
+    check_tensor("effective_rank", "z", z)
     if z.ndim != 2 or z.numel() == 0:
         raise ValueError(
             f"effective_rank: expected z of shape (N, D) with N, D ≥ 1, got {tuple(z.shape)}. Flatten or pool it first."

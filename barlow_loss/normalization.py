@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from barlow_loss._collectives import require_one_process
-from barlow_loss._normalize import check_floating, normalize, normalize_with, values_per_channel
+from barlow_loss._normalize import normalize, normalize_with, values_per_channel
 from barlow_loss._statistics import Moments
-from barlow_loss._validation import check_eps
+from barlow_loss._validation import check_eps, check_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,7 +52,7 @@ def standardize(z: Tensor, eps: float = 1e-5, process_group: ProcessGroup | None
 
     Source: Ioffe & Szegedy (2015), arXiv 1502.03167, algorithm 1, without γ and β; the ẑ of Zbontar et al. (2021).
     """
-    check_floating("standardize", "z", z)
+    check_tensor("standardize", "z", z)
     check_eps("standardize", eps)
     if z.ndim != 2 or z.shape[0] < 2 or z.shape[1] < 1:
         raise ValueError(
@@ -190,7 +190,7 @@ class DistributedBatchNorm(_BatchNorm):
         return new.train(old.training)
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
-        check_floating("DistributedBatchNorm", "input", input)
+        check_tensor("DistributedBatchNorm", "input", input)
         if input.ndim < 2 or input.shape[1] != self.num_features:
             raise ValueError(
                 f"DistributedBatchNorm: expected input of shape (N, C) or (N, C, *) with C = {self.num_features}, "

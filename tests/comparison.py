@@ -70,7 +70,7 @@ def centred(z: Tensor) -> Tensor:
 
 
 def truth(z1: Tensor, z2: Tensor, lambd: float = LAMBD, eps: float = EPS) -> Truth:
-    """L, its terms and gradients by float64 autograd through the oracle, and their rounding bands by the closed form."""
+    """L, its terms and gradients by float64 autograd through the oracle; their rounding bands by the closed form."""
     leaves = [centred(view).requires_grad_() for view in (z1, z2)]
     terms = reference.barlow_twins_loss(*leaves, lambd=lambd, eps=eps)
     gradients = torch.autograd.grad(terms.loss, leaves)

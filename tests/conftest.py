@@ -15,7 +15,9 @@ settings.load_profile("ci")
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(1)  # The bits of a sum depend on the number of threads; the laws P10, P24, P25 and P27 are bitwise.
+    torch.set_num_threads(
+        1
+    )  # The bits of a sum depend on the number of threads; the laws P10, P24, P25 and P27 are bitwise.
 
 
 @pytest.fixture(scope="session", params=["primal", "dual"])

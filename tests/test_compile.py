@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from comparison import Evaluation, assert_near, truth
-from strategies import Batch
 
 from barlow_loss import BarlowTwinsLoss, barlow_twins_loss
+from comparison import Evaluation, assert_near, truth
+from strategies import Batch
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -114,7 +114,9 @@ def test_auto_turns_to_the_primal_by_itself():
 def test_a_tensor_lambd_does_not_recompile():
     """A schedule of λ passes a 0-d tensor."""
     z1, z2 = Batch(12, 30, 1, "trained").views(torch.float32)
-    loss = torch.compile(lambda *views, lambd: barlow_twins_loss(*views, lambd=lambd), fullgraph=True, backend="aot_eager")
+    loss = torch.compile(
+        lambda *views, lambd: barlow_twins_loss(*views, lambd=lambd), fullgraph=True, backend="aot_eager"
+    )
     for step, lambd in enumerate((0.001, 0.01, 0.5)):
         with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
             got = loss(z1, z2, lambd=torch.tensor(lambd))
@@ -141,9 +143,13 @@ def test_a_single_term(algorithm, term):
 def test_second_derivatives_raise_when_compiled(algorithm):
     views = [view.requires_grad_() for view in Batch(5, 12, 1, "trained").views()]
     loss = _compiled("aot_eager", algorithm=algorithm)(*views)[0]
-    with pytest.raises(RuntimeError):
+
+    def differentiate_twice():
         gradients = torch.autograd.grad(loss, views, create_graph=True)
         sum(gradient.square().sum() for gradient in gradients).backward()
+
+    with pytest.raises(RuntimeError):
+        differentiate_twice()
 
 
 def test_nan_survives_compilation(algorithm):

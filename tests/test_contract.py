@@ -1,4 +1,4 @@
-"""The numerical contract: which inputs are accepted, in which precision they are computed, and which are refused how."""
+"""The numerical contract: what is accepted, in which precision it is computed, and how the rest is refused."""
 
 import copy
 import inspect
@@ -9,11 +9,11 @@ import threading
 
 import pytest
 import torch
-from comparison import assert_bitwise, assert_near, evaluate, truth
-from strategies import Batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from barlow_loss import BarlowTwinsLoss, BarlowTwinsTerms, barlow_twins_loss
+from comparison import assert_bitwise, assert_near, evaluate, truth
+from strategies import Batch
 
 HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 
@@ -48,7 +48,9 @@ class TestRefusedViews:
         with pytest.raises(ValueError, match=rf"two views.*{count}"):
             barlow_twins_loss(*[torch.randn(4, 3)] * count)
 
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+    @pytest.mark.parametrize(
+        "dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
+    )
     def test_a_dtype_that_is_not_real_floating_point(self, dtype):
         z = torch.ones(4, 3).to(dtype)
         with pytest.raises(TypeError, match=rf"z1.*{dtype}.*float\(\)"):
@@ -221,7 +223,9 @@ class TestExtremes:
     def test_large_values_whose_squares_fit_are_correct(self, algorithm, dtype, size):
         """NaN is for numbers whose squares overflow, not for these."""
         z1, z2 = (size * view for view in _views(dtype=dtype))
-        assert_near(barlow_twins_loss(z1, z2, algorithm=algorithm), truth(z1, z2).loss, 2e-6 * float(truth(z1, z2).loss))
+        assert_near(
+            barlow_twins_loss(z1, z2, algorithm=algorithm), truth(z1, z2).loss, 2e-6 * float(truth(z1, z2).loss)
+        )
 
     @pytest.mark.parametrize("size", [1e-10, 1e-20, 1e-30, 1e-40], ids=str)
     def test_tiny_values_are_a_collapse(self, algorithm, dtype, size):
@@ -337,7 +341,11 @@ class TestModes:
 
     @HALVES
     def test_meta_tensors(self, algorithm, half):
-        for dtype, loss_dtype in ((half, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
+        for dtype, loss_dtype in (
+            (half, torch.float32),
+            (torch.float32, torch.float32),
+            (torch.float64, torch.float64),
+        ):
             z1, z2 = torch.randn(2, 300, 700, dtype=dtype, device="meta").requires_grad_()
             loss = barlow_twins_loss(z1, z2, algorithm=algorithm)
             assert (loss.shape, loss.dtype, loss.device.type) == ((), loss_dtype, "meta")
@@ -353,9 +361,11 @@ class TestModes:
         assert {tuple(gradient.shape) for gradient in gradients} == {(30, 70)}
 
 
-class TestModule:
-    SETTINGS = {"lambd": 0.02, "eps": 1e-3, "algorithm": "primal", "backend": "eager", "synchronize": False}
+# None of them the default.
+_OTHER_SETTINGS = {"lambd": 0.02, "eps": 1e-3, "algorithm": "primal", "backend": "eager", "synchronize": False}
 
+
+class TestModule:
     def test_signature_is_that_of_the_function(self):
         """Same settings, same defaults, same annotations; only `return_terms` belongs to the call."""
         function = dict(inspect.signature(barlow_twins_loss).parameters)
@@ -374,7 +384,7 @@ class TestModule:
     def test_every_setting_reaches_the_function(self, name):
         """Each of these settings changes the bits or the graph of this result."""
         z1, z2 = _views(8, 9)
-        value = self.SETTINGS[name]
+        value = _OTHER_SETTINGS[name]
         module, function = BarlowTwinsLoss(**{name: value}), barlow_twins_loss(z1, z2, **{name: value})
         assert torch.equal(module(z1, z2), function)
         assert getattr(module, name) == value
@@ -393,13 +403,13 @@ class TestModule:
         loss_fn.load_state_dict({})
 
     def test_repr_builds_the_same_module(self):
-        loss_fn = BarlowTwinsLoss(**self.SETTINGS)
-        rebuilt = eval(repr(loss_fn), {"BarlowTwinsLoss": BarlowTwinsLoss})  # noqa: S307
-        assert {name: getattr(rebuilt, name) for name in self.SETTINGS} == self.SETTINGS
+        loss_fn = BarlowTwinsLoss(**_OTHER_SETTINGS)
+        rebuilt = eval(repr(loss_fn), {"BarlowTwinsLoss": BarlowTwinsLoss})
+        assert {name: getattr(rebuilt, name) for name in _OTHER_SETTINGS} == _OTHER_SETTINGS
 
     @pytest.mark.parametrize("copied", ["pickle", "deepcopy", "torch.save"])
     def test_copies_are_equal(self, copied):
-        loss_fn = BarlowTwinsLoss(**self.SETTINGS)
+        loss_fn = BarlowTwinsLoss(**_OTHER_SETTINGS)
         if copied == "torch.save":
             buffer = io.BytesIO()
             torch.save(loss_fn, buffer)
@@ -407,7 +417,7 @@ class TestModule:
             other = torch.load(buffer, weights_only=False)
         else:
             other = copy.deepcopy(loss_fn) if copied == "deepcopy" else pickle.loads(pickle.dumps(loss_fn))
-        assert {name: getattr(other, name) for name in self.SETTINGS} == self.SETTINGS
+        assert {name: getattr(other, name) for name in _OTHER_SETTINGS} == _OTHER_SETTINGS
         z1, z2 = _views()
         assert torch.equal(other(z1, z2), loss_fn(z1, z2))
 

@@ -4,13 +4,13 @@ import weakref
 
 import pytest
 import torch
-from comparison import evaluate
-from strategies import Batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from barlow_loss import barlow_twins_loss, reference
+from comparison import evaluate
+from strategies import Batch
 
 
 class LiveBytes(TorchDispatchMode):
@@ -22,7 +22,9 @@ class LiveBytes(TorchDispatchMode):
         self._known = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known_before = [leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        known_before = [
+            leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        ]
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):

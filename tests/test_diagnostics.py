@@ -105,7 +105,7 @@ def test_equal_singular_values_give_the_rank(shape, rank):
 @given(
     sigma=st.lists(st.floats(0.01, 100), min_size=1, max_size=8),
     shape=st.sampled_from([(8, 20), (20, 8), (9, 9)]),
-    log_scale=st.integers(-150, 150),
+    log_scale=st.integers(-200, 200),
 )
 def test_effective_rank_is_the_exponential_of_the_entropy(sigma, shape, log_scale):
     p = torch.tensor(sigma, dtype=torch.float64) / sum(sigma)
@@ -281,6 +281,16 @@ def test_verdict_on_dimensional_collapse():
     report = collapse_report(z1, z2 + 1e-3 * embeddings(64, 100)[0])
     assert any("rank collapse" in warning for warning in report.warnings)
     assert report.dead_features == 0
+
+
+@pytest.mark.parametrize(
+    ("directions", "n", "d", "collapsed"),
+    [(1, 12, 10, True), (3, 12, 10, False), (3, 101, 200, True), (12, 101, 200, False)],
+)
+def test_rank_collapse_is_a_single_direction_or_few_of_many(directions, n, d, collapsed):
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn(n, directions, generator=generator) @ torch.randn(directions, d, generator=generator)
+    assert any("rank collapse" in warning for warning in collapse_report(z, z).warnings) is collapsed
 
 
 def test_verdict_on_views_that_do_not_match():

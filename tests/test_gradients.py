@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+
+from barlow_loss import barlow_twins_loss, reference
 from comparison import LAMBD, assert_near, evaluate, truth
 from strategies import Batch
 
-from barlow_loss import barlow_twins_loss, reference
-
 # Sizes that a block, a leaf of a recursion or a vector lane does not divide, on either side of N = D/2 and N = D.
+# Elementwise work goes in blocks from 2¹⁸ elements on, in rows where D < 2N and in features elsewhere.
 SHAPES = [
     (2, 1),  # the smallest legal input
     (2, 3),  # two samples: rank one, every |C_ij| near 1
@@ -18,10 +19,11 @@ SHAPES = [
     (17, 17),  # N = D, one above a power of two
     (31, 67),  # N < D/2, primes
     (67, 31),  # N > D, primes
-    (129, 40),  # one row above a leaf of 128 rows
-    (257, 300),  # one row above two such leaves: the Gram matrix is put together from blocks, oddly split
-    (33, 1030),  # more columns than a block of 512, with a remainder
-    (520, 515),  # blocks in both directions, N ≈ D
+    (129, 40),  # one row above twice a leaf of 64 rows: the Gram matrix is put together from blocks, oddly split
+    (257, 300),  # one row above four leaves
+    (130, 2050),  # blocks of features, the last one short
+    (1030, 260),  # blocks of rows, the last one short
+    (520, 515),  # blocks of rows, and of features in the dual's back-projection
 ]
 
 
@@ -40,7 +42,7 @@ def _leaves(n, d, dtype=torch.float64, kind="trained", mean=0.5):
 
 
 @pytest.mark.parametrize("kind", ["trained", "dead_features", "low_rank"])
-@pytest.mark.parametrize("n, d", SHAPES)
+@pytest.mark.parametrize(("n", "d"), SHAPES)
 def test_parity_with_float64_autograd(algorithm, n, d, kind):
     """Value and gradients of float32 and float64 against float64 autograd through the oracle."""
     for dtype, value_tol, gradient_tol in ((torch.float64, 1e-12, 1e-10), (torch.float32, 2e-6, 1e-5)):
@@ -52,7 +54,7 @@ def test_parity_with_float64_autograd(algorithm, n, d, kind):
             assert_near(got.gradients[view], expected.gradients[view], budget, f"{dtype} gradient of z{view + 1}")
 
 
-@pytest.mark.parametrize("n, d", [(2, 3), (4, 9), (6, 6), (9, 4), (5, 1)])
+@pytest.mark.parametrize(("n", "d"), [(2, 3), (4, 9), (6, 6), (9, 4), (5, 1)])
 def test_p28_gradcheck(algorithm, n, d):
     """Finite differences in float64 agree with the gradients of all three results in both views and λ."""
     lambd = torch.tensor(LAMBD, dtype=torch.float64, requires_grad=True)

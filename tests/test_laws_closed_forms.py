@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from comparison import EPS, LAMBD, assert_near, centred, evaluate, tolerance, truth
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Batch, batches, epsilons, whitened_batches
 
 from barlow_loss import barlow_twins_loss, cross_correlation
+from comparison import EPS, LAMBD, assert_near, centred, evaluate, tolerance, truth
+from strategies import Batch, batches, epsilons, whitened_batches
 
 sizes = st.tuples(st.integers(2, 24), st.integers(1, 32))
 constants = st.sampled_from([0.0, 1.0, -0.1, 1e4])

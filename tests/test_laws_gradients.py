@@ -1,11 +1,11 @@
 """Laws of the gradient: what it is orthogonal to, and how the two views share it."""
 
 import torch
-from comparison import LAMBD, assert_near, centred, evaluate, tolerance, truth
 from hypothesis import given
-from strategies import batches, epsilons
 
 from barlow_loss import barlow_twins_loss
+from comparison import LAMBD, assert_near, centred, evaluate, tolerance, truth
+from strategies import batches, epsilons
 
 
 @given(batch=batches(), eps=epsilons)

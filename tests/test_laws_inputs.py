@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from comparison import assert_bitwise, evaluate
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batches
 
 from barlow_loss import barlow_twins_loss
+from comparison import assert_bitwise, evaluate
+from strategies import batches
 
 # Another layout of the same numbers.
 LAYOUTS = {

@@ -1,12 +1,12 @@
 """Laws of invariance: what may be done to both views, or to one, and what the loss then does."""
 
 import torch
-from comparison import EPS, LAMBD, assert_near, evaluate, tolerance, truth
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batches, epsilons, stds_near_root_eps
 
 from barlow_loss import barlow_twins_loss
+from comparison import EPS, LAMBD, assert_near, evaluate, tolerance, truth
+from strategies import batches, epsilons, stds_near_root_eps
 
 # Laws whose transformation rounds the inputs once more keep the mean within the spread.
 centred_batches = batches(means=(0.0, 1.0), stds=(1.0, 1e2))

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from comparison import LAMBD, Evaluation, evaluate, truth
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from barlow_loss import reference
+from comparison import LAMBD, Evaluation, evaluate, truth
+from strategies import Batch
 
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
@@ -68,7 +68,7 @@ def test_p34_bfloat16_products_leave_the_gradient_within_1e_4(algorithm, batch):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("n, d", [(16, 64), (64, 256), (96, 24)])
+@pytest.mark.parametrize(("n", "d"), [(16, 64), (64, 256), (96, 24)])
 def test_p34_on_trained_views_only_the_off_diagonal_gradient_is_rounded(algorithm, n, d, seed):
     """The error stays below two bfloat16 roundings of the gradient of λ·off; with a rounded diagonal it does not.
 

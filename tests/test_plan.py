@@ -1,4 +1,4 @@
-""""auto" as a table: which algorithm, backend and precision are chosen, from shapes and availability alone."""
+"""What "auto" chooses, as a table: algorithm, backend and precision, from shapes and availability alone."""
 
 import inspect
 

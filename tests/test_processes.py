@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from strategies import Batch
 
 from barlow_loss import BarlowTwinsLoss, barlow_twins_loss
+from strategies import Batch
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch was built without gloo"

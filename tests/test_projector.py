@@ -36,6 +36,7 @@ def test_official_checkpoint_loads_strictly_and_computes_the_same():
         *(f"4.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
         "6.weight",
     ]
+    assert str(list(projector)) == str(list(official))
     projector.load_state_dict(official.state_dict(), strict=True)
     x = torch.randn(16, 6)
     for training in (True, False):

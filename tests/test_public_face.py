@@ -129,7 +129,9 @@ def test_return_type_follows_return_terms():
 def test_version_is_the_same_everywhere():
     version = barlow_loss.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
-    assert re.search(rf"^version: ['\"]?{re.escape(version)}['\"]?$", (ROOT / "CITATION.cff").read_text("utf-8"), re.M)
+    assert re.search(
+        rf"^version: ['\"]?{re.escape(version)}['\"]?$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE
+    )
     assert f"[{version}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
     try:
         installed = importlib.metadata.version("barlow-loss")

@@ -38,8 +38,8 @@ lint: $(VENV)/.has-dev  ## check style, format and types
 	$(RUN) -m mypy
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-format: $(VENV)/.has-dev  ## put imports and layout in order
-	$(RUN) -m ruff check --select I --fix
+format: $(VENV)/.has-dev  ## repair what ruff can repair
+	$(RUN) -m ruff check --fix-only
 	$(RUN) -m ruff format
 
 bench: $(VENV)/.has-bench  ## time the loss against the others (under ten minutes)

@@ -4,7 +4,7 @@ Every contender is a function of the two views that returns the scalar loss; all
 λ = 0.0051 and ε = 1e-5:
 
 * ``barlow_loss``: this package, ``algorithm="auto"``.
-* ``textbook``: the D×D formula as the paper's pseudocode has it, over an affine-free ``BatchNorm1d``.
+* ``textbook``: the D×D formula as the paper's authors published it, over an affine-free ``BatchNorm1d``.
 * ``compiled``: ``torch.compile`` of it, static shapes, inductor.
 * ``lightly``: ``lightly.loss.BarlowTwinsLoss`` as published on PyPI, left out where it is not installed.
 """
@@ -34,21 +34,22 @@ LIGHTLY = "lightly"
 
 
 class Textbook(nn.Module):
-    """The pseudocode of Zbontar et al. (2021), Algorithm 1: C = bn(z1)ᵀ bn(z2) / N, then its two sums of squares.
+    """The published formula, line by line: C = bn(z1)ᵀ bn(z2) / N, then its two sums of squares.
 
-    FLOPs, forward + backward: 6·N·D². Bytes: a D×D matrix is read or written 24 times, 4·D² bytes each. The
-    off-diagonal elements are a strided view here; the published code copies them and so does lightly: 39 times.
+    FLOPs, forward + backward: 6·N·D². Bytes: a D×D matrix is read or written 39 times, 4·D² bytes each; a form that
+    views the off-diagonal elements in place of copying them would need 24.
     """
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.bn = nn.BatchNorm1d(features, eps=EPS, affine=False, track_running_stats=False)
+        self.bn = nn.BatchNorm1d(features, eps=EPS, affine=False)
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         n, d = z1.shape
-        c: Tensor = self.bn(z1).T @ self.bn(z2) / n
-        on_diagonal = (c.diagonal() - 1).square().sum()
-        off_diagonal = c.flatten()[:-1].view(d - 1, d + 1)[:, 1:].square().sum()
+        c: Tensor = self.bn(z1).T @ self.bn(z2)
+        c.div_(n)
+        on_diagonal = torch.diagonal(c).add_(-1).pow_(2).sum()
+        off_diagonal = c.flatten()[:-1].view(d - 1, d + 1)[:, 1:].flatten().pow_(2).sum()
         return on_diagonal + LAMBD * off_diagonal
 
 

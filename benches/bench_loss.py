@@ -1,7 +1,7 @@
 """Forward + backward of the loss, float32, under pytest-benchmark; the answer of each contender is checked first.
 
 FLOP model: dual 8·N²·D, primal and the textbook formula 6·N·D². Byte model: dozens of passes over N×D matrices,
-4·N·D bytes each; the textbook formula reads or writes a D×D matrix 24 times besides, lightly 39, 4·D² bytes each.
+4·N·D bytes each; the textbook formula and lightly read or write a D×D matrix 39 times besides, 4·D² bytes each.
 
     pytest benches/bench_loss.py                                        the whole grid
     pytest benches/bench_loss.py -k "256x8192" --threads 2              one cell

@@ -10,11 +10,11 @@ FLOP model, forward + backward, N samples, D features:
 * dual: 4 GEMMs of 2·N²·D: K1 = ẑ1 ẑ1ᵀ, K2 = ẑ2 ẑ2ᵀ, K2 ẑ1, K1 ẑ2. Chosen for N ≤ D/2.
 * primal: 3 GEMMs of 2·N·D²: C = ẑ1ᵀ ẑ2, ẑ2 Mᵀ, ẑ1 M. The textbook formula does the same three at every shape.
 
-Byte model, float32: all pass some dozens of times over N×D matrices, 4·N·D bytes each; the textbook formula reads or
-writes a D×D matrix 24 times besides, lightly 39 times, 4·D² bytes each.
+Byte model, float32: all pass some dozens of times over N×D matrices, 4·N·D bytes each; the textbook formula and lightly
+read or write a D×D matrix 39 times besides, 4·D² bytes each.
 
-``GEMMs alone`` in the results is the time of the algorithm's own GEMMs through torch.mm: the least that the step could
-cost if everything else were free.
+``GEMMs alone`` in the results is the time of the algorithm's own GEMMs through torch.mm: the cost of the step if
+everything else were free. Our Gram matrices use their symmetry, so that the step can come out below it.
 
     python benches/compare.py                      the whole grid, 1 and 2 threads (about 40 minutes)
     python benches/compare.py --quick              without the two slowest cells, three rounds (under ten minutes)

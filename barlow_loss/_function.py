@@ -57,7 +57,9 @@ def _forward(z1: Tensor, z2: Tensor, eps: float, plan: Plan) -> tuple[Tensor, ..
     c = diagonal.to(rho.dtype)
     on_diagonal = (c - 1).square().sum()
     off_diagonal, matrices = _ALGORITHMS[plan.algorithm].value(ops, u[0], u[1], c)
-    return on_diagonal.to(compute), off_diagonal.to(compute), c, rho, u, *matrices
+    # Copies: compiled by torch 2.11, an output of a .to() without effect loses its gradient without a word.
+    sums = (total.to(compute, copy=True) for total in (on_diagonal, off_diagonal))
+    return *sums, c, rho, u, *matrices
 
 
 def _gradients(
@@ -95,13 +97,10 @@ class _CorrelationSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        # The tracer hands in a gradient for every output, and a compiled graph refuses second derivatives itself.
-        tracing = torch.compiler.is_compiling()
-        if not tracing and any(grad is not None for grad in grads[2:]):
-            raise RuntimeError(_SECOND_DERIVATIVE)
         saved = ctx.saved_tensors
         a, b = (saved[0].new_zeros(()) if grad is None else grad for grad in grads[:2])
-        gradients = _gradients if tracing else _Gradients.apply
+        # A compiled graph refuses second derivatives by itself.
+        gradients = _gradients if torch.compiler.is_compiling() else _Gradients.apply
         return *gradients(a, b, ctx.plan, ctx.dtype, ctx.needs_input_grad[:2], *saved), None, None
 
 

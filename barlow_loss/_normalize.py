@@ -57,7 +57,8 @@ class _BatchNormalize(torch.autograd.Function):
         if bias is not None:
             shift = shift + bias
         y = _add_product(_per_channel(shift, x), x, scale, buffer=x)
-        return y.to(z.dtype), batch.pivot, batch.offset, batch.m2
+        # Compiled by torch 2.11, an output of out= or of a .to() without effect loses its gradient without a word.
+        return y if y.dtype == z.dtype else y.to(z.dtype), batch.pivot, batch.offset, batch.m2
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -122,8 +123,9 @@ def _compute_dtype(z: Tensor) -> torch.dtype:
 
 
 def _add_product(base: Tensor, x: Tensor, factor: Tensor, buffer: Tensor) -> Tensor:
-    """The sum base + x·factor, the factor per channel; written into the buffer unless autograd records."""
-    return torch.addcmul(base, x, _per_channel(factor, x), out=None if torch.is_grad_enabled() else buffer)
+    """The sum base + x·factor, the factor per channel; written into the buffer unless autograd or a compiler records."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return torch.addcmul(base, x, _per_channel(factor, x), out=None if recorded else buffer)
 
 
 def _scaled(r: Tensor, weight: Tensor | None) -> Tensor:

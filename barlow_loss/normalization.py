@@ -97,11 +97,9 @@ class DistributedBatchNorm(_BatchNorm):
         >>> norm = DistributedBatchNorm(3)
         >>> norm(torch.randn(8, 3, 4, 4)).shape
         torch.Size([8, 3, 4, 4])
-        >>> DistributedBatchNorm.convert(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
-        Sequential(
-          (0): Linear(in_features=4, out_features=3, bias=True)
-          (1): DistributedBatchNorm(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
-        )
+        >>> model = DistributedBatchNorm.convert(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)))
+        >>> [type(layer).__name__ for layer in model]
+        ['ReLU', 'DistributedBatchNorm']
 
     Source: Ioffe & Szegedy (2015), arXiv 1502.03167.
     """

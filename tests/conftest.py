@@ -1,4 +1,4 @@
-"""Settings that every test shares: one thread, deterministic property tests, float32 matmuls at full precision."""
+"""What every test shares: one thread, deterministic property tests, both algorithms, both dtypes."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25, print_blob=True)
-# Another seed on every run and ten times the examples: HYPOTHESIS_PROFILE=search pytest tests/test_laws_*.py
+# Another seed on every run and ten times the examples: pytest tests/test_laws_*.py --hypothesis-profile=search
 settings.register_profile(
     "search", deadline=None, max_examples=250, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -15,9 +15,8 @@ settings.load_profile("ci")
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(
-        1
-    )  # The bits of a sum depend on the number of threads; the laws P10, P24, P25 and P27 are bitwise.
+    # The bits of a sum depend on the number of threads; the laws P10, P24, P25 and P27 are bitwise.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", params=["primal", "dual"])

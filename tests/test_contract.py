@@ -261,6 +261,16 @@ class TestExtremes:
             budget = expected.gradient_budget(view, 1e-5, torch.float32)
             assert_near(got.gradients[view], expected.gradients[view], budget, f"gradient of z{view + 1}")
 
+    def test_far_rows_at_the_front_of_a_large_batch(self):
+        """A shift estimated from the first rows alone would miss the mean by 22 standard deviations."""
+        z1, z2 = _views(16384, 6)
+        z1[:32] += 100
+        z2[:32] += 100
+        expected, got = truth(z1, z2), evaluate(z1, z2)
+        for view in (0, 1):
+            budget = expected.gradient_budget(view, 1e-5, torch.float32)
+            assert_near(got.gradients[view], expected.gradients[view], budget, f"gradient of z{view + 1}")
+
     def test_eps_zero_is_allowed_and_a_dead_feature_is_then_nan(self, algorithm):
         """0/0 has no value; it is not turned into one."""
         assert barlow_twins_loss(*_views(kind="gaussian"), eps=0, algorithm=algorithm).isfinite()

@@ -177,6 +177,14 @@ class TestSecondDerivatives:
         with pytest.raises(RuntimeError):
             gradient.square().sum().backward()
 
+    def test_p28_gradient_penalty_beside_other_terms(self, algorithm):
+        """Where the rest of the objective is differentiable, a penalty that is not must not be dropped from it."""
+        views = _leaves(5, 8)
+        loss = barlow_twins_loss(*views, algorithm=algorithm)
+        gradients = torch.autograd.grad(loss, views, create_graph=True)
+        with pytest.raises(RuntimeError):
+            (loss + views[0].sum() + sum(gradient.square().sum() for gradient in gradients)).backward()
+
     @pytest.mark.parametrize("term", ["loss", "on_diagonal", "off_diagonal"])
     def test_p28_of_each_term(self, algorithm, term):
         z1, z2 = _leaves(5, 8)

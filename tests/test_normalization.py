@@ -1,6 +1,7 @@
 """standardize and DistributedBatchNorm: parity with torch, float64-accurate statistics, AMP, compile, conversion."""
 
 import copy
+import inspect
 import math
 import subprocess
 import sys
@@ -536,6 +537,7 @@ def test_convert_keeps_or_sets_the_process_group():
     assert DistributedBatchNorm.convert(nn.BatchNorm1d(3)).process_group is None
 
 
+@pytest.mark.skipif("bias" not in inspect.signature(nn.BatchNorm1d).parameters, reason="this torch has no such layer")
 def test_convert_keeps_a_missing_bias():
     old = nn.BatchNorm1d(3, bias=False)
     new = DistributedBatchNorm.convert(old)

@@ -1,0 +1,103 @@
+"""LARS and the schedule, against the published formulas written down again, step by step."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pretraining.optimization import (
+    PUBLISHED_LEARNING_RATES,
+    build_optimizer,
+    build_schedule,
+    parameter_groups,
+    published_learning_rate,
+)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 5))
+
+
+def test_both_groups_follow_the_published_schedule_at_every_step() -> None:
+    """base = batch/256; linear warm-up from 0 over ten epochs; cosine down to a thousandth; times 0.2 and 0.0048."""
+    epochs, steps_per_epoch, warmup_epochs, batch_size = 25, 7, 10, 1024
+    model = network()
+    rates = {"lr_weights": 0.2, "lr_biases": 0.0048, "weight_decay": 1e-6}
+    optimizer = build_optimizer("lars", model, batch_size=batch_size, **rates)
+    schedule = build_schedule(optimizer, epochs * steps_per_epoch, warmup_epochs * steps_per_epoch)
+    for step in range(epochs * steps_per_epoch):
+        base, warmup = batch_size / 256, warmup_epochs * steps_per_epoch
+        if step < warmup:
+            published = base * step / warmup
+        else:
+            progress = (step - warmup) / (epochs * steps_per_epoch - warmup)
+            q = 0.5 * (1 + math.cos(math.pi * progress))
+            published = base * q + 0.001 * base * (1 - q)
+        weights, biases = (group["lr"] for group in optimizer.param_groups)
+        assert weights == pytest.approx(0.2 * published, rel=1e-12)
+        assert biases == pytest.approx(0.0048 * published, rel=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+class OfficialLars:
+    """The published update, for one parameter, in float64."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.p = parameter.detach().double().clone()
+        self.mu = torch.zeros_like(self.p)
+
+    def step(self, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        dp = gradient.double()
+        if self.p.ndim > 1:
+            dp = dp + weight_decay * self.p
+            p_norm, dp_norm = self.p.norm(), dp.norm()
+            if p_norm > 0 and dp_norm > 0:
+                dp = dp * (0.001 * p_norm / dp_norm)
+        self.mu = 0.9 * self.mu + dp
+        self.p = self.p - lr * self.mu
+
+
+def distance_after_50_steps(weight_decay_of_vectors: float) -> float:
+    """The largest relative distance of a parameter from the official update, on the same random gradients."""
+    model = network()
+    model[3].weight.data[0] = 0  # type: ignore[index, union-attr]
+    official = [OfficialLars(parameter) for parameter in model.parameters()]
+    rates = {"lr_weights": 0.4, "lr_biases": 0.0048, "weight_decay": 1e-6}
+    optimizer = build_optimizer("lars", model, batch_size=256, **rates)
+    optimizer.param_groups[1]["weight_decay"] = weight_decay_of_vectors
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        for parameter, expected in zip(model.parameters(), official, strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            expected.step(parameter.grad, 0.4 if parameter.ndim > 1 else 0.0048, 1e-6)
+        optimizer.step()
+    pairs = zip(model.parameters(), official, strict=True)
+    return max(float((p.detach().double() - expected.p).norm() / expected.p.norm()) for p, expected in pairs)
+
+
+def test_lars_is_the_official_update() -> None:
+    """timm's denominator is ‖g‖ + wd‖p‖ instead of ‖g + wd·p‖, which 1e-6 makes harmless."""
+    assert distance_after_50_steps(weight_decay_of_vectors=0.0) < 1e-5
+    assert distance_after_50_steps(weight_decay_of_vectors=1e-6) > 0.05  # the comparison sees a wrong grouping
+
+
+def test_vectors_are_one_group_and_everything_else_the_other() -> None:
+    model = network()
+    model[0].bias.requires_grad_(False)  # type: ignore[union-attr]
+    weights, vectors = parameter_groups(model, 0.2, 0.0048, 1e-6)
+    assert [p.ndim for p in weights["params"]] == [4, 2]
+    assert [p.ndim for p in vectors["params"]] == [1, 1, 1]
+    assert (weights["weight_decay"], vectors["weight_decay"]) == (1e-6, 0.0)
+
+
+def test_the_learning_rate_is_the_authors_for_the_batch() -> None:
+    assert {size: published_learning_rate(size) for size in PUBLISHED_LEARNING_RATES} == PUBLISHED_LEARNING_RATES
+    assert published_learning_rate(8) == 0.7
+    assert published_learning_rate(10**6) == 0.2
+    assert published_learning_rate(362) == pytest.approx(0.35, abs=1e-3)  # half-way from 256 to 512, in the logarithm
+    rates = [published_learning_rate(size) for size in range(100, 2100)]
+    assert all(later <= rate + 1e-12 for rate, later in pairwise(rates))

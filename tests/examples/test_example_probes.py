@@ -1,0 +1,83 @@
+"""The probes: exact where the answer is known, at chance where there is nothing to find."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretraining import probes
+from pretraining.data import Probe
+
+CPU = torch.device("cpu")
+
+
+def clusters(per_class: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Four classes around the unit vectors of four dimensions."""
+    labels = torch.arange(4).repeat(per_class)
+    generator = torch.Generator().manual_seed(seed)
+    points = F.one_hot(labels, 4) + noise * torch.randn(len(labels), 4, generator=generator)
+    return F.normalize(points.float(), dim=1), labels
+
+
+def test_separate_classes_are_found_and_shuffled_labels_are_not() -> None:
+    bank, labels = clusters(100, noise=0.1)
+    queries, truth = clusters(300, noise=0.1, seed=1)
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    for accuracy in (probes.knn_accuracy, probes.linear_accuracy):
+        assert accuracy(bank, labels, queries, truth) == 100
+        assert accuracy(bank, shuffled, queries, truth) < 60
+    assert probes.few_label_accuracy(bank, labels, queries, truth, per_class=1, draws=9) == 100
+
+
+def test_neighbours_vote_with_the_published_weights() -> None:
+    """One close neighbour of class 0 against two far ones of class 1, weighted by exp(cosine/0.07)."""
+
+    def accuracy(cosine: float, k: int) -> float:
+        far = torch.tensor([cosine, (1 - cosine**2) ** 0.5])
+        bank = torch.stack([torch.tensor([1.0, 0.0]), far, far])
+        return probes.knn_accuracy(bank, torch.tensor([0, 1, 1]), bank[:1], torch.tensor([0]), k)
+
+    edge = 1 - 0.07 * torch.tensor(2.0).log().item()  # there, two votes weigh as much as one
+    assert accuracy(edge - 0.01, k=3) == 100
+    assert accuracy(edge + 0.01, k=3) == 0
+    assert accuracy(edge + 0.01, k=1) == 100
+    assert accuracy(0.0, k=50) == 100  # more neighbours than the bank holds
+
+
+def test_few_labels_are_few_labels() -> None:
+    """One label per class is worth less than five, and five less than all, where the classes overlap."""
+    bank, labels = clusters(100, noise=0.5)
+    queries, truth = clusters(300, noise=0.5, seed=1)
+    one, five = (probes.few_label_accuracy(bank, labels, queries, truth, count, draws=30) for count in (1, 5))
+    assert 25 < one < five < probes.linear_accuracy(bank, labels, queries, truth) < 100
+    assert one == probes.few_label_accuracy(
+        bank, labels, queries, truth, 1, draws=30
+    )  # the same draws for every method
+
+
+def test_evaluate_leaves_out_what_cannot_be_read() -> None:
+    images, labels = clusters(20, noise=0.1)
+    broken = labels.clone()
+    broken[:3] = -1
+    probe = Probe([(images, broken)], [(images, labels), (images, broken)], labels_per_class=(1, 5))
+    found = probes.evaluate(lambda x: x, probe, CPU)
+    assert found == {"knn": 100, "linear_1": 100, "linear_5": 100, "linear_all": 100, "unreadable_in_probe": 6}
+    assert set(probes.evaluate(lambda x: x, probe._replace(labels_per_class=()), CPU)) == {"knn", "unreadable_in_probe"}
+
+
+@pytest.mark.parametrize(("size", "features"), [((1, 8, 8), 64), ((3, 32, 32), 3072), ((3, 224, 224), 3072)])
+def test_pixels_are_reduced_to_at_most_32(size: tuple[int, int, int], features: int) -> None:
+    assert probes.raw_pixels(torch.rand(2, *size)).shape == (2, features)
+
+
+def test_the_untrained_baseline_measures_its_statistics_and_leaves_the_model_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = 5 + 3 * torch.randn(64, 4)
+    twin = probes.untrained(model, [(images, torch.zeros(64))], CPU)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(twin[0].weight, model[0].weight)  # type: ignore[index, union-attr]
+    features = twin(images)
+    torch.testing.assert_close(features.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(features.std(0), torch.ones(8), atol=1e-3, rtol=0)

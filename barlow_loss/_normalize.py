@@ -123,7 +123,7 @@ def _compute_dtype(z: Tensor) -> torch.dtype:
 
 
 def _add_product(base: Tensor, x: Tensor, factor: Tensor, buffer: Tensor) -> Tensor:
-    """The sum base + x·factor, the factor per channel; written into the buffer unless autograd or a compiler records."""
+    """The sum base + x·factor, the factor per channel; written into the buffer unless something records the graph."""
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
     return torch.addcmul(base, x, _per_channel(factor, x), out=None if recorded else buffer)
 

@@ -110,6 +110,5 @@ def test_every_setting_that_differs_is_named() -> None:
     checkpoint.check_settings(Path("c.pt"), saved, dict(saved))
     with pytest.raises(UsageError) as error:
         checkpoint.check_settings(Path("c.pt"), saved, {"arch": "resnet50", "projector": "64-64", "seed": 1})
-    assert str(error.value) == (
-        "--resume c.pt: arch was resnet18 and is now resnet50; seed was 0 and is now 1. Give the same, or begin a new run"
-    )
+    differences = "arch was resnet18 and is now resnet50; seed was 0 and is now 1"
+    assert str(error.value) == f"--resume c.pt: {differences}. Give the same, or begin a new run"

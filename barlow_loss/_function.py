@@ -49,7 +49,7 @@ def _forward(z1: Tensor, z2: Tensor, eps: float, plan: Plan) -> tuple[Tensor, ..
     ops = resolve(plan.backend)
     n, compute = z1.shape[0], plan.compute_dtype
     rows = sample_index(n, z1.device)
-    pivot = pivot_of(torch.stack([z1[rows], z2[rows]]), compute)
+    pivot = pivot_of(torch.stack([z.index_select(0, rows) for z in (z1, z2)]), compute)
     x, s1, s2 = ops.centre(z1, z2, pivot)
     moments = moments_from_sums(n, pivot, s1, s2)
     rho = reciprocal_std(moments, eps) * n**-0.5

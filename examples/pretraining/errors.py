@@ -1,0 +1,37 @@
+"""Failures that are told in one line."""
+
+import importlib
+from types import ModuleType
+
+
+class UsageError(Exception):
+    """Something the user can mend: a flag, a folder, a missing package. The program prints it and exits with 2."""
+
+    exit_code = 2
+
+
+class Aborted(UsageError):
+    """A run that had started and cannot go on. The program prints it and exits with 1."""
+
+    exit_code = 1
+
+
+class Interrupted(UsageError):
+    """Ctrl-C. The program prints it and exits with 130, as shells expect."""
+
+    exit_code = 130
+
+
+def require(module: str, reason: str) -> ModuleType:
+    """Import an optional package, or say how to install it.
+
+    A torchvision built for another torch fails with RuntimeError, not ImportError.
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:
+        package = module.partition(".")[0]
+        cause = str(error).partition("\n")[0]
+        raise UsageError(
+            f"{reason} needs {package}, which cannot be imported ({cause}): pip install 'barlow-loss[examples]'"
+        ) from None

@@ -23,7 +23,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Settings, e.g. 'make demo PYTHON=python3.12 DEMO_FLAGS=\"--seed 1\"': PYTHON DEMO_FLAGS TEST_FLAGS BENCH_FLAGS WORKERS"
 
-demo: $(VENV)/.has-examples  ## pretrain on scikit-learn's digits and show what was learned (about two minutes)
+demo: $(VENV)/.has-examples  ## pretrain on scikit-learn's digits and show what was learned (about a minute)
 	$(RUN) examples/imagenet_pretrain.py $(DEMO_FLAGS)
 
 test: $(VENV)/.has-test  ## run all tests

@@ -148,7 +148,8 @@ def _threads(records: list[Record]) -> str:
 
 
 def _ms(seconds: Record) -> str:
-    return f"{1e3 * seconds['median']:.3g}"
+    milliseconds = 1e3 * seconds["median"]
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
 def _times(ratio: Record) -> str:

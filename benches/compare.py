@@ -19,6 +19,7 @@ everything else were free. Our Gram matrices use their symmetry, so that the ste
     python benches/compare.py                      the whole grid, 1 and 2 threads (about 40 minutes)
     python benches/compare.py --quick              without the two slowest cells, three rounds (under ten minutes)
     python benches/compare.py --grid 256x8192 --threads 1 --rounds 9
+    python benches/compare.py --grid 64x2048 --no-growth --update      measures a cell anew, keeps the others
 """
 
 from __future__ import annotations
@@ -197,6 +198,18 @@ def memory(cell: Cell, names: list[str], *, resident: bool) -> dict[str, Any]:
     }
 
 
+def updated(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The records of ``old``, each replaced by the one of ``new`` for the same cell and threads."""
+    if old["environment"] != new["environment"]:
+        raise SystemExit("--update: the old figures belong to another machine or other versions; measure all cells")
+
+    def merged(field: str) -> list[Any]:
+        found = {(r["n"], str(r["d"]), r.get("threads")): r for r in new[field]}
+        return [found.get((r["n"], str(r["d"]), r.get("threads")), r) for r in old[field]]
+
+    return {"environment": new["environment"]} | {field: merged(field) for field in ("cells", "growth", "memory")}
+
+
 def environment() -> dict[str, Any]:
     """The machine and the versions that the figures belong to."""
     versions = {"barlow-loss": barlow_loss.__version__, "torch": torch.__version__, "lightly": _version("lightly")}
@@ -237,6 +250,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-growth", dest="growth", action="store_const", const=None)
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--quick", action="store_true", help="three rounds, without the cells that take seconds a step")
+    parser.add_argument("--update", action="store_true", help="keep what NAME.json says of other cells, and its growth")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for NAME.json and NAME.md")
     parser.add_argument("--name", help="default: compare, or quick")
     arguments = parser.parse_args()
@@ -265,6 +279,8 @@ def main() -> None:
         torch.compiler.reset()
         results["memory"] = [memory(c, arguments.contenders, resident=not arguments.quick) for c in arguments.grid]
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.update:
+        results = updated(json.loads((arguments.out / f"{arguments.name}.json").read_text()), results)
     (arguments.out / f"{arguments.name}.json").write_text(json.dumps(results, indent=2) + "\n")
     text = table.markdown(results)
     (arguments.out / f"{arguments.name}.md").write_text(text)

@@ -172,6 +172,13 @@ class TestExport:
         exported = torch.export.export(module, (z1, z2))
         assert_near(exported.module()(z1, z2), module(z1, z2), 1e-6 * float(module(z1, z2)))
 
+    def test_exported_loss_refuses_a_gradient_aloud(self, algorithm):
+        z1, z2 = Batch(12, 30, 1, "trained").views(torch.float32)
+        exported = torch.export.export(BarlowTwinsLoss(algorithm=algorithm), (z1, z2))
+        loss = exported.module()(z1.requires_grad_(), z2)
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            loss.backward()
+
     def test_with_a_dynamic_batch(self, algorithm):
         z1, z2 = Batch(12, 30, 1, "trained").views(torch.float32)
         batch = torch.export.Dim("batch", min=2, max=1024)

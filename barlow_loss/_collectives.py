@@ -1,33 +1,174 @@
-"""The only file that knows torch.distributed."""
+"""The only file that knows torch.distributed: whose rows form one batch, sums over them, and their exchange."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["require_one_process", "world_size"]
+__all__ = [
+    "ALONE",
+    "Group",
+    "Shards",
+    "all_max",
+    "all_sum",
+    "all_sum_matrix",
+    "assert_equal_on_all_ranks",
+    "gather_integers",
+    "gather_rows",
+    "gather_texts",
+    "group_of",
+]
 
 
-def world_size(process_group: ProcessGroup | None = None) -> int:
-    """Number of processes in ``process_group`` (default: the world); 1 where torch.distributed is not initialised."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1
-    return dist.get_world_size(process_group)
+class Group(NamedTuple):
+    """The processes whose rows form one batch."""
+
+    size: int
+    handle: ProcessGroup | None
 
 
-def require_one_process(process_group: ProcessGroup | None, *, caller: str, remedy: str) -> None:
-    """Refuse to return a local result where a global one was asked for.
+ALONE = Group(1, None)
+
+
+class Shards(NamedTuple):
+    """A batch, by rows per rank."""
+
+    group: Group
+    counts: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """N, the rows of the global batch."""
+        return sum(self.counts)
+
+
+def group_of(caller: str, process_group: Any, synchronize: bool = True) -> Group:
+    """The group to synchronise over: this process alone unless torch.distributed runs more than one in it.
 
     Raises:
-        NotImplementedError: the group has more than one process.
+        TypeError: ``process_group`` is no process group.
+        ValueError: this process is not one of the group.
     """
-    size = world_size(process_group)
-    if size > 1:
-        raise NotImplementedError(
-            f"{caller}: expected one process, got a process group of world size {size}; statistics over several "
-            f"processes are not implemented in this version. {remedy}"
+    if not dist.is_available():
+        return ALONE
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        _refuse(caller, process_group)
+    if not (synchronize and dist.is_initialized()):
+        return ALONE
+    size = dist.get_world_size(process_group)
+    return Group(size, process_group) if size > 1 else ALONE
+
+
+def _refuse(caller: str, process_group: Any) -> NoReturn:
+    if isinstance(process_group, int):  # GroupMember.NON_GROUP_MEMBER
+        raise ValueError(
+            f"{caller}: expected a process_group that this process belongs to; it is not among the ranks that "
+            "torch.distributed.new_group was given. Call it on the group's own processes only, each with its group."
         )
+    raise TypeError(
+        f"{caller}: expected process_group to be a torch.distributed.ProcessGroup, got "
+        f"{type(process_group).__name__}. Use torch.distributed.new_group(ranks), or mesh.get_group() of a DeviceMesh."
+    )
+
+
+def all_sum(group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Σ over the ranks of several tensors of one dtype, in one collective; differentiable where gradients are recorded.
+
+    Alone, the tensors themselves.
+    """
+    if group.size == 1:
+        return tensors
+    packed = torch.cat([tensor.flatten() for tensor in tensors])
+    if torch.is_grad_enabled() and packed.requires_grad:
+        packed = _Sum.apply(packed, group)
+    else:
+        dist.all_reduce(packed, group=group.handle)
+    parts = torch.split(packed, [tensor.numel() for tensor in tensors])
+    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
+
+
+class _Sum(torch.autograd.Function):
+    """y = Σ_r x_r on every rank, so ∂/∂x_r is the sum over the ranks of their ∂/∂y."""
+
+    @staticmethod
+    def forward(x: Tensor, group: Group) -> Tensor:
+        y = x.clone()
+        dist.all_reduce(y, group=group.handle)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_sum(ctx.group, grads[0])[0], None
+
+
+def all_sum_matrix(group: Group, matrix: Tensor) -> Tensor:
+    """Σ over the ranks of a large tensor, over the tensor itself where it can; added in float32 at least."""
+    if group.size == 1:
+        return matrix
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    dist.all_reduce(wide, group=group.handle)
+    return wide.to(matrix.dtype)
+
+
+def all_max(group: Group, tensor: Tensor) -> Tensor:
+    """The largest over the ranks, elementwise."""
+    if group.size == 1:
+        return tensor
+    largest = tensor.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group.handle)
+    return largest
+
+
+def gather_rows(shards: Shards, rows: Tensor) -> Tensor:
+    """All ranks' rows in the order of the ranks: (n, D) of each to (N, D) on every one.
+
+    The collective takes equal shapes only, so shorter shards are filled up on the way.
+    """
+    group, counts = shards
+    if group.size == 1:
+        return rows
+    most = max(counts)
+    even = min(counts) == most
+    filled = rows if even else torch.nn.functional.pad(rows, (0, 0, 0, most - rows.shape[0]))
+    parts = rows.new_empty((group.size, most, rows.shape[1]))
+    dist.all_gather(list(parts.unbind()), filled.contiguous(), group=group.handle)
+    return parts.flatten(0, 1) if even else torch.cat([p[:n] for p, n in zip(parts.unbind(), counts, strict=True)])
+
+
+def gather_integers(group: Group, values: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Every rank's integers, in the order of the ranks; waits for them."""
+    own = torch.tensor(values, dtype=torch.int64, device=_device_of_small_things(group))
+    every = own.new_empty((group.size, len(values)))
+    dist.all_gather(list(every.unbind()), own, group=group.handle)
+    return [tuple(row) for row in cast("list[list[int]]", every.tolist())]  # pyright: ignore[reportUnknownMemberType]
+
+
+def gather_texts(group: Group, text: str) -> list[str]:
+    """Every rank's text, in the order of the ranks; for errors, so speed is nothing."""
+    texts: list[Any] = [None] * group.size
+    dist.all_gather_object(texts, text, group=group.handle)
+    return texts
+
+
+def _device_of_small_things(group: Group) -> torch.device:
+    """The CPU where the group has a backend for it: a collective there makes no accelerator wait."""
+    if "cpu" in dist.get_backend_config(group.handle) or dist.get_backend(group.handle) in ("gloo", "mpi"):
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def assert_equal_on_all_ranks(group: Group, number: int, device: torch.device, message: str) -> None:
+    """The same verdict on every rank, W Σ n² = (Σ n)², reached on the device; where it fails, all of them raise."""
+    sums = torch.tensor([number, number * number], dtype=torch.int64, device=device)
+    dist.all_reduce(sums, group=group.handle)
+    torch._assert_async(group.size * sums[1] == sums[0].square(), message)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

@@ -15,19 +15,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from barlow_loss._backends import Primitives
+    from barlow_loss._collectives import Shards
 
-__all__ = ["coefficients", "product", "value"]
+__all__ = ["coefficients", "off_diagonal", "product", "value"]
 
 
-def value(ops: Primitives, u1: Tensor, u2: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Σ_{i≠j} C_ij², and the matrices that the gradient needs: K1, K2.
+def value(
+    ops: Primitives, shards: Shards, u: Tensor, diagonal: Tensor, needed: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """C_ii, Σ_{i≠j} C_ij², and the matrices that the gradient needs: K1, K2."""
+    k1, k2 = ops.gram(u[0]), ops.gram(u[1])
+    return diagonal, off_diagonal(ops.frobenius(k1, k2), diagonal), (k1, k2)
 
-    The subtraction can end below 0 by rounding where nothing is left off the diagonal. The reported sum is clamped;
-    the gradient is not.
-    """
-    k1, k2 = ops.gram(u1), ops.gram(u2)
-    off_diagonal = ops.frobenius(k1, k2) - c.square().sum()
-    return off_diagonal.clamp_min(0), (k1, k2)
+
+def off_diagonal(squared_norm: Tensor, c: Tensor) -> Tensor:
+    """‖C‖² − Σ_i C_ii². Below 0 only by rounding, where nothing is left; the gradient knows nothing of the clamp."""
+    return (squared_norm - c.square().sum()).clamp_min(0)
 
 
 def product(view: int, u1: Tensor, u2: Tensor, k1: Tensor, k2: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor | None]:

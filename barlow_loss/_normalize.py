@@ -4,32 +4,38 @@ Per channel, over its n values, with v the biased variance:
 
     ẑ = (z − μ)·r,   r = 1/√(v + ε),   y = w·ẑ + b
 
-With g = ∂L/∂y and means over the n values,
+With g = ∂L/∂y, L summed over the processes that share the batch, and means over the n values of all of them,
 
     ∂L/∂b = Σ g,   ∂L/∂w = Σ g·ẑ,   ∂L/∂z = w·r·(g − mean(g) − ẑ·mean(g·ẑ))
 
 ẑ is not saved: x = z − pivot loses nothing, so ẑ = (x − offset)·r, offset = μ − pivot, comes back from z, which the
 layer before keeps anyhow, and vectors. y and ∂L/∂z are then affine maps with one coefficient per channel for each term.
+Over several processes Σ g and Σ g·ẑ for ∂L/∂z are sums over the ranks, while ∂L/∂w and ∂L/∂b stay this rank's part,
+which the training wrapper adds up as it does with every parameter's gradient.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from barlow_loss._collectives import Group, all_sum
 from barlow_loss._plan import autocast_disabled, vector_dtype
-from barlow_loss._statistics import Moments, moments_from_sums, pivot_of, reciprocal_std, sample_index
+from barlow_loss._statistics import Moments, combine, moments_from_sums, pivot_of, reciprocal_std, sample_index
 
 __all__ = ["normalize", "normalize_with", "values_per_channel"]
 
 
-def normalize(z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
-    """w·ẑ + b in the dtype of z, with the statistics of the batch; and those statistics, not differentiable."""
+def normalize(
+    z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Group
+) -> tuple[Tensor, Moments]:
+    """w·ẑ + b in the dtype of z, with the statistics of the group's batch; and those statistics, not differentiable."""
     with autocast_disabled(z.device.type):
-        y, *vectors = _BatchNormalize.apply(z, weight, bias, eps)
-    return y, Moments(values_per_channel(z), *vectors)
+        y, *statistics = _BatchNormalize.apply(z, weight, bias, eps, group)
+    return y, _moments(z, statistics)
 
 
 def normalize_with(given: Moments, z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -43,64 +49,69 @@ def normalize_with(given: Moments, z: Tensor, weight: Tensor | None, bias: Tenso
 
 def values_per_channel(z: Tensor) -> int:
     """The n of the equations."""
-    return z.numel() // z.shape[1]
+    return z.shape[0] * math.prod(z.shape[2:])
 
 
 class _BatchNormalize(torch.autograd.Function):
     @staticmethod
-    def forward(
-        z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, batch = _centre(z)
+    def forward(z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Group) -> tuple[Tensor, ...]:
+        x, pivot, batch = _centre(z, group)
         scale = _scaled(reciprocal_std(batch, eps), weight)
-        shift = -scale * batch.offset
+        shift = -scale * batch.offset_from(pivot)
         if bias is not None:
             shift = shift + bias
         y = _add_product(_per_channel(shift, x), x, scale, buffer=x)
         # Compiled by torch 2.11, an output of out= or of a .to() without effect loses its gradient without a word.
-        return y if y.dtype == z.dtype else y.to(z.dtype), batch.pivot, batch.offset, batch.m2
+        count = (batch.n,) if isinstance(batch.n, Tensor) else ()
+        return y if y.dtype == z.dtype else y.to(z.dtype), batch.pivot, batch.offset, batch.m2, *count
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        z, weight, bias, ctx.eps = inputs
-        _, *vectors = output
-        ctx.mark_non_differentiable(*vectors)
+        z, weight, bias, ctx.eps, ctx.group = inputs
+        _, *statistics = output
+        ctx.mark_non_differentiable(*statistics)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(z, weight, *vectors)
+        ctx.save_for_backward(z, weight, *statistics)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        z, weight, *vectors = ctx.saved_tensors
+        z, weight, *statistics = ctx.saved_tensors
         if torch.is_grad_enabled():
             # create_graph=True: the second derivative needs the statistics as functions of z.
-            x, batch = _centre(z)
+            x, pivot, batch = _centre(z, ctx.group)
         else:
-            batch = Moments(values_per_channel(z), *vectors)
-            x = z - _per_channel(batch.pivot, z)
-        r, offset = reciprocal_std(batch, ctx.eps), batch.offset
+            batch = _moments(z, statistics)
+            pivot = batch.pivot
+            x = z - _per_channel(pivot, z)
+        r, offset = reciprocal_std(batch, ctx.eps), batch.offset_from(pivot)
         g = grad_outputs[0].to(x.dtype)
         sum_g = _sum(g).to(r.dtype)
         sum_gz = (_sum(g * x).to(r.dtype) - offset * sum_g) * r  # Σ g·ẑ
         grad_z = None
         if ctx.needs_input_grad[0]:
+            all_g, all_gz = all_sum(ctx.group, sum_g, sum_gz)
             of_g = _scaled(r, weight)
-            of_x = -of_g * r * sum_gz / batch.n
-            rest = -of_g * sum_g / batch.n - of_x * offset
+            of_x = -of_g * r * all_gz / batch.n
+            rest = -of_g * all_g / batch.n - of_x * offset
             grad_z = _add_product(_per_channel(rest, x), x, of_x, buffer=x)
             grad_z = _add_product(grad_z, g, of_g, buffer=x).to(z.dtype)
         grad_weight = None if weight is None else sum_gz.to(weight.dtype)
         grad_bias = None if ctx.bias_dtype is None else sum_g.to(ctx.bias_dtype)
-        return grad_z, grad_weight, grad_bias, None
+        return grad_z, grad_weight, grad_bias, None, None
 
 
-def _centre(z: Tensor) -> tuple[Tensor, Moments]:
-    """The batch relative to its pivot, x = z − pivot, and the moments of the batch.
+def _moments(z: Tensor, statistics: list[Tensor]) -> Moments:
+    """From the vectors that the operation returns, and n: returned too where other processes add to it."""
+    pivot, offset, m2, *count = statistics
+    return Moments(count[0] if count else values_per_channel(z), pivot, offset, m2)
 
-    The moments are those of this process's shard: here is where several processes would combine theirs.
-    """
+
+def _centre(z: Tensor, group: Group) -> tuple[Tensor, Tensor, Moments]:
+    """This process's values relative to their own pivot, x = z − pivot, that pivot, and the moments of the batch."""
     pivot = pivot_of(_spread_rows(z.detach()), _compute_dtype(z))
     x = z - _per_channel(pivot, z)  # promotes a 16-bit z
-    return x, moments_from_sums(values_per_channel(z), pivot, _sum(x), _sum(x * x))
+    shard = moments_from_sums(values_per_channel(z), pivot, _sum(x), _sum(x * x))
+    return x, shard.pivot, combine(shard, group)
 
 
 def _spread_rows(z: Tensor) -> Tensor:

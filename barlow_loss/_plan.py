@@ -38,11 +38,20 @@ class Plan(NamedTuple):
     algorithm: str  # "primal" or "dual"
     backend: str  # "eager"
     compute_dtype: torch.dtype  # elementwise work, the diagonal, the returned loss
-    matmul_dtype: torch.dtype  # operands of the matrix products
+    matmul_dtype: torch.dtype  # operands of the matrix products, and what is gathered over processes
+    grad_reduction: str = "mean"  # or "sum"
 
 
 def make_plan(
-    *, algorithm: str, backend: str, n: int, d: int, dtype: torch.dtype, device_type: str, autocast: bool
+    *,
+    algorithm: str,
+    backend: str,
+    n: int,
+    d: int,
+    dtype: torch.dtype,
+    device_type: str,
+    autocast: bool,
+    grad_reduction: str = "mean",
 ) -> Plan:
     """Resolve every "auto". An explicit choice is kept as it is, or raises where it cannot be served.
 
@@ -54,12 +63,14 @@ def make_plan(
         dtype: dtype of the views.
         device_type: such as "cpu" or "cuda".
         autocast: whether the caller runs under autocast on that device.
+        grad_reduction: "mean" or "sum", kept as it is.
     """
     return Plan(
         _choose_algorithm(algorithm, n, d),
         _choose_backend(backend),
         _compute_dtype(dtype),
         _matmul_dtype(dtype, d, device_type, autocast),
+        grad_reduction,
     )
 
 
@@ -68,6 +79,10 @@ def _choose_algorithm(algorithm: str, n: int, d: int) -> str:
 
     The FLOPs of the two cross at N ≈ 0.75 D (6 N D² against 8 N² D), but the dual subtracts the diagonal from ‖C‖²,
     and the condition number of that subtraction is bounded by 2 only up to N ≈ D/2 (equal diagonal).
+
+    Over W processes of n = N/W rows the rule decides by bytes as well: a rank sends and receives 2 N D elements for the
+    dual and 2 D² for the primal (each times (W − 1)/W), and computes 8 n N D against 6 n D² FLOPs. For N ≤ D/2 the dual
+    has less of both at any W.
     """
     if algorithm != "auto":
         return algorithm

@@ -18,11 +18,11 @@ _POOL_OR_FLATTEN = (
 
 
 def check_views(caller: str, *views: Any) -> tuple[Tensor, Tensor]:
-    """Two (N, D) floating tensors of one shape, dtype and device, N ≥ 2, D ≥ 1.
+    """Two (N, D) floating tensors of one shape, dtype and device, D ≥ 1. How many rows are enough, all ranks know.
 
     Raises:
         TypeError: not tensors, not floating, sparse, or of different dtypes.
-        ValueError: wrong number of views, wrong or different shapes, different devices, N < 2 or D = 0.
+        ValueError: wrong number of views, wrong or different shapes, different devices or D = 0.
     """
     if len(views) != 2:
         raise ValueError(
@@ -52,11 +52,6 @@ def check_views(caller: str, *views: Any) -> tuple[Tensor, Tensor]:
         )
     if z1.shape[1] == 0:
         raise ValueError(f"{caller}: expected D ≥ 1 features, {shapes}. Check the projector's output width.")
-    if z1.shape[0] < 2:
-        raise ValueError(
-            f"{caller}: expected N ≥ 2 samples in the batch, {shapes}. Statistics over the batch need at least two; "
-            "use a larger batch and drop_last=True in the data loader."
-        )
     return z1, z2
 
 

@@ -1,45 +1,61 @@
 """For looking, not for training: what the embeddings of two views say about agreement, redundancy and collapse.
 
-Nothing here is differentiable, and everything is about the rows it is given: no process asks another.
+Nothing here is differentiable. With several processes everything is about the batch of all, and all of them call.
 """
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from barlow_loss._collectives import Shards, all_sum_matrix, gather_rows, group_of
+from barlow_loss._header import Claims, agree, check_samples
 from barlow_loss._normalize import normalize
 from barlow_loss._plan import autocast_disabled, vector_dtype
 from barlow_loss._report import CollapseReport
 from barlow_loss._validation import check_eps, check_lambd, check_tensor, check_views
 from barlow_loss.loss import barlow_twins_loss
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = ["CollapseReport", "collapse_report", "cross_correlation", "effective_rank", "noise_floor"]
 
 
 @torch.no_grad()
-def cross_correlation(z1: Tensor, z2: Tensor, eps: float = 1e-5) -> Tensor:
+def cross_correlation(
+    z1: Tensor,
+    z2: Tensor,
+    eps: float = 1e-5,
+    process_group: ProcessGroup | None = None,
+    *,
+    synchronize: bool = True,
+) -> Tensor:
     r"""The cross-correlation matrix of two views: C = ẑ1ᵀ ẑ2 / N with ẑ = (z − μ)/√(v + ε), v the biased variance.
 
     The matrix that the loss draws to the identity, for looking at. It costs 2 N D² FLOPs and D² numbers, which the
     loss itself avoids where N ≤ D/2.
 
     Args:
-        z1: the first view's embeddings, (N, D) with N ≥ 2, any floating dtype.
+        z1: the first view's embeddings of this process, (n, D), any floating dtype; N ≥ 2 rows on all processes.
         z2: the second view's embeddings, the same shape, dtype and device.
         eps: added to the variance inside the root, ≥ 0.
+        process_group: the processes whose shards form one batch (default: the world, where torch.distributed is
+            initialised). All of them call the function.
+        synchronize: False takes this process's rows alone.
 
     Returns:
-        C, (D, D), every entry in [−1, 1]: float64 for float64 views, else float32, under autocast too.
-        It carries no gradient.
+        C of the global batch, (D, D), every entry in [−1, 1]: float64 for float64 views, else float32, under autocast
+        too; the same bits on every process. It carries no gradient.
 
     Raises:
         TypeError: views that are not floating tensors of one dtype, or ``eps`` that is not a number.
-        ValueError: views of different or wrong shapes or devices, N < 2, D = 0, or a negative ``eps``.
+        ValueError: views of different or wrong shapes or devices, N < 2, D = 0, a negative ``eps``, or arguments that
+            differ among the processes. Every process raises it.
 
     Example:
         >>> z = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
@@ -49,12 +65,11 @@ def cross_correlation(z1: Tensor, z2: Tensor, eps: float = 1e-5) -> Tensor:
 
     Source: Zbontar et al. (2021), arXiv 2103.03230, equation 2.
     """
-    z1, z2 = check_views("cross_correlation", z1, z2)
-    check_eps("cross_correlation", eps)
+    shards = _agreed("cross_correlation", z1, z2, process_group, synchronize, eps=eps)
     wide = torch.promote_types(z1.dtype, torch.float32)
     with autocast_disabled(z1.device.type):
-        standardized = [normalize(z.to(wide), None, None, eps)[0] for z in (z1, z2)]
-        return standardized[0].T @ standardized[1] / z1.shape[0]
+        standardized = [normalize(z.to(wide), None, None, eps, shards.group)[0] for z in (z1, z2)]
+        return all_sum_matrix(shards.group, standardized[0].T @ standardized[1]) / shards.total
 
 
 def noise_floor(n: int, d: int) -> float:
@@ -141,25 +156,37 @@ def effective_rank(z: Tensor, *, center: bool = False) -> float:
 
 
 @torch.no_grad()
-def collapse_report(z1: Tensor, z2: Tensor, *, lambd: float = 0.0051, eps: float = 1e-5) -> CollapseReport:
+def collapse_report(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    lambd: float = 0.0051,
+    eps: float = 1e-5,
+    process_group: ProcessGroup | None = None,
+    synchronize: bool = True,
+) -> CollapseReport:
     """Measure agreement, redundancy and collapse of two views' embeddings; print the result for a table.
 
-    Computed in float64 from the rows given, without communication, so one process alone may call it. Time and memory
-    are linear in D for D > N, cubic in min(N, D) for the rank. It waits for the device: call it now and then, not in
+    Computed in float64. Time and memory are linear in D for D > N, cubic in min(N, D) for the rank. Several processes
+    gather the rows of all, and each measures the global batch. It waits for the device: call it now and then, not in
     every step.
 
     Args:
-        z1: the first view's embeddings, (N, D) with N ≥ 2, any floating dtype.
+        z1: the first view's embeddings of this process, (n, D), any floating dtype; N ≥ 2 rows on all processes.
         z2: the second view's embeddings, the same shape, dtype and device.
         lambd: λ of the loss, ≥ 0.
         eps: ε of the loss, ≥ 0.
+        process_group: the processes whose shards form one batch (default: the world, where torch.distributed is
+            initialised). All of them call the function.
+        synchronize: False reports on this process's rows alone; then one process may call it and the others not.
 
     Returns:
-        A :class:`CollapseReport` of plain numbers.
+        A :class:`CollapseReport` of plain numbers, the same on every process.
 
     Raises:
         TypeError: views that are not floating tensors of one dtype, or a setting of the wrong type.
-        ValueError: views of different or wrong shapes or devices, N < 2, D = 0, or a negative setting.
+        ValueError: views of different or wrong shapes or devices, N < 2, D = 0, a negative setting, or arguments that
+            differ among the processes. Every process raises it.
 
     Example:
         >>> z = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
@@ -172,9 +199,8 @@ def collapse_report(z1: Tensor, z2: Tensor, *, lambd: float = 0.0051, eps: float
     Source: the loss of Zbontar et al. (2021), arXiv 2103.03230; RankMe of Garrido et al. (2023), arXiv 2210.02885;
     alignment of Wang & Isola (2020), arXiv 2005.10242, with α = 2.
     """
-    z1, z2 = check_views("collapse_report", z1, z2)
-    check_lambd("collapse_report", lambd)
-    check_eps("collapse_report", eps)
+    shards = _agreed("collapse_report", z1, z2, process_group, synchronize, eps=eps, lambd=lambd)
+    z1, z2 = gather_rows(shards, z1), gather_rows(shards, z2)
     n, d = z1.shape
     wide = [z.to(vector_dtype(z.device)) for z in (z1, z2)]
     means = torch.stack([z.mean(dim=0) for z in wide])
@@ -206,6 +232,22 @@ def collapse_report(z1: Tensor, z2: Tensor, *, lambd: float = 0.0051, eps: float
         effective_rank_2=effective_rank(wide[1], center=True),
         alignment=_alignment(wide[0], wide[1]),
     )
+
+
+def _agreed(
+    caller: str, z1: Tensor, z2: Tensor, process_group: ProcessGroup | None, synchronize: bool, **settings: float
+) -> Shards:
+    """Check views and settings, on every process of the group."""
+
+    def check() -> tuple[int, Claims]:
+        check_views(caller, z1, z2)
+        check_eps(caller, settings["eps"])
+        check_lambd(caller, settings.get("lambd", 0.0))
+        return z1.shape[0], {"D": z1.shape[1], "dtype": z1.dtype, "device": z1.device.type, **settings}
+
+    shards = agree(caller, group_of(caller, process_group, synchronize), z1, check)
+    check_samples(caller, z1, shards)
+    return shards
 
 
 def _std_quantiles(stds: Tensor) -> dict[str, float]:

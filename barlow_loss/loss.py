@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from barlow_loss._collectives import require_one_process
+from barlow_loss._collectives import group_of
 from barlow_loss._function import correlation_sums
+from barlow_loss._header import Claims, agree, check_samples
 from barlow_loss._plan import ALGORITHMS, BACKENDS, Algorithm, Backend, autocast_enabled, make_plan
 from barlow_loss._validation import check_choice, check_eps, check_lambd, check_views
 
@@ -136,24 +137,38 @@ def barlow_twins_loss(
         arXiv 2103.03230, equations 1 and 2. The Frobenius identity of the dual: Tsai et al., arXiv 2104.13712,
         equation 4.
     """
-    z1, z2 = check_views("barlow_twins_loss", *views)
-    _check_settings("barlow_twins_loss", lambd, eps, algorithm, backend, grad_reduction)
-    if synchronize:
-        require_one_process(
-            process_group, caller="barlow_twins_loss", remedy="Pass synchronize=False for the loss of the local batch."
-        )
-    n, d = z1.shape
-    device_type = z1.device.type
+    caller = "barlow_twins_loss"
+    group = group_of(caller, process_group, synchronize)
+
+    def check() -> tuple[int, Claims]:
+        z1, z2 = check_views(caller, *views)
+        _check_settings(caller, lambd, eps, algorithm, backend, grad_reduction)
+        return z1.shape[0], {
+            "D": z1.shape[1],
+            "dtype": z1.dtype,
+            "device": z1.device.type,
+            "autocast": autocast_enabled(z1.device.type),
+            "views that need gradients": [torch.is_grad_enabled() and z.requires_grad for z in (z1, z2)],
+            "eps": eps,
+            "algorithm": algorithm,
+            "backend": backend,
+            "grad_reduction": grad_reduction,
+        }
+
+    shards = agree(caller, group, views[0] if views else None, check)
+    z1, z2 = views
+    check_samples(caller, z1, shards)
     plan = make_plan(
         algorithm=algorithm,
         backend=backend,
-        n=n,
-        d=d,
+        n=shards.total,
+        d=z1.shape[1],
         dtype=z1.dtype,
-        device_type=device_type,
-        autocast=autocast_enabled(device_type),
+        device_type=z1.device.type,
+        autocast=autocast_enabled(z1.device.type),
+        grad_reduction=grad_reduction,
     )
-    on_diagonal, off_diagonal = correlation_sums(z1, z2, eps, plan)
+    on_diagonal, off_diagonal = correlation_sums(z1, z2, eps, plan, shards)
     weight = lambd.to(off_diagonal) if isinstance(lambd, torch.Tensor) else lambd
     loss = on_diagonal + weight * off_diagonal
     return BarlowTwinsTerms(loss, on_diagonal, off_diagonal) if return_terms else loss

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from barlow_loss._collectives import require_one_process
+from barlow_loss._collectives import ALONE, Group, group_of
+from barlow_loss._header import Claims, agree, can_wait, check_samples
 from barlow_loss._normalize import normalize, normalize_with, values_per_channel
 from barlow_loss._statistics import Moments
 from barlow_loss._validation import check_eps, check_tensor
@@ -22,28 +23,34 @@ if TYPE_CHECKING:
 __all__ = ["DistributedBatchNorm", "standardize"]
 
 
-def standardize(z: Tensor, eps: float = 1e-5, process_group: ProcessGroup | None = None) -> Tensor:
-    """Standardise each feature over the batch: ẑ = (z − μ)/√(v + ε), v the biased variance.
+def standardize(
+    z: Tensor, eps: float = 1e-5, process_group: ProcessGroup | None = None, *, synchronize: bool = True
+) -> Tensor:
+    """Standardise each feature over the global batch: ẑ = (z − μ)/√(v + ε), v the biased variance.
 
     The normalisation that the loss applies to its views: without parameters, without running statistics, the same
     in training and evaluation. Statistics are accurate at any mean that the input can represent (float32, mean 1e4,
     standard deviation 1e-2: gradients within 1e-5 of float64, where ``F.batch_norm`` is off by 7e-3).
-    Differentiable any number of times.
+    Differentiable any number of times. With several processes the gradient is that of the sum of the ranks' losses, as
+    with ``nn.SyncBatchNorm``; DDP's mean over the ranks makes it that of their mean.
 
     Args:
-        z: embeddings, (N, D) with N ≥ 2, any floating dtype and strides; not modified.
+        z: this process's embeddings, (n, D), any floating dtype and strides; not modified. The batch of all processes
+            has N ≥ 2 rows; shards may differ in length and be empty, except in a compiled graph.
         eps: added to the variance inside the root, ≥ 0. Features of variance far below it come out near 0.
-        process_group: the processes whose shards form one batch (default: the world). Several processes are not
-            implemented in this version.
+        process_group: the processes whose shards form one batch (default: the world, where torch.distributed is
+            initialised). All of them call the function.
+        synchronize: False takes the statistics of this process's rows alone.
 
     Returns:
-        ẑ, (N, D), in the dtype of ``z``; 16-bit inputs are computed in float32, with autocast or without. A feature
-        that holds a NaN, or whose variance overflows, is NaN throughout; a constant feature is exactly 0 (eps > 0).
+        ẑ of this process's rows, (n, D), in the dtype of ``z``; 16-bit inputs are computed in float32, with autocast or
+        without. A feature that holds a NaN, or whose variance overflows, is NaN throughout; a constant feature is
+        exactly 0 (eps > 0).
 
     Raises:
-        TypeError: ``z`` is not a floating tensor, or ``eps`` is not a number.
-        ValueError: ``z`` is not (N, D), N < 2, D = 0, or ``eps`` is negative.
-        NotImplementedError: the process group has more than one process.
+        TypeError: ``z`` is not a floating tensor, ``eps`` is not a number, or ``process_group`` is no process group.
+        ValueError: ``z`` is not (N, D), N < 2, D = 0, or ``eps`` is negative; D, dtype or ``eps`` differ among the
+            processes. Every process raises it, also where only one has the wrong argument.
 
     Example:
         >>> standardize(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), eps=0.5)
@@ -52,17 +59,22 @@ def standardize(z: Tensor, eps: float = 1e-5, process_group: ProcessGroup | None
 
     Source: Ioffe & Szegedy (2015), arXiv 1502.03167, algorithm 1, without γ and β; the ẑ of Zbontar et al. (2021).
     """
-    check_tensor("standardize", "z", z)
-    check_eps("standardize", eps)
-    if z.ndim != 2 or z.shape[0] < 2 or z.shape[1] < 1:
-        raise ValueError(
-            f"standardize: expected z of shape (N, D) with N ≥ 2 and D ≥ 1, got {tuple(z.shape)}. "
-            "Flatten or pool other shapes, for example z.flatten(1); statistics over the batch need two samples."
-        )
-    require_one_process(
-        process_group, caller="standardize", remedy="Pass a process_group that holds this process alone."
-    )
-    return normalize(z, None, None, eps)[0]
+    group = group_of("standardize", process_group, synchronize)
+
+    def check() -> tuple[int, Claims]:
+        check_tensor("standardize", "z", z)
+        check_eps("standardize", eps)
+        if z.ndim != 2 or z.shape[1] < 1:
+            raise ValueError(
+                f"standardize: expected z of shape (N, D) with D ≥ 1, got {tuple(z.shape)}. "
+                "Flatten or pool other shapes, for example z.flatten(1)."
+            )
+        needs_gradient = torch.is_grad_enabled() and z.requires_grad
+        return z.shape[0], {"D": z.shape[1], "dtype": z.dtype, "eps": eps, "z needs a gradient": needs_gradient}
+
+    shards = agree("standardize", group, z, check)
+    check_samples("standardize", z, shards)
+    return normalize(z, None, None, eps, group)[0]
 
 
 class DistributedBatchNorm(_BatchNorm):
@@ -72,7 +84,11 @@ class DistributedBatchNorm(_BatchNorm):
     statistics (unbiased variance) and behaviour in train() and eval(). Different: it takes every number of dimensions
     ≥ 2, its statistics are float64-accurate at large means, and it runs on CPU too.
 
-    In this version the group has one process; training with more raises NotImplementedError.
+    In training the statistics are those of all rows of the group, exactly, forward and backward, for shards of
+    different lengths and for empty ones; the running statistics have the same bits on every rank. It costs three
+    all-reduces of C, 2 C and 2 C float64 numbers, the last in backward. CPU tensors are preceded by a header, so that a
+    wrong input on one rank raises on all of them; accelerators are not made to wait for one, and there
+    ``nn.SyncBatchNorm``, which has fused kernels, does the same with statistics in the input's precision.
 
     Args:
         num_features: number of channels C.
@@ -80,18 +96,18 @@ class DistributedBatchNorm(_BatchNorm):
         momentum: weight of the new batch in the running statistics, in [0, 1]; None for the cumulative average.
         affine: learn a scale and a shift per channel.
         track_running_stats: keep running statistics for eval(); without, eval() too uses those of the batch.
-        process_group: the processes whose shards form one batch (default: the world).
+        process_group: the processes whose shards form one batch (default: the world, where torch.distributed is
+            initialised). All of them call the layer, equally often.
         device: of the parameters and buffers.
         dtype: of the parameters and buffers. It may be float32 while inputs have 16 bits.
 
     Shape:
         (N, C) or (N, C, *) → the same shape, memory format and dtype; float64 is computed in float64, everything else
-        in float32, with autocast or without. In training, each channel needs two values or more.
+        in float32, with autocast or without. In training, each channel of the global batch needs two values or more.
 
     Raises:
-        TypeError: the input is not floating.
+        TypeError: the input is not floating, or ``process_group`` is no process group.
         ValueError: the input has fewer than two dimensions or not C channels; in training, one value per channel.
-        NotImplementedError: training in a process group of several processes.
 
     Example:
         >>> norm = DistributedBatchNorm(3)
@@ -123,19 +139,17 @@ class DistributedBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that every nn module has
         """Normalise (N, C) or (N, C, *), with the statistics of the batch in training."""
-        self._check_input_dim(input)
-        given = self._given_statistics(input)
+        group = group_of("DistributedBatchNorm", self.process_group) if self.training else ALONE
+        values = self._values_per_channel(input, group)
+        given = self._given_statistics(input, values)
         if given is not None:
             return normalize_with(given, input, self.weight, self.bias, self.eps)
-        _check_several_values(input)
-        if self.training:
-            require_one_process(
-                self.process_group,
-                caller="DistributedBatchNorm",
-                remedy="Use nn.BatchNorm1d/2d/3d for statistics per process, nn.SyncBatchNorm on GPUs, or pass a "
-                "process_group that holds this process alone.",
+        if values is not None and values < 2:
+            raise ValueError(
+                f"DistributedBatchNorm: expected more than 1 value per channel when training, got input of shape "
+                f"{tuple(input.shape)}. Use a larger batch, drop_last=True in the data loader, or eval()."
             )
-        y, moments = normalize(input, self.weight, self.bias, self.eps)
+        y, moments = normalize(input, self.weight, self.bias, self.eps, group)
         if self.training and self.track_running_stats:
             self._track(moments)
         return y
@@ -187,6 +201,20 @@ class DistributedBatchNorm(_BatchNorm):
             setattr(new, name, getattr(old, name))
         return new.train(old.training)
 
+    def _values_per_channel(self, z: Any, group: Group) -> int | None:
+        """Check the input, and count the values per channel in the batch; None where that would mean waiting."""
+
+        def check() -> tuple[int, Claims]:
+            self._check_input_dim(z)
+            needs_gradient = torch.is_grad_enabled() and z.requires_grad
+            return values_per_channel(z), {"C": self.num_features, "dtype": z.dtype, "a gradient": needs_gradient}
+
+        on_accelerator = isinstance(z, torch.Tensor) and z.device.type != "cpu"
+        if group.size > 1 and (on_accelerator or not can_wait(z)):
+            check()
+            return None
+        return agree("DistributedBatchNorm", group, z, check).total
+
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         check_tensor("DistributedBatchNorm", "input", input)
         if input.ndim < 2 or input.shape[1] != self.num_features:
@@ -195,11 +223,11 @@ class DistributedBatchNorm(_BatchNorm):
                 f"got {tuple(input.shape)}. Channels come second; num_features is their number."
             )
 
-    def _given_statistics(self, z: Tensor) -> Moments | None:
+    def _given_statistics(self, z: Tensor, values: int | None) -> Moments | None:
         """Statistics that do not come from the batch: the running ones in eval(); none in training."""
         if not self.training and self.running_mean is not None and self.running_var is not None:
             return Moments(1, self.running_mean, torch.zeros_like(self.running_mean), self.running_var)
-        if z.numel() == 0:  # passes, and teaches nothing, as in nn.BatchNorm
+        if values == 0 or self.num_features == 0:  # passes, and teaches nothing, as in nn.BatchNorm
             zeros = z.new_zeros(self.num_features)
             return Moments(1, zeros, zeros, torch.ones_like(zeros))
         return None
@@ -213,14 +241,6 @@ class DistributedBatchNorm(_BatchNorm):
         for running, new in ((self.running_mean, batch.mean), (self.running_var, batch.m2 / (batch.n - 1))):
             weight = self.num_batches_tracked.reciprocal() if self.momentum is None else self.momentum
             running.lerp_(new.to(running.dtype), weight)
-
-
-def _check_several_values(z: Tensor) -> None:
-    if values_per_channel(z) < 2:
-        raise ValueError(
-            f"DistributedBatchNorm: expected more than 1 value per channel when training, got input of shape "
-            f"{tuple(z.shape)}. Use a larger batch, drop_last=True in the data loader, or eval()."
-        )
 
 
 def _check_convertible(layer: _BatchNorm) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from barlow_loss import reference
+from barlow_loss._collectives import ALONE, Shards
 from barlow_loss._function import correlation_sums
 from barlow_loss._plan import Plan
 
@@ -26,7 +27,8 @@ def _evaluate(loss_fn, z1, z2):
 
 
 def _float16(z1, z2, algorithm):
-    on_diagonal, off_diagonal = correlation_sums(z1, z2, EPS, Plan(algorithm, "eager", torch.float32, torch.float16))
+    plan = Plan(algorithm, "eager", torch.float32, torch.float16)
+    on_diagonal, off_diagonal = correlation_sums(z1, z2, EPS, plan, Shards(ALONE, (z1.shape[0],)))
     return on_diagonal + LAMBD * off_diagonal
 
 

@@ -19,9 +19,11 @@ LAYERS = [
     {"diagnostics"},
     {"loss", "normalization", "projector", "_report"},
     {"_function", "_normalize"},
-    {"_primal", "_dual"},
+    {"_primal", "_dual_sharded"},
+    {"_dual"},
     {"_backends"},
     {"_backends.eager"},
+    {"_header"},
     {"_statistics", "_validation"},
     {"_plan", "_collectives"},
 ]

@@ -15,6 +15,7 @@ CASE = {
     "dtype": torch.float32,
     "device_type": "cpu",
     "autocast": False,
+    "grad_reduction": "mean",
 }
 
 
@@ -97,6 +98,15 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 def test_precision(dtype, device_type, autocast, d, compute, products):
     chosen = plan(dtype=dtype, device_type=device_type, autocast=autocast, d=d)
     assert (chosen.compute_dtype, chosen.matmul_dtype) == (compute, products)
+
+
+def test_over_processes_the_dual_costs_less_of_everything_where_auto_takes_it():
+    """Per rank: FLOPs of the products, and elements sent by a ring all-gather of û against a ring all-reduce of C."""
+    for world_size in (2, 8, 1024):
+        for n, d in ((256, 8192), (2048, 8192), (4096, 8192), (1024, 2048)):
+            assert plan(n=n, d=d).algorithm == "dual"
+            assert 8 * (n / world_size) * n * d < 6 * (n / world_size) * d**2
+            assert 2 * n * d < 2 * d**2
 
 
 def test_the_plan_sees_no_data():

@@ -32,6 +32,14 @@ class Primitives(Protocol):
         """K = u uᵀ of one view: (N, D) to (N, N)."""
         ...
 
+    def gram_rows(self, u: Tensor, every: Tensor) -> Tensor:
+        """This rank's rows of K = U Uᵀ: (n, D), (N, D) to (n, N)."""
+        ...
+
+    def project(self, k: Tensor, every: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """P = K U from this rank's rows of K, and Σₙ u_own ∘ P: (n, N), (N, D), (n, D) to (n, D), (D,)."""
+        ...
+
     def correlate(self, u1: Tensor, u2: Tensor) -> Tensor:
         """C = u1ᵀ u2: (N, D), (N, D) to (D, D)."""
         ...
@@ -46,7 +54,7 @@ class Primitives(Protocol):
 
     def backproject(
         self,
-        factors: tuple[Tensor, Tensor],
+        factors: tuple[Tensor, ...],
         q: Tensor | None,
         own: Tensor,
         other: Tensor,
@@ -55,7 +63,7 @@ class Primitives(Protocol):
         gamma: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
-        """α P + β u_other − (α q + γ) u_own in ``dtype``, P the product of the factors, q = Σₙ u_own ∘ P if None."""
+        """α P + β u_other − (α q + γ) u_own in ``dtype``, P the product of the factors; q None: Σₙ u_own ∘ P."""
         ...
 
 

@@ -10,7 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["backproject", "centre", "correlate", "frobenius", "gram", "squared_sums", "standardize"]
+__all__ = [
+    "backproject",
+    "centre",
+    "correlate",
+    "frobenius",
+    "gram",
+    "gram_rows",
+    "project",
+    "squared_sums",
+    "standardize",
+]
 
 _BLOCK_ELEMENTS = 2**18
 _BLOCK_MIN_LENGTH = 512  # a matrix product over fewer rows or features loses more than the cache wins
@@ -97,6 +107,20 @@ def _gram_into(k: Tensor, u: Tensor) -> None:
     k[:half, half:] = k[half:, :half].T
 
 
+def gram_rows(u: Tensor, every: Tensor) -> Tensor:
+    return torch.mm(u, every.T)
+
+
+def project(k: Tensor, every: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    p = torch.mm(k, every)
+    column_dots = own.new_zeros(own.shape[1], dtype=torch.promote_types(own.dtype, torch.float32))
+    products = None
+    for block in _blocks(own):
+        products = _multiply(_wide(_matrix(own, block)), _wide(_matrix(p, block)), products)
+        _vector(column_dots, block).add_(products.sum(dim=0))
+    return p, column_dots
+
+
 def correlate(u1: Tensor, u2: Tensor) -> Tensor:
     return torch.mm(u1.T, u2)
 
@@ -114,8 +138,17 @@ def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
+def _product(factors: tuple[Tensor, ...], block: _Block, out: Tensor | None) -> Tensor:
+    """A block of the product, in float32 at least, not shared with the factors."""
+    if len(factors) == 1:
+        factor = _matrix(factors[0], block)
+        return _wide(factor).clone() if out is None else out.copy_(factor)
+    rows, features = block or (slice(None), slice(None))
+    return _wide(torch.mm(factors[0][rows], factors[1][:, features], out=out))
+
+
 def backproject(
-    factors: tuple[Tensor, Tensor],
+    factors: tuple[Tensor, ...],
     q: Tensor | None,
     own: Tensor,
     other: Tensor,
@@ -124,20 +157,18 @@ def backproject(
     gamma: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    left, right = factors
     gradient = torch.empty(own.shape, dtype=dtype, device=own.device)
-    in_place = dtype == left.dtype == alpha.dtype and not torch.compiler.is_compiling()
+    in_place = dtype == factors[0].dtype == alpha.dtype and not torch.compiler.is_compiling()
     products = None
     for block in _blocks(own, whole_columns=q is None):
-        rows, features = block or (slice(None), slice(None))
         target = _matrix(gradient, block)
-        p = _wide(torch.mm(left[rows], right[:, features], out=target if in_place else None))
+        p = _product(factors, block, target if in_place else None)
         u, weight = _wide(_matrix(own, block)), _vector(alpha, block)
         if q is None:
             products = _multiply(u, p, products)
             column_dot = products.sum(dim=0)
         else:
-            column_dot = _vector(q, block)
+            column_dot = _vector(q, block).to(weight.dtype)
         p.mul_(weight).addcmul_(_matrix(other, block), _vector(beta, block))
         of_own = torch.addcmul(_vector(gamma, block), weight, column_dot)
         torch.addcmul(p, u, of_own, value=-1, out=target)

@@ -1,0 +1,143 @@
+"""The header: before the first sum of a call, every rank learns what the others were given.
+
+What is wrong on one rank then raises the same error on all of them, in milliseconds. Without it gloo aborts one process
+and shows the others a closed connection, and a rank that catches its error and lives on keeps them waiting for minutes.
+The header is three integers per rank; the texts are exchanged only where there is something to say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from barlow_loss._collectives import Group, Shards, assert_equal_on_all_ranks, gather_integers, gather_texts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+__all__ = ["Claims", "agree", "can_wait", "check_samples"]
+
+Claims = dict[str, Any]  # by name, what every rank must have alike
+
+# A number of the header names an error's type; the last that fits, since a NotImplementedError is a RuntimeError too.
+_ERRORS: tuple[type[Exception], ...] = (RuntimeError, TypeError, ValueError, NotImplementedError)
+_MOST_LISTED = 8
+_UNEVEN = (
+    "expected as many rows on every rank under torch.compile and in a CUDA graph. Use drop_last=True in the data "
+    "loader, or eager mode, which takes shards of any sizes."
+)
+
+
+def agree(caller: str, group: Group, z: Any, check: Callable[[], tuple[int, Claims]]) -> Shards:
+    """Check the arguments on every rank and return the shards of the batch, or raise the same error on every rank.
+
+    A compiled graph and a CUDA graph cannot wait for a value. There the header shrinks to an assertion on the device
+    that all ranks have equally many rows.
+
+    Args:
+        caller: the function called, for messages.
+        group: the processes.
+        z: a tensor of the call, if it is one: whether its device is being captured decides whether to wait.
+        check: checks this rank's arguments; returns its number of rows, and what every rank must have alike.
+
+    Raises:
+        Exception: what ``check`` raised on this rank or on another.
+        ValueError: the claims differ.
+    """
+    if group.size == 1:
+        return Shards(group, (check()[0],))
+    if not can_wait(z):
+        n, _ = check()
+        assert_equal_on_all_ranks(group, n, z.device, f"{caller}: {_UNEVEN}")
+        return Shards(group, (n,) * group.size)
+    failure, n = None, 0
+    try:
+        n, named = check()
+        claims = _lines({"function": caller} | named)
+    except Exception as error:  # whatever it is, the others are waiting
+        failure, claims = error, str(error)
+    kind = max((k for k, known in enumerate(_ERRORS, start=1) if isinstance(failure, known)), default=failure and 1)
+    headers = gather_integers(group, (kind or 0, n, _fingerprint(claims)))
+    kinds, counts, fingerprints = (tuple(column) for column in zip(*headers, strict=True))
+    if any(kinds):
+        raise _common_failure(caller, kinds, gather_texts(group, claims)) from failure
+    if len(set(fingerprints)) > 1:
+        raise ValueError(_disagreement(caller, gather_texts(group, claims)))
+    return Shards(group, counts)
+
+
+def can_wait(z: Any) -> bool:
+    """Whether a value may be read back here: not while torch.compile traces, not while a CUDA graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (isinstance(z, Tensor) and z.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_samples(caller: str, z: Tensor, shards: Shards) -> None:
+    """At least two samples in the global batch.
+
+    Raises:
+        ValueError: fewer; on every rank, since all of them know the counts.
+    """
+    if shards.total >= 2:
+        return
+    got = f"got {tuple(z.shape)}"
+    if shards.group.size > 1:
+        got = f"got {_listed([f'N = {count} on rank {rank}' for rank, count in enumerate(shards.counts)], '; ')}"
+    raise ValueError(
+        f"{caller}: expected N ≥ 2 samples in the batch, {got}. Statistics over the batch need at least two; "
+        "use a larger batch and drop_last=True in the data loader."
+    )
+
+
+def _lines(claims: Claims) -> str:
+    return "\n".join(f"{name} = {value}" for name, value in claims.items())
+
+
+def _fingerprint(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _common_failure(caller: str, kinds: Sequence[int], texts: list[str]) -> Exception:
+    """The first failed rank's error, with what the other ranks have."""
+    failed = [rank for rank, kind in enumerate(kinds) if kind]
+    message = texts[failed[0]]
+    if len(set(texts)) > 1:
+        others = [f"{_ranks(ranks)}: {what}" for what, ranks in _grouped(texts) if what != message]
+        message = f"{message} (From {_ranks(failed)} of {len(kinds)}, raised on all. {_listed(others, '; ')}.)"
+    return _ERRORS[kinds[failed[0]] - 1](message if message.startswith(caller) else f"{caller}: {message}")
+
+
+def _disagreement(caller: str, texts: list[str]) -> str:
+    """Every claim that is not alike, with its values and the ranks that have them; of different functions, no more."""
+    differing = [
+        _listed([f"{claim} on {_ranks(ranks)}" for claim, ranks in _grouped(claims)], ", ")
+        for claims in zip(*(text.split("\n") for text in texts), strict=False)
+        if len(set(claims)) > 1
+    ]
+    if differing[0].startswith("function"):
+        differing = differing[:1]
+    return (
+        f"{caller}: expected the same arguments on every rank but for the number of rows, got {'; '.join(differing)}. "
+        "Give every rank the same model, settings and call."
+    )
+
+
+def _grouped(texts: Iterable[str]) -> list[tuple[str, list[int]]]:
+    """Each text once, in one line, with the ranks that have it."""
+    ranks: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        ranks.setdefault(text.replace("\n", ", "), []).append(rank)
+    return list(ranks.items())
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {_listed([str(rank) for rank in ranks], ', ')}"
+
+
+def _listed(items: Sequence[str], separator: str) -> str:
+    more = f"{separator}… ({len(items)} in all)" if len(items) > _MOST_LISTED else ""
+    return separator.join(items[:_MOST_LISTED]) + more

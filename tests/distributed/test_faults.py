@@ -1,0 +1,67 @@
+"""A peer that dies or stays away: an error within seconds on the others, never a result."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Died
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm
+
+
+def _train_and_lose_rank_1(where):
+    """Three steps, then rank 1 is killed in the middle of one."""
+    torch.manual_seed(0)
+    model = DistributedBatchNorm.convert(nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Linear(16, 40)))
+    model = DistributedDataParallel(model)
+    loss_fn = BarlowTwinsLoss()
+
+    def die(*_):
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for step in range(4):
+        z1, z2 = (model(torch.randn(3 + dist.get_rank(), 5)) for _ in range(2))
+        if step == 3:
+            started = time.perf_counter()
+            if where == "before the loss":
+                die()
+            else:
+                z1.register_hook(die)
+        try:
+            loss_fn(z1, z2).backward()
+        except RuntimeError as error:
+            assert step == 3
+            return time.perf_counter() - started, str(error)
+    return None
+
+
+@pytest.mark.parametrize("where", ["before the loss", "in backward"])
+def test_a_peer_killed_in_the_middle_of_a_step(pool, where):
+    results = pool.run(_train_and_lose_rank_1, 3, where, deaths=True, debug="OFF")
+    assert isinstance(results[1], Died)
+    for rank in (0, 2):
+        seconds, message = results[rank]
+        assert seconds < 5
+        assert message
+
+
+def _one_stays_away():
+    """Rank 1 calls nothing: the others get the group's timeout, and no loss."""
+    if dist.get_rank() == 1:
+        time.sleep(4)
+        return None
+    started = time.perf_counter()
+    with pytest.raises(RuntimeError):
+        BarlowTwinsLoss()(torch.randn(4, 10), torch.randn(4, 10))
+    return time.perf_counter() - started
+
+
+def test_a_peer_that_never_comes(pool):
+    seconds = pool.run(_one_stays_away, 2, group_timeout=1.5, debug="OFF")[0]
+    assert seconds < 4

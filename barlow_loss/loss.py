@@ -85,31 +85,34 @@ def barlow_twins_loss(
     grad_reduction: GradReduction = "mean",
     return_terms: bool = False,
 ) -> Tensor | BarlowTwinsTerms:
-    r"""The Barlow Twins loss of two views, exact, in time and memory linear in D for N ≤ D/2.
+    r"""The Barlow Twins loss of two views, exact on any number of processes, in time linear in D for N ≤ D/2.
 
     .. math::
         \hat z = \frac{z - \mu}{\sqrt{v + \varepsilon}}, \qquad
         C = \hat z_1^\top \hat z_2 / N, \qquad
         L = \sum_i (C_{ii} - 1)^2 + \lambda \sum_i \sum_{j \ne i} C_{ij}^2
 
-    μ and v are the mean and the biased variance of each feature over the batch, of each view by itself. The sums are
+    N is the batch of all processes of the group, this one's rows and theirs; μ and v are the mean and the biased
+    variance of each feature over it, of each view by itself. The sums are
     sums, not means, as in the paper: the value grows with D, and random embeddings have an off-diagonal sum of about
     D(D−1)/(N−1) (:func:`barlow_loss.collapse_report` shows it beside yours).
 
     Args:
         *views: the two views' embeddings z1 and z2, both (N, D) with N ≥ 2, of one dtype (float64, float32, bfloat16 or
-            float16) and device, any strides. Row n of both comes from the same sample. They are never modified.
+            float16) and device, any strides. Row n of both comes from the same sample. They are never modified. With
+            several processes each passes its own rows, as many as it has, none at all included.
         lambd: weight of the off-diagonal sum, ≥ 0; a float or a 0-d tensor (which may require grad, and does not
             recompile when its value changes). The paper's 0.0051 belongs to D = 8192.
         eps: added to the variance inside the root, ≥ 0; part of the loss.
         algorithm: "primal" works on the D×D matrix C (6 N D² FLOPs), "dual" on the N×N Gram matrices of the views
             (8 N² D FLOPs); both are exact. "auto" takes the dual for N ≤ D/2.
         backend: "eager" is plain torch; "auto" chooses; "triton" is not implemented in this version.
-        synchronize: take statistics and correlations over all processes of ``process_group``. Not implemented in this
-            version: where torch.distributed runs more than one process, pass False for a loss of the local batch.
-        process_group: the processes to synchronise over; default: the world.
-        grad_reduction: how the training wrapper reduces gradients over processes, "mean" (DDP, FSDP2) or "sum". It has
-            no effect in one process.
+        synchronize: take statistics and correlations over the rows of all processes of ``process_group``. All of them
+            call the function then. False: the loss of this process's rows alone.
+        process_group: the processes to synchronise over; default: the world, once torch.distributed is initialised.
+            For a DeviceMesh pass ``mesh.get_group()``, for a dimension of it ``mesh["name"].get_group()``.
+        grad_reduction: how the training wrapper reduces gradients over processes, "mean" (DDP, FSDP2) or "sum"; see
+            below. It has no effect in one process.
         return_terms: return :class:`BarlowTwinsTerms` in place of the loss.
 
     Returns:
@@ -119,10 +122,25 @@ def barlow_twins_loss(
 
     Raises:
         ValueError: the shapes differ or are not (N, D), N < 2, D = 0, the devices differ, not exactly two views, or a
-            setting out of its range.
+            setting out of its range; D, dtype, settings or the need for gradients differ among the processes.
         TypeError: views that are not floating tensors of one dtype, or a setting of the wrong type.
-        NotImplementedError: ``backend="triton"``, or ``synchronize=True`` with more than one process.
-        RuntimeError: in backward, where a second derivative is asked for.
+        NotImplementedError: ``backend="triton"``.
+        RuntimeError: in backward, where a second derivative is asked for; in a compiled graph, where the processes have
+            different numbers of rows; from torch.distributed, where a process has died or does not come.
+
+        What is wrong on one process raises the same error on all of them.
+
+    Several processes:
+        Every rank returns the same bits: the loss of the concatenated batch. With ``grad_reduction="mean"``, after the
+        wrapper's mean over the ranks the parameters' gradients are those of one process with the whole batch, so each
+        rank's own gradient is W times its part of them; with "sum" they are after a sum. Ranks that weight the loss
+        differently get the gradient of the mean of what they weighted. All communication is in the forward, in the
+        dual 2·N·D elements to and from each rank, in the primal 2·D², but for one sum of two numbers in backward.
+
+        The official program differentiates each rank's own contribution only, so after DDP's mean its gradient is 1/W
+        of the true one. Settings that were tuned with it on W processes give the same updates here with: LARS (weights)
+        or any optimiser that normalises the gradient, weight decay W times as large; plain SGD, as its biases, learning
+        rate divided by W, and weight decay W times as large.
 
     Example:
         >>> z1, z2 = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -193,7 +211,7 @@ class BarlowTwinsLoss(nn.Module):
         algorithm: "auto", "primal" or "dual".
         backend: "auto", "eager" or "triton".
         synchronize: over all processes of ``process_group``; see :func:`barlow_twins_loss`.
-        process_group: default: the world.
+        process_group: default: the world, once torch.distributed is initialised.
         grad_reduction: "mean" or "sum"; see :func:`barlow_twins_loss`.
 
     Raises:

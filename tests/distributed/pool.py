@@ -4,6 +4,7 @@ A job is a module-level function; it runs on every rank of a group of W processe
 order of the ranks. A job that raises, on any rank, fails the test with all tracebacks; so does one that takes too long.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -150,4 +151,5 @@ def _run(
         try:
             return job(*args, **settings)
         finally:
+            gc.collect()  # DDP's reducer lies in a cycle, and ends badly after its group
             dist.destroy_process_group()

@@ -55,9 +55,11 @@ def test_p30_for_every_kind_of_embeddings(pool, algorithm, dtype, kind):
     _assert_exact(results, counts, dtype, d, 3, batch)
 
 
-def test_p29_large_means(pool, algorithm, dtype):
-    """Mean 1e4 and standard deviation 1e-2, different on every rank."""
-    counts, d, batch = (2, 9, 4), D[algorithm], {"mean": 1e4, "std": 1e-2}
+@pytest.mark.parametrize("mean", [1e4, -1e4])
+@pytest.mark.parametrize("counts", [(2, 9, 4), (6, 0, 5)], ids=["uneven", "empty"])
+def test_p29_large_means(pool, algorithm, dtype, counts, mean):
+    """Of the standard deviation 1e-2, different on every rank; a rank without rows has no say in the pivot."""
+    d, batch = D[algorithm], {"mean": mean, "std": 1e-2}
     results = pool.run(_evaluate, 3, counts, dtype, d, batch=batch, algorithm=algorithm)
     _assert_exact(results, counts, dtype, d, 3, batch)
 

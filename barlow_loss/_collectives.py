@@ -59,14 +59,21 @@ def group_of(caller: str, process_group: Any, synchronize: bool = True) -> Group
         return ALONE
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         _refuse(caller, process_group)
-    if not (synchronize and dist.is_initialized()):
+    if not synchronize:
+        return ALONE
+    if not dist.is_initialized():
+        if process_group is not None:
+            raise ValueError(
+                f"{caller}: expected a living process_group, but torch.distributed is not initialised (any more). "
+                "Call it between init_process_group() and destroy_process_group(), or pass process_group=None."
+            )
         return ALONE
     size = dist.get_world_size(process_group)
     return Group(size, process_group) if size > 1 else ALONE
 
 
 def _refuse(caller: str, process_group: Any) -> NoReturn:
-    if isinstance(process_group, int):  # GroupMember.NON_GROUP_MEMBER
+    if process_group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
             f"{caller}: expected a process_group that this process belongs to; it is not among the ranks that "
             "torch.distributed.new_group was given. Call it on the group's own processes only, each with its group."
@@ -139,15 +146,16 @@ def gather_rows(shards: Shards, rows: Tensor) -> Tensor:
         return rows
     most = max(counts)
     even = min(counts) == most
-    filled = rows if even else torch.nn.functional.pad(rows, (0, 0, 0, most - rows.shape[0]))
-    parts = rows.new_empty((group.size, most, rows.shape[1]))
-    dist.all_gather(list(parts.unbind()), filled.contiguous(), group=group.handle)
-    return parts.flatten(0, 1) if even else torch.cat([p[:n] for p, n in zip(parts.unbind(), counts, strict=True)])
+    filled = rows if rows.shape[0] == most else torch.nn.functional.pad(rows, (0, 0, 0, most - rows.shape[0]))
+    every = rows.new_empty((group.size * most, rows.shape[1]))
+    parts = [every[rank * most : (rank + 1) * most] for rank in range(group.size)]
+    dist.all_gather(parts, filled.contiguous(), group=group.handle)
+    return every if even else torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
-def gather_integers(group: Group, values: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Every rank's integers, in the order of the ranks; waits for them."""
-    own = torch.tensor(values, dtype=torch.int64, device=_device_of_small_things(group))
+def gather_integers(group: Group, values: tuple[int, ...], z: Any) -> list[tuple[int, ...]]:
+    """Every rank's integers, in the order of the ranks; waits for them. z: a tensor of the call, if it is one."""
+    own = torch.tensor(values, dtype=torch.int64, device=_device_of_small_things(group, z))
     every = own.new_empty((group.size, len(values)))
     dist.all_gather(list(every.unbind()), own, group=group.handle)
     return [tuple(row) for row in cast("list[list[int]]", every.tolist())]  # pyright: ignore[reportUnknownMemberType]
@@ -160,10 +168,12 @@ def gather_texts(group: Group, text: str) -> list[str]:
     return texts
 
 
-def _device_of_small_things(group: Group) -> torch.device:
-    """The CPU where the group has a backend for it: a collective there makes no accelerator wait."""
+def _device_of_small_things(group: Group, z: Any) -> torch.device:
+    """The CPU where the group has a backend for it, since a collective there makes no accelerator wait; else z's."""
     if "cpu:" in dist.get_backend_config(group.handle):
         return torch.device("cpu")
+    if isinstance(z, Tensor) and not z.is_cpu:
+        return z.device
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 

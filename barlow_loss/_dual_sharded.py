@@ -1,4 +1,6 @@
-"""The dual over several processes: each computes its own n rows of K1 and K2. 8 n N D FLOPs and O(n (N + D)) to keep.
+"""The dual over several processes: each computes its own n rows of K1 and K2, in 8 n N D FLOPs, and keeps O(n D).
+
+While it works it also holds U, the rows of all ranks, 2 N D numbers: the price of one gather in place of D².
 
 With U the rows of all ranks, u this rank's own, K = u Uᵀ its n rows of the Gram matrix and P1 = K2 U1, P2 = K1 U2,
 

@@ -123,7 +123,9 @@ class _CorrelationSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        a, b = (saved[0].new_zeros(()) if grad is None else grad for grad in grads[:2])
+        # Of a term that is not used no gradient arrives; on another rank it may, and they are summed.
+        nothing = saved[0].new_zeros((), dtype=ctx.plan.compute_dtype)
+        a, b = (nothing if grad is None else grad for grad in grads[:2])
         # A compiled graph refuses second derivatives by itself.
         gradients = _gradients if torch.compiler.is_compiling() else _Gradients.apply
         settings = ctx.plan, ctx.shards, ctx.dtype, ctx.needs_input_grad[:2]

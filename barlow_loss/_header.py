@@ -25,6 +25,7 @@ Claims = dict[str, Any]  # by name, what every rank must have alike
 # A number of the header names an error's type; the last that fits, since a NotImplementedError is a RuntimeError too.
 _ERRORS: tuple[type[Exception], ...] = (RuntimeError, TypeError, ValueError, NotImplementedError)
 _MOST_LISTED = 8
+_SHAPE_CLAIMS = ("D =", "C =", "dtype =")
 _UNEVEN = (
     "expected as many rows on every rank under torch.compile and in a CUDA graph. Use drop_last=True in the data "
     "loader, or eager mode, which takes shards of any sizes."
@@ -35,12 +36,12 @@ def agree(caller: str, group: Group, z: Any, check: Callable[[], tuple[int, Clai
     """Check the arguments on every rank and return the shards of the batch, or raise the same error on every rank.
 
     A compiled graph and a CUDA graph cannot wait for a value. There the header shrinks to an assertion on the device
-    that all ranks have equally many rows.
+    that all ranks have equally many rows, and what else is wrong on one rank leaves the others waiting.
 
     Args:
         caller: the function called, for messages.
         group: the processes.
-        z: a tensor of the call, if it is one: whether its device is being captured decides whether to wait.
+        z: a tensor of the call, if it is one. Its device carries the header where the group has no backend for the CPU.
         check: checks this rank's arguments; returns its number of rows, and what every rank must have alike.
 
     Raises:
@@ -52,18 +53,18 @@ def agree(caller: str, group: Group, z: Any, check: Callable[[], tuple[int, Clai
     if not can_wait(z):
         n, _ = check()
         assert_equal_on_all_ranks(group, n, z.device, f"{caller}: {_UNEVEN}")
-        return Shards(group, (n,) * group.size)
+        # An empty shard must reach the assertion, not a check of the sizes that it alone would fail.
+        return Shards(group, (n or 1,) * group.size)
     failure, n = None, 0
     try:
         n, named = check()
         claims = _lines({"function": caller} | named)
     except Exception as error:  # whatever it is, the others are waiting
         failure, claims = error, str(error)
-    kind = max((k for k, known in enumerate(_ERRORS, start=1) if isinstance(failure, known)), default=failure and 1)
-    headers = gather_integers(group, (kind or 0, n, _fingerprint(claims)))
+    headers = gather_integers(group, (_kind(failure), n, _fingerprint(claims)), z)
     kinds, counts, fingerprints = (tuple(column) for column in zip(*headers, strict=True))
     if any(kinds):
-        raise _common_failure(caller, kinds, gather_texts(group, claims)) from failure
+        raise _common_failure(caller, kinds, counts, gather_texts(group, claims)) from failure
     if len(set(fingerprints)) > 1:
         raise ValueError(_disagreement(caller, gather_texts(group, claims)))
     return Shards(group, counts)
@@ -93,6 +94,13 @@ def check_samples(caller: str, z: Tensor, shards: Shards) -> None:
     )
 
 
+def _kind(failure: Exception | None) -> int:
+    """The type of a failure as a number of the header; 0 for none."""
+    if failure is None:
+        return 0
+    return max((k for k, known in enumerate(_ERRORS, start=1) if isinstance(failure, known)), default=1)
+
+
 def _lines(claims: Claims) -> str:
     return "\n".join(f"{name} = {value}" for name, value in claims.items())
 
@@ -101,11 +109,15 @@ def _fingerprint(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _common_failure(caller: str, kinds: Sequence[int], texts: list[str]) -> Exception:
-    """The first failed rank's error, with what the other ranks have."""
+def _common_failure(caller: str, kinds: Sequence[int], counts: Sequence[int], texts: list[str]) -> Exception:
+    """The first failed rank's error, with those of others, or the sizes and dtypes of the ranks that have none."""
     failed = [rank for rank, kind in enumerate(kinds) if kind]
     message = texts[failed[0]]
     if len(set(texts)) > 1:
+        for rank, text in enumerate(texts):
+            if not kinds[rank]:
+                named = [line for line in text.split("\n") if line.startswith(_SHAPE_CLAIMS)]
+                texts[rank] = ", ".join([f"N = {counts[rank]}", *named])
         others = [f"{_ranks(ranks)}: {what}" for what, ranks in _grouped(texts) if what != message]
         message = f"{message} (From {_ranks(failed)} of {len(kinds)}, raised on all. {_listed(others, '; ')}.)"
     return _ERRORS[kinds[failed[0]] - 1](message if message.startswith(caller) else f"{caller}: {message}")

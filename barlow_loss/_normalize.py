@@ -24,7 +24,15 @@ from torch import Tensor
 
 from barlow_loss._collectives import Group, all_sum
 from barlow_loss._plan import autocast_disabled, vector_dtype
-from barlow_loss._statistics import Moments, combine, moments_from_sums, pivot_of, reciprocal_std, sample_index
+from barlow_loss._statistics import (
+    Moments,
+    at_least_one,
+    combine,
+    moments_from_sums,
+    pivot_of,
+    reciprocal_std,
+    sample_index,
+)
 
 __all__ = ["normalize", "normalize_with", "values_per_channel"]
 
@@ -91,8 +99,9 @@ class _BatchNormalize(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             all_g, all_gz = all_sum(ctx.group, sum_g, sum_gz)
             of_g = _scaled(r, weight)
-            of_x = -of_g * r * all_gz / batch.n
-            rest = -of_g * all_g / batch.n - of_x * offset
+            n = at_least_one(batch.n)
+            of_x = -of_g * r * all_gz / n
+            rest = -of_g * all_g / n - of_x * offset
             grad_z = _add_product(_per_channel(rest, x), x, of_x, buffer=x)
             grad_z = _add_product(grad_z, g, of_g, buffer=x).to(z.dtype)
         grad_weight = None if weight is None else sum_gz.to(weight.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 from barlow_loss._collectives import Group, all_max, all_sum
 from barlow_loss._plan import vector_dtype
 
-__all__ = ["Moments", "combine", "moments_from_sums", "pivot_of", "reciprocal_std", "sample_index"]
+__all__ = ["Moments", "at_least_one", "combine", "moments_from_sums", "pivot_of", "reciprocal_std", "sample_index"]
 
 _PIVOT_ROWS = 32
 
@@ -63,11 +63,16 @@ def pivot_of(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return (first + (rows - first).contiguous().mean(dim=-2, keepdim=True)).squeeze(-2)
 
 
+def at_least_one(n: int | Tensor) -> int | Tensor:
+    """n, to divide by: the sums over no value are 0, and so are their means."""
+    return n.clamp_min(1) if isinstance(n, Tensor) else n or 1
+
+
 def moments_from_sums(n: int | Tensor, pivot: Tensor, s1: Tensor, s2: Tensor) -> Moments:
     """μ − pivot = s₁/N and M₂ = s₂ − s₁²/N, in float64; both 0 for N = 0."""
     dtype = vector_dtype(pivot.device)
     s1 = s1.to(dtype)
-    offset = s1 / (n.clamp_min(1) if isinstance(n, Tensor) else n or 1)
+    offset = s1 / at_least_one(n)
     return Moments(n, pivot.to(dtype), offset, (s2.to(dtype) - s1 * offset).clamp_min(0))
 
 
@@ -95,5 +100,5 @@ def reciprocal_std(moments: Moments, eps: float) -> Tensor:
 
     Without the added 0·v an infinite variance (|z| ≥ 1e19 in float32) would give r = 0: a silent loss of D.
     """
-    v = moments.m2 / moments.n
+    v = moments.m2 / at_least_one(moments.n)
     return torch.rsqrt(v + eps) + 0.0 * v

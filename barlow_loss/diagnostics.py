@@ -243,7 +243,8 @@ def _agreed(
         check_views(caller, z1, z2)
         check_eps(caller, settings["eps"])
         check_lambd(caller, settings.get("lambd", 0.0))
-        return z1.shape[0], {"D": z1.shape[1], "dtype": z1.dtype, "device": z1.device.type, **settings}
+        named = {name: float(value) for name, value in settings.items()}
+        return z1.shape[0], {"D": z1.shape[1], "dtype": z1.dtype, "device": z1.device.type, **named}
 
     shards = agree(caller, group_of(caller, process_group, synchronize), z1, check)
     check_samples(caller, z1, shards)

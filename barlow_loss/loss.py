@@ -102,7 +102,8 @@ def barlow_twins_loss(
             float16) and device, any strides. Row n of both comes from the same sample. They are never modified. With
             several processes each passes its own rows, as many as it has, none at all included.
         lambd: weight of the off-diagonal sum, ≥ 0; a float or a 0-d tensor (which may require grad, and does not
-            recompile when its value changes). The paper's 0.0051 belongs to D = 8192.
+            recompile when its value changes). The paper's 0.0051 belongs to D = 8192. Alike on all processes; the
+            gradient of a tensor is whole on each, so it wants a mean over them, whatever ``grad_reduction``.
         eps: added to the variance inside the root, ≥ 0; part of the loss.
         algorithm: "primal" works on the D×D matrix C (6 N D² FLOPs), "dual" on the N×N Gram matrices of the views
             (8 N² D FLOPs); both are exact. "auto" takes the dual for N ≤ D/2.
@@ -126,21 +127,30 @@ def barlow_twins_loss(
         TypeError: views that are not floating tensors of one dtype, or a setting of the wrong type.
         NotImplementedError: ``backend="triton"``.
         RuntimeError: in backward, where a second derivative is asked for; in a compiled graph, where the processes have
-            different numbers of rows; from torch.distributed, where a process has died or does not come.
+            different numbers of rows (on CUDA an assertion on the device, which ends the process); from
+            torch.distributed, where a process has died, does not come, or was given another group.
 
-        What is wrong on one process raises the same error on all of them.
+        What is wrong on one process raises the same error on all of them, except in a compiled graph, which compares
+        the numbers of rows alone.
 
     Several processes:
         Every rank returns the same bits: the loss of the concatenated batch. With ``grad_reduction="mean"``, after the
         wrapper's mean over the ranks the parameters' gradients are those of one process with the whole batch, so each
         rank's own gradient is W times its part of them; with "sum" they are after a sum. Ranks that weight the loss
         differently get the gradient of the mean of what they weighted. All communication is in the forward, in the
-        dual 2·N·D elements to and from each rank, in the primal 2·D², but for one sum of two numbers in backward.
+        dual 2·N·D elements to and from each rank, in the primal 2·D², and 9 or 7 D-vectors; but for one sum of two
+        numbers in backward. The dual holds the N gathered rows of both views on every rank while it works. In eager
+        mode a header precedes, for which the device is waited for unless the group has a backend for the CPU, as
+        ``init_process_group()`` and ``init_process_group("cpu:gloo,cuda:nccl")`` give it.
 
         The official program differentiates each rank's own contribution only, so after DDP's mean its gradient is 1/W
-        of the true one. Settings that were tuned with it on W processes give the same updates here with: LARS (weights)
-        or any optimiser that normalises the gradient, weight decay W times as large; plain SGD, as its biases, learning
-        rate divided by W, and weight decay W times as large.
+        of the true one. What was tuned with it on W processes makes the same updates here with these changes:
+
+        * LARS (its weights) and Adam with L2 decay, which normalise gradient plus decay: weight decay, and Adam's eps,
+          times W.
+        * plain SGD (LARS's biases and norms): learning rate divided by W, weight decay times W.
+        * AdamW and LAMB, which add the decay afterwards: none but eps times W.
+        * A threshold for clipping gradients: times W.
 
     Example:
         >>> z1, z2 = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -167,7 +177,8 @@ def barlow_twins_loss(
             "device": z1.device.type,
             "autocast": autocast_enabled(z1.device.type),
             "views that need gradients": [torch.is_grad_enabled() and z.requires_grad for z in (z1, z2)],
-            "eps": eps,
+            "lambd": "a tensor" if isinstance(lambd, torch.Tensor) else float(lambd),
+            "eps": float(eps),
             "algorithm": algorithm,
             "backend": backend,
             "grad_reduction": grad_reduction,

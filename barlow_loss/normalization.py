@@ -14,7 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from barlow_loss._collectives import ALONE, Group, group_of
 from barlow_loss._header import Claims, agree, can_wait, check_samples
 from barlow_loss._normalize import normalize, normalize_with, values_per_channel
-from barlow_loss._statistics import Moments
+from barlow_loss._statistics import Moments, at_least_one
 from barlow_loss._validation import check_eps, check_tensor
 
 if TYPE_CHECKING:
@@ -86,9 +86,10 @@ class DistributedBatchNorm(_BatchNorm):
 
     In training the statistics are those of all rows of the group, exactly, forward and backward, for shards of
     different lengths and for empty ones; the running statistics have the same bits on every rank. It costs three
-    all-reduces of C, 2 C and 2 C float64 numbers, the last in backward. CPU tensors are preceded by a header, so that a
-    wrong input on one rank raises on all of them; accelerators are not made to wait for one, and there
-    ``nn.SyncBatchNorm``, which has fused kernels, does the same with statistics in the input's precision.
+    all-reduces of C, 2 C + 1 and 2 C float64 numbers, the last in backward. On the CPU a header comes before them, so
+    that a wrong input on one rank raises on all. Accelerators and compiled graphs are not made to wait for one: there
+    fewer than two values per channel in all teach nothing, where otherwise they raise. ``nn.SyncBatchNorm`` has fused
+    kernels for CUDA.
 
     Args:
         num_features: number of channels C.
@@ -207,10 +208,15 @@ class DistributedBatchNorm(_BatchNorm):
         def check() -> tuple[int, Claims]:
             self._check_input_dim(z)
             needs_gradient = torch.is_grad_enabled() and z.requires_grad
-            return values_per_channel(z), {"C": self.num_features, "dtype": z.dtype, "a gradient": needs_gradient}
+            return values_per_channel(z), {
+                "C": self.num_features,
+                "dtype": z.dtype,
+                "z needs a gradient": needs_gradient,
+            }
 
-        on_accelerator = isinstance(z, torch.Tensor) and z.device.type != "cpu"
-        if group.size > 1 and (on_accelerator or not can_wait(z)):
+        # The layer's own device, since what comes in may be wrong on one rank, and all must take the same way.
+        own = next((t for t in (self.running_mean, self.weight) if t is not None), z)
+        if group.size > 1 and not (can_wait(own) and getattr(own, "is_cpu", True)):
             check()
             return None
         return agree("DistributedBatchNorm", group, z, check).total
@@ -237,10 +243,12 @@ class DistributedBatchNorm(_BatchNorm):
         """Move the running statistics towards the batch's; its variance unbiased, M₂/(n − 1), as torch has it."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        self.num_batches_tracked.add_(1)
-        for running, new in ((self.running_mean, batch.mean), (self.running_var, batch.m2 / (batch.n - 1))):
-            weight = self.num_batches_tracked.reciprocal() if self.momentum is None else self.momentum
-            running.lerp_(new.to(running.dtype), weight)
+        # Two values are there, unless the device alone knows; fewer then teach nothing.
+        enough = batch.n >= 2 if isinstance(batch.n, Tensor) else None
+        self.num_batches_tracked.add_(1 if enough is None else enough)
+        for running, new in ((self.running_mean, batch.mean), (self.running_var, batch.m2 / at_least_one(batch.n - 1))):
+            weight = self.num_batches_tracked.clamp_min(1).reciprocal() if self.momentum is None else self.momentum
+            running.lerp_(new.to(running.dtype), weight if enough is None else enough.to(running.dtype) * weight)
 
 
 def _check_convertible(layer: _BatchNorm) -> None:

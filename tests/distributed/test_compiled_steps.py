@@ -60,10 +60,31 @@ def test_the_compiled_loss_is_that_of_the_concatenated_batch(pool, algorithm, dt
             assert_near(gradient, expected.gradients[view], budget, f"gradient of z{view + 1}")
 
 
-def _uneven(algorithm):
+def _sizes(algorithm, dynamic):
+    """Batches of several sizes through one graph, or two where the first is compiled for its own size."""
     torch.compiler.reset()
-    loss_fn = torch.compile(BarlowTwinsLoss(algorithm=algorithm), fullgraph=True, backend="aot_eager")
-    n = (3, 6, 9)[dist.get_rank()]  # the middle one has the mean of all
+    loss_fn = torch.compile(BarlowTwinsLoss(algorithm=algorithm), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    distances = []
+    for k, n in enumerate((6, 8, 9, 11)):
+        views = [shard(z, (n, n)).requires_grad_() for z in global_batch((n, n), 64, torch.float64)]
+        with torch.compiler.set_stance("fail_on_recompile" if k > (dynamic is None) else "default"):
+            loss = loss_fn(*views)
+            loss.backward()
+        distances.append(
+            float((loss.detach() - barlow_twins_loss(*[v.detach() for v in views], algorithm=algorithm)).abs())
+        )
+    return max(distances)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_other_batch_sizes_do_not_recompile(pool, algorithm, dynamic):
+    assert max(pool.run(_sizes, 2, algorithm, dynamic, **SLOW)) < 1e-10
+
+
+def _uneven(algorithm, sizes, backend):
+    torch.compiler.reset()
+    loss_fn = torch.compile(BarlowTwinsLoss(algorithm=algorithm), fullgraph=True, backend=backend)
+    n = sizes[dist.get_rank()]
     try:
         loss_fn(torch.randn(n, D[algorithm]), torch.randn(n, D[algorithm]))
     except RuntimeError as error:
@@ -71,8 +92,16 @@ def _uneven(algorithm):
     return None
 
 
-def test_uneven_shards_raise_on_every_rank(pool, algorithm):
-    for message in pool.run(_uneven, 3, algorithm, **SLOW):
+@pytest.mark.parametrize(
+    ("sizes", "backend"),
+    [
+        ((3, 6, 9), "aot_eager"),  # the middle one has the mean of all
+        ((6, 0, 6), "aot_eager"),
+        pytest.param((3, 6, 9), "inductor", marks=needs_compiler),  # the assertion survives the lowering
+    ],
+)
+def test_uneven_shards_raise_on_every_rank(pool, algorithm, sizes, backend):
+    for message in pool.run(_uneven, 3, algorithm, sizes, backend, **SLOW):
         assert message is not None
         assert "expected as many rows on every rank under torch.compile" in message
         assert "drop_last=True" in message

@@ -6,6 +6,9 @@ import torch.distributed as dist
 from sharding import CASES, SHARES, global_batch, shard
 
 from barlow_loss import BarlowTwinsLoss, barlow_twins_loss
+from barlow_loss._collectives import ALONE, Group, Shards, all_sum_matrix
+from barlow_loss._function import correlation_sums
+from barlow_loss._plan import Plan
 from comparison import assert_near, evaluate, tolerance, truth
 
 D = {"primal": 9, "dual": 40}
@@ -132,6 +135,46 @@ def test_each_term_by_itself(pool, algorithm):
         off = total.gradients[view] - on.gradients[view]
         assert_near(got_on, 3 * on.gradients[view], 3e-10 * float(on.gradients[view].norm()))
         assert_near(got_off, 3 * off, 3e-10 * float(total.gradients[view].norm()))
+
+
+def _mixed_terms(counts, dtype, d, algorithm):
+    """Rank 0 differentiates one term, the others the loss: what arrives in backward is not even of the same terms."""
+    views = _views(counts, dtype, d)
+    terms = barlow_twins_loss(*views, algorithm=algorithm, return_terms=True)
+    (terms.on_diagonal if dist.get_rank() == 0 else terms.loss).backward()
+    return [view.grad for view in views]
+
+
+def test_a_term_on_one_rank_and_the_loss_on_the_other(pool, algorithm, dtype):
+    counts, d = (3, 10), D[algorithm]
+    results = pool.run(_mixed_terms, 2, counts, dtype, d, algorithm)
+    z1, z2 = global_batch(counts, d, dtype)
+    on, loss = truth(z1, z2, lambd=0.0), truth(z1, z2)
+    for view in (0, 1):
+        expected = on.gradients[view] + loss.gradients[view]
+        got = torch.cat([result[view] for result in results])
+        assert_near(got, expected, tolerance(dtype, 1e-10, 1e-5) * float(expected.norm()))
+
+
+def _one_feature(counts):
+    views = _views(counts, torch.float64, 1)
+    loss = barlow_twins_loss(*views)
+    loss.backward()
+    with torch.inference_mode():
+        again = barlow_twins_loss(*[view.detach() for view in views])
+    return loss.detach(), again.clone(), [view.grad for view in views]
+
+
+def test_a_single_feature_and_inference_mode(pool):
+    counts = (3, 10)
+    results = pool.run(_one_feature, 2, counts)
+    expected = truth(*global_batch(counts, 1, torch.float64))
+    for loss, again, _ in results:
+        assert torch.equal(loss, again)
+        assert_near(loss, expected.loss, expected.value_budget(1e-12, torch.float64))
+    for view in (0, 1):
+        gradient = torch.cat([result[2][view] for result in results]) / 2
+        assert_near(gradient, expected.gradients[view], expected.gradient_budget(view, 1e-10, torch.float64))
 
 
 def _in_subgroup(ranks, counts, d, algorithm, through_mesh):
@@ -262,6 +305,46 @@ def test_low_precision(pool, algorithm, dtype, autocast):
         rounding = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0
         budget = expected.gradient_budget(view, 1e-5 + rounding, torch.float32)
         assert_near(gradient, expected.gradients[view], budget, f"gradient of z{view + 1}")
+
+
+def _float16_products(counts, d, algorithm):
+    """What CUDA tensors get under autocast, run on the CPU: 16-bit operands, gathered as such."""
+    views = _views(counts, torch.float32, d)
+    shards = Shards(Group(dist.get_world_size(), None), counts)
+    plan = Plan(algorithm, "eager", torch.float32, torch.float16)
+    on_diagonal, off_diagonal = correlation_sums(*views, 1e-5, plan, shards)
+    loss = on_diagonal + 0.0051 * off_diagonal
+    loss.backward()
+    return loss.detach(), [view.grad for view in views]
+
+
+def test_float16_products(pool, algorithm):
+    """No worse than one process with the same operands by more than half of float16's rounding."""
+    counts, d = (40, 64, 0, 24), 32 if algorithm == "primal" else 400
+    results = pool.run(_float16_products, 4, counts, d, algorithm)
+    z1, z2 = global_batch(counts, d, torch.float32)
+    expected = truth(z1, z2)
+    leaves = [z1.clone().requires_grad_(), z2.clone().requires_grad_()]
+    plan = Plan(algorithm, "eager", torch.float32, torch.float16)
+    on_diagonal, off_diagonal = correlation_sums(*leaves, 1e-5, plan, Shards(ALONE, (sum(counts),)))
+    (on_diagonal + 0.0051 * off_diagonal).backward()
+    for view in (0, 1):
+        size = float(expected.gradients[view].norm())
+        alone = float((leaves[view].grad.double() - expected.gradients[view]).norm())
+        gradient = torch.cat([gradients[view] for _, gradients in results]) / 4
+        assert_near(gradient, expected.gradients[view], 1.5 * alone + 2**-12 * size)
+    assert_near(results[0][0], expected.loss, 1e-3 * float(expected.loss))
+
+
+def test_a_sum_over_ranks_of_float16_is_added_in_float32(pool):
+    """In float16 2048 + 1 is 2048, however often one adds."""
+    for total in pool.run(_half_sum, 3):
+        assert total == 2050
+
+
+def _half_sum():
+    ones = torch.full((1,), 2048.0 if dist.get_rank() == 0 else 1.0, dtype=torch.float16)
+    return float(all_sum_matrix(Group(dist.get_world_size(), None), ones))
 
 
 def _twice(counts, d, algorithm):

@@ -6,8 +6,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from barlow_loss import DistributedBatchNorm, barlow_twins_loss, collapse_report, cross_correlation, standardize
-from barlow_loss._collectives import Group
+from barlow_loss import (
+    DistributedBatchNorm,
+    _collectives,
+    _header,
+    barlow_twins_loss,
+    collapse_report,
+    cross_correlation,
+    normalization,
+    standardize,
+)
+from barlow_loss._collectives import Group, Shards
 from barlow_loss._header import agree
 
 SECONDS = 2.0  # far below the group's timeout; the exchange itself takes milliseconds
@@ -25,9 +34,11 @@ def _call(per_rank):
     views = settings.pop("views", None) or _views(*settings.pop("shape", (4, 6)), settings.pop("dtype", torch.float32))
     if settings.pop("grad", False):
         views = [view.clone().requires_grad_() for view in views]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.pop("autocast", False))
     started = time.perf_counter()
     try:
-        function(*views, **settings)
+        with autocast:
+            function(*views, **settings)
         raised = None
     except Exception as error:
         raised = type(error).__name__, str(error)
@@ -48,11 +59,18 @@ ONE_WRONG = {
     "reduction": ({1: {"grad_reduction": "sum"}}, "ValueError", ["grad_reduction = sum on rank 1"]),
     "gradients": ({1: {"grad": True}}, "ValueError", ["[True, True] on rank 1", "[False, False] on ranks 0, 2"]),
     "function": ({1: {"function": cross_correlation}}, "ValueError", ["function = cross_correlation on rank 1"]),
-    "dimensions": ({1: "three"}, "ValueError", ["(N, D)", "(2, 3, 6)", "From rank 1 of 3", "ranks 0, 2: function"]),
+    "dimensions": (
+        {1: "three"},
+        "ValueError",
+        ["(N, D)", "(2, 3, 6)", "From rank 1 of 3", "ranks 0, 2: N = 4, D = 6, dtype"],
+    ),
     "shapes": ({0: {"views": (torch.randn(4, 6), torch.randn(5, 6))}}, "ValueError", ["(4, 6)", "(5, 6)", "rank 0 of"]),
     "no floats": ({2: {"views": (torch.ones(4, 6).int(),) * 2}}, "TypeError", ["torch.int32", "From rank 2 of 3"]),
     "no tensor": ({1: {"views": ("z", "z")}}, "TypeError", ["got str", "From rank 1 of 3"]),
     "no views": ({1: {"views": (torch.ones(4, 6),)}}, "ValueError", ["exactly two views, got 1", "From rank 1 of 3"]),
+    "weight": ({1: {"lambd": 0.01}}, "ValueError", ["lambd = 0.01 on rank 1", "lambd = 0.0051 on ranks 0, 2"]),
+    "backend": ({1: {"backend": "eager"}}, "ValueError", ["backend = eager on rank 1", "backend = auto on ranks"]),
+    "autocast": ({1: {"autocast": True}}, "ValueError", ["autocast = True on rank 1", "autocast = False on ranks"]),
     "lambd": ({1: {"lambd": -1.0}}, "ValueError", ["lambd", "got -1.0", "From rank 1 of 3"]),
     "two wrong": (
         {0: {"lambd": -1.0}, 2: {"views": (torch.ones(4, 6).int(),) * 2}},
@@ -120,6 +138,99 @@ def test_the_other_functions_have_it_too(pool, name, wrong):
     assert first is not None
     assert name in first[1]
     assert "rank 1" in first[1]
+
+
+def _settings(name, settings, gradient):
+    """The function with settings, and a tensor with or without a gradient, that only rank 1 has."""
+    own = dist.get_rank() == 1
+    z = _views()[0].requires_grad_(gradient and own)
+    settings = settings if own else {}
+    call = {
+        "standardize": lambda: standardize(z, **settings),
+        "cross_correlation": lambda: cross_correlation(z, z, **settings),
+        "collapse_report": lambda: collapse_report(z, z, **settings),
+        "DistributedBatchNorm": lambda: DistributedBatchNorm(6, affine=False)(z),
+    }[name]
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "gradient", "named"),
+    [
+        ("standardize", {"eps": 1e-3}, False, "eps = 0.001 on rank 1"),
+        ("standardize", {}, True, "z needs a gradient = True on rank 1"),
+        ("cross_correlation", {"eps": 1e-3}, False, "eps = 0.001 on rank 1"),
+        ("collapse_report", {"eps": 1e-3}, False, "eps = 0.001 on rank 1"),
+        ("collapse_report", {"lambd": 1.0}, False, "lambd = 1.0 on rank 1"),
+        ("DistributedBatchNorm", {}, True, "z needs a gradient = True on rank 1"),
+    ],
+)
+def test_their_settings_are_compared(pool, name, settings, gradient, named):
+    first, second = pool.run(_settings, 2, name, settings, gradient)
+    assert first == second
+    assert first[0] == "ValueError"
+    assert named in first[1]
+
+
+def _integer_for_float(eps):
+    return float(barlow_twins_loss(*_views(), eps=eps[dist.get_rank()]))
+
+
+def test_the_same_number_in_another_type_is_the_same(pool):
+    pool.run(_integer_for_float, 2, (0, 0.0))
+
+
+def test_where_the_header_travels(monkeypatch):
+    """Over the CPU if the group can; else on the tensor's device, or the accelerator where there is no tensor."""
+    config = {"value": "cpu:gloo,cuda:nccl"}
+    monkeypatch.setattr(_collectives.dist, "get_backend_config", lambda group: config["value"])
+    meta, group = torch.empty(1, device="meta"), Group(2, None)
+    assert _collectives._device_of_small_things(group, meta).type == "cpu"
+    config["value"] = "cuda:nccl"
+    assert _collectives._device_of_small_things(group, meta).type == "meta"
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert _collectives._device_of_small_things(group, None).type == "cuda"
+
+
+def test_a_captured_graph_does_not_wait(monkeypatch):
+    assert _header.can_wait(torch.empty(1))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not _header.can_wait(torch.empty(1))
+
+
+def test_a_layer_on_an_accelerator_exchanges_no_header(monkeypatch):
+    """Decided by the layer's own device, whatever comes in."""
+
+    def refuse(*_):
+        raise AssertionError("a header")
+
+    monkeypatch.setattr(normalization, "agree", refuse)
+    layer = DistributedBatchNorm(6, device="meta")
+    assert layer._values_per_channel(torch.empty(4, 6), Group(2, None)) is None
+    with pytest.raises(AssertionError, match="a header"):
+        DistributedBatchNorm(6)._values_per_channel(torch.empty(4, 6), Group(2, None))
+
+
+def test_many_ranks_are_abridged():
+    counts = tuple(range(2)) + (0,) * 20
+    with pytest.raises(ValueError, match=r"N = 0 on rank 7; … \(22 in all\)"):
+        _header.check_samples("standardize", torch.empty(0, 3), Shards(Group(22, None), counts))
+
+
+def _after_the_end():
+    group = dist.new_group([0, 1])
+    dist.destroy_process_group()
+    with pytest.raises(ValueError, match="living process_group"):
+        barlow_twins_loss(torch.randn(4, 6), torch.randn(4, 6), process_group=group)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the pool to destroy
+
+
+def test_a_group_that_has_ended(pool):
+    pool.run(_after_the_end, 2)
 
 
 def _wrong_group(which):

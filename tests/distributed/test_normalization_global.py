@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from barlow_loss import DistributedBatchNorm, collapse_report, cross_correlation, standardize
+from barlow_loss._collectives import Group
+from barlow_loss._statistics import Moments, combine
 from comparison import EPS, assert_near, tolerance
 
 C = 6
@@ -29,10 +31,6 @@ def _layer(dtype, double=False):
     layer = DistributedBatchNorm(C, momentum=0.3, dtype=dtype)
     nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
     return layer.double() if double else layer
-
-
-def _objective(y, generator):
-    return (y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)).sum()
 
 
 def _train(counts, dtype, shape, batch):
@@ -112,7 +110,6 @@ def _second_derivative(counts):
 
 def test_second_derivatives_cross_the_ranks(pool):
     counts = (2, 9, 4)
-    expected = []
     z = _input(counts, torch.float64, ()).requires_grad_()
     (gradient,) = torch.autograd.grad(standardize(z).sin().sum(), z, create_graph=True)
     expected = torch.autograd.grad(gradient.square().sum(), z)[0]
@@ -178,6 +175,17 @@ def test_empty_everywhere(pool):
     pool.run(_nothing_anywhere, 2)
 
 
+def _moments_of_nothing():
+    nothing = Moments(0, *torch.zeros(3, C, dtype=torch.float64))
+    return combine(nothing, Group(dist.get_world_size(), None))
+
+
+def test_moments_of_nothing_are_zero(pool):
+    """Where no header tells that every shard is empty: on accelerators and in compiled graphs."""
+    for moments in pool.run(_moments_of_nothing, 2):
+        assert all((part == 0).all() for part in moments)
+
+
 def _one_value_in_all():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         _layer(torch.float32)(torch.randn(1 if dist.get_rank() else 0, C))
@@ -185,6 +193,43 @@ def _one_value_in_all():
 
 def test_one_value_in_all_raises_everywhere(pool):
     pool.run(_one_value_in_all, 2)
+
+
+def _without_header(rows):
+    """As on accelerators: a compiled layer does not wait to know how many values there are."""
+    torch.compiler.reset()
+    layer = DistributedBatchNorm(C)
+    z = torch.randn(rows[dist.get_rank()], C, requires_grad=True)
+    torch.compile(layer, backend="aot_eager")(z).sum().backward()
+    return layer.state_dict(), layer.weight.grad
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (1, 0)], ids=["none", "one"])
+def test_too_few_values_teach_nothing_where_nobody_may_wait(pool, rows):
+    expected = DistributedBatchNorm(C).state_dict()
+    for state, gradient in pool.run(_without_header, 2, rows, strict=False, debug="INFO", group_timeout=60.0):
+        assert all(torch.equal(value, expected[name]) for name, value in state.items())
+        assert gradient.isfinite().all()
+
+
+def _functions_in_a_subgroup(counts):
+    group = dist.new_group([0, 2])
+    if dist.get_rank() == 1:
+        return None
+    z1, z2 = (shard(z, counts, dist.get_rank() // 2) for z in global_batch(counts, 12, torch.float64))
+    settings = {"process_group": group}
+    return standardize(z1, **settings), cross_correlation(z1, z2, **settings), collapse_report(z1, z2, **settings)
+
+
+def test_functions_in_a_subgroup(pool):
+    counts = (3, 10)
+    results = [result for result in pool.run(_functions_in_a_subgroup, 3, counts) if result]
+    z1, z2 = global_batch(counts, 12, torch.float64)
+    expected = standardize(z1)
+    assert_near(torch.cat([result[0] for result in results]), expected, 1e-12 * float(expected.norm()))
+    for _, correlation, report in results:
+        torch.testing.assert_close(correlation, cross_correlation(z1, z2), rtol=0, atol=1e-14)
+        assert report == collapse_report(z1, z2)
 
 
 def _converted(counts):

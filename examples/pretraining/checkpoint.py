@@ -11,7 +11,7 @@ import torch
 from torch import optim
 from torch.optim.lr_scheduler import LambdaLR
 
-from .errors import Aborted, UsageError
+from .errors import Aborted, UsageError, first_line
 from .models import BarlowTwins
 
 
@@ -66,7 +66,7 @@ def save(path: Path, content: object) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
-        raise Aborted(f"cannot write {path}: {_first_line(error)}") from None
+        raise Aborted(f"cannot write {path}: {first_line(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every system can open a folder
@@ -92,7 +92,7 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"--resume {path}: no such file") from None
     except Exception as error:  # whatever a damaged pickle raises
-        raise UsageError(f"--resume {path}: not a readable checkpoint ({_first_line(error)})") from None
+        raise UsageError(f"--resume {path}: not a readable checkpoint ({first_line(error)})") from None
     if not isinstance(state, dict) or not {"settings", "model", "optimizer", "schedule", "step", "rng"} <= set(state):
         raise UsageError(f"--resume {path}: not a checkpoint of this program")
     return state
@@ -111,7 +111,3 @@ def check_settings(path: Path, saved: dict[str, Any], current: dict[str, Any]) -
     ]
     if differences:
         raise UsageError(f"--resume {path}: {'; '.join(differences)}. Give the same, or begin a new run")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -2,6 +2,7 @@
 
 No random state travels from step to step. The order of the images is a pure function of (seed, epoch) and each view
 one of (seed, epoch, position, view), so a run that stops and resumes, with any number of workers, sees the same pixels.
+Several processes share every batch: each takes its rows of it, which have the pixels that one process would see.
 """
 
 import hashlib
@@ -13,6 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+
+WHOLE = slice(None)
 
 
 def seed_of(*numbers: int) -> int:
@@ -62,14 +65,14 @@ class PretrainingData:
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index): one shuffle per epoch, the incomplete last batch dropped.
+    """Batches of (epoch, index), or some rows of each: one shuffle per epoch, the incomplete last batch dropped.
 
     Set ``epoch`` and ``first_step`` before iterating. The indices carry the epoch, so workers that outlive an epoch
     need no message.
     """
 
-    def __init__(self, images: int, batch_size: int, seed: int) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
+    def __init__(self, images: int, batch_size: int, seed: int, rows: slice = WHOLE) -> None:
+        self.images, self.batch_size, self.seed, self.rows = images, batch_size, seed, rows
         self.epoch = self.first_step = 0
 
     def __len__(self) -> int:
@@ -80,7 +83,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         order = torch.randperm(self.images, generator=generator).tolist()
         for step in range(self.first_step, len(self)):
             start = step * self.batch_size
-            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+            yield [(self.epoch, index) for index in order[start : start + self.batch_size][self.rows]]
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int, at_most: int | None = None) -> Tensor:

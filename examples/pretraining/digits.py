@@ -7,17 +7,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from .augmentations import augment_digits
-from .data import Batch, EpochBatches, PretrainingData, Probe, hold_out, seed_of
+from .data import WHOLE, Batch, EpochBatches, PretrainingData, Probe, hold_out, seed_of
 from .errors import UsageError, require
 
 SPLIT_SEED = 0  # the split is the same for every --seed, so that runs can be compared
 
 
 class DigitPairs:
-    """Two views of every digit, augmented as batches."""
+    """Two views of every digit: batches are augmented whole, whichever rows of them are wanted."""
 
-    def __init__(self, images: Tensor, batch_size: int, seed: int) -> None:
-        self.images, self.seed = images, seed
+    def __init__(self, images: Tensor, batch_size: int, seed: int, rows: slice) -> None:
+        self.images, self.seed, self.rows = images, seed, rows
         self.order = EpochBatches(len(images), batch_size, seed)
 
     def __len__(self) -> int:
@@ -29,10 +29,10 @@ class DigitPairs:
             images = self.images[[index for _, index in keys]]
             generators = (torch.Generator().manual_seed(seed_of(self.seed, epoch, step, view)) for view in (1, 2))
             view1, view2 = (augment_digits(images, generator) for generator in generators)
-            yield Batch((view1, view2), unreadable=0)
+            yield Batch((view1[self.rows], view2[self.rows]), unreadable=0)
 
 
-def load_digits(batch_size: int, seed: int, monitor: bool) -> PretrainingData:
+def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) -> PretrainingData:
     """Split the digits, before anything is learned: a fifth for the final evaluation, a tenth of the rest to watch.
 
     Raises:
@@ -50,7 +50,7 @@ def load_digits(batch_size: int, seed: int, monitor: bool) -> PretrainingData:
     return PretrainingData(
         name="digits",
         images=len(pretraining),
-        pairs=DigitPairs(pretraining, batch_size, seed),
+        pairs=DigitPairs(pretraining, batch_size, seed, rows),
         monitor=Probe(
             bank=_batches(pretraining, train_labels[~watched]),
             queries=_batches(train_images[watched], train_labels[watched]),

@@ -22,6 +22,10 @@ class Interrupted(UsageError):
     exit_code = 130
 
 
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def require(module: str, reason: str) -> ModuleType:
     """Import an optional package, or say how to install it.
 
@@ -31,7 +35,7 @@ def require(module: str, reason: str) -> ModuleType:
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:
         package = module.partition(".")[0]
-        cause = str(error).partition("\n")[0]
+        cause = first_line(error)
         raise UsageError(
             f"{reason} needs {package}, which cannot be imported ({cause}): pip install 'barlow-loss[examples]'"
         ) from None

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .augmentations import image_view, image_without_augmentation
-from .data import Batch, EpochBatches, PretrainingData, Probe, hold_out, seed_of
+from .data import WHOLE, Batch, EpochBatches, PretrainingData, Probe, hold_out, seed_of
 from .errors import Aborted, UsageError, require
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ class Labelled(Dataset[tuple[Tensor, int]]):
 class ImagePairs:
     """Two views of every image, in batches, from worker processes that live as long as the run."""
 
-    def __init__(self, dataset: TwoViews, batch_size: int, workers: int, pin_memory: bool) -> None:
-        self.order = EpochBatches(len(dataset.paths), batch_size, dataset.seed)
+    def __init__(self, dataset: TwoViews, batch_size: int, rows: slice, workers: int, pin_memory: bool) -> None:
+        self.order = EpochBatches(len(dataset.paths), batch_size, dataset.seed, rows)
         self.loader = DataLoader(
             dataset,
             batch_sampler=self.order,
@@ -122,7 +122,15 @@ class ImagePairs:
 
 
 def load_folder(
-    root: Path, *, image_size: int, batch_size: int, seed: int, workers: int, monitor: bool, pin_memory: bool
+    root: Path,
+    *,
+    image_size: int,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    monitor: bool,
+    pin_memory: bool,
+    rows: slice = WHOLE,
 ) -> PretrainingData:
     """Index ``root/train`` if there is one, else ``root``, and hold some images of every class out.
 
@@ -162,7 +170,7 @@ def load_folder(
     return PretrainingData(
         name=root.parent.name if root.name == "train" else root.name,
         images=len(pretraining),
-        pairs=ImagePairs(dataset, batch_size, workers, pin_memory),
+        pairs=ImagePairs(dataset, batch_size, rows, workers, pin_memory),
         monitor=probe,
         final=probe,
         notes=(without_probe,) if monitor and probe is None else (),

@@ -68,12 +68,13 @@ def _numbered(default: Path) -> Iterable[Path]:
 class Metrics:
     """The run's history: JSON objects, one a line, and the same in memory.
 
-    ``kind`` tells them apart: settings, step, epoch, evaluation, report. A number that is not finite is null.
+    ``kind`` tells them apart: settings, step, epoch, evaluation, report. A number that is not finite is null. Without a
+    folder they are kept in memory only.
     """
 
-    def __init__(self, folder: Path, resumed: Path | None = None, step: int = 0) -> None:
+    def __init__(self, folder: Path | None, resumed: Path | None = None, step: int = 0) -> None:
         """With ``resumed`` and ``step``, keep what its run had written up to the checkpoint."""
-        self.path = folder / METRICS
+        self.path = folder / METRICS if folder else None
         self.rows: list[Row] = []
         if resumed is not None:
             past = _read(resumed.parent / METRICS)
@@ -89,6 +90,8 @@ class Metrics:
         return [row for row in self.rows if row["kind"] == kind]
 
     def _write(self, mode: str, rows: Iterable[Row]) -> None:
+        if self.path is None:
+            return
         try:
             with self.path.open(mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from .errors import UsageError
+from . import distributed
+from .errors import UsageError, first_line
 from .models import DIGITS_ARCH, parse_projector
 from .optimization import OPTIMIZERS, published_learning_rate
 
@@ -107,7 +108,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--arch", str, "encoder, with --data: a ResNet of torchvision")
     add("--projector", str, "widths of the projector's layers")
     add("--image-size", partial(_at_least, 16, int), "side of a view in pixels, with --data", default=224)
-    add("--batch-size", partial(_at_least, 2, int), "pairs in a step")
+    add("--batch-size", partial(_at_least, 2, int), "pairs in a step, of all processes together")
     add("--epochs", positive, "passes over the images")
     add("--warmup-epochs", real, "linear warm-up [10, or a tenth of the run if that is less]")
     add("--optimizer", str, " or ".join(OPTIMIZERS))
@@ -119,7 +120,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--no-knn", dest="knn", action="store_false", help="hold no images out for it")
     add("--device", str, "cpu, cuda, cuda:1, ... [cpu; with --data: the accelerator, if there is one]")
     add("--precision", str, "fp32, or bf16 autocast [bf16 on an accelerator that has it]")
-    add("--workers", whole, "processes that decode and augment, with --data", default=min(8, cores))
+    add("--workers", whole, "processes that decode for each that trains, with --data", default=min(8, cores))
     add("--seed", whole, "of weights, order and views", default=0)
     add("--out", Path, "folder for the results [runs/NAME, numbered if taken]")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
@@ -144,6 +145,8 @@ def read_settings(argv: Sequence[str] | None, description: str) -> Settings:
         flags["warmup_epochs"] = min(10.0, flags["epochs"] / 10)
     if (flags["arch"] == DIGITS_ARCH) != (flags["data"] is None):
         raise UsageError(f"--arch {flags['arch']}: {DIGITS_ARCH} goes with the digits, a ResNet with --data")
+    if flags["batch_size"] < (processes := distributed.world_size()):
+        raise UsageError(f"--batch-size {flags['batch_size']}: expected {processes} or more, a pair for each process")
     parse_projector(flags["projector"])
     flags["device"] = _device(flags["device"], prefer_cpu=flags["data"] is None)
     flags["precision"] = flags["precision"] or _precision(flags["device"])
@@ -156,12 +159,12 @@ def read_settings(argv: Sequence[str] | None, description: str) -> Settings:
 def _device(name: str | None, prefer_cpu: bool) -> torch.device:
     if name is None:
         accelerator = None if prefer_cpu else torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
+        return distributed.own_device(accelerator or torch.device("cpu"))
     try:
-        device = torch.device(name)
+        device = distributed.own_device(torch.device(name))
         torch.zeros(1, device=device).item()
     except (AssertionError, NotImplementedError, RuntimeError) as error:  # each backend has its own way to say no
-        raise UsageError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
+        raise UsageError(f"--device {name}: {first_line(error)}") from None
     return device
 
 

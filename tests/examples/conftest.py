@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from outcomes import EXAMPLES
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 # Without the example's packages (pip install 'barlow-loss[examples]') there is nothing to test here.

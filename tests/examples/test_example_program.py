@@ -1,7 +1,5 @@
 """The program end to end: both kinds of data, resume, Ctrl-C, and one line for everything that can go wrong."""
 
-import json
-import os
 import re
 import signal
 import subprocess
@@ -12,49 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from outcomes import EXAMPLES, FILES, SHORT_DIGITS, SMALL_RESNET, differences, environment, rows, states
 
 from pretraining import probes
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-FILES = {"backbone.pt", "checkpoint.pt", "cross_correlation.png", "curves.png", "metrics.jsonl"}
-SHORT_DIGITS = ("--epochs", 2, "--projector", "64-64")
-SMALL_RESNET = (
-    *("--arch", "resnet18", "--projector", "64-64-64", "--image-size", 32),
-    *("--batch-size", 8, "--epochs", 2, "--workers", 0, "--device", "cpu"),
-)
 Run = Callable[..., tuple[int, str, str]]
-
-
-def rows(folder: Path, kind: str) -> list[dict[str, float]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def differences(left: object, right: object) -> list[str]:
-    """The places where two nested states differ, tensors bit for bit."""
-    if isinstance(left, dict):
-        assert isinstance(right, dict)
-        assert left.keys() == right.keys()
-        return [f"{key}.{place}" for key in left for place in differences(left[key], right[key])]
-    if isinstance(left, torch.Tensor):
-        return [] if torch.equal(left, right) else [""]  # type: ignore[arg-type]
-    return [] if left == right else [""]
-
-
-def states(*folders: str) -> list[dict[str, object]]:
-    return [torch.load(Path(folder) / "checkpoint.pt", weights_only=True) for folder in folders]
 
 
 @pytest.fixture
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shortens what the probes take; their accuracy is then a matter of luck."""
     monkeypatch.setattr(probes, "DRAWS", 2)
-
-
-def environment() -> dict[str, str]:
-    paths = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    kept = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def test_the_command_without_torchvision_and_timm_pretrains_on_digits(tmp_path: Path) -> None:
@@ -207,9 +173,13 @@ def test_a_missing_package_gets_the_line_that_installs_it(run: Run, monkeypatch:
     assert "pip install 'barlow-loss[examples]'" in errors
 
 
-def test_several_processes_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_nobody_numbered_is_told_how_to_start(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run() == (2, "", "error: WORLD_SIZE is 2, but this version pretrains in one process\n")
+    monkeypatch.delenv("RANK", raising=False)
+    status, output, errors = run()
+    assert (status, output) == (2, "")
+    assert errors.startswith("error: WORLD_SIZE is 2, but the processes do not find each other (")
+    assert errors.endswith("RANK expected, but not set): start them with torchrun\n")
 
 
 def test_ctrl_c_gets_one_line_with_the_last_checkpoint(tmp_path: Path) -> None:

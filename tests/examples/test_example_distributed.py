@@ -1,0 +1,289 @@
+"""The program under torchrun, in two real processes: the steps of one process, files and messages once, and no hang."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from outcomes import EXAMPLES, FILES, SMALL_RESNET, differences, environment, rows, states
+
+from pretraining import distributed
+from pretraining.data import Batch, PretrainingData
+from pretraining.digits import load_digits
+from pretraining.errors import UsageError
+from pretraining.folder import load_folder
+
+pytestmark = [
+    pytest.mark.xdist_group("distributed"),
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"),
+]
+
+PROGRAM, IN_FLOAT64 = EXAMPLES / "imagenet_pretrain.py", Path(__file__).with_name("in_float64.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+class Done(NamedTuple):
+    status: int
+    output: str
+    errors: str
+
+    @property
+    def told(self) -> list[str]:
+        """What the program itself says went wrong; torchrun adds a page of its own."""
+        return [line for line in self.errors.splitlines() if line.startswith("error: ")]
+
+
+def start(folder: Path, processes: int, program: Path, *flags: object) -> "subprocess.Popen[str]":
+    launcher = TORCHRUN if processes == 2 else ()
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(program), *map(str, flags)],
+        cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process: "subprocess.Popen[str]", seconds: float) -> Done:
+    """Wait for the end; a hang is a failure."""
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its processes, which a kill would leave behind
+        output, errors = process.communicate(timeout=60)
+        pytest.fail(f"not done after {seconds} seconds\n{output}\n{errors}")
+    return Done(process.returncode, output, errors)
+
+
+def launch(folder: Path, processes: int, program: Path, *flags: object, seconds: float = 120) -> Done:
+    return finish(start(folder, processes, program, *flags), seconds)
+
+
+class Both(NamedTuple):
+    folder: Path
+    alone: Done
+    together: Done
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Both:
+    """Two epochs of the default job, in one process and in two."""
+    folder = tmp_path_factory.mktemp("digits")
+    done = (launch(folder, count, PROGRAM, "--epochs", 2, "--knn-every", 1, "--out", str(count)) for count in (1, 2))
+    return Both(folder, *done)
+
+
+def test_two_processes_leave_and_print_what_one_does(digits: Both) -> None:
+    folder, alone, together = digits
+    assert (together.status, together.told) == (0, []), together.errors
+    assert "Warning" not in together.errors
+    assert {path.name for path in (folder / "2").iterdir()} == FILES
+
+    def without_numbers(output: str) -> list[str]:
+        return re.sub(r"[\d,.]+", "0", output).replace("cpu in 0 processes", "cpu").splitlines()
+
+    assert "fp32 on cpu in 2 processes; results go to 2" in together.output
+    assert without_numbers(together.output) == without_numbers(alone.output)
+
+
+def test_two_processes_learn_what_one_does(digits: Both) -> None:
+    """Rounding apart: within 20 steps the losses move by 4e-4, and by 1.5e-3 where the initial weights move by 6e-8."""
+    for kind in ("settings", "step", "epoch", "report", "evaluation"):
+        one, two = (rows(digits.folder / count, kind) for count in ("1", "2"))
+        assert [row.get("step") for row in two] == [row.get("step") for row in one] != []
+        assert [row.keys() for row in two] == [row.keys() for row in one]
+    assert rows(digits.folder / "1", "settings") == rows(digits.folder / "2", "settings")
+    one, two = (rows(digits.folder / count, "step") for count in ("1", "2"))
+    assert [row["step"] for row in one] == [1, 11, 20]
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=5e-3)
+    one, two = (rows(digits.folder / count, "evaluation")[-1] for count in ("1", "2"))
+    for name in ("knn", "linear_1", "linear_5", "linear_all"):
+        assert two[name] == pytest.approx(one[name], abs=2)
+
+
+def test_an_output_folder_that_holds_another_run_is_refused_once(digits: Both) -> None:
+    done = launch(digits.folder, 2, PROGRAM, "--out", "1", seconds=60)
+    assert done.status != 0
+    assert done.told == ["error: --out 1: holds another run. Choose another folder, --overwrite or --resume"]
+    assert done.output == ""
+
+
+FLAGS = ("--epochs", 1, "--projector", "64-64", "--batch-size", 125)  # which two processes cannot halve
+STEPS = list(range(1, 11))
+exact = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def in_float64(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Call the program in float64 with one process or two, always in the same folder."""
+    folder = tmp_path_factory.mktemp("in_float64")
+
+    def call(processes: int, out: str, *flags: object) -> Path:
+        if not (folder / out).exists() or flags:
+            done = launch(folder, processes, IN_FLOAT64, *FLAGS, "--out", out, *flags)
+            assert done.status == 0, done.errors
+            told = re.findall(r"^(?:saved|left) \S+", done.errors, re.MULTILINE)
+            assert told == ["saved checkpoint.pt", "saved backbone.pt"]
+        return folder / out
+
+    return call
+
+
+def losses(folder: Path) -> list[float]:
+    steps = rows(folder, "step")
+    assert [row["step"] for row in steps] == STEPS
+    return [row["loss"] for row in steps]
+
+
+def test_uneven_shards_take_the_steps_of_one_process(in_float64: Callable[..., Path]) -> None:
+    one, two = in_float64(1, "one"), in_float64(2, "two")
+    assert losses(two) == pytest.approx(losses(one), rel=1e-13)
+    exact(*(state["model"] for state in states(one, two)))
+    expected, report = (rows(folder, "report")[0] for folder in (one, two))
+    assert report.pop("kind") == expected.pop("kind")
+    assert report == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_run_resumes_with_another_number_of_processes(in_float64: Callable[..., Path]) -> None:
+    in_float64(1, "turns", "--limit-steps", 3)
+    in_float64(2, "turns", "--limit-steps", 7, "--resume")
+    turns, one = in_float64(1, "turns", "--resume"), in_float64(1, "one")
+    assert losses(turns) == pytest.approx(losses(one), rel=1e-13)
+    exact(*(state["model"] for state in states(one, turns)))
+
+
+def test_a_run_of_two_processes_resumes_bit_for_bit(in_float64: Callable[..., Path]) -> None:
+    in_float64(2, "parts", "--limit-steps", 5)
+    parts, two = in_float64(2, "parts", "--resume"), in_float64(2, "two")
+    assert losses(parts) == losses(two)
+    assert differences(*states(parts, two)) == []
+
+
+def test_a_broken_file_is_counted_once(jpegs: Path, tmp_path: Path) -> None:
+    flags = ("--data", jpegs, *SMALL_RESNET, "--no-knn", "--epochs", 1, "--batch-size", 20)
+    flags += ("--seed", 1)  # with which rank 1 reads it
+    for count in (1, 2):
+        done = launch(tmp_path, count, PROGRAM, *flags, "--out", str(count))
+        assert done.status == 0, done.errors
+        assert done.output.count("1 unreadable image replaced") == 1
+    one, two = (rows(tmp_path / count, "step") for count in ("1", "2"))
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-3)
+    assert [row["unreadable"] for row in rows(tmp_path / "2", "epoch")] == [1]
+
+
+def test_a_mistake_gets_one_line_for_all_processes(tmp_path: Path) -> None:
+    done = launch(tmp_path, 2, PROGRAM, "--bogus", seconds=60)
+    assert done.status != 0
+    assert done.told == ["error: unrecognized arguments: --bogus (--help lists the flags)"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_fails_on_one_rank_ends_the_others(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+import imagenet_pretrain as program
+from pretraining.distributed import rank, total
+from pretraining.errors import Aborted
+
+def total_or_failure(number):
+    if rank() == 1:
+        raise Aborted("the cable is loose")
+    return total(number)
+
+program.distributed.total = total_or_failure
+sys.exit(program.main())
+""")
+    done = launch(tmp_path, 2, program, "--no-knn", "--out", "out", seconds=60)
+    assert done.status != 0
+    assert done.told == ["error: the cable is loose; no checkpoint had been written"]
+
+
+def test_ctrl_c_gets_one_line_from_two_processes(tmp_path: Path) -> None:
+    process = start(tmp_path, 2, PROGRAM, "--no-knn", "--knn-every", 1, "--out", "out")
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            process.send_signal(signal.SIGINT)
+            break
+    (told,) = finish(process, seconds=60).told
+    assert re.fullmatch(r"error: interrupted after step \d+; the last checkpoint is out/checkpoint.pt", told)
+    assert states(tmp_path / "out")[0]["step"] >= 10
+
+
+@pytest.fixture
+def of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Make this process believe that it is one of several."""
+
+    def pretend(rank: int, size: int) -> None:
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: size)
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+
+    return pretend
+
+
+def load_images(root: Path, rows: slice) -> PretrainingData:
+    settings = {"image_size": 32, "batch_size": 8, "seed": 0, "workers": 0, "monitor": True, "pin_memory": False}
+    return load_folder(root, **settings, rows=rows)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["digits", "images"])
+def test_the_ranks_rows_make_up_the_batches_of_one_process(
+    kind: str, jpegs: Path, of: Callable[[int, int], None]
+) -> None:
+    def batches() -> list[Batch]:
+        rows = distributed.own_rows(8)
+        data = load_digits(8, 0, True, rows) if kind == "digits" else load_images(jpegs, rows)
+        return list(islice(data.pairs.batches(1), 4))
+
+    whole, parts = batches(), []
+    for rank in range(3):
+        of(rank, 3)
+        parts.append(batches())
+    for batch, *shards in zip(whole, *parts, strict=True):
+        assert sorted(len(shard.views[0]) for shard in shards) == [2, 3, 3]
+        for view in (0, 1):
+            assert torch.equal(torch.cat([shard.views[view] for shard in shards]), batch.views[view])
+        assert sum(shard.unreadable for shard in shards) == batch.unreadable
+
+
+def test_every_process_needs_a_pair(run: Callable[..., tuple[int, str, str]], of: Callable[[int, int], None]) -> None:
+    of(0, 4)
+    assert run("--batch-size", 3) == (2, "", "error: --batch-size 3: expected 4 or more, a pair for each process\n")
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "expected a GPU for each process, 1 found for 2 or more"),
+        ("cuda:0", "expected cpu or cuda for several processes; each has a GPU of its own"),
+        ("mps", "expected cpu or cuda for several processes; each has a GPU of its own"),
+    ],
+)
+def test_processes_do_not_share_a_gpu(
+    device: str, message: str, of: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    of(1, 2)
+    assert distributed.own_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(UsageError, match=f"--device {device}: {message}"):
+        distributed.own_device(torch.device(device))
+
+
+def test_each_process_takes_the_gpu_of_its_number(
+    of: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    of(1, 2)
+    assert distributed.own_device(torch.device("cuda")) == torch.device("cuda:1")
+    assert chosen == [1]

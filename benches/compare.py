@@ -50,37 +50,40 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     Turn = Callable[[], object]
+    Clock = Callable[[Turn, int], float]
 
 TURN_SECONDS = 0.05
 LEAST_ROUNDS = 3
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleave(turns: dict[str, Turn], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of each of ``turns``, round by round; after ``seconds`` only the least number of rounds."""
-    calls = {name: _calls(turn) for name, turn in turns.items()}
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    start = time.perf_counter()
-    gc.disable()
-    for done in range(rounds):
-        if done >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
-            break
-        for name, turn in turns.items():
-            times[name].append(_time(turn, calls[name]))
-    gc.enable()
-    return times
-
-
-def _calls(turn: Turn) -> int:
-    """How often to repeat ``turn`` so that it lasts; it has run before, so nothing is set up here."""
-    return max(1, math.ceil(TURN_SECONDS / _time(turn, 1)))
-
-
-def _time(turn: Turn, calls: int) -> float:
+def time_calls(turn: Turn, calls: int) -> float:
+    """Seconds per call of ``turn``."""
     start = time.perf_counter()
     for _ in range(calls):
         turn()
     return (time.perf_counter() - start) / calls
+
+
+def interleave(
+    turns: dict[str, Turn], rounds: int, seconds: float, clock: Clock = time_calls
+) -> dict[str, list[float]]:
+    """Seconds per call of each of ``turns``, round by round; after ``seconds`` only the least number of rounds.
+
+    All have run before, so that nothing is set up here; a fast one is repeated until its turn lasts.
+    """
+    calls = {name: max(1, math.ceil(TURN_SECONDS / clock(turn, 1))) for name, turn in turns.items()}
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    spent = 0.0
+    gc.disable()
+    for done in range(rounds):
+        if done >= LEAST_ROUNDS and spent > seconds:
+            break
+        for name, turn in turns.items():
+            times[name].append(clock(turn, calls[name]))
+            spent += calls[name] * times[name][-1]
+    gc.enable()
+    return times
 
 
 def gemms(cell: Cell) -> tuple[list[str], Turn]:
@@ -199,15 +202,19 @@ def memory(cell: Cell, names: list[str], *, resident: bool) -> dict[str, Any]:
 
 
 def updated(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The records of ``old``, each replaced by the one of ``new`` for the same cell and threads."""
+    """The records of ``old``, each replaced by the one of ``new`` for the same cell, threads and processes."""
     if old["environment"] != new["environment"]:
         raise SystemExit("--update: the old figures belong to another machine or other versions; measure all cells")
 
     def merged(field: str) -> list[Any]:
-        found = {(r["n"], str(r["d"]), r.get("threads")): r for r in new[field]}
-        return [found.get((r["n"], str(r["d"]), r.get("threads")), r) for r in old[field]]
+        found = {_place(record): record for record in new[field]}
+        return [found.get(_place(record), record) for record in old[field]]
 
-    return {"environment": new["environment"]} | {field: merged(field) for field in ("cells", "growth", "memory")}
+    return {field: value if field == "environment" else merged(field) for field, value in old.items()}
+
+
+def _place(record: dict[str, Any]) -> tuple[Any, ...]:
+    return record["n"], str(record["d"]), record.get("threads"), record.get("processes")
 
 
 def environment() -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Turns the figures of compare.py into Markdown, and puts them into the README.
+"""Turns the figures of compare.py and distributed.py into Markdown, and puts them into the README.
 
-The tables stand between two markers there; the figures come from results/compare.json.
+Each block of tables stands between two markers there. The figures come from results/compare.json and
+results/distributed.json; those of the block on bytes are a model's, traffic.py.
 
     python benches/table.py                 rewrites them
     python benches/table.py --check         fails if they are not what the figures say
@@ -14,16 +15,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import traffic
 from baselines import COMPILED, LIGHTLY, OURS, TEXTBOOK
+from workload import Cell
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     Record = dict[str, Any]
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 HERE = Path(__file__).parent
 TITLES = {OURS: "barlow_loss", TEXTBOOK: "textbook", COMPILED: "torch.compile of it", LIGHTLY: "lightly"}
+GPUS = (8, 16, 64, 256, 1024)
+GPU_CELLS = (Cell(2048, 8192), Cell(4096, 32768))
 
 
 def line(record: Record) -> str:
@@ -148,8 +152,11 @@ def _threads(records: list[Record]) -> str:
 
 
 def _ms(seconds: Record) -> str:
-    milliseconds = 1e3 * seconds["median"]
-    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+    return _plain(1e3 * seconds["median"])
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _times(ratio: Record) -> str:
@@ -170,23 +177,133 @@ def _grid(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ruler, *rows))
 
 
-def insert(readme: str, text: str) -> str:
-    """``readme`` with ``text`` between its markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"README.md: expected the markers {BEGIN} and {END}, one after the other")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+def distributed_line(record: Record) -> str:
+    """One cell of distributed.py, for the terminal."""
+    ours, textbook = (record["contenders"][name] for name in (OURS, TEXTBOOK))
+    return (
+        f"{record['n']}×{record['d']}, {record['processes']} processes: {_ms(ours['seconds'])} ms; "
+        f"textbook {_times(textbook['times_ours'])}, its floor {_times(record['floor']['times_ours'])}; "
+        f"header {_ms(record['header']['seconds'])} ms; sent {_mb(ours)} and {_mb(textbook)} MB; "
+        f"errors {ours['loss_error']:.0e} {ours['gradient_error']:.0e}, {record['rounds']} rounds"
+    )
+
+
+def distributed_summary(results: Record) -> str:
+    """The table of distributed.py for the README."""
+    head = [
+        "N × D",
+        "processes",
+        "ours, ms",
+        "textbook, × ours",
+        "its products and all-reduce alone, × ours",
+        "a rank sends, MB: ours",
+        "textbook",
+    ]
+    rows = []
+    for r in results["cells"]:
+        ours, textbook = (r["contenders"][name] for name in (OURS, TEXTBOOK))
+        ratios = [_times(textbook["times_ours"]), _times(r["floor"]["times_ours"])]
+        sent = [_mb(ours), _mb(textbook)]
+        rows.append([f"{r['n']} × {r['d']}", str(r["processes"]), _ms(ours["seconds"]), *ratios, *sent])
+    return "\n\n".join((_setting(results), _grid(head, rows), _distributed_sentences(results["cells"])))
+
+
+def _distributed_sentences(records: list[Record]) -> str:
+    ours = [r["contenders"][OURS] for r in records]
+    loss, gradient = (max(c[field] for c in ours) for field in ("loss_error", "gradient_error"))
+    header = records[0]["header"]["seconds"]
+    sentences = [
+        "Each process has one thread; gloo over the loopback; the slowest rank's time; medians of per-round ratios.",
+        f"Largest distance of ours to float64 in one process: loss {loss:.1e}, gradient {gradient:.1e}, relative, "
+        "after DDP's mean over the ranks, which leaves the true gradient of ours, and 1/W of it of the textbook's.",
+        f"The header takes {_ms(header)} ms of a step at {records[0]['processes']} processes.",
+    ]
+    counters = [c["sent"]["loopback"] / c["sent"]["collectives"] for c in ours if c["sent"]["loopback"]]
+    if counters:
+        low, high = min(counters), max(counters)
+        sentences.append(
+            f"The loopback's own counter shows {low:.3f} to {high:.3f} times the bytes that stand here for ours."
+        )
+    return "\n".join(sentences)
+
+
+def distributed_markdown(results: Record) -> str:
+    """The summary, and every figure with its spread."""
+    head = ["N × D", "processes", "rounds", "what", "ms (quartiles)", "× ours (quartiles)"]
+    head += ["loss error", "gradient error", "gradient, × true", "MB sent: by the collectives", "by the loopback"]
+    rows = []
+    for r in results["cells"]:
+        where = [f"{r['n']} × {r['d']}", str(r["processes"]), str(r["rounds"])]
+        for name, c in r["contenders"].items():
+            found = [f"{c['loss_error']:.1e}", f"{c['gradient_error']:.1e}", f"{c['gradient_factor']:g}"]
+            sent = [_mb(c), _mb(c, "loopback")]
+            rows.append([*where, TITLES[name], _spread(c["seconds"], 1e3), _spread(c["times_ours"]), *found, *sent])
+        floor, nothing = r["floor"], [""] * 5
+        title = "textbook's products and all-reduce alone"
+        rows.append([*where, title, _spread(floor["seconds"], 1e3), _spread(floor["times_ours"]), *nothing])
+        rows.append([*where, "header of ours alone", _spread(r["header"]["seconds"], 1e3), "", *nothing])
+    return f"{distributed_summary(results)}\n\n{_grid(head, rows)}\n"
+
+
+def bytes_model() -> str:
+    """What a step costs each of many GPUs, for the README: the model of traffic.py."""
+    head = ["N × D", "GPUs", "all-reduce of C, MB", "ours, float32, MB", "ours, 16 bit, MB", "vectors in either, MB"]
+    rows = [_gpu_row(cell, count) for cell in GPU_CELLS for count in GPUS]
+    sentence = (
+        "What each of W GPUs sends in a step, forward and backward, by ring algorithms: W − 1 times what it gives to a "
+        "gather, 2 (W − 1)/W times a sum's size. It receives as much. The vectors of the textbook's batch norm are not "
+        "counted."
+    )
+    return f"{sentence}\n\n{_grid([*head, 'textbook, GFLOP', 'ours, GFLOP'], rows)}"
+
+
+def _gpu_row(cell: Cell, count: int) -> list[str]:
+    textbook, ours, half = traffic.textbook(cell, count), traffic.dual(cell, count), traffic.dual(cell, count, 2)
+    sent = [f"{cost.sent / 1e6:,.0f} ({100 * cost.sent / textbook.sent:.1f} %)" for cost in (ours, half)]
+    flops = [_plain(cost.flops / 1e9) for cost in (textbook, ours)]
+    shape = f"{cell.n} × {cell.d}"
+    return [shape, str(count), _plain(textbook.sent / 1e6), *sent, f"{half.vectors / 1e6:.1f}", *flops]
+
+
+def _mb(contender: Record, counted: str = "collectives") -> str:
+    size: float | None = contender["sent"][counted]
+    return "" if size is None else f"{size / 1e6:,.2f}"
+
+
+def blocks(results: Path) -> dict[str, str]:
+    """What stands in the README between the markers, by their name."""
+
+    def figures(name: str) -> Record:
+        record: Record = json.loads((results / f"{name}.json").read_text())
+        return record
+
+    return {
+        "bench": summary(figures("compare")),
+        "distributed": distributed_summary(figures("distributed")),
+        "bytes": bytes_model(),
+    }
+
+
+def insert(readme: str, name: str, text: str) -> str:
+    """``readme`` with ``text`` between the markers ``name``."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = readme.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"README.md: expected the markers {begin} and {end}, one after the other")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Put the figures of compare.py into the README.")
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "compare.json")
+    parser = argparse.ArgumentParser(description="Put the figures of the benches into the README.")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="the folder of the figures")
     parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
     arguments = parser.parse_args()
     now = arguments.readme.read_text(encoding="utf-8")
-    wanted = insert(now, summary(json.loads(arguments.results.read_text())))
+    wanted = now
+    for name, text in blocks(arguments.results).items():
+        wanted = insert(wanted, name, text)
     if not arguments.check:
         arguments.readme.write_text(wanted, encoding="utf-8")
     elif now != wanted:

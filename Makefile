@@ -27,10 +27,10 @@ demo: $(VENV)/.has-examples  ## pretrain on scikit-learn's digits and show what 
 	$(RUN) examples/imagenet_pretrain.py $(DEMO_FLAGS)
 
 test: $(VENV)/.has-test  ## run all tests
-	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadgroup $(TEST_FLAGS)
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile $(TEST_FLAGS)
 
 test-minimal: $(VENV_MINIMAL)/.has-test  ## run the tests on an older torch, without torchvision and triton
-	$(RUN_MINIMAL) -m pytest --numprocesses $(WORKERS) --dist loadgroup --ignore tests/examples $(TEST_FLAGS)
+	$(RUN_MINIMAL) -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/examples $(TEST_FLAGS)
 
 lint: $(VENV)/.has-dev  ## check style, format and types
 	$(RUN) -m ruff check

@@ -141,7 +141,7 @@ def barlow_twins_loss(
         dual 2·N·D elements to and from each rank, in the primal 2·D², and 9 or 7 D-vectors; but for one sum of two
         numbers in backward. The dual holds the N gathered rows of both views on every rank while it works. In eager
         mode a header precedes, for which the device is waited for unless the group has a backend for the CPU, as
-        ``init_process_group()`` and ``init_process_group("cpu:gloo,cuda:nccl")`` give it.
+        ``init_process_group("cpu:gloo,cuda:nccl")`` gives it.
 
         The official program differentiates each rank's own contribution only, so after DDP's mean its gradient is 1/W
         of the true one. What was tuned with it on W processes makes the same updates here with these changes:

@@ -337,14 +337,15 @@ def test_float16_products(pool, algorithm):
 
 
 def test_a_sum_over_ranks_of_float16_is_added_in_float32(pool):
-    """In float16 2048 + 1 is 2048, however often one adds."""
-    for total in pool.run(_half_sum, 3):
-        assert total == 2050
+    """In float16 2048 + 1 is 2048. Each rank holds the large number once, so that no order of adding hides it."""
+    for totals in pool.run(_half_sum, 4):
+        assert totals == [2052] * 4  # 2048 + 3, rounded once
 
 
 def _half_sum():
-    ones = torch.full((1,), 2048.0 if dist.get_rank() == 0 else 1.0, dtype=torch.float16)
-    return float(all_sum_matrix(Group(dist.get_world_size(), None), ones))
+    numbers = torch.ones(4, dtype=torch.float16)
+    numbers[dist.get_rank()] = 2048
+    return all_sum_matrix(Group(dist.get_world_size(), None), numbers).tolist()
 
 
 def _twice(counts, d, algorithm):

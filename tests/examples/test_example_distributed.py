@@ -21,10 +21,7 @@ from pretraining.digits import load_digits
 from pretraining.errors import UsageError
 from pretraining.folder import load_folder
 
-pytestmark = [
-    pytest.mark.xdist_group("distributed"),
-    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"),
-]
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 
 PROGRAM, IN_FLOAT64 = EXAMPLES / "imagenet_pretrain.py", Path(__file__).with_name("in_float64.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -161,11 +161,14 @@ def gather_integers(group: Group, values: tuple[int, ...], z: Any) -> list[tuple
     return [tuple(row) for row in cast("list[list[int]]", every.tolist())]  # pyright: ignore[reportUnknownMemberType]
 
 
-def gather_texts(group: Group, text: str) -> list[str]:
-    """Every rank's text, in the order of the ranks; for errors, so speed is nothing."""
-    texts: list[Any] = [None] * group.size
-    dist.all_gather_object(texts, text, group=group.handle)
-    return texts
+def gather_texts(group: Group, text: str, z: Any) -> list[str]:
+    """Every rank's text, in the order of the ranks; for errors, so speed is nothing.
+
+    all_gather_object would need numpy, which torch does without.
+    """
+    data = text.encode()
+    longest = 1 + max(length for (length,) in gather_integers(group, (len(data),), z))
+    return [bytes(row).decode().rstrip() for row in gather_integers(group, tuple(data.ljust(longest)), z)]
 
 
 def _device_of_small_things(group: Group, z: Any) -> torch.device:

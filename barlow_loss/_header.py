@@ -64,9 +64,9 @@ def agree(caller: str, group: Group, z: Any, check: Callable[[], tuple[int, Clai
     headers = gather_integers(group, (_kind(failure), n, _fingerprint(claims)), z)
     kinds, counts, fingerprints = (tuple(column) for column in zip(*headers, strict=True))
     if any(kinds):
-        raise _common_failure(caller, kinds, counts, gather_texts(group, claims)) from failure
+        raise _common_failure(caller, kinds, counts, gather_texts(group, claims, z)) from failure
     if len(set(fingerprints)) > 1:
-        raise ValueError(_disagreement(caller, gather_texts(group, claims)))
+        raise ValueError(_disagreement(caller, gather_texts(group, claims, z)))
     return Shards(group, counts)
 
 

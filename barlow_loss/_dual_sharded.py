@@ -25,12 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["coefficients", "product", "value"]
 
 
-def product(view: int, u1: Tensor, u2: Tensor, *kept: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """P itself, and q."""
-    projections, q = kept[:2], kept[2:]
-    return (projections[view],), q[view]
-
-
 def value(
     ops: Primitives, shards: Shards, u: Tensor, diagonal: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -49,3 +43,9 @@ def value(
         q.append(column_dots.to(diagonal.dtype))
     c, squared_norm, *q = all_sum(shards.group, diagonal, squared_norm.to(diagonal.dtype), *(q if any(needed) else ()))
     return c, off_diagonal(squared_norm, c), (*projections, *q)
+
+
+def product(view: int, u1: Tensor, u2: Tensor, *kept: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """P itself, and q."""
+    projections, q = kept[:2], kept[2:]
+    return (projections[view],), q[view]

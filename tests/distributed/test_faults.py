@@ -31,17 +31,20 @@ def _train_and_lose_rank_1(where):
             started = time.perf_counter()
             if where == "before the loss":
                 die()
-            else:
+            elif where == "in the network's backward":
                 z1.register_hook(die)
         try:
-            loss_fn(z1, z2).backward()
+            loss = loss_fn(z1, z2)
+            if step == 3 and where == "before the backward's sum":
+                loss.register_hook(die)
+            loss.backward()
         except RuntimeError as error:
             assert step == 3
             return time.perf_counter() - started, str(error)
     return None
 
 
-@pytest.mark.parametrize("where", ["before the loss", "in backward"])
+@pytest.mark.parametrize("where", ["before the loss", "before the backward's sum", "in the network's backward"])
 def test_a_peer_killed_in_the_middle_of_a_step(pool, where):
     results = pool.run(_train_and_lose_rank_1, 3, where, deaths=True, debug="OFF")
     assert isinstance(results[1], Died)

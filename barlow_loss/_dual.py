@@ -14,30 +14,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from barlow_loss._backends import Primitives
+    from barlow_loss._backends import Primitives, Product
     from barlow_loss._collectives import Shards
 
-__all__ = ["coefficients", "off_diagonal", "product", "value"]
+__all__ = ["HOLDS_DIAGONAL", "product", "value"]
+
+HOLDS_DIAGONAL = True  # ‖C‖² does, and so does C̃ = C
 
 
 def value(
     ops: Primitives, shards: Shards, u: Tensor, diagonal: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """C_ii, Σ_{i≠j} C_ij², and the matrices that the gradient needs: K1, K2."""
-    k1, k2 = ops.gram(u[0]), ops.gram(u[1])
-    return diagonal, off_diagonal(ops.frobenius(k1, k2), diagonal), (k1, k2)
+    """C_ii, parts of ‖C‖², and the matrices that the gradient needs: K1, K2."""
+    k1, k2, squares = ops.grams(u, None)
+    return diagonal, squares, (k1, k2)
 
 
-def off_diagonal(squared_norm: Tensor, c: Tensor) -> Tensor:
-    """‖C‖² − Σ_i C_ii². Below 0 only by rounding, where nothing is left; the gradient knows nothing of the clamp."""
-    return (squared_norm - c.square().sum()).clamp_min(0)
-
-
-def product(view: int, u1: Tensor, u2: Tensor, k1: Tensor, k2: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-    """The factors of P, where C̃ = C: K2 u1 for the first view, K1 u2 for the second; q comes out of P."""
+def product(view: int, u1: Tensor, u2: Tensor, k1: Tensor, k2: Tensor) -> Product:
+    """The factors of P: K2 u1 for the first view, K1 u2 for the second; q comes out of P."""
     return ((k2, u1) if view == 0 else (k1, u2)), None
-
-
-def coefficients(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """The diagonal d of M = 2b C̃ + diag(d): C̃ = C holds the diagonal, so its part 2b C_ii is taken out again."""
-    return 2 * a * (c - 1) - 2 * b * c

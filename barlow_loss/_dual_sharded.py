@@ -15,37 +15,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from barlow_loss._collectives import Shards, all_sum, gather_rows
-from barlow_loss._dual import coefficients, off_diagonal
+from barlow_loss._dual import HOLDS_DIAGONAL
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from barlow_loss._backends import Primitives
+    from barlow_loss._backends import Primitives, Product
 
-__all__ = ["coefficients", "product", "value"]
+__all__ = ["HOLDS_DIAGONAL", "product", "value"]
 
 
 def value(
     ops: Primitives, shards: Shards, u: Tensor, diagonal: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """C_ii, Σ_{i≠j} C_ij², and what the gradient needs: P and q of either view."""
-    every = [gather_rows(shards, own) for own in u]
-    grams = [ops.gram_rows(own, all_rows) for own, all_rows in zip(u, every, strict=True)]
-    squared_norm = ops.frobenius(grams[0], grams[1])
-    nothing = diagonal.new_zeros(diagonal.shape)
-    projections: list[Tensor] = []
-    q: list[Tensor] = []
-    for view in (0, 1):
-        p, column_dots = (
-            ops.project(grams[1 - view], every[view], u[view]) if needed[view] else (u.new_empty(0), nothing)
-        )
-        projections.append(p)
-        q.append(column_dots.to(diagonal.dtype))
-    c, squared_norm, *q = all_sum(shards.group, diagonal, squared_norm.to(diagonal.dtype), *(q if any(needed) else ()))
-    return c, off_diagonal(squared_norm, c), (*projections, *q)
+    """C_ii, ‖C‖², and what the gradient needs: P and q of either view."""
+    every = gather_rows(shards, u[0]), gather_rows(shards, u[1])
+    k1, k2, squares = ops.grams(u, every)
+    p1, q1 = ops.project(k2, every[0], u[0]) if needed[0] else (u.new_empty(0), None)
+    p2, q2 = ops.project(k1, every[1], u[1]) if needed[1] else (u.new_empty(0), None)
+    nothing = diagonal.new_zeros(0)
+    q = (nothing if own is None else own.to(diagonal.dtype) for own in (q1, q2))
+    c, squared_norm, q1, q2 = all_sum(shards.group, diagonal, squares.sum(dtype=diagonal.dtype), *q)
+    return c, squared_norm, (p1, p2, q1, q2)
 
 
-def product(view: int, u1: Tensor, u2: Tensor, *kept: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
+def product(view: int, u1: Tensor, u2: Tensor, *kept: Tensor) -> Product:
     """P itself, and q."""
-    projections, q = kept[:2], kept[2:]
-    return (projections[view],), q[view]
+    return (kept[view],), kept[2 + view]

@@ -5,8 +5,10 @@ Nothing here looks at data, so every process decides alike and no device is wait
 
 from __future__ import annotations
 
+import functools
+import importlib
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 
@@ -18,6 +20,7 @@ __all__ = [
     "Plan",
     "autocast_disabled",
     "autocast_enabled",
+    "choose_backend",
     "make_plan",
     "vector_dtype",
 ]
@@ -30,13 +33,17 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 # |K| ≤ D, and float16 ends at 65504.
 _FLOAT16_MAX_FEATURES = 65504
 _FLOAT16_MATMUL_DEVICES = ("cuda", "xpu", "mps")
+_TRITON_DEVICES = ("cuda", "xpu")  # torch calls ROCm "cuda" too
+
+_LEAST_NVIDIA_CAPABILITY = (8, 0)  # bfloat16 and the tensor cores that the kernels are compiled for in the tests
+_AMD_CHIPS_OF_AUTO = ("gfx942", "gfx950")  # likewise
 
 
 class Plan(NamedTuple):
     """Everything that is decided before the first number is read."""
 
     algorithm: str  # "primal" or "dual"
-    backend: str  # "eager"
+    backend: str  # "eager" or "triton"
     compute_dtype: torch.dtype  # elementwise work, the diagonal, the returned loss
     matmul_dtype: torch.dtype  # operands of the matrix products, and what is gathered over processes
     grad_reduction: str = "mean"  # or "sum"
@@ -53,11 +60,11 @@ def make_plan(
     autocast: bool,
     grad_reduction: str = "mean",
 ) -> Plan:
-    """Resolve every "auto". An explicit choice is kept as it is, or raises where it cannot be served.
+    """Resolve what depends on the batch. An explicit choice is kept as it is.
 
     Args:
         algorithm: "auto", "primal" or "dual".
-        backend: "auto", "eager" or "triton".
+        backend: "eager" or "triton", from ``choose_backend``.
         n: samples in the global batch.
         d: features.
         dtype: dtype of the views.
@@ -67,7 +74,7 @@ def make_plan(
     """
     return Plan(
         _choose_algorithm(algorithm, n, d),
-        _choose_backend(backend),
+        backend,
         _compute_dtype(dtype),
         _matmul_dtype(dtype, d, device_type, autocast),
         grad_reduction,
@@ -89,12 +96,50 @@ def _choose_algorithm(algorithm: str, n: int, d: int) -> str:
     return "dual" if 2 * n <= d else "primal"
 
 
-def _choose_backend(backend: str) -> str:
-    if backend == "triton":
-        raise NotImplementedError(
-            "barlow_twins_loss: backend='triton' is not implemented in this version. Use backend='auto' or 'eager'."
+def choose_backend(caller: str, backend: str, device: torch.device) -> str:
+    """Resolve "auto": Triton on the GPUs that its kernels are compiled for in the tests, else plain torch.
+
+    Raises:
+        ValueError: "triton" was asked for, and the device is none that Triton serves.
+        RuntimeError: "triton" was asked for, and it is not installed or does not work with this GPU.
+    """
+    if backend == "eager" or (backend == "auto" and device.type != "cuda"):
+        return "eager"
+    if device.type not in _TRITON_DEVICES:
+        raise ValueError(
+            f"{caller}: backend='triton' expected CUDA, ROCm or XPU tensors, got {device.type} tensors. "
+            "Move the views to a GPU, or use backend='auto' or 'eager'."
         )
-    return "eager"
+    obstacle, proven = _triton_on(device.type, device.index)
+    if backend == "auto":
+        return "triton" if proven and obstacle is None else "eager"
+    if obstacle is not None:
+        raise RuntimeError(f"{caller}: backend='triton' cannot run here: {obstacle}. Use backend='auto' or 'eager'.")
+    return "triton"
+
+
+@functools.cache
+def _triton_on(device_type: str, index: int | None) -> tuple[str | None, bool]:
+    """Why Triton cannot be used on a device, or None; and whether its chip is one that the tests compile for."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); a CUDA or ROCm build of torch brings it", False
+    if device_type == "xpu":
+        return None, False
+    if torch.version.hip is not None:
+        properties = cast("Any", torch.cuda.get_device_properties(index))  # pyright: ignore[reportUnknownMemberType]
+        return None, properties.gcnArchName.partition(":")[0] in _AMD_CHIPS_OF_AUTO
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _LEAST_NVIDIA_CAPABILITY:
+        least = ".".join(map(str, _LEAST_NVIDIA_CAPABILITY))
+        return f"it expects compute capability {least} or newer, got {capability[0]}.{capability[1]}", False
+    return None, True
+
+
+# What torch.compiler.assume_constant_result does, without loading the compiler, which takes a second: a compiled graph
+# takes the answer as it is.
+_triton_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -17,29 +17,24 @@ from barlow_loss._collectives import Shards, all_sum, all_sum_matrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from barlow_loss._backends import Primitives
+    from barlow_loss._backends import Primitives, Product
 
-__all__ = ["coefficients", "product", "value"]
+__all__ = ["HOLDS_DIAGONAL", "product", "value"]
+
+HOLDS_DIAGONAL = False  # C̃ is C without it
 
 
 def value(
     ops: Primitives, shards: Shards, u: Tensor, diagonal: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """C_ii, Σ_{i≠j} C_ij², and what the gradient needs: C̃ and its row and column sums of squares."""
+    """C_ii, parts of Σ_{i≠j} C_ij², and what the gradient needs: C̃ and its row and column sums of squares."""
     (c,) = all_sum(shards.group, diagonal)
     correlation = all_sum_matrix(shards.group, ops.correlate(u[0], u[1]))
     correlation.diagonal().zero_()
     rows, columns = ops.squared_sums(correlation)
-    return c, rows.sum(), (correlation, rows, columns)
+    return c, rows, (correlation, rows, columns)
 
 
-def product(
-    view: int, u1: Tensor, u2: Tensor, correlation: Tensor, rows: Tensor, columns: Tensor
-) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+def product(view: int, u1: Tensor, u2: Tensor, correlation: Tensor, rows: Tensor, columns: Tensor) -> Product:
     """The factors of P, which is u2 C̃ᵀ for the first view and u1 C̃ for the second; and q."""
     return ((u2, correlation.T), rows) if view == 0 else ((u1, correlation), columns)
-
-
-def coefficients(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """The diagonal d of M = 2b C̃ + diag(d)."""
-    return 2 * a * (c - 1)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from barlow_loss._collectives import group_of
-from barlow_loss._function import correlation_sums
+from barlow_loss._function import loss_and_sums
 from barlow_loss._header import Claims, agree, check_samples
-from barlow_loss._plan import ALGORITHMS, BACKENDS, Algorithm, Backend, autocast_enabled, make_plan
+from barlow_loss._plan import ALGORITHMS, BACKENDS, Algorithm, Backend, autocast_enabled, choose_backend, make_plan
 from barlow_loss._validation import check_choice, check_eps, check_lambd, check_views
 
 if TYPE_CHECKING:
@@ -107,7 +107,9 @@ def barlow_twins_loss(
         eps: added to the variance inside the root, ≥ 0; part of the loss.
         algorithm: "primal" works on the D×D matrix C (6 N D² FLOPs), "dual" on the N×N Gram matrices of the views
             (8 N² D FLOPs); both are exact. "auto" takes the dual for N ≤ D/2.
-        backend: "eager" is plain torch; "auto" chooses; "triton" is not implemented in this version.
+        backend: "eager" is plain torch, on every device; "triton" fuses all but the matrix products into a few
+            kernels, on CUDA, ROCm and XPU; both are exact. "auto" takes Triton, where it can be imported, on NVIDIA
+            GPUs of compute capability 8.0 and newer and on AMD's gfx942 and gfx950; for CPU tensors it never does.
         synchronize: take statistics and correlations over the rows of all processes of ``process_group``. All of them
             call the function then. False: the loss of this process's rows alone.
         process_group: the processes to synchronise over; default: the world, once torch.distributed is initialised.
@@ -123,12 +125,13 @@ def barlow_twins_loss(
 
     Raises:
         ValueError: the shapes differ or are not (N, D), N < 2, D = 0, the devices differ, not exactly two views, or a
-            setting out of its range; D, dtype, settings or the need for gradients differ among the processes.
+            setting out of its range; ``backend="triton"`` on a device that Triton does not serve; D, dtype, settings
+            or the need for gradients differ among the processes.
         TypeError: views that are not floating tensors of one dtype, or a setting of the wrong type.
-        NotImplementedError: ``backend="triton"``.
-        RuntimeError: in backward, where a second derivative is asked for; in a compiled graph, where the processes have
-            different numbers of rows (on CUDA an assertion on the device, which ends the process); from
-            torch.distributed, where a process has died, does not come, or was given another group.
+        RuntimeError: ``backend="triton"`` where triton cannot be imported or the GPU is too old; in backward, where a
+            second derivative is asked for; in a compiled graph, where the processes have different numbers of rows
+            (on CUDA an assertion on the device, which ends the process); from torch.distributed, where a process has
+            died, does not come, or was given another group.
 
         What is wrong on one process raises the same error on all of them, except in a compiled graph, which compares
         the numbers of rows alone.
@@ -180,7 +183,7 @@ def barlow_twins_loss(
             "lambd": "a tensor" if isinstance(lambd, torch.Tensor) else float(lambd),
             "eps": float(eps),
             "algorithm": algorithm,
-            "backend": backend,
+            "backend": choose_backend(caller, backend, z1.device),
             "grad_reduction": grad_reduction,
         }
 
@@ -189,7 +192,7 @@ def barlow_twins_loss(
     check_samples(caller, z1, shards)
     plan = make_plan(
         algorithm=algorithm,
-        backend=backend,
+        backend=choose_backend(caller, backend, z1.device),
         n=shards.total,
         d=z1.shape[1],
         dtype=z1.dtype,
@@ -197,10 +200,8 @@ def barlow_twins_loss(
         autocast=autocast_enabled(z1.device.type),
         grad_reduction=grad_reduction,
     )
-    on_diagonal, off_diagonal = correlation_sums(z1, z2, eps, plan, shards)
-    weight = lambd.to(off_diagonal) if isinstance(lambd, torch.Tensor) else lambd
-    loss = on_diagonal + weight * off_diagonal
-    return BarlowTwinsTerms(loss, on_diagonal, off_diagonal) if return_terms else loss
+    terms = BarlowTwinsTerms(*loss_and_sums(z1, z2, lambd, eps, plan, shards))
+    return terms if return_terms else terms.loss
 
 
 def _check_settings(caller: str, lambd: Any, eps: Any, algorithm: Any, backend: Any, grad_reduction: Any) -> None:

@@ -1,15 +1,19 @@
 """What "auto" chooses, as a table: algorithm, backend and precision, from shapes and availability alone."""
 
 import inspect
+import re
+import sys
+import types
 
 import pytest
 import torch
 
-from barlow_loss._plan import Plan, make_plan
+from barlow_loss import _plan
+from barlow_loss._plan import Plan, choose_backend, make_plan
 
 CASE = {
     "algorithm": "auto",
-    "backend": "auto",
+    "backend": "eager",
     "n": 256,
     "d": 8192,
     "dtype": torch.float32,
@@ -63,16 +67,95 @@ def test_the_algorithm_depends_on_the_shape_alone(device_type, dtype, autocast):
         assert changed.algorithm == plan(n=n, d=d).algorithm
 
 
-@pytest.mark.parametrize("backend", ["auto", "eager"])
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_backend_is_eager(backend, device_type):
-    assert plan(backend=backend, device_type=device_type).backend == "eager"
+@pytest.fixture
+def chip(monkeypatch):
+    """Pretends that the GPU is another; returns how to say which: its obstacle and whether the tests compile for it."""
+
+    def pretend(obstacle, proven):
+        monkeypatch.setattr(_plan, "_triton_on", lambda device_type, index: (obstacle, proven))
+
+    return pretend
 
 
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_triton_is_refused_with_the_remedy(device_type):
-    with pytest.raises(NotImplementedError, match=r"triton.*auto.*eager"):
-        plan(backend="triton", device_type=device_type)
+OBSTACLE = "triton cannot be imported (No module named 'triton')"
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "obstacle", "proven", "expected"),
+    [
+        ("auto", "cpu", None, True, "eager"),
+        ("auto", "mps", None, True, "eager"),
+        ("auto", "xpu", None, True, "eager"),  # the kernels are not compiled for it in the tests
+        ("auto", "cuda", None, True, "triton"),
+        ("auto", "cuda", None, False, "eager"),
+        ("auto", "cuda", OBSTACLE, True, "eager"),
+        ("eager", "cpu", None, True, "eager"),
+        ("eager", "cuda", None, True, "eager"),
+        ("triton", "cuda", None, True, "triton"),
+        ("triton", "cuda", None, False, "triton"),
+        ("triton", "xpu", None, False, "triton"),
+    ],
+)
+def test_backend(chip, backend, device, obstacle, proven, expected):
+    chip(obstacle, proven)
+    assert choose_backend("f", backend, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
+def test_triton_refuses_devices_that_it_does_not_serve(device):
+    with pytest.raises(ValueError, match=rf"f: backend='triton' expected CUDA.* got {device} tensors.*GPU.*'eager'"):
+        choose_backend("f", "triton", torch.device(device))
+
+
+def test_triton_refuses_to_run_where_it_cannot(chip):
+    chip(OBSTACLE, False)
+    with pytest.raises(RuntimeError, match=r"f: backend='triton' cannot run here: triton.*import.*'auto' or 'eager'"):
+        choose_backend("f", "triton", torch.device("cuda", 0))
+
+
+@pytest.fixture
+def fresh_answers():
+    _plan._triton_on.cache_clear()
+    yield
+    _plan._triton_on.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_answers")
+@pytest.mark.parametrize(
+    ("capability", "obstacle", "proven"),
+    [
+        ((7, 5), r"expects compute capability 8\.0 or newer, got 7\.5", False),
+        ((8, 0), None, True),
+        ((12, 0), None, True),
+    ],
+)
+def test_nvidia_gpus_from_ampere_on(monkeypatch, capability, obstacle, proven):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    found, really = _plan._triton_on("cuda", 0)
+    assert really == proven
+    assert (found is None) if obstacle is None else re.search(obstacle, found)
+
+
+@pytest.mark.usefixtures("fresh_answers")
+@pytest.mark.parametrize(
+    ("chip_name", "proven"), [("gfx942:sramecc+:xnack-", True), ("gfx950", True), ("gfx1100", False)]
+)
+def test_amd_gpus_that_the_tests_compile_for(monkeypatch, chip_name, proven):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    properties = types.SimpleNamespace(gcnArchName=chip_name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert _plan._triton_on("cuda", 0) == (None, proven)
+
+
+@pytest.mark.usefixtures("fresh_answers")
+def test_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    obstacle, proven = _plan._triton_on("cuda", 0)
+    assert "cannot be imported" in obstacle
+    assert not proven
 
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

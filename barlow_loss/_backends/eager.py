@@ -7,20 +7,29 @@ features, 1.5 ms in blocks of 2048; the four matrix products take 48 ms.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+from barlow_loss._penalty import Arriving, penalties, slopes
+
+if TYPE_CHECKING:
+    from barlow_loss._backends import Product
 
 __all__ = [
     "backproject",
     "centre",
     "correlate",
-    "frobenius",
-    "gram",
-    "gram_rows",
+    "grams",
+    "penalties",
     "project",
     "squared_sums",
     "standardize",
+    "whiten",
 ]
+
+whiten = None
 
 _BLOCK_ELEMENTS = 2**18
 _BLOCK_MIN_LENGTH = 512  # a matrix product over fewer rows or features loses more than the cache wins
@@ -83,7 +92,15 @@ def standardize(x: Tensor, scale: Tensor, shift: Tensor, matmul_dtype: torch.dty
     return x.to(matmul_dtype), diagonal
 
 
-def gram(u: Tensor) -> Tensor:
+def grams(u: Tensor, every: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    if every is None:
+        k1, k2 = _gram(u[0]), _gram(u[1])
+    else:
+        k1, k2 = torch.mm(u[0], every[0].T), torch.mm(u[1], every[1].T)
+    return k1, k2, (_wide(k1) * _wide(k2)).sum()
+
+
+def _gram(u: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or u.device.type != "cpu":
         return torch.mm(u, u.T)
     k = torch.empty((u.shape[0], u.shape[0]), dtype=u.dtype, device=u.device)
@@ -107,10 +124,6 @@ def _gram_into(k: Tensor, u: Tensor) -> None:
     k[:half, half:] = k[half:, :half].T
 
 
-def gram_rows(u: Tensor, every: Tensor) -> Tensor:
-    return torch.mm(u, every.T)
-
-
 def project(k: Tensor, every: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     p = torch.mm(k, every)
     column_dots = own.new_zeros(own.shape[1], dtype=torch.promote_types(own.dtype, torch.float32))
@@ -123,10 +136,6 @@ def project(k: Tensor, every: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
 
 def correlate(u1: Tensor, u2: Tensor) -> Tensor:
     return torch.mm(u1.T, u2)
-
-
-def frobenius(a: Tensor, b: Tensor) -> Tensor:
-    return (_wide(a) * _wide(b)).sum()
 
 
 def squared_sums(c: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,6 +157,30 @@ def _product(factors: tuple[Tensor, ...], block: _Block, out: Tensor | None) -> 
 
 
 def backproject(
+    products: tuple[Product | None, Product | None],
+    u: Tensor,
+    c: Tensor,
+    rho: Tensor,
+    arriving: Arriving,
+    holds_diagonal: bool,
+    n: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    a, b = slopes(arriving)
+    d = 2 * a * (c - 1)
+    if holds_diagonal:
+        d = d - 2 * b * c
+    beta = d * rho
+    alpha, beta, gamma = (vector.to(a.dtype) for vector in (2 * b * rho, beta, beta * c))
+
+    def gradient(view: int) -> Tensor | None:
+        product, own, other = products[view], u[view], u[1 - view]
+        return product and _backproject(*product, own, other, alpha[view], beta[view], gamma[view], dtype)
+
+    return gradient(0), gradient(1)
+
+
+def _backproject(
     factors: tuple[Tensor, ...],
     q: Tensor | None,
     own: Tensor,

@@ -7,7 +7,7 @@ from sharding import CASES, SHARES, global_batch, shard
 
 from barlow_loss import BarlowTwinsLoss, barlow_twins_loss
 from barlow_loss._collectives import ALONE, Group, Shards, all_sum_matrix
-from barlow_loss._function import correlation_sums
+from barlow_loss._function import loss_and_sums
 from barlow_loss._plan import Plan
 from comparison import assert_near, evaluate, tolerance, truth
 
@@ -312,8 +312,7 @@ def _float16_products(counts, d, algorithm):
     views = _views(counts, torch.float32, d)
     shards = Shards(Group(dist.get_world_size(), None), counts)
     plan = Plan(algorithm, "eager", torch.float32, torch.float16)
-    on_diagonal, off_diagonal = correlation_sums(*views, 1e-5, plan, shards)
-    loss = on_diagonal + 0.0051 * off_diagonal
+    loss, _, _ = loss_and_sums(*views, 0.0051, 1e-5, plan, shards)
     loss.backward()
     return loss.detach(), [view.grad for view in views]
 
@@ -326,8 +325,8 @@ def test_float16_products(pool, algorithm):
     expected = truth(z1, z2)
     leaves = [z1.clone().requires_grad_(), z2.clone().requires_grad_()]
     plan = Plan(algorithm, "eager", torch.float32, torch.float16)
-    on_diagonal, off_diagonal = correlation_sums(*leaves, 1e-5, plan, Shards(ALONE, (sum(counts),)))
-    (on_diagonal + 0.0051 * off_diagonal).backward()
+    loss, _, _ = loss_and_sums(*leaves, 0.0051, 1e-5, plan, Shards(ALONE, (sum(counts),)))
+    loss.backward()
     for view in (0, 1):
         size = float(expected.gradients[view].norm())
         alone = float((leaves[view].grad.double() - expected.gradients[view]).norm())

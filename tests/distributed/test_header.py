@@ -69,7 +69,7 @@ ONE_WRONG = {
     "no tensor": ({1: {"views": ("z", "z")}}, "TypeError", ["got str", "From rank 1 of 3"]),
     "no views": ({1: {"views": (torch.ones(4, 6),)}}, "ValueError", ["exactly two views, got 1", "From rank 1 of 3"]),
     "weight": ({1: {"lambd": 0.01}}, "ValueError", ["lambd = 0.01 on rank 1", "lambd = 0.0051 on ranks 0, 2"]),
-    "backend": ({1: {"backend": "eager"}}, "ValueError", ["backend = eager on rank 1", "backend = auto on ranks"]),
+    "backend": ({1: {"backend": "triton"}}, "ValueError", ["got cpu tensors", "'auto' or 'eager'", "From rank 1 of 3"]),
     "autocast": ({1: {"autocast": True}}, "ValueError", ["autocast = True on rank 1", "autocast = False on ranks"]),
     "lambd": ({1: {"lambd": -1.0}}, "ValueError", ["lambd", "got -1.0", "From rank 1 of 3"]),
     "two wrong": (

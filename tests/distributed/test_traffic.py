@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from barlow_loss import barlow_twins_loss
 from barlow_loss._collectives import Group, Shards
-from barlow_loss._function import correlation_sums
+from barlow_loss._function import loss_and_sums
 from barlow_loss._plan import Plan
 
 
@@ -53,8 +53,7 @@ def _step(counts, d, algorithm, matmul_dtype, gradients=True):
         else:  # what CUDA tensors get under autocast, here without the header
             shards = Shards(Group(dist.get_world_size(), None), counts)
             plan = Plan(algorithm, "eager", torch.float32, matmul_dtype)
-            on_diagonal, off_diagonal = correlation_sums(*views, 1e-5, plan, shards)
-            loss = on_diagonal + 0.0051 * off_diagonal
+            loss, _, _ = loss_and_sums(*views, 0.0051, 1e-5, plan, shards)
     forward, traffic.sent = traffic.sent, []
     if gradients:
         with traffic:

@@ -1,0 +1,52 @@
+"""⟨A, B⟩ = Σ A_ij B_ij of two matrices of our own, in parts that the next kernel adds up.
+
+A program adds up every P-th block, P the number of programs, so that the order, and with it every bit, depends on the
+size alone. Bytes: both matrices once. Sums within a program are float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from barlow_loss._backends.triton._launch import TL_DTYPES, compute_dtype, on_device_of
+
+__all__ = ["frobenius"]
+
+_BLOCK = 4096
+_MOST_PROGRAMS = 1024  # eight for each multiprocessor of an H100; more would only be more parts to add up
+
+
+@triton.jit
+def frobenius_kernel(a, b, parts, elements, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), COMPUTE)
+    while block * BLOCK < elements:
+        index = block * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(a + index, mask=index < elements, other=0.0).to(COMPUTE)
+        y = tl.load(b + index, mask=index < elements, other=0.0).to(COMPUTE)
+        total += x * y
+        block += tl.num_programs(0)
+    tl.store(parts + tl.program_id(0), tl.sum(total, 0))
+
+
+def _parts(a: Tensor) -> Tensor:
+    blocks = (a.numel() + _BLOCK - 1) // _BLOCK
+    programs = torch.sym_max(1, torch.sym_min(blocks, _MOST_PROGRAMS))  # in a compiled graph the size may be a symbol
+    return a.new_empty((programs,), dtype=compute_dtype(a.dtype))
+
+
+@torch.library.custom_op("barlow_loss::frobenius", mutates_args=())
+def frobenius(a: Tensor, b: Tensor) -> Tensor:
+    """⟨A, B⟩ of two contiguous matrices of one shape, as the parts of a sum, (P,)."""
+    parts = _parts(a)
+    with on_device_of(a):
+        frobenius_kernel[parts.shape](a, b, parts, a.numel(), BLOCK=_BLOCK, COMPUTE=TL_DTYPES[parts.dtype], num_warps=8)
+    return parts
+
+
+@frobenius.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return _parts(a)

@@ -1,0 +1,79 @@
+"""The end of the forward, in one program: L = on + λ off, on = Σ_i (C_ii − 1)², off = Σ C_ij² − Σ_i C_ii².
+
+λ is read on the device where it is a tensor, so that a CUDA graph can be replayed with another one.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from barlow_loss._backends.triton._launch import TL_DTYPES, on_device_of, split
+
+__all__ = ["penalties"]
+
+_BLOCK = 1024
+
+
+@triton.jit
+def load_lambd(weight, lambd, lambd_rest):
+    """λ in float64: from a tensor if there is one, else the sum of two numbers."""
+    if weight is None:
+        result = tl.full((), lambd, tl.float64) + tl.full((), lambd_rest, tl.float64)
+    else:
+        result = tl.load(weight).to(tl.float64)
+    return result
+
+
+@triton.jit(do_not_specialize=["n_parts"])
+def penalties_kernel(
+    c, parts, weight, loss, on_diagonal, off_diagonal, d, n_parts, lambd, lambd_rest,
+    HOLDS_DIAGONAL: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    on = tl.zeros((BLOCK,), tl.float64)
+    off = tl.zeros((BLOCK,), tl.float64)
+    for start in tl.range(0, n_parts, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        off += tl.load(parts + index, mask=index < n_parts, other=0.0).to(tl.float64)
+    for start in tl.range(0, d, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        c_ii = tl.load(c + index, mask=index < d, other=0.0)
+        on += tl.where(index < d, (c_ii - 1) * (c_ii - 1), 0.0)
+        if HOLDS_DIAGONAL:
+            off -= c_ii * c_ii
+    total_off = tl.sum(off, 0)
+    if HOLDS_DIAGONAL:
+        total_off = tl.where(total_off < 0, 0.0, total_off)  # unlike tl.maximum, it keeps NaN
+    rounded_on = tl.sum(on, 0).to(COMPUTE)
+    rounded_off = total_off.to(COMPUTE)
+    tl.store(on_diagonal, rounded_on)
+    tl.store(off_diagonal, rounded_off)
+    tl.store(loss, rounded_on + load_lambd(weight, lambd, lambd_rest).to(COMPUTE) * rounded_off)
+
+
+def _scalars(c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return c.new_empty((), dtype=dtype), c.new_empty((), dtype=dtype), c.new_empty((), dtype=dtype)
+
+
+@torch.library.custom_op("barlow_loss::penalties", mutates_args=())
+def penalties(
+    c: Tensor, parts: Tensor, weight: Tensor | None, lambd: float, holds_diagonal: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L, on and off, 0-d in ``dtype``; λ is ``weight`` if there is one."""
+    loss, on_diagonal, off_diagonal = terms = _scalars(c, dtype)
+    with on_device_of(c):
+        penalties_kernel[(1,)](
+            c, parts, weight, loss, on_diagonal, off_diagonal, c.numel(), parts.numel(), *split(lambd),
+            HOLDS_DIAGONAL=holds_diagonal, BLOCK=_BLOCK, COMPUTE=TL_DTYPES[dtype], num_warps=8,
+            enable_fp_fusion=False,  # so that on + λ·off rounds twice, and is the loss to the last bit
+        )  # fmt: skip
+    return terms
+
+
+@penalties.register_fake
+def _(
+    c: Tensor, parts: Tensor, weight: Tensor | None, lambd: float, holds_diagonal: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _scalars(c, dtype)

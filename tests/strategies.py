@@ -7,6 +7,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+DEVICE = "cpu"  # see conftest.py
+
 # Name of a kind of embeddings -> its two views, standard-normal-like in size, before `std` and `mean` are applied.
 KINDS: dict[str, Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]] = {}
 
@@ -93,7 +95,7 @@ class Batch:
         # Every feature of every view has a mean of its own, of the order of `mean`.
         means = self.mean * (0.5 + torch.rand(2, self.d, generator=generator, dtype=torch.float64))
         z1, z2 = (self.std * view + mean for view, mean in zip(views, means, strict=True))
-        return z1.to(dtype), z2.to(dtype)
+        return z1.to(DEVICE, dtype), z2.to(DEVICE, dtype)
 
 
 # Free sizes, and the corners: the smallest batch, one feature, N = D (even, odd), N ≪ D, N ≫ D.

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from barlow_loss._backends.triton._launch import TL_DTYPES, column_tile, compute_dtype, on_device_of, split
+from barlow_loss._backends.triton._launch import TL_DTYPES, column_tile, compute_dtype, on_device_of
 from barlow_loss._backends.triton._penalties import load_lambd
 
 __all__ = ["backproject", "column_dots"]
@@ -60,7 +60,7 @@ def _store_gradient(dz, gradient, rows, cols, n, d):
 @triton.jit(do_not_specialize=["n", "u_rows"])
 def backproject_kernel(
     p1, p2, q1, q2, u, c, rho, of_loss, of_on, of_off, weight, dz1, dz2,
-    n, d, p_cols, u_rows, u_cols, lambd, lambd_rest,
+    n, d, p_cols, u_rows, u_cols, lambd: tl.float64,
     HOLDS_DIAGONAL: tl.constexpr, HAS_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def backproject_kernel(
     rho2 = _vector(rho + d, cols, d)
     arrived = _given(of_loss)
     a = arrived + _given(of_on)
-    b = load_lambd(weight, lambd, lambd_rest) * arrived + _given(of_off)
+    b = load_lambd(weight, lambd) * arrived + _given(of_off)
     d_ii = 2 * a * (c_ii - 1)
     if HOLDS_DIAGONAL:
         d_ii -= 2 * b * c_ii
@@ -156,7 +156,7 @@ def backproject(
     with on_device_of(u):
         backproject_kernel[tile.grid(d)](
             p1, p2, q1, q2, u, c, rho, of_loss, of_on, of_off, weight, dz1, dz2, n, d, given.shape[1], *u.shape[1:],
-            *split(lambd), HOLDS_DIAGONAL=holds_diagonal, HAS_Q=q1 is not None or q2 is not None,
+            lambd, HOLDS_DIAGONAL=holds_diagonal, HAS_Q=q1 is not None or q2 is not None,
             BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, COMPUTE=TL_DTYPES[compute_dtype(u.dtype)],
             num_warps=tile.warps,
         )  # fmt: skip

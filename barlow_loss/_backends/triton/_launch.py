@@ -1,9 +1,7 @@
-"""What every launch shares: the device it goes to, the sizes of tiles and buffers, and numbers passed by value."""
+"""What every launch shares: the device it goes to, and the sizes of tiles and buffers."""
 
 from __future__ import annotations
 
-import ctypes
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -12,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["TL_DTYPES", "Tile", "column_tile", "compute_dtype", "on_device_of", "padded", "split"]
+__all__ = ["TL_DTYPES", "Tile", "column_tile", "compute_dtype", "on_device_of", "padded"]
 
 TL_DTYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -53,12 +51,6 @@ def column_tile(d: int, dtype: torch.dtype) -> Tile:
     block_d = 32 if d >= _MANY_FEATURES else 16
     elements = 1024 if compute_dtype(dtype) == torch.float64 else 2048
     return Tile(elements // block_d, block_d, 4)
-
-
-def split(value: float) -> tuple[float, float]:
-    """A number as the sum of two float32 numbers, since a float argument of a kernel is float32: 48 bits of it."""
-    high = ctypes.c_float(value).value
-    return high, value - high if math.isfinite(high) else 0.0
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:

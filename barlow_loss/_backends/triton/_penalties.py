@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from barlow_loss._backends.triton._launch import TL_DTYPES, on_device_of, split
+from barlow_loss._backends.triton._launch import TL_DTYPES, on_device_of
 
 __all__ = ["penalties"]
 
@@ -18,18 +18,17 @@ _BLOCK = 1024
 
 
 @triton.jit
-def load_lambd(weight, lambd, lambd_rest):
-    """λ in float64: from a tensor if there is one, else the sum of two numbers."""
-    if weight is None:
-        result = tl.full((), lambd, tl.float64) + tl.full((), lambd_rest, tl.float64)
-    else:
+def load_lambd(weight, lambd):
+    """λ in float64, from a tensor if there is one."""
+    result = tl.full((), lambd, tl.float64)
+    if weight is not None:
         result = tl.load(weight).to(tl.float64)
     return result
 
 
 @triton.jit(do_not_specialize=["n_parts"])
 def penalties_kernel(
-    c, parts, weight, loss, on_diagonal, off_diagonal, d, n_parts, lambd, lambd_rest,
+    c, parts, weight, loss, on_diagonal, off_diagonal, d, n_parts, lambd: tl.float64,
     HOLDS_DIAGONAL: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     on = tl.zeros((BLOCK,), tl.float64)
@@ -50,7 +49,7 @@ def penalties_kernel(
     rounded_off = total_off.to(COMPUTE)
     tl.store(on_diagonal, rounded_on)
     tl.store(off_diagonal, rounded_off)
-    tl.store(loss, rounded_on + load_lambd(weight, lambd, lambd_rest).to(COMPUTE) * rounded_off)
+    tl.store(loss, rounded_on + load_lambd(weight, lambd).to(COMPUTE) * rounded_off)
 
 
 def _scalars(c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +64,7 @@ def penalties(
     loss, on_diagonal, off_diagonal = terms = _scalars(c, dtype)
     with on_device_of(c):
         penalties_kernel[(1,)](
-            c, parts, weight, loss, on_diagonal, off_diagonal, c.numel(), parts.numel(), *split(lambd),
+            c, parts, weight, loss, on_diagonal, off_diagonal, c.numel(), parts.numel(), lambd,
             HOLDS_DIAGONAL=holds_diagonal, BLOCK=_BLOCK, COMPUTE=TL_DTYPES[dtype], num_warps=8,
             enable_fp_fusion=False,  # so that on + λ·off rounds twice, and is the loss to the last bit
         )  # fmt: skip

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from barlow_loss._backends.triton._launch import TL_DTYPES, column_tile, compute_dtype, on_device_of, padded, split
+from barlow_loss._backends.triton._launch import TL_DTYPES, column_tile, compute_dtype, on_device_of, padded
 
 __all__ = ["column_sums", "standardize", "whiten"]
 
@@ -118,7 +118,7 @@ def _finish(s1, s2, rho, cols, n, d, eps, COMPUTE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "u_rows"])
 def whiten_kernel(
-    z1, z2, u, c, rho, n, d, z1_row, z1_col, z2_row, z2_col, u_rows, u_cols, eps, eps_rest,
+    z1, z2, u, c, rho, n, d, z1_row, z1_col, z2_row, z2_col, u_rows, u_cols, eps: tl.float64,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -128,9 +128,8 @@ def whiten_kernel(
         z1, z2, pivot1, pivot2, cols, z1_row, z1_col, z2_row, z2_col, n, d, BLOCK_N, BLOCK_D, COMPUTE
     )
     total = n.to(tl.float64)
-    epsilon = tl.full((), eps, tl.float64) + tl.full((), eps_rest, tl.float64)
-    scale1, shift1 = _finish(a1, b1, rho, cols, total, d, epsilon, COMPUTE)
-    scale2, shift2 = _finish(a2, b2, rho + d, cols, total, d, epsilon, COMPUTE)
+    scale1, shift1 = _finish(a1, b1, rho, cols, total, d, eps, COMPUTE)
+    scale2, shift2 = _finish(a2, b2, rho + d, cols, total, d, eps, COMPUTE)
     diagonal = _write(
         z1, z2, u, pivot1, pivot2, scale1, scale2, shift1, shift2,
         cols, z1_row, z1_col, z2_row, z2_col, u_rows, u_cols, n, d, BLOCK_N, BLOCK_D, COMPUTE,
@@ -186,7 +185,7 @@ def whiten(z1: Tensor, z2: Tensor, eps: float, matmul_dtype: torch.dtype) -> tup
     tile = column_tile(d, z1.dtype)
     with on_device_of(z1):
         whiten_kernel[tile.grid(u.shape[2])](
-            z1, z2, u, c, rho, n, d, *z1.stride(), *z2.stride(), u.shape[1], u.shape[2], *split(eps),
+            z1, z2, u, c, rho, n, d, *z1.stride(), *z2.stride(), u.shape[1], u.shape[2], eps,
             BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, COMPUTE=TL_DTYPES[compute_dtype(z1.dtype)],
             num_warps=tile.warps,
         )  # fmt: skip

@@ -47,9 +47,10 @@ def symmetric_grams_kernel(u, k1, k2, n, depths, BLOCK: tl.constexpr, BLOCK_K: t
     j = tile - i * (i + 1) // 2
     rows = i * BLOCK + tl.arange(0, BLOCK)
     cols = j * BLOCK + tl.arange(0, BLOCK)
+    view = tl.program_id(1)
+    u += view.to(tl.int64) * n * depths
     k = k1
-    if tl.program_id(1) == 1:
-        u += tl.cast(n, tl.int64) * depths
+    if view == 1:
         k = k2
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in tl.range(0, depths, BLOCK_K):

@@ -64,11 +64,15 @@ def symmetric_grams_kernel(u, k1, k2, n, depths, BLOCK: tl.constexpr, BLOCK_K: t
         tl.store(k + cols.to(tl.int64)[:, None] * n + rows[None, :], tl.trans(rounded), mask=mirrored)
 
 
-def _config(u: Tensor) -> _Config:
+def config(shared_memory: int) -> _Config:
+    """Tiles and pipeline for a chip whose blocks may use so many bytes of shared memory."""
+    return _LARGE if shared_memory >= _LARGE_SHARED_MEMORY else _SMALL
+
+
+def _shared_memory(u: Tensor) -> int:
     if u.device.type == "cpu":  # the interpreter
-        return _SMALL
-    shared = triton.runtime.driver.active.utils.get_device_properties(u.device.index)["max_shared_mem"]
-    return _LARGE if shared >= _LARGE_SHARED_MEMORY else _SMALL
+        return 0
+    return triton.runtime.driver.active.utils.get_device_properties(u.device.index)["max_shared_mem"]
 
 
 def _tiles(n: int, block: int) -> int:
@@ -80,12 +84,12 @@ def _tiles(n: int, block: int) -> int:
 def symmetric_grams(u: Tensor) -> tuple[Tensor, Tensor]:
     """K1 and K2, (N, N), of 16-bit u, (2, N, D), N and D multiples of 16."""
     _, n, depths = u.shape
-    config = _config(u)
+    chosen = config(_shared_memory(u))
     k1, k2 = u.new_empty((n, n)), u.new_empty((n, n))
     with on_device_of(u):
-        symmetric_grams_kernel[_tiles(n, config.block), 2](
-            u, k1, k2, n, depths, BLOCK=config.block, BLOCK_K=config.block_k,
-            num_warps=config.warps, num_stages=config.stages,
+        symmetric_grams_kernel[_tiles(n, chosen.block), 2](
+            u, k1, k2, n, depths, BLOCK=chosen.block, BLOCK_K=chosen.block_k,
+            num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
     return k1, k2
 

@@ -33,8 +33,9 @@ def frobenius_kernel(a, b, parts, elements, BLOCK: tl.constexpr, COMPUTE: tl.con
 
 
 def _parts(a: Tensor) -> Tensor:
+    """A number for each program: two at least, since a compiled graph for any size must not ask whether it is one."""
     blocks = (a.numel() + _BLOCK - 1) // _BLOCK
-    programs = torch.sym_max(1, torch.sym_min(blocks, _MOST_PROGRAMS))  # in a compiled graph the size may be a symbol
+    programs = torch.sym_max(2, torch.sym_min(blocks, _MOST_PROGRAMS))
     return a.new_empty((programs,), dtype=compute_dtype(a.dtype))
 
 

@@ -139,7 +139,7 @@ def test_grids_cover_the_features(pretended_h100, d, dtype):
 @pytest.mark.parametrize("n", [2, 100, 4096])
 def test_at_most_1024_parts_are_added_up_by_one_program(pretended_h100, n):
     k = torch.empty(n, n, dtype=F16)
-    assert len(triton.frobenius(k, k)) == min(max(1, -(-n * n // 4096)), 1024)
+    assert len(triton.frobenius(k, k)) == min(max(2, -(-n * n // 4096)), 1024)
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_120", "gfx942"])

@@ -7,6 +7,7 @@ TORCH_MINIMAL ?= torch==2.13.0
 DEMO_FLAGS    ?=
 TEST_FLAGS    ?=
 BENCH_FLAGS   ?= --quick
+GPU_FLAGS     ?=
 WORKERS       ?= 2
 
 RUN         := $(VENV)/bin/python
@@ -14,23 +15,26 @@ RUN_MINIMAL := $(VENV_MINIMAL)/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-minimal lint format bench wheel clean
+.PHONY: help demo test test-minimal lint format bench gpu wheel clean
 
 # Small batches on few cores: two OpenMP threads that wait for each other cost more than they bring.
 demo test test-minimal: export OMP_NUM_THREADS = 1
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Settings, e.g. 'make demo PYTHON=python3.12 DEMO_FLAGS=\"--seed 1\"': PYTHON DEMO_FLAGS TEST_FLAGS BENCH_FLAGS WORKERS"
+	@echo "Settings, e.g. 'make demo PYTHON=python3.12 DEMO_FLAGS=\"--seed 1\"': PYTHON DEMO_FLAGS TEST_FLAGS BENCH_FLAGS GPU_FLAGS WORKERS"
 
 demo: $(VENV)/.has-examples  ## pretrain on scikit-learn's digits and show what was learned (about a minute)
 	$(RUN) examples/imagenet_pretrain.py $(DEMO_FLAGS)
 
+# A process interprets triton's kernels or compiles them, never both.
 test: $(VENV)/.has-test  ## run all tests
-	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile $(TEST_FLAGS)
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/kernels/interpreted $(TEST_FLAGS)
+	TRITON_INTERPRET=1 $(RUN) -m pytest --numprocesses $(WORKERS) --backend triton --hypothesis-profile interpreted \
+		tests/kernels/interpreted tests/test_laws_*.py
 
 test-minimal: $(VENV_MINIMAL)/.has-test  ## run the tests on an older torch, without torchvision and triton
-	$(RUN_MINIMAL) -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/examples $(TEST_FLAGS)
+	$(RUN_MINIMAL) -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/examples --ignore tests/kernels $(TEST_FLAGS)
 
 lint: $(VENV)/.has-dev  ## check style, format and types
 	$(RUN) -m ruff check
@@ -44,6 +48,10 @@ format: $(VENV)/.has-dev  ## repair what ruff can repair
 
 bench: $(VENV)/.has-bench  ## time the loss against the others (under ten minutes)
 	$(RUN) benches/compare.py $(BENCH_FLAGS)
+
+# A machine with a GPU has its own torch, and often no network: nothing is installed.
+gpu:  ## test and time the loss on this machine's GPU, with the torch of PYTHON (under eight minutes)
+	@PYTHONPATH="$(CURDIR)" $(PYTHON) benches/gpu_steps.py $(GPU_FLAGS)
 
 wheel: $(VENV)/.has-dev  ## build the wheel and the source distribution into dist/
 	rm -rf dist

@@ -1,0 +1,315 @@
+"""What a step costs a GPU, by counting: FLOPs, bytes, working memory and launches of every contender, and a time.
+
+Nothing here is measured. N samples, D features, e = 2·N·D elements of both views of ``view`` bytes each; the matrix
+products take elements of ``product`` bytes. "bf16 autocast": view = product = 2, the views are bfloat16, as a linear
+layer under autocast returns them. "fp32": view = product = 4, ``torch.get_float32_matmul_precision() == "highest"``.
+
+**FLOPs**, those of the matrix products: dual 8·N²·D, 4 of them; with symmetric Gram matrices 6·N²·D; the D×D formula
+6·N·D².
+
+**Bytes**, three levels:
+
+* *least*: the views read once, the gradients written once, 2·e·view. No kernel can have less. With the FLOPs it makes
+  the floor: the larger of FLOPs over the rate of a matrix product and least bytes over the bandwidth of a copy.
+* *moved*: every kernel reads its operands once and writes its results once.
+* *again*: kernels that pass twice over an operand read it a second time, from the L2 cache where the columns in work
+  fit there, from memory where they do not. A prediction is a range: without and with these bytes.
+
+Moved, per contender. A pass is over all e elements of both views, or over a D×D or N×N matrix:
+
+* dual, Triton: standardise reads z (view), writes u (product); Gram matrices read u, write K1, K2; Frobenius sums read
+  K1, K2; the products of the backward read K1, K2 and u, write P; the back-projection reads P and u, writes the
+  gradient (view). e·(2·view + 6·product) + 2N²·3·product. Again: z, P and u once more, e·(view + 2·product). 8
+  launches: standardise, 2 products, Frobenius, finalise, 2 products, back-projection.
+* dual, symmetric Gram: one kernel for both Gram matrices, of whose tiles it computes half: as many bytes, 7 launches.
+* dual, eager: one operation per pass, float32 (c = 4) between products. Column sums: z to x, x² and two sums,
+  view + 5c. u = x·scale + shift, diagonal, cast: 5c, and c + product where the products have 16 bits. Four products:
+  e·3·product, 2N²·2·product. Frobenius: 2N²·2c, and 2N²·(product + 1.5c) for the casts, in 16 bits. Back-projection,
+  fp32: 11c + view; in 16 bits 12c + 3·product + view. The sampled rows: 64·D·(5·view + 4c); 150 float64 vectors.
+* textbook, eager: a D×D matrix is passed 36 times in 16 bits (34 in fp32): product 1, divide 2, two copies off the
+  diagonal 4, square 2, sum 1; backward of the sum 1 (0), of the square 7 (6), two slices back 6, zeros and their sum 4,
+  the diagonal's two copies 4, divide 2, two products 2. Both views: 8 passes, batch norm forward 2 and backward 3,
+  products 3. Again: batch norm passes twice, forward 1, backward 2.
+* textbook, compiled: 9 passes over D×D and 11 over the views, as inductor schedules it for sm_90.
+
+**Working memory**, beyond the views, without the gradients (e·view): Triton u, K1, K2 and P; eager u, K1, K2 and, of
+the view in work, three float32 matrices (one in fp32); textbook 5 (4) D×D matrices and both outputs of batch norm, of
+which the gradients take the place; compiled C and ∂L/∂C at least.
+
+**Time** = FLOPs/rate + bytes/bandwidth + launches·launch: as if products and everything else took turns; or
+launches·host where the host cannot keep up. A graph is launched once.
+
+    python benches/gpu_model.py               prints the model for the grid
+    python benches/gpu_model.py --verify      counts the eager contenders' operations on meta tensors beside it
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from barlow_loss._collectives import ALONE, Shards
+from barlow_loss._function import loss_and_sums
+from barlow_loss._plan import Plan
+from baselines import EPS, LAMBD
+from workload import Cell, step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GRID = tuple(map(Cell.parse, ["256x2048", "256x8192", "1024x8192", "2048x8192", "4096x8192", "2048x32768"]))
+
+TEXTBOOK = "textbook, eager"
+COMPILED = "textbook, compiled"
+LIGHTLY = "lightly"
+EAGER = "ours, eager"
+TRITON = "ours, Triton"
+GRAPH = "ours, CUDA graph"
+SYMMETRIC = "ours, Triton, symmetric Gram"
+CONTENDERS = (TEXTBOOK, COMPILED, LIGHTLY, EAGER, TRITON, GRAPH, SYMMETRIC)
+
+_ACCUMULATOR = 4  # bytes of float32
+_PIVOT_ROWS = 32
+
+
+class Setting(NamedTuple):
+    """How the contenders are run: bytes of an element of the views and of the operands of the products."""
+
+    name: str
+    view: int
+    product: int
+
+
+FLOAT32 = Setting("fp32", 4, 4)
+AUTOCAST = Setting("bf16 autocast", 2, 2)
+SETTINGS = (AUTOCAST, FLOAT32)
+
+
+class Chip(NamedTuple):
+    """Ceilings: bytes per second of a copy, FLOP/s of a large product per setting, seconds per launch.
+
+    launch: what the device needs from the end of one small kernel to the work of the next; host: what the host needs
+    to issue one operation of eager PyTorch.
+    """
+
+    name: str
+    bandwidth: float
+    half: float
+    single: float
+    launch: float = 2e-6
+    host: float = 5e-6
+
+    def rate(self, setting: Setting) -> float:
+        """FLOP/s of a matrix product."""
+        return self.single if setting == FLOAT32 else self.half
+
+
+# Assumed until a run measures them: copy and 16-bit product as reported for H100 SXM boards, the float32 product as
+# three quarters of the data sheet's 67 TFLOP/s, launch and host as rules of thumb.
+H100 = Chip("H100", 3.0e12, 790e12, 50e12)
+
+
+class Cost(NamedTuple):
+    """FLOPs of the products; bytes moved, and passed over again; working memory without the gradients; launches."""
+
+    flops: float
+    moved: float
+    again: float
+    working: float
+    launches: int
+
+
+def least_bytes(cell: Cell, setting: Setting) -> float:
+    """Both views read once, both gradients written once."""
+    return 4 * cell.n * cell.d * setting.view
+
+
+def floor(cell: Cell, setting: Setting, chip: Chip) -> float:
+    """Seconds that no implementation of the dual without symmetry can go below: FLOPs or least bytes."""
+    return max(8 * cell.n**2 * cell.d / chip.rate(setting), least_bytes(cell, setting) / chip.bandwidth)
+
+
+def dual_triton(cell: Cell, setting: Setting) -> Cost:
+    """Four kernels, four products."""
+    n, e = cell.n, 2 * cell.n * cell.d
+    view, product = setting.view, setting.product
+    return Cost(
+        flops=8 * n**2 * cell.d,
+        moved=e * (2 * view + 6 * product) + 2 * n**2 * 3 * product,
+        again=e * (view + 2 * product),
+        working=e * 2 * product + 2 * n**2 * product,
+        launches=8,
+    )
+
+
+def dual_symmetric(cell: Cell, setting: Setting) -> Cost:
+    """One kernel for the lower triangles of both Gram matrices, mirrored as they are written."""
+    return dual_triton(cell, setting)._replace(flops=6 * cell.n**2 * cell.d, launches=7)
+
+
+def dual_eager(cell: Cell, setting: Setting) -> Cost:
+    """One operation per pass, float32 between the products."""
+    n, e = cell.n, 2 * cell.n * cell.d
+    view, product, c = setting.view, setting.product, _ACCUMULATOR
+    half = product < c
+    standardize = view + 5 * c + 4 * c + half * (c + product)
+    backproject = view + (12 * c + 3 * product if half else 11 * c)
+    frobenius = 4 * c + half * (2 * product + 3 * c)
+    return Cost(
+        flops=8 * n**2 * cell.d,
+        moved=e * (standardize + 3 * product + backproject)
+        + n**2 * (4 * product + frobenius)
+        + 2 * _PIVOT_ROWS * cell.d * (5 * view + 4 * c)
+        + 150 * 8 * cell.d,
+        again=0,
+        working=e * (product + (6 if half else 2)) + 2 * n**2 * product,
+        launches=95,
+    )
+
+
+def textbook_eager(cell: Cell, setting: Setting) -> Cost:
+    """The D×D formula, operation by operation."""
+    e, matrix = 2 * cell.n * cell.d, cell.d**2 * setting.product
+    half = setting.product < _ACCUMULATOR
+    return Cost(
+        flops=6 * cell.n * cell.d**2,
+        moved=(36 if half else 34) * matrix + 8 * e * setting.view,
+        again=3 * e * setting.view,
+        working=(5 if half else 4) * matrix,
+        launches=44,
+    )
+
+
+def textbook_compiled(cell: Cell, setting: Setting) -> Cost:
+    """The D×D formula as inductor fuses it."""
+    e, matrix = 2 * cell.n * cell.d, cell.d**2 * setting.product
+    return Cost(6 * cell.n * cell.d**2, 9 * matrix + 11 * e * setting.view, 0, 2 * matrix, 22)
+
+
+# lightly's figures are those of the textbook within what batch norm costs; it gets no line of its own.
+MODELS: dict[str, Callable[[Cell, Setting], Cost]] = {
+    TEXTBOOK: textbook_eager,
+    COMPILED: textbook_compiled,
+    EAGER: dual_eager,
+    TRITON: dual_triton,
+    GRAPH: dual_triton,
+    SYMMETRIC: dual_symmetric,
+}
+
+
+def predicted(name: str, cell: Cell, setting: Setting, chip: Chip) -> tuple[float, float]:
+    """Seconds of a step, without and with the bytes that are passed over again."""
+    cost = MODELS[name](cell, setting)
+    host = chip.host * (1 if name == GRAPH else cost.launches)
+    device = cost.flops / chip.rate(setting) + chip.launch * cost.launches
+
+    def seconds(moved: float) -> float:
+        return max(device + moved / chip.bandwidth, host)
+
+    return seconds(cost.moved), seconds(cost.moved + cost.again)
+
+
+class Operations(TorchDispatchMode):
+    """Adds up what every operation inside reads and writes, by its operands; views and allocations move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved, self.count = 0.0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.is_view or name.startswith(("empty", "new_empty", "detach", "_unsafe_view", "promote_types")):
+            return result
+        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        operands = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        # x∘x and u uᵀ have one operand.
+        read = list({(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in operands}.values())
+        if name == "copy_":
+            read = read[1:]
+        if name == "index_select":  # the rows that come out, not all there are
+            read = written
+        if name == "slice_backward":  # zeros first, then the copy over them
+            written = 2 * written
+        self.moved += sum(map(_extent, read + written))
+        self.count += 1 + (name == "slice_backward")
+        return result
+
+
+def _extent(t: Tensor) -> float:
+    """Bytes of the elements that ``t`` has of its own: an expanded dimension counts once."""
+    elements = 1
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        elements *= size if stride else 1
+    return elements * t.dtype.itemsize
+
+
+def counted(name: str, cell: Cell, setting: Setting) -> tuple[float, int]:
+    """Bytes and operations of an eager contender by what PyTorch is asked to do, on tensors without data."""
+    dtype = torch.bfloat16 if setting == AUTOCAST else torch.float32
+    z1, z2 = (torch.empty(cell.n, cell.d, device="meta", dtype=dtype).requires_grad_() for _ in range(2))
+    loss = {TEXTBOOK: _textbook, EAGER: _ours}[name](cell, setting)
+    with Operations() as operations:
+        step(loss, z1, z2)
+    return operations.moved, operations.count
+
+
+def _ours(cell: Cell, setting: Setting) -> Callable[[Tensor, Tensor], Tensor]:
+    """The dual with the products that a GPU would be given; on meta tensors "auto" would not choose float16."""
+    plan = Plan("dual", "eager", torch.float32, torch.float16 if setting == AUTOCAST else torch.float32)
+    return lambda z1, z2: loss_and_sums(z1, z2, LAMBD, EPS, plan, Shards(ALONE, (cell.n,)))[0]
+
+
+def _textbook(cell: Cell, setting: Setting) -> Callable[[Tensor, Tensor], Tensor]:
+    """``baselines.Textbook`` with the sums in float32, which is what autocast makes of them on CUDA alone."""
+    bn = nn.BatchNorm1d(cell.d, eps=EPS, affine=False, device="meta")
+
+    def loss(z1: Tensor, z2: Tensor) -> Tensor:
+        c: Tensor = bn(z1).T @ bn(z2)
+        c.div_(cell.n)
+        on_diagonal = torch.diagonal(c).add_(-1).pow_(2).sum(dtype=torch.float32)
+        rest = c.flatten()[:-1].view(cell.d - 1, cell.d + 1)[:, 1:].flatten()
+        off_diagonal: Tensor = rest.pow_(2).sum(dtype=torch.float32)
+        return on_diagonal + LAMBD * off_diagonal
+
+    return loss
+
+
+def verify() -> None:
+    """Print the model's bytes and operations beside those counted; fail where the bytes differ by more than 3 %."""
+    for setting in SETTINGS:
+        for cell in GRID:
+            for name in (TEXTBOOK, EAGER):
+                cost, (moved, count) = MODELS[name](cell, setting), counted(name, cell, setting)
+                figures = f"{cost.moved / 1e9:.3f} GB, {cost.launches} launches; counted {moved / 1e9:.3f}, {count}"
+                print(f"{setting.name}, {cell}, {name}: model {figures}")
+                if abs(cost.moved / moved - 1) > 0.03 or abs(cost.launches - count) > 12:
+                    raise SystemExit(
+                        f"gpu_model.py no longer describes {name!r}: bring its docstring and terms in line"
+                    )
+
+
+def _print(chip: Chip) -> None:
+    for setting in SETTINGS:
+        for cell in GRID:
+            print(f"{setting.name}, {cell}: floor {1e6 * floor(cell, setting, chip):.1f} µs")
+            for name, model in MODELS.items():
+                cost, (low, high) = model(cell, setting), predicted(name, cell, setting, chip)
+                print(
+                    f"  {name}: {cost.moved / 1e6:,.0f} MB moved, {cost.again / 1e6:,.0f} again, "
+                    f"{cost.working / 1e6:,.0f} held, {1e6 * low:,.0f} to {1e6 * high:,.0f} µs"
+                )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The byte and FLOP model of a step; nothing is measured.")
+    parser.add_argument("--verify", action="store_true", help="count the eager contenders' operations beside it")
+    if parser.parse_args().verify:
+        verify()
+    else:
+        _print(H100)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from repaired_interpreter import poisoned, repaired
 
 from barlow_loss._collectives import Group, Shards
 from barlow_loss._function import loss_and_sums
@@ -35,9 +36,10 @@ def _evaluate(counts, d, dtype, products, algorithm, needed):
         for z, need in zip(global_batch(counts, d, dtype, std=2.0), needed, strict=True)
     ]
     plan = Plan(algorithm, "triton", dtype, products)
-    loss, _, _ = loss_and_sums(*views, 0.0051, 1e-5, plan, Shards(Group(dist.get_world_size(), None), counts))
-    # Every rank weights the loss in its own way: the gradient is that of the sum over the ranks.
-    (loss * (1 + dist.get_rank())).backward()
+    with repaired(), poisoned():
+        loss, _, _ = loss_and_sums(*views, 0.0051, 1e-5, plan, Shards(Group(dist.get_world_size(), None), counts))
+        # Every rank weights the loss in its own way: the gradient is that of the sum over the ranks.
+        (loss * (1 + dist.get_rank())).backward()
     return loss.detach(), [view.grad for view in views]
 
 

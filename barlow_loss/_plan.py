@@ -118,9 +118,18 @@ def choose_backend(caller: str, backend: str, device: torch.device) -> str:
     return "triton"
 
 
-@functools.cache
 def _triton_on(device_type: str, index: int | None) -> tuple[str | None, bool]:
     """Why Triton cannot be used on a device, or None; and whether its chip is one that the tests compile for."""
+    return _asked_once(device_type, index)
+
+
+# What torch.compiler.assume_constant_result does, without loading the compiler, which takes a second: a compiled graph
+# takes the answer as it is. It knows plain functions only.
+_triton_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@functools.cache
+def _asked_once(device_type: str, index: int | None) -> tuple[str | None, bool]:
     try:
         importlib.import_module("triton")
     except ImportError as error:
@@ -135,11 +144,6 @@ def _triton_on(device_type: str, index: int | None) -> tuple[str | None, bool]:
         least = ".".join(map(str, _LEAST_NVIDIA_CAPABILITY))
         return f"it expects compute capability {least} or newer, got {capability[0]}.{capability[1]}", False
     return None, True
-
-
-# What torch.compiler.assume_constant_result does, without loading the compiler, which takes a second: a compiled graph
-# takes the answer as it is.
-_triton_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from barlow_loss import BarlowTwinsLoss, barlow_twins_loss
+from barlow_loss import BarlowTwinsLoss, _plan, barlow_twins_loss
+from barlow_loss._plan import choose_backend
 from comparison import Evaluation, assert_near, truth
 from strategies import Batch
 
@@ -201,3 +202,18 @@ class TestExport:
         model, inputs = Model(), Batch(12, 10, 1, "trained").views(torch.float32)
         exported = torch.export.export(model, inputs)
         torch.testing.assert_close(exported.module()(*inputs), model(*inputs))
+
+
+def test_a_graph_takes_the_choice_of_the_backend_as_it_is(monkeypatch):
+    """What is asked about the GPU, and that triton is imported, is no part of the graph."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    _plan._asked_once.cache_clear()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x):
+        return x + (choose_backend("f", "auto", torch.device("cuda", 0)) == "triton")
+
+    assert chosen(torch.zeros(())) == 1
+    _plan._asked_once.cache_clear()

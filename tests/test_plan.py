@@ -115,9 +115,9 @@ def test_triton_refuses_to_run_where_it_cannot(chip):
 
 @pytest.fixture
 def fresh_answers():
-    _plan._triton_on.cache_clear()
+    _plan._asked_once.cache_clear()
     yield
-    _plan._triton_on.cache_clear()
+    _plan._asked_once.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_answers")

@@ -65,7 +65,7 @@ def penalties(
     with on_device_of(c):
         penalties_kernel[(1,)](
             c, parts, weight, loss, on_diagonal, off_diagonal, c.numel(), parts.numel(), lambd,
-            HOLDS_DIAGONAL=holds_diagonal, BLOCK=_BLOCK, COMPUTE=TL_DTYPES[dtype], num_warps=8,
+            HOLDS_DIAGONAL=holds_diagonal, BLOCK=_BLOCK, COMPUTE=TL_DTYPES[dtype], num_warps=4,
             enable_fp_fusion=False,  # so that on + λ·off rounds twice, and is the loss to the last bit
         )  # fmt: skip
     return terms

@@ -109,7 +109,7 @@ def _options(case: Case) -> dict[str, Any]:
 
 
 def _faults(label: tuple[str, str], report: Report) -> list[str]:
-    """A ragged case, whose loads are narrow, may put registers into memory: 8 bytes by triton 3.8, 268 by 3.6 (sm_80)."""
+    """A ragged case, whose loads are narrow, may spill: 8 bytes at most by triton 3.8, 268 by 3.6 (sm_80)."""
     dot = label[0] == "symmetric_grams_kernel"
     return report.faults(tensor_cores=dot, spills=300 if label[1].endswith("ragged") else 0)
 

@@ -136,6 +136,8 @@ def _asked_once(device_type: str, index: int | None) -> tuple[str | None, bool]:
         return f"triton cannot be imported ({error}); a CUDA or ROCm build of torch brings it", False
     if device_type == "xpu":
         return None, False
+    if not torch.cuda.is_available():  # tensors without data: fake ones
+        return "torch finds no GPU here", False
     if torch.version.hip is not None:
         properties = cast("Any", torch.cuda.get_device_properties(index))  # pyright: ignore[reportUnknownMemberType]
         return None, properties.gcnArchName.partition(":")[0] in _AMD_CHIPS_OF_AUTO

@@ -207,6 +207,7 @@ class TestExport:
 def test_a_graph_takes_the_choice_of_the_backend_as_it_is(monkeypatch):
     """What is asked about the GPU, and that triton is imported, is no part of the graph."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     _plan._asked_once.cache_clear()

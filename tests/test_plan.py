@@ -131,6 +131,7 @@ def fresh_answers():
 )
 def test_nvidia_gpus_from_ampere_on(monkeypatch, capability, obstacle, proven):
     pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     found, really = _plan._triton_on("cuda", 0)
@@ -144,10 +145,19 @@ def test_nvidia_gpus_from_ampere_on(monkeypatch, capability, obstacle, proven):
 )
 def test_amd_gpus_that_the_tests_compile_for(monkeypatch, chip_name, proven):
     pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     properties = types.SimpleNamespace(gcnArchName=chip_name)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     assert _plan._triton_on("cuda", 0) == (None, proven)
+
+
+@pytest.mark.usefixtures("fresh_answers")
+def test_without_a_gpu(monkeypatch):
+    """Fake CUDA tensors, on a machine that has none."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _plan._triton_on("cuda", 0) == ("torch finds no GPU here", False)
 
 
 @pytest.mark.usefixtures("fresh_answers")

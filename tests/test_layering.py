@@ -152,6 +152,18 @@ def test_works_where_triton_numpy_and_torchvision_cannot_be_imported():
     assert out.split()[-1] == "True"
 
 
+def test_auto_never_imports_triton_for_cpu_tensors():
+    """Forward and backward, in both algorithms; torch itself does not load it either."""
+    out = _run(
+        "import sys, torch, barlow_loss\n"
+        "for algorithm in ('primal', 'dual'):\n"
+        "    z1, z2 = torch.randn(2, 8, 32).requires_grad_()\n"
+        "    barlow_loss.barlow_twins_loss(z1, z2, algorithm=algorithm).backward()\n"
+        "print(*[name for name in sys.modules if name == 'triton' or name.startswith('barlow_loss._backends.triton')])"
+    )
+    assert out.split() == []
+
+
 def test_import_time_over_torch():
     """Below 50 ms of processor time, median of three fresh interpreters; printed with -s."""
     code = (

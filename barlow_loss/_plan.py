@@ -131,13 +131,17 @@ _triton_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # pyrig
 @functools.cache
 def _asked_once(device_type: str, index: int | None) -> tuple[str | None, bool]:
     try:
-        importlib.import_module("triton")
+        triton: Any = importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported ({error}); a CUDA or ROCm build of torch brings it", False
     if device_type == "xpu":
         return None, False
     if not torch.cuda.is_available():  # tensors without data: fake ones
         return "torch finds no GPU here", False
+    try:
+        _ = triton.runtime.driver.active.utils  # built at its first use, which wants a C compiler and Python's headers
+    except Exception as error:  # of whatever kind: "auto" must not fail for it
+        return f"triton cannot build its launcher ({error}); it needs a C compiler and Python's headers", False
     if torch.version.hip is not None:
         properties = cast("Any", torch.cuda.get_device_properties(index))  # pyright: ignore[reportUnknownMemberType]
         return None, properties.gcnArchName.partition(":")[0] in _AMD_CHIPS_OF_AUTO

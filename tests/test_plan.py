@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import subprocess
 import sys
 import types
 
@@ -120,6 +121,38 @@ def fresh_answers():
     _plan._asked_once.cache_clear()
 
 
+def pretend_a_driver(monkeypatch, **utils):
+    """A GPU that torch finds and a launcher that triton has built, or fails to build."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    triton = types.SimpleNamespace(runtime=types.SimpleNamespace(driver=types.SimpleNamespace(active=Driver(**utils))))
+    monkeypatch.setitem(sys.modules, "triton", triton)
+
+
+class Driver:
+    def __init__(self, failure=None):
+        self.failure = failure
+
+    @property
+    def utils(self):
+        if self.failure:
+            raise self.failure
+
+
+@pytest.mark.usefixtures("fresh_answers")
+@pytest.mark.parametrize(
+    "failure",
+    [RuntimeError("Failed to find C compiler"), subprocess.CalledProcessError(1, "gcc"), OSError("libcuda.so.1")],
+    ids=repr,
+)
+def test_auto_lives_without_a_compiler(monkeypatch, failure):
+    """Triton builds its launcher on the machine; a slim container has no compiler, and eager needs none."""
+    pretend_a_driver(monkeypatch, failure=failure)
+    gpu = torch.device("cuda", 0)
+    assert choose_backend("f", "auto", gpu) == "eager"
+    with pytest.raises(RuntimeError, match=r"cannot build its launcher.*C compiler.*headers.*'auto' or 'eager'"):
+        choose_backend("f", "triton", gpu)
+
+
 @pytest.mark.usefixtures("fresh_answers")
 @pytest.mark.parametrize(
     ("capability", "obstacle", "proven"),
@@ -130,8 +163,7 @@ def fresh_answers():
     ],
 )
 def test_nvidia_gpus_from_ampere_on(monkeypatch, capability, obstacle, proven):
-    pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pretend_a_driver(monkeypatch)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     found, really = _plan._triton_on("cuda", 0)
@@ -144,8 +176,7 @@ def test_nvidia_gpus_from_ampere_on(monkeypatch, capability, obstacle, proven):
     ("chip_name", "proven"), [("gfx942:sramecc+:xnack-", True), ("gfx950", True), ("gfx1100", False)]
 )
 def test_amd_gpus_that_the_tests_compile_for(monkeypatch, chip_name, proven):
-    pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pretend_a_driver(monkeypatch)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     properties = types.SimpleNamespace(gcnArchName=chip_name)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from barlow_loss._backends.triton._launch import TL_DTYPES, compute_dtype, on_device_of
 
@@ -39,7 +39,7 @@ def _parts(a: Tensor) -> Tensor:
     return a.new_empty((programs,), dtype=compute_dtype(a.dtype))
 
 
-@torch.library.custom_op("barlow_loss::frobenius", mutates_args=())
+@library.custom_op("barlow_loss::frobenius", mutates_args=())
 def frobenius(a: Tensor, b: Tensor) -> Tensor:
     """⟨A, B⟩ of two contiguous matrices of one shape, as the parts of a sum, (P,)."""
     parts = _parts(a)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["TL_DTYPES", "Tile", "column_tile", "compute_dtype", "on_device_of", "padded"]
+__all__ = ["TL_DTYPES", "Tile", "column_tile", "compute_dtype", "in_contiguous_layout", "on_device_of", "padded"]
 
 TL_DTYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -51,6 +51,19 @@ def column_tile(d: int, dtype: torch.dtype) -> Tile:
     block_d = 32 if d >= _MANY_FEATURES else 16
     elements = 1024 if compute_dtype(dtype) == torch.float64 else 2048
     return Tile(elements // block_d, block_d, 4)
+
+
+def in_contiguous_layout(z: Tensor) -> Tensor:
+    """z, or a contiguous copy where z's strides or address would compile another kernel than those of the copy.
+
+    Another kernel spreads a tile over its threads in another way and adds it up in another order, and a strided view
+    would give other bits than its copy. Rows apart from each other are no reason, if all of them are as aligned.
+    """
+    d = z.shape[1]
+    alike = d > 1 and z.stride(1) == 1 and (z.stride(0) % _ALIGNMENT == 0) == (d % _ALIGNMENT == 0)
+    if (z.is_contiguous() or alike) and z.data_ptr() % _ALIGNMENT == 0:
+        return z
+    return z.clone(memory_format=torch.contiguous_format)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from barlow_loss._backends.triton._launch import TL_DTYPES, on_device_of
 
@@ -56,7 +56,7 @@ def _scalars(c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return c.new_empty((), dtype=dtype), c.new_empty((), dtype=dtype), c.new_empty((), dtype=dtype)
 
 
-@torch.library.custom_op("barlow_loss::penalties", mutates_args=())
+@library.custom_op("barlow_loss::penalties", mutates_args=())
 def penalties(
     c: Tensor, parts: Tensor, weight: Tensor | None, lambd: float, holds_diagonal: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,9 +16,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
-from barlow_loss._backends.triton._launch import TL_DTYPES, column_tile, compute_dtype, on_device_of, padded
+from barlow_loss._backends.triton._launch import (
+    TL_DTYPES,
+    column_tile,
+    compute_dtype,
+    in_contiguous_layout,
+    on_device_of,
+    padded,
+)
 
 __all__ = ["column_sums", "standardize", "whiten"]
 
@@ -29,32 +36,32 @@ def _column_sum(tile):
 
 
 @triton.jit
-def _load(z, rows, cols, row_stride, col_stride, n, d, COMPUTE: tl.constexpr):
+def _load(z, rows, cols, row_stride, n, d, COMPUTE: tl.constexpr):
     """A tile of z, 0 outside of it."""
     inside = (rows < n)[:, None] & (cols < d)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
+    offsets = rows.to(tl.int64)[:, None] * row_stride + cols[None, :]
     return tl.load(z + offsets, mask=inside, other=0.0).to(COMPUTE)
 
 
 @triton.jit
-def _pivot(z, cols, row_stride, col_stride, n, d, COMPUTE: tl.constexpr):
+def _pivot(z, cols, row_stride, n, d, COMPUTE: tl.constexpr):
     """The mean of 32 rows evenly spaced over the batch, relative to the first, as in ``_statistics.pivot_of``."""
-    first = _load(z, tl.zeros((1,), tl.int32), cols, row_stride, col_stride, n, d, COMPUTE)
+    first = _load(z, tl.zeros((1,), tl.int32), cols, row_stride, n, d, COMPUTE)
     sampled = tl.arange(0, 32).to(tl.int64) * (n - 1) // 31
-    rest = _load(z, sampled, cols, row_stride, col_stride, n, d, COMPUTE) - first
+    rest = _load(z, sampled, cols, row_stride, n, d, COMPUTE) - first
     return tl.sum(first, 0) + tl.sum(rest, 0) / 32
 
 
 @triton.jit
-def _centred(z, pivot, rows, cols, row_stride, col_stride, n, d, COMPUTE: tl.constexpr):
+def _centred(z, pivot, rows, cols, row_stride, n, d, COMPUTE: tl.constexpr):
     """A tile of x = z − pivot, 0 below the batch."""
-    x = _load(z, rows, cols, row_stride, col_stride, n, d, COMPUTE) - pivot[None, :]
+    x = _load(z, rows, cols, row_stride, n, d, COMPUTE) - pivot[None, :]
     return tl.where((rows < n)[:, None], x, 0.0)
 
 
 @triton.jit
 def _sums(
-    z1, z2, pivot1, pivot2, cols, z1_row, z1_col, z2_row, z2_col, n, d,
+    z1, z2, pivot1, pivot2, cols, z1_row, z2_row, n, d,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Σ x and Σ x² of both views, not yet summed within the tile."""
@@ -64,8 +71,8 @@ def _sums(
     b2 = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
     for start in tl.range(0, n, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
-        x1 = _centred(z1, pivot1, rows, cols, z1_row, z1_col, n, d, COMPUTE)
-        x2 = _centred(z2, pivot2, rows, cols, z2_row, z2_col, n, d, COMPUTE)
+        x1 = _centred(z1, pivot1, rows, cols, z1_row, n, d, COMPUTE)
+        x2 = _centred(z2, pivot2, rows, cols, z2_row, n, d, COMPUTE)
         a1 += x1
         a2 += x2
         b1 += x1 * x1
@@ -74,9 +81,9 @@ def _sums(
 
 
 @triton.jit
-def _affine(z, pivot, scale, shift, rows, cols, row_stride, col_stride, n, d, COMPUTE: tl.constexpr):
+def _affine(z, pivot, scale, shift, rows, cols, row_stride, n, d, COMPUTE: tl.constexpr):
     """A tile of u = (z − pivot)·scale + shift, 0 outside of z."""
-    x = _load(z, rows, cols, row_stride, col_stride, n, d, COMPUTE) - pivot[None, :]
+    x = _load(z, rows, cols, row_stride, n, d, COMPUTE) - pivot[None, :]
     inside = (rows < n)[:, None] & (cols < d)[None, :]
     return tl.where(inside, x * scale[None, :] + shift[None, :], 0.0)
 
@@ -84,15 +91,15 @@ def _affine(z, pivot, scale, shift, rows, cols, row_stride, col_stride, n, d, CO
 @triton.jit
 def _write(
     z1, z2, u, pivot1, pivot2, scale1, scale2, shift1, shift2,
-    cols, z1_row, z1_col, z2_row, z2_col, u_rows, u_cols, n, d,
+    cols, z1_row, z2_row, u_rows, u_cols, n, d,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Write u of both views, its padding too; return C_ii."""
     c = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
     for start in tl.range(0, u_rows, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
-        u1 = _affine(z1, pivot1, scale1, shift1, rows, cols, z1_row, z1_col, n, d, COMPUTE)
-        u2 = _affine(z2, pivot2, scale2, shift2, rows, cols, z2_row, z2_col, n, d, COMPUTE)
+        u1 = _affine(z1, pivot1, scale1, shift1, rows, cols, z1_row, n, d, COMPUTE)
+        u2 = _affine(z2, pivot2, scale2, shift2, rows, cols, z2_row, n, d, COMPUTE)
         c += u1 * u2
         inside = (rows < u_rows)[:, None] & (cols < u_cols)[None, :]
         target = u + rows.to(tl.int64)[:, None] * u_cols + cols[None, :]
@@ -118,37 +125,33 @@ def _finish(s1, s2, rho, cols, n, d, eps, COMPUTE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "u_rows"])
 def whiten_kernel(
-    z1, z2, u, c, rho, n, d, z1_row, z1_col, z2_row, z2_col, u_rows, u_cols, eps: tl.float64,
+    z1, z2, u, c, rho, n, d, z1_row, z2_row, u_rows, u_cols, eps: tl.float64,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    pivot1 = _pivot(z1, cols, z1_row, z1_col, n, d, COMPUTE)
-    pivot2 = _pivot(z2, cols, z2_row, z2_col, n, d, COMPUTE)
-    a1, b1, a2, b2 = _sums(
-        z1, z2, pivot1, pivot2, cols, z1_row, z1_col, z2_row, z2_col, n, d, BLOCK_N, BLOCK_D, COMPUTE
-    )
+    pivot1 = _pivot(z1, cols, z1_row, n, d, COMPUTE)
+    pivot2 = _pivot(z2, cols, z2_row, n, d, COMPUTE)
+    a1, b1, a2, b2 = _sums(z1, z2, pivot1, pivot2, cols, z1_row, z2_row, n, d, BLOCK_N, BLOCK_D, COMPUTE)
     total = n.to(tl.float64)
     scale1, shift1 = _finish(a1, b1, rho, cols, total, d, eps, COMPUTE)
     scale2, shift2 = _finish(a2, b2, rho + d, cols, total, d, eps, COMPUTE)
     diagonal = _write(
         z1, z2, u, pivot1, pivot2, scale1, scale2, shift1, shift2,
-        cols, z1_row, z1_col, z2_row, z2_col, u_rows, u_cols, n, d, BLOCK_N, BLOCK_D, COMPUTE,
+        cols, z1_row, z2_row, u_rows, u_cols, n, d, BLOCK_N, BLOCK_D, COMPUTE,
     )  # fmt: skip
     tl.store(c + cols, diagonal, mask=cols < d)
 
 
 @triton.jit(do_not_specialize=["n"])
 def column_sums_kernel(
-    z1, z2, pivot, s1, s2, n, d, z1_row, z1_col, z2_row, z2_col,
+    z1, z2, pivot, s1, s2, n, d, z1_row, z2_row,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = cols < d
     pivot1 = tl.load(pivot + cols, mask=inside, other=0.0)
     pivot2 = tl.load(pivot + d + cols, mask=inside, other=0.0)
-    a1, b1, a2, b2 = _sums(
-        z1, z2, pivot1, pivot2, cols, z1_row, z1_col, z2_row, z2_col, n, d, BLOCK_N, BLOCK_D, COMPUTE
-    )
+    a1, b1, a2, b2 = _sums(z1, z2, pivot1, pivot2, cols, z1_row, z2_row, n, d, BLOCK_N, BLOCK_D, COMPUTE)
     tl.store(s1 + cols, _column_sum(a1), mask=inside)
     tl.store(s1 + d + cols, _column_sum(a2), mask=inside)
     tl.store(s2 + cols, _column_sum(b1), mask=inside)
@@ -157,7 +160,7 @@ def column_sums_kernel(
 
 @triton.jit(do_not_specialize=["n", "u_rows"])
 def standardize_kernel(
-    z1, z2, pivot, scale, shift, u, c, n, d, z1_row, z1_col, z2_row, z2_col, u_rows, u_cols,
+    z1, z2, pivot, scale, shift, u, c, n, d, z1_row, z2_row, u_rows, u_cols,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -167,7 +170,7 @@ def standardize_kernel(
         tl.load(pivot + cols, mask=inside, other=0.0), tl.load(pivot + d + cols, mask=inside, other=0.0),
         tl.load(scale + cols, mask=inside, other=0.0), tl.load(scale + d + cols, mask=inside, other=0.0),
         tl.load(shift + cols, mask=inside, other=0.0), tl.load(shift + d + cols, mask=inside, other=0.0),
-        cols, z1_row, z1_col, z2_row, z2_col, u_rows, u_cols, n, d, BLOCK_N, BLOCK_D, COMPUTE,
+        cols, z1_row, z2_row, u_rows, u_cols, n, d, BLOCK_N, BLOCK_D, COMPUTE,
     )  # fmt: skip
     tl.store(c + cols, diagonal, mask=inside)
 
@@ -176,16 +179,17 @@ def _vectors(z: Tensor, *shape: int) -> Tensor:
     return z.new_empty(shape, dtype=torch.float64)
 
 
-@torch.library.custom_op("barlow_loss::whiten", mutates_args=())
+@library.custom_op("barlow_loss::whiten", mutates_args=())
 def whiten(z1: Tensor, z2: Tensor, eps: float, matmul_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """u in ``matmul_dtype``, filled up to multiples of 16 with zeros, C_ii and ρ, float64."""
     n, d = z1.shape
     u = z1.new_empty((2, padded(n), padded(d)), dtype=matmul_dtype)
     c, rho = _vectors(z1, d), _vectors(z1, 2, d)
     tile = column_tile(d, z1.dtype)
+    z1, z2 = in_contiguous_layout(z1), in_contiguous_layout(z2)
     with on_device_of(z1):
         whiten_kernel[tile.grid(u.shape[2])](
-            z1, z2, u, c, rho, n, d, *z1.stride(), *z2.stride(), u.shape[1], u.shape[2], eps,
+            z1, z2, u, c, rho, n, d, z1.stride(0), z2.stride(0), u.shape[1], u.shape[2], eps,
             BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, COMPUTE=TL_DTYPES[compute_dtype(z1.dtype)],
             num_warps=tile.warps,
         )  # fmt: skip
@@ -199,15 +203,16 @@ def _(z1: Tensor, z2: Tensor, eps: float, matmul_dtype: torch.dtype) -> tuple[Te
     return u, _vectors(z1, d), _vectors(z1, 2, d)
 
 
-@torch.library.custom_op("barlow_loss::column_sums", mutates_args=())
+@library.custom_op("barlow_loss::column_sums", mutates_args=())
 def column_sums(z1: Tensor, z2: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor]:
     """Σₙ x and Σₙ x² of x = z − pivot, (2, D) float64."""
     n, d = z1.shape
     s1, s2 = _vectors(z1, 2, d), _vectors(z1, 2, d)
     tile = column_tile(d, z1.dtype)
+    z1, z2 = in_contiguous_layout(z1), in_contiguous_layout(z2)
     with on_device_of(z1):
         column_sums_kernel[tile.grid(d)](
-            z1, z2, pivot, s1, s2, n, d, *z1.stride(), *z2.stride(),
+            z1, z2, pivot, s1, s2, n, d, z1.stride(0), z2.stride(0),
             BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, COMPUTE=TL_DTYPES[pivot.dtype], num_warps=tile.warps,
         )  # fmt: skip
     return s1, s2
@@ -219,7 +224,7 @@ def _(z1: Tensor, z2: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor]:
     return _vectors(z1, 2, d), _vectors(z1, 2, d)
 
 
-@torch.library.custom_op("barlow_loss::standardize", mutates_args=())
+@library.custom_op("barlow_loss::standardize", mutates_args=())
 def standardize(
     z1: Tensor, z2: Tensor, pivot: Tensor, scale: Tensor, shift: Tensor, matmul_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -228,9 +233,10 @@ def standardize(
     u = z1.new_empty((2, n, padded(d)), dtype=matmul_dtype)
     c = _vectors(z1, d)
     tile = column_tile(d, z1.dtype)
+    z1, z2 = in_contiguous_layout(z1), in_contiguous_layout(z2)
     with on_device_of(z1):
         standardize_kernel[tile.grid(u.shape[2])](
-            z1, z2, pivot, scale, shift, u, c, n, d, *z1.stride(), *z2.stride(), n, u.shape[2],
+            z1, z2, pivot, scale, shift, u, c, n, d, z1.stride(0), z2.stride(0), n, u.shape[2],
             BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, COMPUTE=TL_DTYPES[pivot.dtype], num_warps=tile.warps,
         )  # fmt: skip
     return u, c

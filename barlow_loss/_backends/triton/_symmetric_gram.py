@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from barlow_loss._backends.triton._launch import on_device_of
@@ -80,7 +80,7 @@ def _tiles(n: int, block: int) -> int:
     return side * (side + 1) // 2
 
 
-@torch.library.custom_op("barlow_loss::symmetric_grams", mutates_args=())
+@library.custom_op("barlow_loss::symmetric_grams", mutates_args=())
 def symmetric_grams(u: Tensor) -> tuple[Tensor, Tensor]:
     """K1 and K2, (N, N), of 16-bit u, (2, N, D), N and D multiples of 16."""
     _, n, depths = u.shape

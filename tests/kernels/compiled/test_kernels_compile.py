@@ -23,7 +23,6 @@ OF_PRODUCTS = ("u", "p1", "p2", "a", "b", "k1", "k2")
 OF_COMPUTE = ("pivot", "scale", "shift", "parts", "loss", "on_diagonal", "off_diagonal", "of_loss")
 OF_FLOAT64 = ("c", "rho", "s1", "s2", "q", "q1", "q2")
 ABSENT = {"of_on": None, "of_off": None, "weight": None}
-SIDE_BY_SIDE = {"z1_col": 1, "z2_col": 1}  # the features of a contiguous view
 
 
 class Case(NamedTuple):
@@ -74,12 +73,11 @@ def _cases() -> list[Case]:
     primal = {**ABSENT, "HOLDS_DIAGONAL": False, "HAS_Q": True}
     for z, u, d in ((BF16, F16, 8192), (F32, F16, 8192), (F32, F32, 8192), (F64, F64, 8192), (BF16, F16, 2048)):
         for aligned in (True, False) if d == 8192 else (True,):
-            unit = SIDE_BY_SIDE if aligned or z == F32 else {}
-            found.append(_column_case(_standardize.whiten_kernel, z, u, d, aligned, **unit))
+            found.append(_column_case(_standardize.whiten_kernel, z, u, d, aligned))
             found.append(_column_case(_backproject.backproject_kernel, z, u, d, aligned, **dual))
     for aligned in (True, False):
-        found.append(_column_case(_standardize.column_sums_kernel, BF16, F16, 8192, aligned, **SIDE_BY_SIDE))
-        found.append(_column_case(_standardize.standardize_kernel, BF16, F16, 8192, aligned, **SIDE_BY_SIDE))
+        found.append(_column_case(_standardize.column_sums_kernel, BF16, F16, 8192, aligned))
+        found.append(_column_case(_standardize.standardize_kernel, BF16, F16, 8192, aligned))
         found.append(_column_case(_backproject.column_dots_kernel, BF16, F16, 8192, aligned))
         found.append(_column_case(_backproject.backproject_kernel, BF16, F16, 8192, aligned, "q given", **primal))
         for u in (F16, F32, F64):

@@ -126,6 +126,52 @@ def test_no_compilation_for_another_lambd_or_eps(pretended_h100):
     assert len(pretended_h100.compilations) == 4
 
 
+LAYOUTS = {
+    "contiguous": lambda z: z,
+    "rows apart": lambda z: torch.cat([z] * 16, 1)[:, : z.shape[1]],
+    "rows apart, unaligned": lambda z: torch.cat([z, z[:, :3]], 1)[:, : z.shape[1]],
+    "every other row": lambda z: torch.cat([z, z], 1).view(-1, z.shape[1])[::2],
+    "transposed": lambda z: z.T.contiguous().T,
+    "every other column": lambda z: torch.stack([z, z], 2).flatten(1)[:, ::2],
+    "off by one element": lambda z: torch.cat([z.flatten(), z[0]])[1 : 1 + z.numel()].view(z.shape),
+    "one row for all": lambda z: z[:1].expand_as(z),
+    "one column for all": lambda z: z[:, :1].expand_as(z),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("n", "d"), [(40, 96), (40, 100), (40, 1), (2, 33)])
+@pytest.mark.parametrize("dtype", [BF16, F32, F64], ids=str)
+def test_a_layout_has_the_machine_code_of_its_contiguous_copy(pretended_h100, layout, n, d, dtype):
+    """So that its sums are added in the same order, and P25 holds to the bit. The view is left as it is."""
+    contiguous = torch.arange(n * d).to(dtype).view(n, d)
+    view = LAYOUTS[layout](contiguous)
+    before = view.clone(), view.stride()
+    pivot = torch.zeros(2, d, dtype=torch.promote_types(dtype, F32))
+    for z in (view, view.clone(memory_format=torch.contiguous_format)):
+        triton.whiten(z, contiguous, 1e-5, F32)
+        triton.standardize(triton.centre(z, contiguous, pivot)[0], pivot, pivot, F32)
+    codes = collections.defaultdict(set)
+    for launch in pretended_h100.launches:
+        codes[launch.kernel].add(launch.specialization)
+        assert torch.equal(launch.arguments["z1"], before[0]), "the kernel was given other numbers"
+    assert {kernel: len(different) for kernel, different in codes.items()} == dict.fromkeys(codes, 1)
+    assert set(codes) == {"whiten_kernel", "column_sums_kernel", "standardize_kernel"}
+    assert torch.equal(view, before[0])
+    assert view.stride() == before[1]
+
+
+def test_aligned_rows_apart_are_not_copied(pretended_h100):
+    """The two halves of one forward over both views, and z[:, 0] of (N, 2, D)."""
+    both = torch.zeros(40, 2, 96, dtype=BF16)
+    for z in (both[:, 0], both.view(80, 96)[40:]):
+        triton.whiten(z, z, 1e-5, F16)
+    assert [launch.arguments["z1"].data_ptr() for launch in pretended_h100.launches] == [
+        both.data_ptr(),
+        both.view(80, 96)[40:].data_ptr(),
+    ]
+
+
 @pytest.mark.parametrize(("d", "dtype"), [(96, BF16), (100, F32), (4096, BF16), (4100, F64)], ids=str)
 def test_grids_cover_the_features(pretended_h100, d, dtype):
     step(40, d, z=dtype, u=dtype if dtype.itemsize > 2 else F16)

@@ -6,6 +6,7 @@ The laws themselves, tests/test_laws_*.py, run with `--backend triton` beside th
 import pytest
 import torch
 from repaired_interpreter import poisoned, program_order, recorded_launches
+from torch import library
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -221,7 +222,7 @@ def _opcheck_cases():
 def test_opcheck(case):
     """Schema, fake and dispatch of each operation."""
     operation, arguments = _opcheck_cases()[case]
-    torch.library.opcheck(operation, arguments)
+    library.opcheck(operation, arguments)
 
 
 def test_flops_are_counted(algorithm, monkeypatch):

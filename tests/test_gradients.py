@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import strategies
 from barlow_loss import barlow_twins_loss, reference
 from comparison import LAMBD, assert_near, evaluate, truth
 from strategies import Batch
@@ -57,7 +58,7 @@ def test_parity_with_float64_autograd(algorithm, n, d, kind):
 @pytest.mark.parametrize(("n", "d"), [(2, 3), (4, 9), (6, 6), (9, 4), (5, 1)])
 def test_p28_gradcheck(algorithm, n, d):
     """Finite differences in float64 agree with the gradients of all three results in both views and λ."""
-    lambd = torch.tensor(LAMBD, dtype=torch.float64, requires_grad=True)
+    lambd = torch.tensor(LAMBD, dtype=torch.float64, device=strategies.DEVICE, requires_grad=True)
 
     def terms(z1, z2, lambd):
         return tuple(barlow_twins_loss(z1, z2, lambd=lambd, algorithm=algorithm, return_terms=True))
@@ -75,7 +76,7 @@ def test_p28_gradcheck_of_one_view(algorithm, needs):
 def test_each_term_has_its_own_gradient(algorithm, weights):
     """Any weighting of loss, on-diagonal and off-diagonal sum differentiates like the oracle's, λ included."""
     views = _leaves(7, 11)
-    lambd = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    lambd = torch.tensor(0.3, dtype=torch.float64, device=strategies.DEVICE, requires_grad=True)
     got = torch.autograd.grad(
         _combine(barlow_twins_loss(*views, lambd=lambd, algorithm=algorithm, return_terms=True), weights),
         [*views, lambd],
@@ -195,7 +196,7 @@ class TestSecondDerivatives:
 
     def test_p28_mixed_with_lambd(self, algorithm):
         z1, z2 = _leaves(5, 8)
-        lambd = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        lambd = torch.tensor(0.5, dtype=torch.float64, device=strategies.DEVICE, requires_grad=True)
         loss = barlow_twins_loss(z1, z2, lambd=lambd, algorithm=algorithm)
         (gradient,) = torch.autograd.grad(loss, z1, create_graph=True)
         with pytest.raises(RuntimeError):

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import strategies
 from barlow_loss import barlow_twins_loss, cross_correlation
 from comparison import EPS, LAMBD, assert_near, centred, evaluate, tolerance, truth
 from strategies import Batch, batches, epsilons, whitened_batches
@@ -26,9 +27,8 @@ def test_p19_identity_of_whitened_equal_views(algorithm, dtype, batch):
 @given(size=sizes, first=constants, second=constants, eps=epsilons)
 def test_p20_collapse_of_both_views_costs_exactly_d(algorithm, dtype, size, first, second, eps):
     """Every sample alike: C = 0, L = D exactly, and the gradient is exactly 0: collapse is a plateau, not a NaN."""
-    got = evaluate(
-        torch.full(size, first, dtype=dtype), torch.full(size, second, dtype=dtype), eps=eps, algorithm=algorithm
-    )
+    z1, z2 = (torch.full(size, constant, dtype=dtype, device=strategies.DEVICE) for constant in (first, second))
+    got = evaluate(z1, z2, eps=eps, algorithm=algorithm)
     assert float(got.loss) == size[1]
     assert not got.gradients[0].any()
     assert not got.gradients[1].any()
@@ -97,7 +97,8 @@ def test_p22_two_samples_correlate_fully(algorithm, dtype, d, seed):
 
 def test_p19_p20_the_two_ends_in_plain_numbers(algorithm):
     """Four samples, two features, no rounding anywhere: 0 for perfect views (ε = 0), D for collapsed ones."""
-    z = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+    corners = [[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]
+    z = torch.tensor(corners, dtype=torch.float64, device=strategies.DEVICE)
     assert float(barlow_twins_loss(z, z, eps=0.0, algorithm=algorithm)) == 0.0
     assert float(barlow_twins_loss(z, torch.ones_like(z), algorithm=algorithm)) == 2.0
     assert float(barlow_twins_loss(z, -z, eps=0.0, algorithm=algorithm)) == pytest.approx(8.0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
+import strategies
 from barlow_loss import barlow_twins_loss, cross_correlation
 from comparison import assert_bitwise, assert_near, evaluate, tolerance, truth
 from strategies import Batch, batches, epsilons, lambdas
@@ -39,7 +40,7 @@ def test_p16_affine_in_lambd_with_the_off_diagonal_as_slope(algorithm, dtype, ba
     """L(λ) = on + λ·off with terms that do not depend on λ, and dL/dλ = off."""
     z1, z2 = batch.views(dtype)
     expected = truth(z1, z2, lambd)
-    weight = torch.tensor(lambd, dtype=dtype, requires_grad=True)
+    weight = torch.tensor(lambd, dtype=dtype, device=strategies.DEVICE, requires_grad=True)
     loss, on, off = barlow_twins_loss(z1, z2, lambd=weight, algorithm=algorithm, return_terms=True)
     (slope,) = torch.autograd.grad(loss, weight)
 

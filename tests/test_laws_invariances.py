@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import strategies
 from barlow_loss import barlow_twins_loss
 from comparison import EPS, LAMBD, assert_near, evaluate, tolerance, truth
 from strategies import batches, epsilons, stds_near_root_eps
@@ -13,7 +14,9 @@ centred_batches = batches(means=(0.0, 1.0), stds=(1.0, 1e2))
 
 
 def _signs(batch):
-    return torch.randint(2, (batch.d,), generator=batch.generator(), dtype=torch.float64) * 2 - 1
+    return (torch.randint(2, (batch.d,), generator=batch.generator(), dtype=torch.float64) * 2 - 1).to(
+        strategies.DEVICE
+    )
 
 
 @given(batch=batches())
@@ -39,7 +42,7 @@ def test_p04_rotating_the_batch_leaves_the_loss(algorithm, dtype, batch):
     assert torch.allclose(Q.sum(1), torch.ones(batch.n, dtype=torch.float64))
 
     loss = barlow_twins_loss(z1.to(dtype), z2.to(dtype), algorithm=algorithm)
-    rotated = [(Q @ view).to(dtype) for view in (z1, z2)]
+    rotated = [(Q.to(view.device) @ view).to(dtype) for view in (z1, z2)]
     budget = truth(*rotated).rounded_input_budget(tolerance(dtype, 1e-11, 1e-5), dtype)
     assert_near(barlow_twins_loss(*rotated, algorithm=algorithm), loss, budget)
 
@@ -72,7 +75,7 @@ def test_p07_shifting_the_features_of_one_view_leaves_the_loss(algorithm, dtype,
     """L(z1 + a, z2) = L(z1, z2) for any row a and any ε."""
     z1, z2 = batch.views(dtype)
     shift = 3 * batch.std * torch.randn(batch.d, generator=batch.generator(), dtype=torch.float64)
-    shifted = (z1.double() + shift).to(dtype)
+    shifted = (z1.double() + shift.to(z1.device)).to(dtype)
     loss = barlow_twins_loss(z1, z2, eps=eps, algorithm=algorithm)
     budget = truth(shifted, z2, eps=eps).rounded_input_budget(tolerance(dtype, 1e-11, 1e-5), dtype)
     assert_near(barlow_twins_loss(shifted, z2, eps=eps, algorithm=algorithm), loss, budget)
@@ -151,7 +154,7 @@ def test_p12_duplicating_the_batch_leaves_the_loss_and_divides_the_gradient(algo
 def test_p15_constant_features_add_one_each_and_nothing_else(algorithm, dtype, batch, count, constant):
     """A feature that is constant in both views has C_ij = 0: it adds (0 − 1)² = 1, its own gradient is exactly 0."""
     z1, z2 = batch.views(dtype)
-    padded = [torch.cat([view, torch.full((batch.n, count), constant, dtype=dtype)], dim=1) for view in (z1, z2)]
+    padded = [torch.cat([view, view.new_full((batch.n, count), constant)], dim=1) for view in (z1, z2)]
     expected = truth(*padded)
     plain, with_constants = evaluate(z1, z2, algorithm=algorithm), evaluate(*padded, algorithm=algorithm)
     tol = tolerance(dtype, 1e-12, 1e-6)

@@ -86,22 +86,6 @@ def _standardized(
     return u, diagonal.to(rho.dtype), rho
 
 
-def _forward(
-    z1: Tensor,
-    z2: Tensor,
-    lambd: float | Tensor,
-    eps: float,
-    plan: Plan,
-    shards: Shards,
-    needed: tuple[bool, bool],
-) -> tuple[Tensor, ...]:
-    ops, algorithm = resolve(plan.backend), _algorithm(plan, shards)
-    u, diagonal, rho = _standardized(ops, z1, z2, eps, plan, shards)
-    c, squares, matrices = algorithm.value(ops, shards, u, diagonal, needed)
-    terms = ops.penalties(c, squares, lambd, algorithm.HOLDS_DIAGONAL, plan.compute_dtype)
-    return *terms, c, rho, u, *matrices
-
-
 def _gradients(
     of_loss: Tensor | None,
     of_on: Tensor | None,
@@ -146,7 +130,11 @@ class _Loss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         # torch.export traces this with gradients on, which the backends, writing into buffers, do not support.
         with torch.no_grad(), autocast_disabled(z1.device.type):
-            return _forward(z1, z2, lambd, eps, plan, shards, needed)
+            ops, algorithm = resolve(plan.backend), _algorithm(plan, shards)
+            u, diagonal, rho = _standardized(ops, z1, z2, eps, plan, shards)
+            c, squares, matrices = algorithm.value(ops, shards, u, diagonal, needed)
+            terms = ops.penalties(c, squares, lambd, algorithm.HOLDS_DIAGONAL, plan.compute_dtype)
+            return *terms, c, rho, u, *matrices
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

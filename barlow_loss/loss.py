@@ -108,7 +108,7 @@ def barlow_twins_loss(
         algorithm: "primal" works on the D×D matrix C (6 N D² FLOPs), "dual" on the N×N Gram matrices of the views
             (8 N² D FLOPs); both are exact. "auto" takes the dual for N ≤ D/2.
         backend: "eager" is plain torch, on every device; "triton" fuses all but the matrix products into a few
-            kernels, on CUDA, ROCm and XPU; both are exact. "auto" takes Triton, where it can be imported, on NVIDIA
+            kernels, on CUDA, ROCm and XPU; both are exact. "auto" takes Triton, where it can be used, on NVIDIA
             GPUs of compute capability 8.0 and newer and on AMD's gfx942 and gfx950; for CPU tensors it never does.
         synchronize: take statistics and correlations over the rows of all processes of ``process_group``. All of them
             call the function then. False: the loss of this process's rows alone.
@@ -128,10 +128,10 @@ def barlow_twins_loss(
             setting out of its range; ``backend="triton"`` on a device that Triton does not serve; D, dtype, settings
             or the need for gradients differ among the processes.
         TypeError: views that are not floating tensors of one dtype, or a setting of the wrong type.
-        RuntimeError: ``backend="triton"`` where triton cannot be imported or the GPU is too old; in backward, where a
-            second derivative is asked for; in a compiled graph, where the processes have different numbers of rows
-            (on CUDA an assertion on the device, which ends the process); from torch.distributed, where a process has
-            died, does not come, or was given another group.
+        RuntimeError: ``backend="triton"`` where triton cannot be imported or build its launcher, or the GPU is too
+            old; in backward, where a second derivative is asked for; in a compiled graph, where the processes have
+            different numbers of rows (on CUDA an assertion on the device, which ends the process); from
+            torch.distributed, where a process has died, does not come, or was given another group.
 
         What is wrong on one process raises the same error on all of them, except in a compiled graph, which compares
         the numbers of rows alone.

@@ -2,8 +2,8 @@
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an allocation of its own, so that a read past its end is seen.
 
-    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/run_sanitizer.py
-    compute-sanitizer --tool racecheck --error-exitcode 9 python tests/gpu/run_sanitizer.py
+    compute-sanitizer --tool memcheck --error-exitcode 9 --report-api-errors no python tests/gpu/run_sanitizer.py
+    compute-sanitizer --tool racecheck --error-exitcode 9 --report-api-errors no python tests/gpu/run_sanitizer.py
 """
 
 import sys

@@ -1,11 +1,8 @@
 """Any tree of image files with one folder per class, as torchvision's ImageFolder reads it; ImageNet is one."""
 
 import random
-import struct
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,10 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .augmentations import image_view, image_without_augmentation
 from .data import WHOLE, Batch, EpochBatches, PretrainingData, Probe, hold_out, seed_of
+from .decoding import decode
 from .errors import Aborted, UsageError, require
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 View = Callable[[Tensor], Tensor]
 Sample = tuple[str, int]  # path, label
@@ -24,28 +19,6 @@ Sample = tuple[str, int]  # path, label
 HELD_OUT, MOST_HELD_OUT_PER_CLASS = 1 / 10, 5  # to query the nearest neighbours, not pretrained on
 MOST_NEIGHBOURS_PER_CLASS = 20
 TOLERATED_UNREADABLE = 5, 1 / 1000  # images per epoch: the larger of a handful and a thousandth
-
-
-def decode(path: str) -> Tensor:
-    """Read an image file as (3, H, W) uint8, with Pillow: torchvision's own decoders are deprecated.
-
-    Raises:
-        OSError: the file cannot be read, or is not a whole image.
-    """
-    pillow: Any = require("PIL.Image", "--data")
-    to_tensor: Any = require("torchvision.transforms.v2.functional", "--data").pil_to_tensor
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of broken metadata
-            with pillow.open(path) as image:
-                return to_tensor(_eight_bits(image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, struct.error, pillow.DecompressionBombError) as error:
-        raise OSError(f"{path} is not a readable image: {error}") from None
-
-
-def _eight_bits(image: "Image") -> "Image":
-    """Pillow clips 16 bits where it should divide."""
-    return image.point(lambda value: value / 257).convert("L") if image.mode.startswith("I") else image
 
 
 class TwoViews(Dataset[tuple[Tensor, Tensor, int]]):
@@ -64,7 +37,8 @@ class TwoViews(Dataset[tuple[Tensor, Tensor, int]]):
         """The image, or the next readable one. After more failures than a whole epoch may have, a black one."""
         for failures in range(self.tolerated + 1):
             try:
-                return decode(self.paths[(index + failures) % len(self.paths)]), failures
+                path = self.paths[(index + failures) % len(self.paths)]
+                return decode(Path(path).read_bytes(), path), failures
             except OSError:
                 pass
         return torch.zeros(3, 8, 8, dtype=torch.uint8), self.tolerated + 1
@@ -88,7 +62,7 @@ class Labelled(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
         try:
-            return self.transform(decode(path)), label
+            return self.transform(decode(Path(path).read_bytes(), path)), label
         except OSError:
             return self.transform(torch.zeros(3, 8, 8, dtype=torch.uint8)), -1
 

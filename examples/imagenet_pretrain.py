@@ -1,50 +1,53 @@
 """Pretrain an encoder with Barlow Twins and see what it has learned.
 
-    python examples/imagenet_pretrain.py                # scikit-learn's digits, on the CPU, a minute or two
-    python examples/imagenet_pretrain.py --data DIR     # a folder of class folders of images; ImageNet is one
-    torchrun --nproc-per-node 2 examples/imagenet_pretrain.py    # either, in two processes, on the CPU or two GPUs
+    python examples/imagenet_pretrain.py                          # scikit-learn's digits, on the CPU, about a minute
+    python examples/imagenet_pretrain.py --data fashion-mnist     # 60,000 coloured images, on the CPU, five minutes
+    python examples/imagenet_pretrain.py --data DIR               # class folders or webdataset shards; ImageNet is one
+    torchrun --nproc-per-node 8 examples/imagenet_pretrain.py --data DIR --preset paper    # any, on eight GPUs
 
-The data decide about encoder and defaults. The program's parts lie beside it in ``pretraining/``. Several processes
-share every batch and take the steps that one would take; a run of two may be resumed by one.
+The data decide about encoder and defaults; --preset takes the numbers of a published run. Several processes, on one
+machine or many, share every batch and take the steps that one would take; a run of eight may be resumed by one.
 
-The recipe is the published one: two random views of every image, a ResNet-50 with an 8192-8192-8192 projector, LARS,
-warm-up and cosine, λ = 0.0051. The batch is 256 instead of 2048, with the author's learning rate for it (0.4; 70.7 %
-linear top-1 on ImageNet after 300 epochs).
+SIGTERM, SIGUSR1 and Ctrl-C end a run after its step, saved; with --resume the same command begins or continues it.
 
-The output folder gets ``metrics.jsonl``, ``curves.png``, ``cross_correlation.png``, ``checkpoint.pt`` for ``--resume``
-and ``backbone.pt``, the encoder's state_dict: ``torchvision.models.resnet50().load_state_dict(..., strict=False)``.
+The output folder gets ``report.html``, ``curves.png`` and ``cross_correlation.png``, drawn again at every look,
+``metrics.jsonl``, ``checkpoint.pt`` with the one before it, and at the end ``backbone.pt``, the encoder's state_dict:
+``torchvision.models.resnet50().load_state_dict(..., strict=False)``.
 
 Source: Zbontar et al. (2021), arXiv 2103.03230.
 """
 
-import copy
+import contextlib
+import os
 import sys
 import time
-from collections.abc import Callable
+import warnings
 from io import TextIOWrapper
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from barlow_loss import BarlowTwinsLoss, collapse_report, cross_correlation
-from barlow_loss.diagnostics import noise_floor
-from pretraining import checkpoint, distributed, pictures, probes, reporting
+from barlow_loss import collapse_report
+from pretraining import checkpoint, distributed, looking, reporting
 from pretraining.checkpoint import TrainingState
-from pretraining.data import PretrainingData, Probe
+from pretraining.data import PretrainingData
 from pretraining.digits import load_digits
 from pretraining.distributed import from_main, is_main
-from pretraining.errors import Aborted, Interrupted, UsageError, require
-from pretraining.folder import load_folder
-from pretraining.models import BarlowTwins, build_model
+from pretraining.errors import Aborted, Interrupted, Stopped, UsageError, require
+from pretraining.fashion_mnist import is_fashion_mnist, load_fashion_mnist
+from pretraining.images import ImagePairs, load_images
+from pretraining.lock import locked
+from pretraining.models import BarlowTwins, build_model, checkpoint_activations
 from pretraining.optimization import build_optimizer, build_schedule
+from pretraining.run import Accuracies, Run
 from pretraining.settings import Settings, read_settings
+from pretraining.signals import StopRequests, arrived, stop_requests
+from pretraining.steps import Step, apply, check_health, gradients
+from pretraining.tensorboard import TensorBoard
+from pretraining.timing import WARM_UP, Stopwatch, loader_bound
 
-LOG_EVERY = 10  # steps
-MOST_NONFINITE = 5  # steps in a row
-PICTURED_PAIRS, PICTURED_FEATURES = 1024, 128
-OUT_OF_MEMORY = "out of memory: try a smaller --batch-size or --projector"
+OUT_OF_MEMORY = "out of memory: try --checkpoint-activations, --accumulate, a smaller --batch-size or --projector"
 KNOWN_FAILURES = {  # by a part of a RuntimeError's message
     "out of memory": OUT_OF_MEMORY,
     "allocate memory": OUT_OF_MEMORY,
@@ -53,7 +56,7 @@ KNOWN_FAILURES = {  # by a part of a RuntimeError's message
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program. 0: done; 2: a mistake in its use; 1: it could not go on; 130: Ctrl-C."""
+    """Run the program. 0: done; 2: a mistake in its use; 1: it could not go on; 128 + n: stopped by signal n."""
     try:
         with distributed.joined():
             run(read_settings(argv, __doc__ or ""))
@@ -78,88 +81,72 @@ def main(argv: list[str] | None = None) -> int:
 def run(settings: Settings) -> None:
     """Prepare, measure the baselines, pretrain, evaluate, draw."""
     started = time.perf_counter()
-    torch.manual_seed(settings.seed)
-    model = build_model(settings.arch, settings.projector).to(settings.device)
+    prepare_torch(settings)
+    model = build_model(settings.arch, settings.projector, settings.stem).to(settings.device)
+    model = model.to(memory_format=torch.channels_last) if settings.channels_last else model
+    if settings.checkpoint_activations:
+        checkpoint_activations(model.backbone)
     data = load_data(settings)
-    state = first_state(settings, model, steps_per_epoch=len(data.pairs))
+    state = first_state(settings, model, len(data.pairs) // settings.accumulate)
     default = Path("runs") / (data.name if settings.data is None else f"{data.name}-{settings.arch}")
-    resumed = from_main(lambda: reporting.find_checkpoint(settings.resume, settings.out, default))
-    saved = checkpoint.load(resumed) if resumed else None
+    wanted = from_main(lambda: reporting.find_checkpoint(settings.resume, settings.out, default))
+    saved, resumed = checkpoint.load(wanted) if wanted else (None, None)
     shaping = settings.shaping() | {"images": data.images}
     if resumed and saved:
         checkpoint.check_settings(resumed, saved["settings"], shaping)
     # A run that ended before its first checkpoint has nothing to resume, and nothing to lose.
     overwrite = settings.overwrite or (settings.resume == "auto" and resumed is None)
     out = from_main(lambda: reporting.make_output_folder(settings.out, default, overwrite=overwrite, resumed=resumed))
-    metrics = reporting.Metrics(out if is_main() else None, resumed, saved["step"] if saved else 0)
-    metrics.add("settings", shaping)
-    print(introduction(settings, data, model, out))
-
-    # With the initial weights, also in a run that is resumed.
-    watched = from_main(lambda: baselines(model, data.monitor, settings.device))
-    compared = watched
-    if data.final is not data.monitor:
-        compared = from_main(lambda: baselines(model, data.final, settings.device))
-    network = distributed.synchronized(model)  # after the baselines, in which one process alone calls train()
-    before = pictured_correlation(*embeddings(settings, data, model))
-    if saved:
-        state.load_state_dict(saved)
-        print(f"continuing from {resumed}, after step {state.step}")
-
-    def look() -> dict[str, float]:
-        return probes.evaluate(model.backbone.eval(), data.monitor, settings.device) if data.monitor else {}
-
-    def save() -> None:
-        checkpoint.save(out / reporting.CHECKPOINT, state.state_dict() | {"settings": shaping})
-
-    try:
-        train(settings, data, state, network, metrics, look, save)
-    except (Aborted, KeyboardInterrupt) as stop:
-        path = out / reporting.CHECKPOINT
-        advice = f"the last checkpoint is {path}" if path.exists() else "no checkpoint had been written"
-        if isinstance(stop, Aborted):
-            raise Aborted(f"{stop}; {advice}") from None
-        raise Interrupted(f"interrupted after step {state.step}; {advice}") from None
-    z1, z2 = embeddings(settings, data, model)
-    after, report = pictured_correlation(z1, z2), collapse_report(z1, z2, lambd=settings.lambd)
-    if not is_main():
-        return
-
-    checkpoint.save(out / reporting.BACKBONE, model.backbone.state_dict())
-    pictures.draw_cross_correlation(out / reporting.CROSS_CORRELATION, before, after)
-    pictures.draw_curves(
-        out / reporting.CURVES,
-        metrics.of_kind("step"),
-        metrics.of_kind("epoch"),
-        lambd=settings.lambd,
-        noise_floor=noise_floor(settings.batch_size, z1.shape[1]),
-        attainable_rank=min(settings.batch_size - 1, z1.shape[1]),
-        baselines=watched,
-    )
-    metrics.add("report", {"step": state.step, **report.as_dict()})
-    print(f"\nThe embeddings of {report.n} training pairs: {report.verdict}\n")
-    if data.final:
-        pretrained = probes.evaluate(model.backbone.eval(), data.final, settings.device)
-        compared = compared | {"pretrained encoder": pretrained}
-        for name, accuracies in compared.items():
-            metrics.add("evaluation", {"step": state.step, "representation": name, **accuracies})
-        print(reporting.accuracy_table(compared), end="\n\n")
+    with contextlib.ExitStack() as stack:
+        if is_main():
+            stack.enter_context(locked(out))
+            if not (resumed and resumed.parent.resolve() == out.resolve()):
+                reporting.clear(out)
+        requests = stack.enter_context(stop_requests())
+        metrics = open_metrics(settings, out, resumed, saved["step"] if saved else None)
+        watch = Stopwatch(settings.device, settings.batch_size, settings.profile)
+        now = Run(settings, data, state, out, metrics, watch, network=model)
+        metrics.add("settings", shaping | environment(settings))
+        print(introduction(now))
+        compared = measure_before(now)
+        if saved and wanted and resumed:
+            resume(now, saved, wanted, resumed)
+        pretrain(now, requests)
+        evaluate(now, compared)
     print(f"{time.perf_counter() - started:.0f} seconds. Results: {out}")
+
+
+def prepare_torch(settings: Settings) -> None:
+    torch.manual_seed(settings.seed)
+    torch.backends.cudnn.benchmark = not settings.deterministic
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    # A first step that is not applied is told in a line of its own.
+    warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
 
 
 def load_data(settings: Settings) -> PretrainingData:
     """The images, split before anything is learned from them."""
-    rows = distributed.own_rows(settings.batch_size)
+    size, seed, monitor = settings.micro_batch_size, settings.seed, settings.probe
+    rows = distributed.own_rows(size)
     if settings.data is None:
-        return load_digits(settings.batch_size, settings.seed, monitor=settings.knn, rows=rows)
-    return load_folder(
-        settings.data,
+        return load_digits(size, seed, monitor=monitor, rows=rows)
+    if is_fashion_mnist(settings.data):
+        return load_fashion_mnist(
+            settings.data, recipes=settings.recipes(), batch_size=size, seed=seed, monitor=monitor, rows=rows
+        )
+    return load_images(
+        Path(settings.data),
+        recipes=settings.recipes(),
         image_size=settings.image_size,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
+        batch_size=size,
+        seed=seed,
         workers=settings.workers,
-        monitor=settings.knn,
+        timeout=settings.loader_timeout,
+        monitor=monitor,
         pin_memory=settings.device.type == "cuda",
+        augment_on=settings.augment_on,
         rows=rows,
     )
 
@@ -173,128 +160,194 @@ def first_state(settings: Settings, model: BarlowTwins, steps_per_epoch: int) ->
         lr_weights=settings.learning_rate_weights,
         lr_biases=settings.learning_rate_biases,
         weight_decay=settings.weight_decay,
+        trust_coefficient=settings.trust_coefficient,
+        clip_trust=settings.clip_trust,
     )
     warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
     schedule = build_schedule(optimizer, settings.epochs * steps_per_epoch, warmup_steps)
-    return TrainingState(model, optimizer, schedule, settings.device)
+    scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.precision == "fp16")
+    return TrainingState(model, optimizer, schedule, scaler, settings.device)
 
 
-def introduction(settings: Settings, data: PretrainingData, model: nn.Module, out: Path) -> str:
-    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+def introduction(now: Run) -> str:
+    settings, data = now.settings, now.data
+    parameters = sum(parameter.numel() for parameter in now.state.model.parameters()) / 1e6
     processes = distributed.world_size()
     devices = f"{settings.device.type} in {processes} processes" if processes > 1 else f"{settings.device}"
+    parts = f" in {settings.accumulate} parts" if settings.accumulate > 1 else ""
     lines = [
-        f"{data.name}: {data.images:,} images, {settings.epochs} epochs of {len(data.pairs)} steps of "
-        f"{settings.batch_size} pairs",
+        f"{data.name}: {data.images:,} images, {settings.epochs} epochs of {now.steps_per_epoch} steps of "
+        f"{settings.batch_size} pairs{parts}",
         f"{settings.arch}, projector {settings.projector}: {parameters:.2f} M parameters, {settings.optimizer}, "
-        f"{settings.precision} on {devices}; results go to {out}",
+        f"{settings.precision} on {devices}; results go to {now.out}",
     ]
-    return "\n".join(lines + [f"note: {note}" for note in data.notes])
+    notes = [*data.notes]
+    if settings.profile and settings.profile + WARM_UP > now.last_step:
+        notes.append(
+            f"--profile {settings.profile} needs {settings.profile + WARM_UP} steps, the run has {now.last_step}"
+        )
+    return "\n".join(lines + [f"note: {note}" for note in notes])
 
 
-def train(
-    settings: Settings,
-    data: PretrainingData,
-    state: TrainingState,
-    network: nn.Module,
-    metrics: reporting.Metrics,
-    look: Callable[[], dict[str, float]],
-    save: Callable[[], None],
-) -> None:
-    """Pretrain from ``state.step`` to the last step; as each epoch ends, look at held-out images and save.
+def open_metrics(settings: Settings, out: Path, resumed: Path | None, step: int | None) -> reporting.Metrics:
+    if not is_main():
+        return reporting.Metrics(None)
+    mirrors = [TensorBoard(out / reporting.TENSORBOARD, step)] if settings.tensorboard else []
+    return reporting.Metrics(out, resumed, step or 0, mirrors)
 
-    Several processes take every step together; one of them looks and saves while the others wait.
+
+def environment(settings: Settings) -> dict[str, Any]:
+    """Where the run takes place: nothing that shapes it."""
+    device = settings.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "processes": distributed.world_size(), "torch": torch.__version__, "command": sys.argv[1:]}
+
+
+def measure_before(now: Run) -> Accuracies:
+    """What the images are worth without pretraining, also in a run that is resumed; then ready the model for training.
+
+    Returns:
+        The accuracies on the images of the final evaluation.
     """
-    loss_fn = BarlowTwinsLoss(settings.lambd)
-    autocast = torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-    steps_per_epoch = len(data.pairs)
-    last_step = min(settings.epochs * steps_per_epoch, settings.limit_steps or sys.maxsize)
-    nonfinite = 0
+    now.watched = from_main(lambda: looking.baselines(now, now.data.monitor))
+    same = now.data.final is now.data.monitor
+    compared = now.watched if same else from_main(lambda: looking.baselines(now, now.data.final))
+    # After the baselines, in which one process alone calls train().
+    now.network = distributed.synchronized(now.state.model)
+    now.before = looking.pictured_correlation(*looking.embeddings(now))
+    if now.settings.compile:
+        now.network = torch.compile(now.network)
+    return compared
+
+
+def resume(now: Run, saved: dict[str, Any], wanted: Path, found: Path) -> None:
+    now.state.load_state_dict(saved)
+    print(f"continuing from {found}, after step {now.state.step}")
+    if found != wanted:
+        text = f"{wanted} is damaged or missing: going on from {found}, the one before it"
+        now.tell(text)
+        if is_main():
+            print(f"warning: {text}", file=sys.stderr)
+            if wanted.parent.resolve() == now.out.resolve():
+                checkpoint.set_aside(wanted)
+
+
+def pretrain(now: Run, requests: StopRequests) -> None:
+    """Train; where that ends early, say why, and where the last checkpoint is."""
+    try:
+        train(now, requests)
+    except (Aborted, Stopped, KeyboardInterrupt) as stop:
+        found = now.checkpoint.exists()
+        advice = f"the last checkpoint is {now.checkpoint}" if found else "no checkpoint had been written"
+        why = str(stop) or f"interrupted after step {now.state.step}"
+        with contextlib.suppress(Aborted):  # a full disk, say
+            looking.tell(now, why)
+        if isinstance(stop, Stopped):
+            raise
+        raise (Aborted if isinstance(stop, Aborted) else Interrupted)(f"{why}; {advice}") from None
+
+
+def train(now: Run, requests: StopRequests) -> None:
+    """Pretrain from the state's step to the last one; as each epoch ends, save, and look at held-out images.
+
+    Several processes take every step together, or leave it out together; one of them looks and saves while the others
+    wait.
+    """
+    settings, state, watch = now.settings, now.state, now.watch
     tqdm = require("tqdm", "the progress bar").tqdm
     hidden = None if is_main() else True  # None: where there is no terminal
-    with tqdm(total=last_step, initial=state.step, unit="step", disable=hidden, dynamic_ncols=True) as bar:
-        while state.step < last_step:
-            epoch, first_step = divmod(state.step, steps_per_epoch)
-            unreadable, first, started = 0, state.step, time.perf_counter()
-            network.train()
-            for batch in islice(data.pairs.batches(epoch, first_step), last_step - state.step):
-                # The views pass through the network one after the other: each has its own batch statistics.
-                with autocast:
-                    z1, z2 = (network(view.to(settings.device, non_blocking=True)) for view in batch.views)
-                    terms = loss_fn(z1, z2, return_terms=True)
-                nonfinite = 0 if terms.loss.isfinite() else nonfinite + 1
-                if nonfinite == 0:
-                    state.optimizer.zero_grad()
-                    terms.loss.backward()
-                    state.optimizer.step()
-                state.schedule.step()
-                state.step += 1
-                unreadable += distributed.total(batch.unreadable)
-                check_health(settings, data, epoch, unreadable, nonfinite)
-                if (state.step - 1) % LOG_EVERY == 0 or state.step == last_step:
-                    report = collapse_report(z1.detach(), z2.detach(), lambd=settings.lambd)
-                    row = {name: value.item() for name, value in terms._asdict().items()}
-                    row |= {"effective_rank": min(report.effective_rank_1, report.effective_rank_2)}
-                    row |= {"dead_features": report.dead_features, "learning_rate": state.schedule.get_last_lr()[0]}
-                    metrics.add("step", {"step": state.step} | row)
-                    bar.set_postfix_str(reporting.progress(row))
-                bar.update()
-
-            seconds = time.perf_counter() - started
-            row = {"step": state.step, "epoch": epoch + 1, "unreadable": unreadable}
-            row["images_per_second"] = (state.step - first) * settings.batch_size / seconds
-            due = (epoch + 1) % settings.knn_every == 0 or state.step == last_step
-            if due:
-                row |= from_main(look)
-            metrics.add("epoch", row)
-            from_main(save)
-            if due or unreadable:
-                bar.write(reporting.epoch_line(row, settings.epochs))
+    skipped = 0
+    with tqdm(
+        total=now.last_step,
+        initial=state.step,
+        unit="step",
+        disable=hidden,
+        dynamic_ncols=True,
+        bar_format=reporting.BAR,
+    ) as bar:
+        while state.step < now.last_step:
+            epoch, first = divmod(state.step, now.steps_per_epoch)
+            unreadable = 0
+            now.network.train()
+            watch.begin_epoch()
+            batches = now.data.pairs.batches(epoch, first * settings.accumulate)
+            for _ in range(min(now.steps_per_epoch - first, now.last_step - state.step)):
+                done = gradients(now, batches)
+                bad, broken, *signals = distributed.totals([not done.finite, done.unreadable, *requests.counts()])
+                apply(now, good=not bad)
+                profile = watch.end_step()
+                skipped, unreadable = skipped + 1 if bad else 0, unreadable + broken
+                check_health(now, epoch, unreadable, skipped)
+                log(now, done, bar)
+                if profile:
+                    now.metrics.add("profile", {"step": state.step, "parts": profile.rows})
+                    bar.write(f"\n{profile}\n")
+                number = arrived(signals)
+                if number or (settings.save_every and state.step % settings.save_every == 0):
+                    from_main(now.save)
+                if number:
+                    saved = f"after step {state.step}, saved in {now.checkpoint}: continue with --resume"
+                    raise Stopped(f"stopped by {number.name} {saved}", number)
+            finish_epoch(now, epoch, unreadable, bar)
 
 
-def check_health(settings: Settings, data: PretrainingData, epoch: int, unreadable: int, nonfinite: int) -> None:
-    """End a run that cannot become anything.
-
-    Raises:
-        Aborted: too many unreadable images in this epoch, or too many losses in a row that were not finite.
-    """
-    if unreadable > data.tolerated_unreadable:
-        raise Aborted(
-            f"{unreadable} images of epoch {epoch + 1} could not be read, {data.tolerated_unreadable} are tolerated: "
-            f"is {settings.data} damaged?"
-        )
-    if nonfinite == MOST_NONFINITE:
-        raise Aborted(
-            f"the loss was not finite in {nonfinite} steps in a row (they were not applied): try a lower learning rate"
-        )
-
-
-def baselines(model: BarlowTwins, probe: Probe | None, device: torch.device) -> dict[str, dict[str, float]]:
-    """What the images are worth without pretraining: as pixels, and behind the initial weights."""
-    if probe is None:
-        return {}
-    untrained = probes.untrained(model.backbone, probe.bank, device)
-    return {
-        "raw pixels": probes.evaluate(probes.raw_pixels, probe, device),
-        "untrained encoder": probes.evaluate(untrained, probe, device),
-    }
+def log(now: Run, done: Step, bar: Any) -> None:
+    """Every tenth step as a row, now and then the collapse report; the progress bar."""
+    settings, state, watch = now.settings, now.state, now.watch
+    last = state.step == now.last_step
+    logged = (state.step - 1) % settings.log_every == 0 or last
+    reported = state.step % settings.report_every == 0 or last
+    if logged or reported:
+        report = collapse_report(done.z1, done.z2, lambd=settings.lambd)
+    if logged:
+        row = {"step": state.step} | {name: value.item() for name, value in done.terms._asdict().items()}
+        row |= {"effective_rank": min(report.effective_rank_1, report.effective_rank_2)}
+        row |= {"dead_features": report.dead_features, "gradient_norm": done.gradient_norm.item()}
+        row |= {"learning_rate": state.schedule.get_last_lr()[0], "images_per_second": watch.images_per_second}
+        now.metrics.add("step", row)
+        bar.set_postfix_str(reporting.progress(row))
+    if reported:
+        now.metrics.add("collapse", {"step": state.step, **report.as_dict()})
+    bar.update()
 
 
-@torch.no_grad()
-def embeddings(settings: Settings, data: PretrainingData, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Both views of the first pairs, (N, D) each, as the loss sees them: with batch statistics."""
-    model = copy.deepcopy(model).train()
-    z1: list[Tensor] = []
-    z2: list[Tensor] = []
-    for batch in islice(data.pairs.batches(epoch=0), -(-PICTURED_PAIRS // settings.batch_size)):
-        for z, view in zip((z1, z2), batch.views, strict=True):
-            z.append(model(view.to(settings.device)))
-    return torch.cat(z1), torch.cat(z2)
+def finish_epoch(now: Run, epoch: int, unreadable: int, bar: Any) -> None:
+    """Save; where it is due, look at the held-out images and draw."""
+    settings, state = now.settings, now.state
+    row = {"step": state.step, "epoch": epoch + 1, "unreadable": unreadable}
+    row |= {"images_per_second": now.watch.epoch_images_per_second}
+    due = (epoch + 1) % settings.probe_every == 0 or state.step == now.last_step
+    bound = loader_bound(now.watch.waited, now.watch.seconds) if isinstance(now.data.pairs, ImagePairs) else None
+    if due:
+        accuracies = from_main(lambda: looking.accuracies(now, now.data.monitor))
+        now.accuracies = now.watched | {"pretrained encoder": accuracies} if accuracies else {}
+        row |= accuracies
+    now.metrics.add("epoch", row)
+    from_main(now.save)
+    if due:
+        looking.draw(now)
+        looking.tell(now, "running")
+    if due or unreadable:
+        bar.write(reporting.epoch_line(row, settings.epochs))
+    if due and bound:
+        now.tell(bound)
+        bar.write(f"note: {bound}")
 
 
-def pictured_correlation(z1: Tensor, z2: Tensor) -> Tensor:
-    """C of the first features: of thousands a picture shows none."""
-    return cross_correlation(z1[:, :PICTURED_FEATURES], z2[:, :PICTURED_FEATURES])
+def evaluate(now: Run, compared: Accuracies) -> None:
+    """What the encoder has become, beside pixels and initial weights; the encoder as a file of its own."""
+    report = now.collapse or looking.draw(now)  # a run that is resumed at its end has none
+    if not is_main():
+        return
+    checkpoint.save(now.out / reporting.BACKBONE, now.state.model.backbone.state_dict())
+    now.metrics.add("report", {"step": now.state.step, **report.as_dict()})
+    print(f"\nThe embeddings of {report.n} training pairs: {report.verdict}\n")
+    if now.data.final:
+        now.accuracies = compared | {"pretrained encoder": looking.accuracies(now, now.data.final)}
+        for name, accuracies in now.accuracies.items():
+            now.metrics.add("evaluation", {"step": now.state.step, "representation": name, **accuracies})
+        print(reporting.accuracy_table(now.accuracies), end="\n\n")
+    looking.tell(now, "done")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""Checkpoints that are whole or absent, hold no code, and continue a run as if it had not stopped."""
+"""Checkpoints that are whole or absent, hold no code, and continue a run as if it had not stopped.
+
+A checkpoint is a file of ``torch.save``, which is a zip archive, and in the archive's comment stands the SHA-256 of all
+that precedes it; ``torch.load`` reads it as ever. Beside the newest lies the one before it.
+"""
 
 import contextlib
+import hashlib
+import io
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import optim
@@ -13,6 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .errors import Aborted, UsageError, first_line
 from .models import BarlowTwins
+
+LABEL = b"sha256:"
+PARTS = {"settings", "model", "optimizer", "schedule", "scaler", "step", "rng"}
 
 
 @dataclass
@@ -22,6 +30,7 @@ class TrainingState:
     model: BarlowTwins
     optimizer: optim.Optimizer
     schedule: LambdaLR
+    scaler: torch.amp.GradScaler  # type: ignore[attr-defined]
     device: torch.device
     step: int = 0
 
@@ -30,6 +39,7 @@ class TrainingState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
             "rng": {place: get() for place, (get, _) in self._random_states().items()},
         }
@@ -38,6 +48,8 @@ class TrainingState:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         for place, (_, put) in self._random_states().items():
             if place in state["rng"]:  # not after a change of device
@@ -52,23 +64,31 @@ class TrainingState:
         return states
 
 
-def save(path: Path, content: object) -> None:
+def previous(path: Path) -> Path:
+    """Where the generation before ``path`` lies."""
+    return path.with_suffix(f".previous{path.suffix}")
+
+
+def save(path: Path, content: object, *, keep_previous: bool = False) -> None:
     """Write to a temporary file beside ``path`` and rename it, so that ``path`` is always old or new, never half.
 
+    When this returns, the file is on the disk. With ``keep_previous`` the old one stays as :func:`previous`.
+
     Raises:
-        Aborted: the disk is full or the folder cannot be written.
+        Aborted: the disk is full or the folder cannot be written. What was there before stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.new")
     try:
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            _write(file, content)
             file.flush()
             os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            path.replace(previous(path))
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
-        raise Aborted(f"cannot write {path}: {first_line(error)}") from None
-    finally:
         temporary.unlink(missing_ok=True)
+        raise Aborted(f"cannot write {path}: {first_line(error)}") from None
     with contextlib.suppress(OSError):  # not every system can open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -77,25 +97,81 @@ def save(path: Path, content: object) -> None:
             os.close(folder)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU; it can hold tensors and plain values only, and runs nothing.
+class _Hashing:
+    """Passes on what is written, and knows its SHA-256; the two bytes of the comment's length stay outside."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256, self.last = file, hashlib.sha256(), b""
+
+    def write(self, data: bytes) -> int:
+        head, tail = memoryview(data)[:-2], bytes(memoryview(data)[-2:])
+        ended = self.last + tail if len(data) < 2 else tail
+        self.sha256.update(b"" if len(data) < 2 else self.last)
+        self.sha256.update(head)
+        self.sha256.update(ended[:-2])
+        self.last = ended[-2:]
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write(file: BinaryIO, content: object) -> None:
+    hashing = _Hashing(file)
+    torch.save(content, hashing)  # type: ignore[arg-type]
+    comment = LABEL + hashing.sha256.hexdigest().encode()
+    file.seek(-2, os.SEEK_END)
+    file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def read(path: Path) -> Any:
+    """What :func:`save` wrote, on the CPU; tensors and plain values only, and nothing in it is run.
 
     Raises:
-        UsageError: the file is missing, damaged (its CRC-32 sums are checked), or no checkpoint of this program.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not, to the bit, what was written.
     """
+    data = path.read_bytes()
+    size = len(LABEL) + 2 * hashlib.sha256().digest_size
+    archive, length, comment = data[: -size - 2], data[-size - 2 : -size], data[-size:]
+    if comment[: len(LABEL)] != LABEL or int.from_bytes(length, "little") != size:
+        raise ValueError("it does not end with a checksum")
+    if hashlib.sha256(archive).hexdigest().encode() != comment[len(LABEL) :]:
+        raise ValueError("its checksum is wrong")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(f"--resume {path}: no such file") from None
-    except Exception as error:  # whatever a damaged pickle raises
-        raise UsageError(f"--resume {path}: not a readable checkpoint ({first_line(error)})") from None
-    if not isinstance(state, dict) or not {"settings", "model", "optimizer", "schedule", "step", "rng"} <= set(state):
-        raise UsageError(f"--resume {path}: not a checkpoint of this program")
-    return state
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a hostile pickle raises
+        raise ValueError(first_line(error)) from None
+
+
+def load(path: Path) -> tuple[dict[str, Any], Path]:
+    """Read a checkpoint, or, with a warning, the one before it where that one is damaged or missing.
+
+    Returns:
+        Its content, and the file it comes from.
+
+    Raises:
+        UsageError: neither is there, whole, and a checkpoint of this program.
+    """
+    reasons = []
+    for candidate in (path, previous(path)):
+        try:
+            state = read(candidate)
+        except FileNotFoundError:
+            reasons.append(f"{candidate}: no such file")
+        except (OSError, ValueError) as error:
+            reasons.append(f"{candidate}: not a readable checkpoint ({first_line(error)})")
+        else:
+            if not isinstance(state, dict) or not set(state) >= PARTS:
+                raise UsageError(f"--resume {candidate}: not a checkpoint of this program")
+            return state, candidate
+    raise UsageError("--resume " + "; ".join(reasons if previous(path).exists() else reasons[:1]))
+
+
+def set_aside(path: Path) -> None:
+    """Move a damaged checkpoint out of the way of the next one, which would take it for the previous generation."""
+    if path.exists():
+        path.replace(path.with_suffix(f".damaged{path.suffix}"))
 
 
 def check_settings(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:

@@ -9,11 +9,14 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+
+if TYPE_CHECKING:
+    from .batched_views import UnfinishedView
 
 WHOLE = slice(None)
 
@@ -27,7 +30,7 @@ def seed_of(*numbers: int) -> int:
 class Batch(NamedTuple):
     """Two views of the same images; ``unreadable`` of them had to be replaced by others."""
 
-    views: tuple[Tensor, Tensor]  # each (N, C, H, W)
+    views: "tuple[Tensor | UnfinishedView, Tensor | UnfinishedView]"  # each (N, C, H, W), to be finished on the device
     unreadable: int
 
 
@@ -42,13 +45,14 @@ class Pairs(Protocol):
 class Probe(NamedTuple):
     """Labelled images, in batches of (images, labels), that measure what the encoder has learned.
 
-    Accuracy is measured on ``queries``; ``bank`` holds the neighbours and the few labelled examples. A label below 0
-    marks an image that cannot be read.
+    Accuracy is measured on ``queries``; ``bank`` holds the neighbours and the labelled examples. A label below 0 marks
+    an image that cannot be read.
     """
 
     bank: Iterable[tuple[Tensor, Tensor]]
     queries: Iterable[tuple[Tensor, Tensor]]
-    labels_per_class: tuple[int, ...]  # the sizes of the linear probe's training sets, beside all labels; () for none
+    linear: bool  # whether to fit a linear probe to the whole bank
+    labels_per_class: tuple[int, ...]  # the sizes of the few-label probes' training sets
 
 
 @dataclass(frozen=True)

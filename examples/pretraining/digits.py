@@ -54,6 +54,7 @@ def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) 
         monitor=Probe(
             bank=_batches(pretraining, train_labels[~watched]),
             queries=_batches(train_images[watched], train_labels[watched]),
+            linear=False,
             labels_per_class=(1,),
         )
         if monitor
@@ -61,6 +62,7 @@ def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) 
         final=Probe(
             bank=_batches(train_images, train_labels),
             queries=_batches(images[test], labels[test]),
+            linear=True,
             labels_per_class=(1, 5),
         ),
     )

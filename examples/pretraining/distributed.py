@@ -8,7 +8,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,13 +139,19 @@ def synchronized(model: nn.Module) -> nn.Module:
     return network
 
 
-def total(number: int) -> int:
-    """The sum over the processes, which wait for each other: about half a millisecond for two."""
+def totals(numbers: Sequence[int]) -> list[int]:
+    """The sums over the processes, which wait for each other: about half a millisecond for two."""
     if world_size() == 1:
-        return number
-    numbers = torch.tensor(number)
-    dist.all_reduce(numbers)
-    return int(numbers)
+        return list(numbers)
+    sums = torch.tensor(numbers)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def without_exchange(network: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Within, a backward adds to this process's gradients and leaves their exchange to a later one."""
+    module = getattr(network, "_orig_mod", network)  # of torch.compile
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def from_main(function: Callable[[], T]) -> T:

@@ -17,9 +17,17 @@ class Aborted(UsageError):
 
 
 class Interrupted(UsageError):
-    """Ctrl-C. The program prints it and exits with 130, as shells expect."""
+    """Ctrl-C, at once. The program prints it and exits with 130, as shells expect."""
 
     exit_code = 130
+
+
+class Stopped(UsageError):
+    """A signal that the run has obeyed. The program prints it and exits with 128 + its number, as shells expect."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 def first_line(error: BaseException) -> str:

@@ -1,14 +1,19 @@
 """The encoder, and the projector that is thrown away after pretraining."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import cast
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from barlow_loss import Projector
 
 from .errors import UsageError, require
 
-DIGITS_ARCH = "digits-cnn"
+SMALL_ARCHS = ("digits-cnn", "small-cnn")  # for the digits of 8 pixels, and for Fashion-MNIST
+STEMS = ("imagenet", "cifar")
 
 
 class BarlowTwins(nn.Module):
@@ -22,13 +27,13 @@ class BarlowTwins(nn.Module):
         return cast("Tensor", self.projector(self.backbone(images)))
 
 
-def build_model(arch: str, projector: str) -> BarlowTwins:
+def build_model(arch: str, projector: str, stem: str = "imagenet") -> BarlowTwins:
     """Build an encoder by name and a projector by its layers, such as "8192-8192-8192".
 
     Raises:
         UsageError: an unknown ``arch``, or torchvision is needed and missing.
     """
-    backbone, features = _digits_encoder() if arch == DIGITS_ARCH else _resnet(arch)
+    backbone, features = _small_encoder(arch) if arch in SMALL_ARCHS else _resnet(arch, stem)
     *hidden, out_features = parse_projector(projector)
     hidden_features = hidden[0] if hidden else out_features
     return BarlowTwins(backbone, Projector(features, hidden_features, out_features, num_layers=len(hidden) + 1))
@@ -47,19 +52,23 @@ def parse_projector(layers: str) -> list[int]:
     return widths
 
 
-def _digits_encoder(width: int = 24) -> tuple[nn.Module, int]:
-    """Four 3×3 convolutions for 1×8×8 images."""
+def _small_encoder(arch: str) -> tuple[nn.Module, int]:
+    """Four 3×3 convolutions and a pooling, for 1×8×8 images, or for 3×28×28, of which they see every second pixel."""
+    channels, stride, widths = (1, 1, (24, 48, 96, 96)) if arch == "digits-cnn" else (3, 2, (32, 64, 128, 128))
+    layers: list[nn.Module] = []
+    for number, width in enumerate(widths):
+        layers += [nn.MaxPool2d(2)] if number == 2 else []
+        convolution = nn.Conv2d(channels, width, 3, 1 if layers else stride, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
 
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
-    layers = [*block(1, width), *block(width, 2 * width), nn.MaxPool2d(2)]
-    layers += [*block(2 * width, 4 * width), *block(4 * width, 4 * width)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 4 * width
+def _resnet(arch: str, stem: str) -> tuple[nn.Module, int]:
+    """torchvision's ResNet family without the classifier; residual branches start at 0 (``zero_init_residual``).
 
-
-def _resnet(arch: str) -> tuple[nn.Module, int]:
-    """torchvision's ResNet family without the classifier; residual branches start at 0 (``zero_init_residual``)."""
+    The "cifar" stem is one 3×3 convolution of stride 1 without pooling, for images of 32 pixels.
+    """
     models = require("torchvision.models", f"--arch {arch}")
     known = [name for name in models.list_models(module=models) if "resne" in name]
     if arch not in known:
@@ -67,4 +76,41 @@ def _resnet(arch: str) -> tuple[nn.Module, int]:
     backbone = models.get_model(arch, weights=None, zero_init_residual=True)
     features = backbone.fc.in_features
     backbone.fc = nn.Identity()
+    if stem == "cifar":
+        backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+        backbone.maxpool = nn.Identity()
     return backbone, features
+
+
+def checkpoint_activations(backbone: nn.Module) -> None:
+    """Keep of every residual block its input alone, and compute the rest again in the backward.
+
+    Raises:
+        UsageError: the encoder has no residual blocks.
+    """
+    blocks = [block for layer in ("layer1", "layer2", "layer3", "layer4") for block in getattr(backbone, layer, ())]
+    if not blocks:
+        raise UsageError("--checkpoint-activations: expected a ResNet, whose residual blocks are computed twice")
+    for block in blocks:
+        contexts = partial(_first_and_second_pass, block)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+def _first_and_second_pass(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _running_statistics_kept(block)
+
+
+@contextmanager
+def _running_statistics_kept(block: nn.Module) -> Iterator[None]:
+    """A second pass over the same images is no second look at them: what batch norms keep must not move again."""
+    kept = [
+        (module, name, buffer) for module in block.modules() for name, buffer in module.named_buffers(recurse=False)
+    ]
+    for module, name, buffer in kept:
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, name, buffer in kept:
+            setattr(module, name, buffer)

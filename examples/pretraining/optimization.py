@@ -1,14 +1,13 @@
 """The published optimisation: LARS on the weights, a plain step on biases and norms, warm-up and cosine."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn, optim
 from torch.optim.lr_scheduler import LambdaLR
 
-from .errors import require
+from .lars import LARS
 
 # The author's learning rates of the weights by batch size (300 epochs); a small batch wants more, not less.
 PUBLISHED_LEARNING_RATES = {128: 0.7, 256: 0.4, 512: 0.3, 1024: 0.25, 2048: 0.2, 4096: 0.2}
@@ -49,7 +48,7 @@ def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
 def parameter_groups(
     model: nn.Module, lr_weights: float, lr_biases: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Matrices and kernels; and vectors (biases, norms), which get neither weight decay nor LARS's adaptation."""
+    """Matrices and kernels; and vectors (biases, norms), which get no weight decay."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "lr": lr_weights, "weight_decay": weight_decay},
@@ -57,24 +56,29 @@ def parameter_groups(
     ]
 
 
-def _lars() -> Callable[..., optim.Optimizer]:
-    # timm's LARS adapts only groups that have weight decay, which is the published exclusion of vectors.
-    return partial(require("timm.optim", "--optimizer lars").Lars, momentum=0.9, trust_coeff=0.001)
-
-
-OPTIMIZERS: dict[str, Callable[[], Callable[..., optim.Optimizer]]] = {"lars": _lars, "adamw": lambda: optim.AdamW}
+OPTIMIZERS = ("lars", "sgd", "adamw")
 
 
 def build_optimizer(
-    name: str, model: nn.Module, *, batch_size: int, lr_weights: float, lr_biases: float, weight_decay: float
+    name: str,
+    model: nn.Module,
+    *,
+    batch_size: int,
+    lr_weights: float,
+    lr_biases: float,
+    weight_decay: float,
+    trust_coefficient: float = 0.001,
+    clip_trust: bool = False,
 ) -> optim.Optimizer:
-    """LARS as published, or AdamW for small networks; both rates are multiplied by batch/256.
-
-    The gradient of the official program is 1/W of the true one on W GPUs. LARS hides that for the weights, but not for
-    the biases and the weight decay: its run on 16 GPUs with 0.0048 and 1e-6 is 0.0048/16 and 16e-6 here.
-    """
+    """LARS as published, without adaptation of vectors; SGD with momentum; or AdamW. Rates are times batch/256."""
     base = batch_size / 256
-    return OPTIMIZERS[name]()(parameter_groups(model, base * lr_weights, base * lr_biases, weight_decay))
+    groups = parameter_groups(model, base * lr_weights, base * lr_biases, weight_decay)
+    if name == "lars":
+        groups[1]["adapt"] = False
+        return LARS(groups, lr=base * lr_weights, trust_coefficient=trust_coefficient, clip=clip_trust)
+    if name == "sgd":
+        return optim.SGD(groups, momentum=0.9)
+    return optim.AdamW(groups)
 
 
 def build_schedule(optimizer: optim.Optimizer, steps: int, warmup_steps: int) -> LambdaLR:

@@ -1,7 +1,7 @@
 """What a representation is worth: nearest neighbours and few-label linear classification, on held-out images."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from .data import Probe
-from .errors import require
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images and labels
 Represent = Callable[[Tensor], Tensor]  # images (N, C, H, W) to features (N, F)
 
 NEIGHBOURS, TEMPERATURE = 10, 0.07
+INVERSE_PENALTY = 10.0  # C, of the linear probe
 DRAWS = 30  # of the few labelled images: with one per class, the accuracy of a draw varies by several points
 
 
@@ -24,19 +24,31 @@ def raw_pixels(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images, (min(height, 32), min(width, 32))).flatten(1)
 
 
-def untrained(backbone: nn.Module, images: Batches, device: torch.device) -> nn.Module:
+def untrained(backbone: nn.Module, batches: Batches, device: torch.device) -> nn.Module:
     """A copy of the backbone with its weights and, a stronger baseline, batch statistics measured on the images."""
     twin = copy.deepcopy(backbone)
-    update_bn(images, twin, device)
+    update_bn(_with_statistics(batches), twin, device)
     return twin.eval()
+
+
+def _with_statistics(batches: Batches) -> Iterator[Tensor]:
+    """The readable images, without batches of a single one: it has no variance, and a BatchNorm may refuse it."""
+    for images, labels in batches:
+        readable = images[labels >= 0]
+        if len(readable) > 1:
+            yield readable
 
 
 @torch.no_grad()
 def extract(represent: Represent, batches: Batches, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Features (N, F) in float32 and labels (N) of the readable images, on the device, and how many were not."""
+    """Features (N, F) in float32 and labels (N) of the readable images, on the device, and how many were not.
+
+    A feature that is not finite counts as 0: an encoder that has diverged is at chance.
+    """
     features, labels = [], []
     for images, targets in batches:
-        features.append(represent(images.to(device, non_blocking=True)).float())
+        found = represent(images.to(device, non_blocking=True)).float()
+        features.append(found.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
         labels.append(targets.to(device, non_blocking=True))
     all_features, all_labels = torch.cat(features), torch.cat(labels)
     readable = all_labels >= 0
@@ -44,7 +56,7 @@ def extract(represent: Represent, batches: Batches, device: torch.device) -> tup
 
 
 def evaluate(represent: Represent, probe: Probe, device: torch.device) -> dict[str, float]:
-    """Top-1 accuracies on the queries, in percent: ``knn``, ``linear_1``, ``linear_5``, ``linear_all`` as asked for.
+    """Top-1 accuracies on the queries, in percent: ``knn``, and as the probe asks for ``linear_N`` and ``linear_all``.
 
     Every representation is treated alike: centred on the bank's mean, each vector scaled to length 1.
     """
@@ -55,7 +67,7 @@ def evaluate(represent: Represent, probe: Probe, device: torch.device) -> dict[s
     accuracy = {"knn": knn_accuracy(bank, labels, queries, truth)}
     for count in probe.labels_per_class:
         accuracy[f"linear_{count}"] = few_label_accuracy(bank, labels, queries, truth, count, DRAWS)
-    if len(probe.labels_per_class) > 1:
+    if probe.linear:
         accuracy["linear_all"] = linear_accuracy(bank, labels, queries, truth)
     return accuracy | {"unreadable_in_probe": unreadable + unreadable_queries}
 
@@ -83,11 +95,29 @@ def knn_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k
 
 
 def linear_accuracy(train: Tensor, labels: Tensor, queries: Tensor, truth: Tensor) -> float:
-    """Percent of queries that logistic regression, fitted to all of ``train``, gets right."""
-    linear_model = require("sklearn.linear_model", "the linear probe")
-    classifier = linear_model.LogisticRegression(C=10.0, max_iter=1000)
-    classifier.fit(train.cpu().numpy(), labels.cpu().numpy())
-    return 100 * float(classifier.score(queries.cpu().numpy(), truth.cpu().numpy()))
+    """Percent of queries that logistic regression, fitted to all of ``train``, gets right.
+
+    The minimum is scikit-learn's, of ``LogisticRegression(C=10)``: Σ cross-entropy + ‖W‖²/(2 C), found on the device of
+    the features: for a bank of 20,000 images in 1,000 classes, with 2,048 features, scikit-learn takes 75 s on one CPU
+    core, at every look, and this 95 s there.
+    """
+    classes = int(labels.max()) + 1
+    weight = train.new_zeros(classes, train.shape[1], requires_grad=True)
+    bias = train.new_zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=1000, tolerance_grad=1e-4, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        penalty = weight.square().sum() / (2 * INVERSE_PENALTY * len(train))
+        loss = F.cross_entropy(F.linear(train, weight, bias), labels) + penalty
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    right = F.linear(queries, weight, bias).argmax(dim=1) == truth
+    return 100 * int(right.sum()) / len(right)
 
 
 def few_label_accuracy(

@@ -1,10 +1,10 @@
-"""The command line: one set of flags, two sets of defaults."""
+"""The command line: every flag, and what it checks."""
 
 import argparse
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,62 +12,87 @@ from typing import Any, NoReturn
 import torch
 
 from . import distributed
+from .augmentations import PAPER as PUBLISHED_VIEWS
+from .augmentations import ViewRecipe
 from .errors import UsageError, first_line
-from .models import DIGITS_ARCH, parse_projector
+from .fashion_mnist import is_fashion_mnist
+from .models import STEMS, parse_projector
 from .optimization import OPTIMIZERS, published_learning_rate
+from .presets import PAPER, PRESETS, preset
 
-DIGITS: dict[str, Any] = {
-    "arch": DIGITS_ARCH,
-    "projector": "512-512",
-    "batch_size": 128,
-    "epochs": 60,
-    "optimizer": "adamw",
-    "learning_rate_weights": 4e-3,
-    "learning_rate_biases": 4e-3,
-    "weight_decay": 1e-4,
-    "knn_every": 5,
+CHOICES = {
+    "optimizer": OPTIMIZERS,
+    "precision": ("fp32", "bf16", "fp16"),
+    "stem": STEMS,
+    "augment_on": ("workers", "device"),
 }
-FOLDER: dict[str, Any] = {
-    "arch": "resnet50",
-    "projector": "8192-8192-8192",
-    "batch_size": 256,
-    "epochs": 300,
-    "optimizer": "lars",
-    "learning_rate_weights": "the author's for the batch size",
-    "learning_rate_biases": 0.0048,
-    "weight_decay": 1e-6,
-    "knn_every": 1,
-}
-# What may differ between a run and its continuation. Everything else shapes the weights.
-FREE = {"data", "knn_every", "device", "workers", "out", "overwrite", "resume", "limit_steps"}
+
+# What may differ between a run and its continuation: where it runs, what it writes. Everything else shapes the weights.
+FREE = {
+    "preset", "data", "device", "workers", "loader_timeout", "channels_last", "compile", "checkpoint_activations",
+    "deterministic", "probe_every", "log_every", "report_every", "save_every", "tensorboard", "profile", "out",
+    "overwrite", "resume", "limit_steps",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Settings:
     """The flags, complete."""
 
-    data: Path | None
+    preset: str
+    data: str | None
     arch: str
+    stem: str
     projector: str
     image_size: int
     batch_size: int
+    accumulate: int
     epochs: int
     warmup_epochs: float
     optimizer: str
     learning_rate_weights: float
     learning_rate_biases: float
     weight_decay: float
+    trust_coefficient: float
+    clip_trust: bool
     lambd: float
-    knn: bool
-    knn_every: int
+    scale_loss: float
+    crop_scale: float
+    blur: tuple[float, float]
+    solarize: tuple[float, float]
+    augment_on: str
+    probe: bool
+    probe_every: int
+    log_every: int
+    report_every: int
+    save_every: int | None
     device: torch.device
     precision: str
+    channels_last: bool
+    compile: bool
+    checkpoint_activations: bool
+    deterministic: bool
     workers: int
+    loader_timeout: int
     seed: int
     out: Path | None
     overwrite: bool
     resume: str | None
+    tensorboard: bool
+    profile: int | None
     limit_steps: int | None
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Pairs that pass through the network together."""
+        return self.batch_size // self.accumulate
+
+    def recipes(self) -> tuple[ViewRecipe, ViewRecipe]:
+        """What makes view 1 and view 2: as published, but for the flags."""
+        crop = (self.crop_scale, 1.0)
+        settings = zip(PUBLISHED_VIEWS, self.blur, self.solarize, strict=True)
+        first, second = (replace(recipe, crop_scale=crop, blur=b, solarize=s) for recipe, b, s in settings)
+        return first, second
 
     def shaping(self) -> dict[str, Any]:
         """The settings that a continued run must share with its checkpoint."""
@@ -89,70 +114,121 @@ def _at_least(low: float, kind: Callable[[str], float], text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    value = _at_least(0.0, float, text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
+    return value
+
+
 def _parser(description: str) -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
+    layout, yes_or_no = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
     parser = _Parser(description=description, formatter_class=layout, allow_abbrev=False)
 
     def add(flag: str, convert: Callable[[str], Any], text: str, **options: Any) -> None:
         name = flag[2:].replace("-", "_")
-        if name in DIGITS:
-            text += f" [{DIGITS[name]}; with --data: {FOLDER[name]}]"
-        elif options.get("default") is not None:
+        if options.get("default") is not None:
             text += " [%(default)s]"
+        elif name in PAPER:
+            text += " [by the preset]"
         parser.add_argument(flag, type=convert, help=text, metavar=options.pop("metavar", name.upper()), **options)
+
+    def switch(flag: str, text: str) -> None:
+        parser.add_argument(flag, action="store_true", help=text)
 
     whole, positive = partial(_at_least, 0, int), partial(_at_least, 1, int)
     real = partial(_at_least, 0.0, float)
     cores = os.cpu_count() or 1
-    add("--data", Path, "folder of class folders of images, or one with train/ above them; without it: digits")
-    add("--arch", str, "encoder, with --data: a ResNet of torchvision")
+    add("--data", str, "class folders of images, webdataset shards, or 'fashion-mnist'; without it: digits")
+    add("--preset", str, f"whose numbers the other flags begin with: {', '.join(PRESETS)} [by --data]")
+    add("--arch", str, "encoder: a ResNet of torchvision, or small-cnn")
+    add("--stem", str, "first layers of a ResNet: imagenet, or cifar for images of 32 pixels")
     add("--projector", str, "widths of the projector's layers")
-    add("--image-size", partial(_at_least, 16, int), "side of a view in pixels, with --data", default=224)
+    add("--image-size", partial(_at_least, 8, int), "side of a view in pixels")
     add("--batch-size", partial(_at_least, 2, int), "pairs in a step, of all processes together")
+    text = (
+        "add up the gradients of this many batches of BATCH_SIZE/K pairs in a step. It saves memory, but each of them"
+    )
+    add(
+        "--accumulate",
+        positive,
+        f"{text} has a cross-correlation of its own: not the loss of the large batch",
+        default=1,
+    )
     add("--epochs", positive, "passes over the images")
-    add("--warmup-epochs", real, "linear warm-up [10, or a tenth of the run if that is less]")
+    add("--warmup-epochs", real, "linear warm-up [by the preset: 10, or a tenth of the run if that is less]")
     add("--optimizer", str, " or ".join(OPTIMIZERS))
     add("--learning-rate-weights", real, "of matrices and kernels, per 256 pairs", metavar="LR")
     add("--learning-rate-biases", real, "of biases and norms, per 256 pairs", metavar="LR")
     add("--weight-decay", real, "of matrices and kernels")
-    add("--lambd", real, "λ, the weight of the off-diagonal sum", default=0.0051)
-    add("--knn-every", positive, "epochs from one look at held-out images to the next", metavar="EPOCHS")
-    parser.add_argument("--no-knn", dest="knn", action="store_false", help="hold no images out for it")
-    add("--device", str, "cpu, cuda, cuda:1, ... [cpu; with --data: the accelerator, if there is one]")
-    add("--precision", str, "fp32, or bf16 autocast [bf16 on an accelerator that has it]")
-    add("--workers", whole, "processes that decode for each that trains, with --data", default=min(8, cores))
+    add("--trust-coefficient", real, "of LARS")
+    parser.add_argument("--clip-trust", action=yes_or_no, help="no LARS step longer than a plain one [by the preset]")
+    add("--lambd", real, "λ, the weight of the off-diagonal sum")
+    add("--scale-loss", real, "factor of the loss that is differentiated")
+    add("--crop-scale", _share, "least area of a view's crop, as a share of the image")
+    add("--blur", _share, "probability in view 1 and in view 2", nargs=2, metavar=("P1", "P2"))
+    add("--solarize", _share, "probability in view 1 and in view 2", nargs=2, metavar=("P1", "P2"))
+    add("--augment-on", str, "workers, or device: colours, blur and solarization in batches, there", default="workers")
+    add("--probe-every", positive, "epochs from one look at held-out training images to the next", metavar="EPOCHS")
+    parser.add_argument("--no-probe", dest="probe", action="store_false", help="hold no images out for it")
+    add("--log-every", positive, "steps from one row of metrics.jsonl to the next", default=10, metavar="STEPS")
+    add("--report-every", positive, "steps from one collapse report to the next", default=100, metavar="STEPS")
+    add("--save-every", positive, "steps between checkpoints, beside one after each epoch", metavar="STEPS")
+    add("--device", str, "cpu, cuda, cuda:1, ... [cpu for the small images; else the accelerator, if there is one]")
+    add("--precision", str, "fp32, or autocast to bf16 or fp16 [bf16 on an accelerator that has it]")
+    parser.add_argument("--channels-last", action=yes_or_no, help="memory layout of images [on a GPU]")
+    switch("--compile", "torch.compile the network")
+    switch("--checkpoint-activations", "compute residual blocks again in the backward: less memory, a third more time")
+    switch("--deterministic", "the same bits from the same command on a GPU too, at some cost")
+    add("--workers", whole, "processes that decode for each that trains", default=min(8, cores))
+    add("--loader-timeout", positive, "seconds that a batch may take to be read", default=120, metavar="SECONDS")
     add("--seed", whole, "of weights, order and views", default=0)
     add("--out", Path, "folder for the results [runs/NAME, numbered if taken]")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
+    switch("--overwrite", "replace the run in that folder")
     resuming = "continue from a checkpoint; 'auto' or nothing: from the one in the output folder, if there is one"
     add("--resume", str, resuming, nargs="?", const="auto", metavar="PATH")
+    switch("--tensorboard", "write event files, too")
+    add("--profile", positive, "time the parts of this many steps [50]", nargs="?", const=50, metavar="STEPS")
     add("--limit-steps", positive, "stop after this many steps of the run", metavar="STEPS")
     return parser
 
 
 def read_settings(argv: Sequence[str] | None, description: str) -> Settings:
-    """Read the command line (``sys.argv`` if None), fill in the defaults, check what can be checked without data.
+    """Read the command line (``sys.argv`` if None), fill in the preset, check what can be checked without data.
 
     Raises:
         UsageError: a flag is unknown or has a bad value.
     """
     flags = vars(_parser(description).parse_args(argv))
-    for name, default in (DIGITS if flags["data"] is None else FOLDER).items():
-        flags[name] = default if flags[name] is None else flags[name]
-    if isinstance(flags["learning_rate_weights"], str):
+    small = "digits" if flags["data"] is None else "fashion-mnist" if is_fashion_mnist(flags["data"]) else None
+    flags["preset"] = flags["preset"] or small or "one-gpu"
+    if flags["preset"] not in PRESETS:
+        raise UsageError(f"--preset {flags['preset']}: expected one of {', '.join(PRESETS)}")
+    for name, value in preset(flags["preset"]).items():
+        flags[name] = value if flags[name] is None else flags[name]
+    if flags["learning_rate_weights"] is None:
         flags["learning_rate_weights"] = published_learning_rate(flags["batch_size"])
     if flags["warmup_epochs"] is None:
         flags["warmup_epochs"] = min(10.0, flags["epochs"] / 10)
-    if (flags["arch"] == DIGITS_ARCH) != (flags["data"] is None):
-        raise UsageError(f"--arch {flags['arch']}: {DIGITS_ARCH} goes with the digits, a ResNet with --data")
-    if flags["batch_size"] < (processes := distributed.world_size()):
-        raise UsageError(f"--batch-size {flags['batch_size']}: expected {processes} or more, a pair for each process")
+    flags["blur"], flags["solarize"] = tuple(flags["blur"]), tuple(flags["solarize"])
+    if (flags["arch"] == "digits-cnn") != (flags["data"] is None):
+        raise UsageError(f"--arch {flags['arch']}: digits-cnn goes with the digits, every other encoder with --data")
+    pairs, rest = divmod(flags["batch_size"], flags["accumulate"])
+    if rest:
+        raise UsageError(
+            f"--accumulate {flags['accumulate']}: expected a divisor of --batch-size {flags['batch_size']}"
+        )
+    if pairs < (least := max(2, distributed.world_size())):
+        needed = least * flags["accumulate"]
+        raise UsageError(f"--batch-size {flags['batch_size']}: expected {needed} or more, a pair for each process")
     parse_projector(flags["projector"])
-    flags["device"] = _device(flags["device"], prefer_cpu=flags["data"] is None)
+    flags["device"] = _device(flags["device"], prefer_cpu=small is not None)
     flags["precision"] = flags["precision"] or _precision(flags["device"])
-    for name, known in (("optimizer", tuple(OPTIMIZERS)), ("precision", ("fp32", "bf16"))):
+    if flags["channels_last"] is None:
+        flags["channels_last"] = flags["device"].type == "cuda"
+    for name, known in CHOICES.items():
         if flags[name] not in known:
-            raise UsageError(f"--{name} {flags[name]}: expected {' or '.join(known)}")
+            raise UsageError(f"--{name.replace('_', '-')} {flags[name]}: expected {' or '.join(known)}")
     return Settings(**{field.name: flags[field.name] for field in fields(Settings)})
 
 

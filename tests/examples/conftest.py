@@ -12,7 +12,7 @@ from outcomes import EXAMPLES
 sys.path.insert(0, str(EXAMPLES))
 
 # Without the example's packages (pip install 'barlow-loss[examples]') there is nothing to test here.
-NEEDED = ("PIL", "matplotlib", "numpy", "sklearn", "timm", "torchvision", "tqdm")
+NEEDED = ("PIL", "matplotlib", "jinja2", "numpy", "sklearn", "torchvision", "tqdm")
 collect_ignore_glob = [] if all(map(find_spec, NEEDED)) else ["test_*.py"]
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from outcomes import EXAMPLES
 
 
-def tell(save: Callable[[Path, object], None]) -> Callable[[Path, object], None]:
-    def save_and_tell(path: Path, content: object) -> None:
-        save(path, content)
+def tell(save: Callable[..., None]) -> Callable[..., None]:
+    def save_and_tell(path: Path, content: object, **options: bool) -> None:
+        save(path, content, **options)
         print(f"saved {path.name}", file=sys.stderr)
 
     return save_and_tell
@@ -22,14 +22,14 @@ def tell(save: Callable[[Path, object], None]) -> Callable[[Path, object], None]
 def main() -> int:
     sys.path.insert(0, str(EXAMPLES))
     import imagenet_pretrain as program
-    from pretraining import checkpoint, digits
+    from pretraining import checkpoint, digits, looking
 
     augment, build, load = digits.augment_digits, program.build_model, program.load_digits
     digits.augment_digits = lambda images, generator: augment(images, generator).double()
-    program.build_model = lambda arch, projector: build(arch, projector).double()
+    program.build_model = lambda *args: build(*args).double()
     program.load_digits = lambda *args, **kwargs: dataclasses.replace(load(*args, **kwargs), monitor=None, final=None)
     checkpoint.save = tell(checkpoint.save)
-    program.LOG_EVERY, program.PICTURED_PAIRS = 1, 200
+    looking.PICTURED_PAIRS = 200
     status = program.main()
     for path in Path("/proc/self/task").glob("*/comm"):  # on Linux
         if "gloo" in (name := path.read_text()):

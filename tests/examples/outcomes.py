@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FILES = {"backbone.pt", "checkpoint.pt", "cross_correlation.png", "curves.png", "metrics.jsonl"}
+PICTURES = {"cross_correlation.png", "curves.png", "report.html"}
+FILES = PICTURES | {"backbone.pt", "checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", ".lock"}
 SHORT_DIGITS = ("--epochs", 2, "--projector", "64-64")
 SMALL_RESNET = (
     *("--arch", "resnet18", "--projector", "64-64-64", "--image-size", 32),

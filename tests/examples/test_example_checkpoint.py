@@ -2,8 +2,9 @@
 
 import os
 import pickle
+import random
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,7 @@ STATE = {
     "model": {"weight": torch.arange(5000.0)},
     "optimizer": {},
     "schedule": {},
+    "scaler": {},
     "step": 3,
     "rng": {},
 }
@@ -38,8 +40,8 @@ def test_what_was_saved_is_loaded_and_nothing_else_is_left(tmp_path: Path) -> No
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, STATE)
     checkpoint.save(path, STATE | {"step": 4})
-    loaded = checkpoint.load(path)
-    assert loaded["step"] == 4
+    loaded, source = checkpoint.load(path)
+    assert (loaded["step"], source) == (4, path)
     assert torch.equal(loaded["model"]["weight"], torch.arange(5000.0))
     assert list(tmp_path.iterdir()) == [path]
 
@@ -49,40 +51,87 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     checkpoint.save(path, STATE)
     with files_of_at_most(4096), pytest.raises(Aborted, match=r"cannot write .*checkpoint\.pt"):
         checkpoint.save(path, STATE | {"step": 4})
-    assert checkpoint.load(path)["step"] == 3
+    assert checkpoint.load(path)[0]["step"] == 3
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_every_flipped_bit_of_the_weights_is_noticed(tmp_path: Path) -> None:
+def test_it_is_a_file_of_torch(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, STATE)
+    loaded = torch.load(path, weights_only=True)
+    assert loaded.keys() == STATE.keys()
+    assert torch.equal(loaded["model"]["weight"], STATE["model"]["weight"])
+
+
+def test_the_checksum_covers_every_bit(tmp_path: Path) -> None:
+    """One bit in each of 512 places from the first byte to the last, the checksum's own among them."""
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, STATE)
     whole = path.read_bytes()
-    start = whole.index(torch.arange(5000.0).numpy().tobytes())
-    for position in range(start, start + 20000, 1999):
+    generator = random.Random(0)
+    places = {0, len(whole) - 1, *range(len(whole) - 80, len(whole)), *generator.sample(range(len(whole)), 430)}
+    for place in places:
         flipped = bytearray(whole)
-        flipped[position] ^= 1 << position % 8
+        flipped[place] ^= 1 << generator.randrange(8)
         path.write_bytes(flipped)
-        with pytest.raises(UsageError, match="not a readable checkpoint"):
-            checkpoint.load(path)
+        with pytest.raises(ValueError, match="checksum"):
+            checkpoint.read(path)
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b"", lambda b: bytes(len(b))]
-)
-def test_a_damaged_file_is_named(damage: object, tmp_path: Path) -> None:
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "one byte short": lambda b: b[:-1],
+    "one byte long": lambda b: b + b"\0",
+    "half": lambda b: b[: len(b) // 2],
+    "empty": lambda b: b"",
+    "zeroed": lambda b: bytes(len(b)),
+    "zeroed from the middle": lambda b: b[: len(b) // 2] + bytes(len(b) - len(b) // 2),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_gives_way_to_the_one_before(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    for step in (3, 4, 5):
+        checkpoint.save(path, STATE | {"step": step}, keep_previous=True)
+    assert checkpoint.load(path)[0]["step"] == 5
+    path.write_bytes(damage(path.read_bytes()))
+    state, source = checkpoint.load(path)
+    assert (state["step"], source) == (4, checkpoint.previous(path))
+    source.write_bytes(damage(source.read_bytes()))
+    with pytest.raises(UsageError) as error:
+        checkpoint.load(path)
+    assert str(error.value).count("not a readable checkpoint") == 2
+    assert str(path) in str(error.value)
+    assert str(source) in str(error.value)
+
+
+def test_a_damaged_file_set_aside_does_not_take_the_place_of_a_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    for step in (3, 4):
+        checkpoint.save(path, STATE | {"step": step}, keep_previous=True)
+    path.write_bytes(b"damaged")
+    checkpoint.set_aside(path)
+    checkpoint.save(path, STATE | {"step": 5}, keep_previous=True)
+    assert [checkpoint.read(p)["step"] for p in (path, checkpoint.previous(path))] == [5, 3]
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"}
+
+
+def test_between_two_renames_the_previous_one_is_found(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, STATE)
-    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
-    with pytest.raises(UsageError, match=r"--resume .*checkpoint\.pt: not a readable checkpoint"):
-        checkpoint.load(path)
+    path.replace(checkpoint.previous(path))  # a crash here leaves no checkpoint.pt
+    assert checkpoint.load(path)[1] == checkpoint.previous(path)
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         checkpoint.load(tmp_path / "missing.pt")
-    torch.save({"model": {}}, tmp_path / "foreign.pt")
-    with pytest.raises(UsageError, match="not a checkpoint of this program"):
+    torch.save(STATE, tmp_path / "foreign.pt")
+    with pytest.raises(UsageError, match=r"not a readable checkpoint .it does not end with a checksum"):
         checkpoint.load(tmp_path / "foreign.pt")
+    checkpoint.save(tmp_path / "other.pt", {"model": {}})
+    with pytest.raises(UsageError, match="not a checkpoint of this program"):
+        checkpoint.load(tmp_path / "other.pt")
 
 
 class Malicious:
@@ -94,15 +143,20 @@ class Malicious:
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
+    """Not of a file that was signed with a right checksum either: anybody can compute one."""
     trap = Malicious(tmp_path / "sprung")
-    for name, write in {
-        "zip.pt": torch.save,
+    writers: dict[str, Callable[[object, Path], object]] = {
+        "zip.pt": torch.save,  # type: ignore[dict-item]
         "pickle.pt": lambda content, path: path.write_bytes(pickle.dumps(content)),
-    }.items():
+        "signed.pt": lambda content, path: checkpoint.save(path, content),
+    }
+    for name, write in writers.items():
         write(STATE | {"step": trap}, tmp_path / name)
         with pytest.raises(UsageError, match="not a readable checkpoint"):
             checkpoint.load(tmp_path / name)
     assert not (tmp_path / "sprung").exists()
+    torch.load(tmp_path / "signed.pt", weights_only=False)
+    assert (tmp_path / "sprung").exists()  # the trap works
 
 
 def test_every_setting_that_differs_is_named() -> None:

@@ -2,21 +2,32 @@
 
 import io
 import os
+import pickle
+import re
 import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from outcomes import EXAMPLES, environment
 from PIL import Image
 from torch import Tensor
 
-from pretraining.data import EpochBatches, hold_out, seed_of
+from pretraining.augmentations import PAPER
+from pretraining.batched_views import UnfinishedView
+from pretraining.data import EpochBatches, PretrainingData, hold_out, seed_of
 from pretraining.decoding import decode
 from pretraining.digits import load_digits
 from pretraining.errors import Aborted, UsageError
-from pretraining.folder import TwoViews, load_folder
+from pretraining.folder import index_folder
+from pretraining.images import TwoViews, load_images
 
 
 def test_a_seed_is_a_function_of_every_number_and_of_their_order() -> None:
@@ -133,10 +144,10 @@ def random_views(image: Tensor) -> Tensor:
 
 
 def test_a_view_depends_on_seed_epoch_index_and_number_alone(jpegs: Path) -> None:
-    paths = [str(path) for path in sorted(jpegs.rglob("*.jpg"))]
+    catalogue = index_folder(jpegs / "train")
 
     def dataset(seed: int) -> TwoViews:
-        return TwoViews(paths, (random_views, random_views), seed, tolerated=5)
+        return TwoViews(catalogue, (random_views, random_views), seed, tolerated=5)
 
     def equal(left: tuple[Tensor, Tensor, int], right: tuple[Tensor, Tensor, int]) -> bool:
         return torch.equal(left[0], right[0]) and torch.equal(left[1], right[1])
@@ -148,60 +159,211 @@ def test_a_view_depends_on_seed_epoch_index_and_number_alone(jpegs: Path) -> Non
     assert not any(equal(first, other) for other in (dataset(0)[1, 3], dataset(0)[2, 4], dataset(1)[2, 3]))
 
 
-def test_a_broken_image_gives_way_to_the_next(jpegs: Path) -> None:
-    paths = [str(path) for path in sorted(jpegs.rglob("*.jpg"))]
-    broken = paths.index(str(jpegs / "train" / "poppy" / "07.jpg"))
-    dataset = TwoViews(paths, (torch.clone, torch.clone), seed=0, tolerated=2)
-    view, _, unreadable = dataset[0, broken]
-    following, _, none = dataset[0, broken + 1]
+def test_a_catalogue_knows_each_file_and_numbers_a_part_anew(jpegs: Path) -> None:
+    root = jpegs / "train"
+    catalogue = index_folder(root)
+    paths = [*sorted(root.glob("bluebell/*")), *sorted(root.glob("poppy/*"))]
+    assert [catalogue.read(index) for index in range(40)] == [(path.read_bytes(), str(path)) for path in paths]
+    assert catalogue.labels.tolist() == [0] * 20 + [1] * 20
+    part = catalogue.subset(torch.tensor([39, 5]))
+    assert len(part) == 2
+    assert [part.read(index)[1] for index in range(2)] == [str(paths[39]), str(paths[5])]
+    assert part.labels.tolist() == [1, 0]
+
+
+def vanish(path: Path) -> None:
+    path.unlink()
+
+
+def become_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def point_at_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def lose_permissions(path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    path.chmod(0)
+
+
+def be_cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("damage", [vanish, become_a_folder, point_at_itself, lose_permissions, be_cut_off])
+def test_an_image_that_is_lost_gives_way_to_the_next(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    for number in range(4):
+        Image.effect_noise((16, 16), 50).save(tmp_path / "all" / f"{number}.png")
+    dataset = TwoViews(index_folder(tmp_path), (torch.clone, torch.clone), seed=0, tolerated=2)
+    (before, _, none), (following, _, _) = dataset[0, 1], dataset[0, 2]
+    damage(tmp_path / "all" / "1.png")
+    view, _, unreadable = dataset[0, 1]
     assert torch.equal(view, following)
-    assert (unreadable, none) == (1, 0)
-    hopeless = TwoViews([paths[broken]] * 9, (torch.clone, torch.clone), seed=0, tolerated=2)
-    assert hopeless[0, 0][2] == 3  # more than tolerated, which ends the run
+    assert not torch.equal(view, before)
+    assert (none, unreadable) == (0, 1)
+    for number in (0, 2, 3):
+        (tmp_path / "all" / f"{number}.png").unlink()
+    assert dataset[0, 1][2] == 3  # more than tolerated, which ends the run
 
 
-def load(root: Path, **changes: object) -> object:
-    settings = {"image_size": 32, "batch_size": 8, "seed": 0, "workers": 0, "monitor": True, "pin_memory": False}
-    return load_folder(root, **(settings | changes))  # type: ignore[arg-type]
+def test_a_folder_with_the_name_of_an_image_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "all" / "folder.png").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "all" / "folder.png" / "image.png")
+    assert index_folder(tmp_path).read(0)[1] == str(tmp_path / "all" / "folder.png" / "image.png")
+    assert len(index_folder(tmp_path)) == 1
 
 
-def test_the_number_of_workers_changes_nothing(jpegs: Path) -> None:
+def load(root: Path, **changes: Any) -> PretrainingData:
+    settings: dict[str, Any] = {"recipes": PAPER, "image_size": 32, "batch_size": 8, "seed": 0, "workers": 0}
+    settings |= {"timeout": 60, "monitor": True, "pin_memory": False, "augment_on": "workers"}
+    return load_images(root, **(settings | changes))
+
+
+def parts(view: Tensor | UnfinishedView) -> tuple[Tensor, ...]:
+    return (view,) if isinstance(view, Tensor) else tuple(view)
+
+
+@pytest.mark.parametrize("augment_on", ["workers", "device"])
+def test_the_number_of_workers_changes_nothing(augment_on: str, jpegs: Path) -> None:
     epochs = []
     for workers in (0, 2):
-        pairs = load(jpegs, workers=workers).pairs  # type: ignore[attr-defined]
+        pairs = load(jpegs, workers=workers, augment_on=augment_on).pairs
         list(islice(pairs.batches(0), 1))  # an epoch left early, as for the pictures
         epochs.append(list(pairs.batches(1)) + list(pairs.batches(2, first_step=2)))
     for one, other in zip(*epochs, strict=True):
-        assert all(torch.equal(*views) for views in zip(one.views, other.views, strict=True))
+        for view, same in zip(one.views, other.views, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(parts(view), parts(same), strict=True))
         assert one.unreadable == other.unreadable
+
+
+def test_views_for_the_device_are_pixels_and_what_is_to_be_done(jpegs: Path) -> None:
+    for view in next(load(jpegs, augment_on="device").pairs.batches(0)).views:
+        assert isinstance(view, UnfinishedView)
+        assert (view.pixels.shape, view.pixels.dtype) == ((8, 3, 32, 32), torch.uint8)
+        assert view.parameters.shape[0] == len(view.parameters.unique(dim=0)) == 8
+        assert view.parameters.ndim == 2
+
+
+@pytest.mark.parametrize("augment_on", ["workers", "device"])
+def test_workers_that_are_spawned_get_the_same(augment_on: str, jpegs: Path) -> None:
+    """Python 3.14 starts them so that they have to be sent the dataset."""
+    dataset = load(jpegs, augment_on=augment_on).pairs.loader.dataset  # type: ignore[attr-defined]
+    for view, same in zip(dataset[0, 3][:2], pickle.loads(pickle.dumps(dataset))[0, 3][:2], strict=True):
+        assert all(torch.equal(*pair) for pair in zip(parts(view), parts(same), strict=True))
 
 
 def test_a_folder_is_split_into_disjoint_parts(jpegs: Path) -> None:
     data = load(jpegs)
-    bank, queries = (loader.dataset.samples for loader in data.final[:2])  # type: ignore[attr-defined]
-    pretraining = set(data.pairs.loader.dataset.paths)  # type: ignore[attr-defined]
-    assert data.images == len(pretraining) == 36  # type: ignore[attr-defined]
-    assert [label for _, label in queries] == [0, 0, 1, 1]
-    assert not pretraining & {path for path, _ in queries}
-    assert {path for path, _ in bank} <= pretraining
-    assert load(jpegs, monitor=False).images == 40  # type: ignore[attr-defined]
+    assert data.final
+    bank, queries = (loader.dataset.catalogue for loader in data.final[:2])  # type: ignore[attr-defined]
+
+    def names(catalogue: Any) -> set[str]:
+        return {catalogue.read(index)[1] for index in range(len(catalogue))}
+
+    pretraining = names(data.pairs.loader.dataset.catalogue)  # type: ignore[attr-defined]
+    assert data.images == len(pretraining) == 36
+    assert queries.labels.tolist() == [0, 0, 1, 1]
+    assert not pretraining & names(queries)
+    assert names(bank) <= pretraining
+    assert (data.final.linear, data.final.labels_per_class) == (True, ())
+    assert load(jpegs, monitor=False).images == 40
 
 
-def test_the_death_of_a_worker_is_told_in_one_line(jpegs: Path) -> None:
-    pairs = load(jpegs, workers=1).pairs  # type: ignore[attr-defined]
-    batches = pairs.batches(0)
-    next(batches)
-    os.kill(pairs.loader._iterator._workers[0].pid, signal.SIGKILL)
+def test_small_images_stay_small(tmp_path: Path) -> None:
+    """As CIFAR's: PNG files of 32×32."""
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(8):
+            Image.effect_noise((32, 32), 50).convert("RGB").save(tmp_path / name / f"{number}.png")
+    (batch,) = load(tmp_path, batch_size=16).pairs.batches(0)
+    assert [view.shape for view in batch.views if isinstance(view, Tensor)] == [(16, 3, 32, 32)] * 2
+    assert batch.unreadable == 0
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["waiting for images", "with something else"])
+def test_the_death_of_a_worker_ends_the_run_whatever_it_does(busy: bool, jpegs: Path) -> None:
+    pairs = load(jpegs, workers=1).pairs
+    next(pairs.batches(0))
+    killed = []
+
+    def kill() -> None:
+        killed.append(time.monotonic())
+        os.kill(pairs.loader._iterator._workers[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+
+    def train() -> None:
+        threading.Timer(0.1, kill).start()
+        for epoch in range(10**6):
+            time.sleep(60 * busy)
+            list(pairs.batches(epoch))
+
     with pytest.raises(Aborted, match="a process that reads images has died"):
-        list(batches)
+        train()
+    # At once, it should be; where nobody listens to signals, DataLoader takes 5 seconds.
+    assert time.monotonic() - killed[0] < 3
+
+
+HANGING = """
+import multiprocessing, os, signal, sys, time
+from pathlib import Path
+from pretraining.augmentations import PAPER
+from pretraining.errors import Aborted
+from pretraining.images import load_images
+
+root = Path(sys.argv[1])
+data = load_images(
+    root, recipes=PAPER, image_size=16, batch_size=2, seed=0, workers=2, timeout=2, monitor=True, pin_memory=False,
+    augment_on="workers",
+)
+batches = data.pairs.batches(0)
+next(batches)
+if sys.argv[2] == "a pipe":
+    for path in root.rglob("*.png"):
+        path.unlink()
+        os.mkfifo(path)
+else:
+    time.sleep(0.5)  # until a few batches lie ready: of these, too, the workers still hold the tensors
+    for worker in data.pairs.loader._iterator._workers:
+        os.kill(worker.pid, signal.SIGSTOP)
+started = time.monotonic()
+try:
+    list(iter(data.final.bank) if sys.argv[3] == "probe" else batches)
+except Aborted as error:
+    seconds = time.monotonic() - started
+    print(error, seconds, len(multiprocessing.active_children()), time.time(), sep="\\n", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("fault", "part"), [("a stopped worker", "training"), ("a pipe", "probe")])
+def test_workers_that_hang_end_the_run_and_the_process(fault: str, part: str, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            Image.effect_noise((16, 16), 50).save(tmp_path / name / f"{number}.png")
+    command = [sys.executable, "-c", HANGING, str(tmp_path), fault, part]
+    path = os.pathsep.join([str(EXAMPLES), environment()["PYTHONPATH"]])
+    done = subprocess.run(
+        command, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=60, check=True
+    )
+    ended = time.time()
+    message, waited, alive, raised = done.stdout.splitlines()
+    assert re.fullmatch(r"no image has come from the workers for 2 seconds.*--loader-timeout", message)
+    assert 2 <= float(waited) < 3
+    assert int(alive) == 0
+    assert ended - float(raised) < 5  # torch waits as long for every worker that is alive, Python without end
 
 
 def test_a_train_folder_is_found_and_one_class_has_no_neighbours(jpegs: Path, tmp_path: Path) -> None:
-    assert load(jpegs).name == load(jpegs / "train").name == "flowers"  # type: ignore[attr-defined]
+    assert load(jpegs).name == load(jpegs / "train").name == "flowers"
     (tmp_path / "all").symlink_to(jpegs / "train" / "bluebell")
     data = load(tmp_path)
-    assert data.final is None  # type: ignore[attr-defined]
-    assert "two classes" in data.notes[0]  # type: ignore[attr-defined]
+    assert data.final is None
+    assert "two classes" in data.notes[0]
 
 
 def empty_class(root: Path) -> None:

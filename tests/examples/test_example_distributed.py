@@ -16,10 +16,11 @@ import torch.distributed as dist
 from outcomes import EXAMPLES, FILES, SMALL_RESNET, differences, environment, rows, states
 
 from pretraining import distributed
+from pretraining.augmentations import PAPER
 from pretraining.data import Batch, PretrainingData
 from pretraining.digits import load_digits
 from pretraining.errors import UsageError
-from pretraining.folder import load_folder
+from pretraining.images import load_images
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 
@@ -71,7 +72,7 @@ class Both(NamedTuple):
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Both:
     """Two epochs of the default job, in one process and in two."""
     folder = tmp_path_factory.mktemp("digits")
-    done = (launch(folder, count, PROGRAM, "--epochs", 2, "--knn-every", 1, "--out", str(count)) for count in (1, 2))
+    done = (launch(folder, count, PROGRAM, "--epochs", 2, "--probe-every", 1, "--out", str(count)) for count in (1, 2))
     return Both(folder, *done)
 
 
@@ -94,7 +95,8 @@ def test_two_processes_learn_what_one_does(digits: Both) -> None:
         one, two = (rows(digits.folder / count, kind) for count in ("1", "2"))
         assert [row.get("step") for row in two] == [row.get("step") for row in one] != []
         assert [row.keys() for row in two] == [row.keys() for row in one]
-    assert rows(digits.folder / "1", "settings") == rows(digits.folder / "2", "settings")
+    one, two = ({**rows(digits.folder / count, "settings")[0]} for count in ("1", "2"))
+    assert {name for name in one if one[name] != two[name]} == {"processes", "command"}
     one, two = (rows(digits.folder / count, "step") for count in ("1", "2"))
     assert [row["step"] for row in one] == [1, 11, 20]
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
@@ -111,7 +113,7 @@ def test_an_output_folder_that_holds_another_run_is_refused_once(digits: Both) -
     assert done.output == ""
 
 
-FLAGS = ("--epochs", 1, "--projector", "64-64", "--batch-size", 125)  # which two processes cannot halve
+FLAGS = ("--epochs", 1, "--log-every", 1, "--projector", "64-64", "--batch-size", 125)  # an odd batch
 STEPS = list(range(1, 11))
 exact = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
 
@@ -163,7 +165,7 @@ def test_a_run_of_two_processes_resumes_bit_for_bit(in_float64: Callable[..., Pa
 
 
 def test_a_broken_file_is_counted_once(jpegs: Path, tmp_path: Path) -> None:
-    flags = ("--data", jpegs, *SMALL_RESNET, "--no-knn", "--epochs", 1, "--batch-size", 20)
+    flags = ("--data", jpegs, *SMALL_RESNET, "--no-probe", "--epochs", 1, "--batch-size", 20)
     flags += ("--seed", 1)  # with which rank 1 reads it
     for count in (1, 2):
         done = launch(tmp_path, count, PROGRAM, *flags, "--out", str(count))
@@ -187,31 +189,33 @@ def test_what_fails_on_one_rank_ends_the_others(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(EXAMPLES)!r})
 import imagenet_pretrain as program
-from pretraining.distributed import rank, total
+from pretraining.distributed import rank, totals
 from pretraining.errors import Aborted
 
-def total_or_failure(number):
+def totals_or_failure(numbers):
     if rank() == 1:
         raise Aborted("the cable is loose")
-    return total(number)
+    return totals(numbers)
 
-program.distributed.total = total_or_failure
+program.distributed.totals = totals_or_failure
 sys.exit(program.main())
 """)
-    done = launch(tmp_path, 2, program, "--no-knn", "--out", "out", seconds=60)
+    done = launch(tmp_path, 2, program, "--no-probe", "--out", "out", seconds=60)
     assert done.status != 0
     assert done.told == ["error: the cable is loose; no checkpoint had been written"]
 
 
 def test_ctrl_c_gets_one_line_from_two_processes(tmp_path: Path) -> None:
-    process = start(tmp_path, 2, PROGRAM, "--no-knn", "--knn-every", 1, "--out", "out")
+    process = start(tmp_path, 2, PROGRAM, "--no-probe", "--probe-every", 1, "--out", "out")
     assert process.stdout
     for line in process.stdout:
         if line.startswith("epoch 1/"):
             process.send_signal(signal.SIGINT)
             break
     (told,) = finish(process, seconds=60).told
-    assert re.fullmatch(r"error: interrupted after step \d+; the last checkpoint is out/checkpoint.pt", told)
+    assert re.fullmatch(
+        r"error: stopped by SIGINT after step \d+, saved in out/checkpoint.pt: continue with --resume", told
+    )
     assert states(tmp_path / "out")[0]["step"] >= 10
 
 
@@ -227,9 +231,10 @@ def of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return pretend
 
 
-def load_images(root: Path, rows: slice) -> PretrainingData:
+def load_from(root: Path, rows: slice) -> PretrainingData:
     settings = {"image_size": 32, "batch_size": 8, "seed": 0, "workers": 0, "monitor": True, "pin_memory": False}
-    return load_folder(root, **settings, rows=rows)  # type: ignore[arg-type]
+    settings |= {"recipes": PAPER, "timeout": 60, "augment_on": "workers"}
+    return load_images(root, **settings, rows=rows)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["digits", "images"])
@@ -238,7 +243,7 @@ def test_the_ranks_rows_make_up_the_batches_of_one_process(
 ) -> None:
     def batches() -> list[Batch]:
         rows = distributed.own_rows(8)
-        data = load_digits(8, 0, True, rows) if kind == "digits" else load_images(jpegs, rows)
+        data = load_digits(8, 0, True, rows) if kind == "digits" else load_from(jpegs, rows)
         return list(islice(data.pairs.batches(1), 4))
 
     whole, parts = batches(), []

@@ -1,5 +1,6 @@
 """LARS and the schedule, against the published formulas written down again, step by step."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pretraining.lars import LARS
 from pretraining.optimization import (
     PUBLISHED_LEARNING_RATES,
     build_optimizer,
@@ -63,7 +65,7 @@ class OfficialLars:
 
 def distance_after_50_steps(weight_decay_of_vectors: float) -> float:
     """The largest relative distance of a parameter from the official update, on the same random gradients."""
-    model = network()
+    model = network().double()
     model[3].weight.data[0] = 0  # type: ignore[index, union-attr]
     official = [OfficialLars(parameter) for parameter in model.parameters()]
     rates = {"lr_weights": 0.4, "lr_biases": 0.0048, "weight_decay": 1e-6}
@@ -72,17 +74,51 @@ def distance_after_50_steps(weight_decay_of_vectors: float) -> float:
     generator = torch.Generator().manual_seed(1)
     for _ in range(50):
         for parameter, expected in zip(model.parameters(), official, strict=True):
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             expected.step(parameter.grad, 0.4 if parameter.ndim > 1 else 0.0048, 1e-6)
         optimizer.step()
     pairs = zip(model.parameters(), official, strict=True)
-    return max(float((p.detach().double() - expected.p).norm() / expected.p.norm()) for p, expected in pairs)
+    return max(float((p.detach() - expected.p).norm() / expected.p.norm()) for p, expected in pairs)
 
 
 def test_lars_is_the_official_update() -> None:
-    """timm's denominator is ‖g‖ + wd‖p‖ instead of ‖g + wd·p‖, which 1e-6 makes harmless."""
-    assert distance_after_50_steps(weight_decay_of_vectors=0.0) < 1e-5
-    assert distance_after_50_steps(weight_decay_of_vectors=1e-6) > 0.05  # the comparison sees a wrong grouping
+    assert distance_after_50_steps(weight_decay_of_vectors=0.0) < 1e-14
+    assert distance_after_50_steps(weight_decay_of_vectors=1e-6) > 1e-8  # the comparison sees a wrong grouping
+
+
+@pytest.mark.parametrize("zero", ["parameter", "gradient"])
+def test_a_norm_of_zero_leaves_the_update_alone(zero: str) -> None:
+    parameter = nn.Parameter(torch.full((2, 2), 0.0 if zero == "parameter" else 3.0))
+    parameter.grad = torch.full((2, 2), 0.0 if zero == "gradient" else 2.0)
+    before = parameter.detach().clone()
+    LARS([parameter], lr=0.5).step()
+    assert torch.equal(parameter, before - 0.5 * parameter.grad)
+
+
+@pytest.mark.parametrize("lr", [0.1, 0.5, 0.0])
+def test_a_clipped_step_is_at_most_a_plain_one(lr: float) -> None:
+    """With η‖p‖/‖g‖ = 0.3 the change is lr · min(0.3/lr, 1)."""
+    parameter = nn.Parameter(torch.full((2, 2), 3.0))
+    parameter.grad = torch.full((2, 2), 1.0)
+    LARS([parameter], lr=lr, trust_coefficient=0.1, clip=True).step()
+    expected = 3.0 - lr * min(0.3 / lr, 1.0) if lr else 3.0
+    torch.testing.assert_close(parameter.detach(), torch.full((2, 2), expected))
+
+
+def test_the_state_of_lars_survives_saving() -> None:
+    model, twin = network(), network()
+    rates = {"batch_size": 256, "lr_weights": 0.4, "lr_biases": 0.0048, "weight_decay": 1e-6}
+    first, second = build_optimizer("lars", model, **rates), build_optimizer("lars", twin, **rates)
+    for number in range(4):
+        if number == 2:
+            twin.load_state_dict(model.state_dict())
+            second.load_state_dict(copy.deepcopy(first.state_dict()))
+        for net, optimizer in [(model, first)] + [(twin, second)] * (number > 1):
+            generator = torch.Generator().manual_seed(number)
+            for p in net.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def test_vectors_are_one_group_and_everything_else_the_other() -> None:

@@ -55,14 +55,53 @@ def test_few_labels_are_few_labels() -> None:
     )  # the same draws for every method
 
 
+@pytest.mark.parametrize(("features", "noise"), [(4, 0.5), (32, 3.0), (300, 8.0)])
+def test_the_linear_probe_is_scikit_learns(features: int, noise: float) -> None:
+    """Both stop at a gradient of 1e-4, not at the same place: half a point of difference is what they may have."""
+    from sklearn.linear_model import LogisticRegression
+
+    generator = torch.Generator().manual_seed(0)
+    labels, truth = (torch.arange(n) % 7 + 1 for n in (210, 2100))  # no image of class 0
+    centres = torch.randn(8, features, generator=generator)
+    bank, queries = (
+        F.normalize(centres[y] + noise * torch.randn(len(y), features, generator=generator), dim=1)
+        for y in (labels, truth)
+    )
+    theirs = LogisticRegression(C=10.0, max_iter=1000).fit(bank.numpy(), labels.numpy())
+    expected = 100 * theirs.score(queries.numpy(), truth.numpy())
+    assert 30 < expected < 99
+    assert probes.linear_accuracy(bank, labels, queries, truth) == pytest.approx(expected, abs=0.5)
+
+
+def test_the_linear_probe_is_fitted_where_gradients_are_switched_off() -> None:
+    bank, labels = clusters(10, noise=0.1)
+    with torch.no_grad():
+        assert probes.linear_accuracy(bank, labels, bank, labels) == 100
+
+
 def test_evaluate_leaves_out_what_cannot_be_read() -> None:
     images, labels = clusters(20, noise=0.1)
     broken = labels.clone()
     broken[:3] = -1
-    probe = Probe([(images, broken)], [(images, labels), (images, broken)], labels_per_class=(1, 5))
+    probe = Probe([(images, broken)], [(images, labels), (images, broken)], linear=True, labels_per_class=(1, 5))
     found = probes.evaluate(lambda x: x, probe, CPU)
     assert found == {"knn": 100, "linear_1": 100, "linear_5": 100, "linear_all": 100, "unreadable_in_probe": 6}
-    assert set(probes.evaluate(lambda x: x, probe._replace(labels_per_class=()), CPU)) == {"knn", "unreadable_in_probe"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_encoder_that_has_diverged_is_at_chance(value: float) -> None:
+    batch = clusters(5, noise=0.1)
+    found = probes.evaluate(lambda x: torch.full_like(x, value), Probe([batch], [batch], True, (1,)), CPU)
+    assert found == {"knn": 25, "linear_1": 25, "linear_all": 25, "unreadable_in_probe": 0}
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("labels_per_class", [(), (1,), (2, 3)])
+def test_evaluate_measures_what_is_asked_for(linear: bool, labels_per_class: tuple[int, ...]) -> None:
+    batch = clusters(5, noise=0.1)
+    found = probes.evaluate(lambda x: x, Probe([batch], [batch], linear, labels_per_class), CPU)
+    few = {f"linear_{count}" for count in labels_per_class}
+    assert set(found) == {"knn", "unreadable_in_probe"} | few | ({"linear_all"} if linear else set())
 
 
 @pytest.mark.parametrize(("size", "features"), [((1, 8, 8), 64), ((3, 32, 32), 3072), ((3, 224, 224), 3072)])
@@ -81,3 +120,18 @@ def test_the_untrained_baseline_measures_its_statistics_and_leaves_the_model_alo
     features = twin(images)
     torch.testing.assert_close(features.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
     torch.testing.assert_close(features.std(0), torch.ones(8), atol=1e-3, rtol=0)
+
+
+def test_the_untrained_baseline_leaves_out_single_images_and_unreadable_ones() -> None:
+    """A BatchNorm refuses a batch that has one value for a feature, and an unreadable image is black."""
+    torch.manual_seed(0)
+    model = nn.BatchNorm1d(4)
+    images, black = torch.randn(8, 4), torch.full((3, 4), 1e6)
+    mixed = torch.cat([images, black]), torch.tensor([0] * 8 + [-1] * 3)
+    one = torch.randn(1, 4), torch.zeros(1)
+    one_readable = torch.cat([images[:1], black]), torch.tensor([0, -1, -1, -1])
+    none = black, torch.tensor([-1, -1, -1])
+    twin = probes.untrained(model, [mixed, one_readable, none, one], CPU)
+    torch.testing.assert_close(twin.running_mean, images.mean(0))
+    torch.testing.assert_close(twin.running_var, images.var(0))
+    assert not twin.training

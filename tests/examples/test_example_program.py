@@ -23,12 +23,12 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "DRAWS", 2)
 
 
-def test_the_command_without_torchvision_and_timm_pretrains_on_digits(tmp_path: Path) -> None:
-    """A real process, in which neither package can be imported."""
+def test_the_command_without_torchvision_and_tensorboard_pretrains_on_digits(tmp_path: Path) -> None:
+    """A real process, in which neither can be imported."""
     program = str(EXAMPLES / "imagenet_pretrain.py")
-    block = "import runpy, sys; sys.modules.update(torchvision=None, timm=None); sys.argv = sys.argv[1:]; "
+    block = "import runpy, sys; sys.modules.update(torchvision=None, tensorboard=None); sys.argv = sys.argv[1:]; "
     start = f"sys.path.insert(0, {str(EXAMPLES)!r}); runpy.run_path({program!r}, run_name='__main__')"
-    flags = [*map(str, SHORT_DIGITS), "--knn-every", "1"]
+    flags = [*map(str, SHORT_DIGITS), "--probe-every", "1"]
     done = subprocess.run(
         [sys.executable, "-c", block + start, program, *flags],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200, check=False,
@@ -119,7 +119,7 @@ def test_a_second_run_gets_its_own_folder(run: Run) -> None:
 def test_a_loss_that_is_not_finite_is_not_applied_and_ends_the_run(run: Run) -> None:
     status, _, errors = run(*SHORT_DIGITS, "--learning-rate-weights", 1e30, "--warmup-epochs", 0, "--out", "out")
     assert status == 1
-    assert errors.startswith("error: the loss was not finite in 5 steps in a row")
+    assert errors.startswith("error: the loss or its gradient was not finite in 5 steps in a row")
     assert errors.endswith("no checkpoint had been written\n")
     assert errors.count("\n") == 1
 
@@ -141,8 +141,8 @@ USAGE = {
     "no epochs": ("--epochs 0", "expected a whole number ≥ 1, got 0"),
     "a word for a number": ("--lambd much", "expected a number ≥ 0, got much"),
     "not a number": ("--weight-decay nan", "expected a number ≥ 0, got nan"),
-    "an unknown optimizer": ("--optimizer sgd", "--optimizer sgd: expected lars or adamw"),
-    "an unknown precision": ("--precision fp8", "--precision fp8: expected fp32 or bf16"),
+    "an unknown optimizer": ("--optimizer adam", "--optimizer adam: expected lars or sgd or adamw"),
+    "an unknown precision": ("--precision fp8", "--precision fp8: expected fp32 or bf16 or fp16"),
     "an unknown device": ("--device abacus", "--device abacus: "),
     "a crooked projector": ("--projector 1-2-3", "--projector 1-2-3: expected widths such as"),
     "a ResNet for digits": ("--arch resnet18", "--arch resnet18: digits-cnn goes with the digits"),
@@ -182,20 +182,48 @@ def test_a_process_that_nobody_numbered_is_told_how_to_start(run: Run, monkeypat
     assert errors.endswith("RANK expected, but not set): start them with torchrun\n")
 
 
-def test_ctrl_c_gets_one_line_with_the_last_checkpoint(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "imagenet_pretrain.py"), "--no-knn", "--knn-every", "1", "--out", "out"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+def begin(folder: Path, *flags: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(EXAMPLES / "imagenet_pretrain.py"), *map(str, flags)]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def after_line(process: "subprocess.Popen[str]", beginning: str) -> None:
     assert process.stdout
     for line in process.stdout:
-        if line.startswith("epoch 2/"):
-            process.send_signal(signal.SIGINT)
-            break
+        if line.startswith(beginning):
+            return
+    pytest.fail(f"no line began with {beginning}")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_ends_the_run_after_its_step_and_saved(number: signal.Signals, status: int, tmp_path: Path) -> None:
+    process = begin(tmp_path, "--no-probe", "--probe-every", 1, "--out", "out")
+    after_line(process, "epoch 1/")
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert re.fullmatch(r"error: interrupted after step \d+; the last checkpoint is out/checkpoint.pt\n", errors)
-    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] >= 10
+    assert process.returncode == status
+    told = re.fullmatch(
+        rf"error: stopped by {number.name} after step (\d+), saved in out/checkpoint.pt: continue with --resume\n",
+        errors,
+    )
+    assert told
+    assert states(tmp_path / "out")[0]["step"] == int(told[1]) > 10
+    assert f"stopped by {number.name}" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_second_run_does_not_write_where_the_first_one_does(tmp_path: Path) -> None:
+    first = begin(tmp_path, "--no-probe", "--probe-every", 1, "--out", "out")
+    after_line(first, "epoch 1/")
+    second = begin(tmp_path, "--out", "out", "--resume", "--no-probe")
+    _, errors = second.communicate(timeout=60)
+    assert (second.returncode, errors) == (
+        2, "error: --out out: another run is writing there. Wait for its end, or end it\n"
+    )  # fmt: skip
+    assert first.poll() is None
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
 
 
 def test_the_quickstart_learns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,366 @@
+"""Times what a loader's worker does to an image: decode it, make two random views of it. One thread.
+
+The official pipeline is that of facebookresearch/barlowtwins: Pillow decodes, torchvision's transforms work on Pillow's
+images. Ours is ``examples/pretraining``. They take turns, round by round; each ratio is taken within a round, and the
+median over the rounds is reported with its quartiles. The time is the thread's CPU time. Before anything is timed, both
+must agree: pixel by pixel after the same decisions, and in the statistics of the views where each draws its own.
+
+The images are made here, 500×375 like ImageNet's usual ones: noise with a spectrum that falls as that of photographs
+does, three colours that vary mostly together, saved as JPEG of quality 85.
+
+    python benches/loader.py                                  about three minutes
+    python benches/loader.py --rounds 3 --images 8 --out /tmp
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL
+import torch
+import torchvision
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+from torch.nn import functional
+from torchvision import transforms
+from torchvision.transforms import functional as F
+
+from compare import RESULTS, environment, interleave, ratios, spread
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from pretraining.augmentations import (
+    MEAN,
+    ORDERS,
+    PAPER,
+    STD,
+    Colors,
+    ViewRecipe,
+    as_float,
+    colored,
+    cropped,
+    draw_colors,
+    image_view,
+    normalized,
+)
+from pretraining.decoding import decode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Turn = Callable[[], object]
+    Record = dict[str, Any]
+
+OFFICIAL, OURS = "official", "ours"
+SIZE = 224
+GOAL = 1.3  # times the views per second
+SAME_DRAWS, OWN_DRAWS = 4, 32  # views of each image
+MOST_DISTANCE = 1.5  # grey levels, the mean over pixels and views: Pillow cuts off decimals up to six times in a row
+MOST_DEVIATION = 4.0  # standard errors; with twelve comparisons a right program fails once in 1,300 runs
+NOTHING = ViewRecipe(flip=0, jitter=0, grayscale=0, blur=0, solarize=0)
+
+
+def photo(number: int) -> bytes:
+    """A JPEG file that takes the time and the bytes of a photograph."""
+    generator = torch.Generator().manual_seed(number)
+    height, width = 375, 500
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width))
+    spectrum = torch.fft.rfft2(torch.randn(3, height, width, generator=generator))
+    noise = torch.fft.irfft2(spectrum * frequency.clamp(min=1 / width) ** -1.35, s=(height, width))
+    noise = noise / noise.std(dim=(1, 2), keepdim=True)
+    mixture = torch.tensor([[1.0, 0.3, 0.2], [1.0, 0.0, -0.3], [1.0, -0.3, 0.3]])
+    pixels = (torch.einsum("ij,jhw->hwi", mixture, noise) * 50 + 120).clamp(0, 255).to(torch.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+def official_decode(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def official_crop() -> list[Any]:
+    crop = transforms.RandomResizedCrop(SIZE, interpolation=F.InterpolationMode.BICUBIC)
+    return [crop, transforms.RandomHorizontalFlip(0.5)]
+
+
+def official_blur(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(torch.empty(1).uniform_(0.1, 2).item()))
+
+
+def official_tensor() -> list[Any]:
+    return [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+
+
+def official_view(recipe: ViewRecipe) -> transforms.Compose:
+    """The recipe, as the authors' program composes it."""
+    return transforms.Compose(
+        [
+            *official_crop(),
+            transforms.RandomApply([transforms.ColorJitter(*recipe.color_jitter)], p=recipe.jitter),
+            transforms.RandomGrayscale(recipe.grayscale),
+            transforms.RandomApply([official_blur], p=recipe.blur),
+            transforms.RandomApply([partial(ImageOps.solarize, threshold=128)], p=recipe.solarize),
+            *official_tensor(),
+        ]
+    )
+
+
+def both_views(read: Callable[[bytes], Any], views: list[Callable[[Any], Tensor]], content: bytes) -> list[Tensor]:
+    """What a worker does with a file."""
+    image = read(content)
+    return [view(image) for view in views]
+
+
+def same_decisions(content: bytes, recipe: ViewRecipe) -> tuple[float, float, float]:
+    """A view by Pillow and by ours after the same decisions.
+
+    Returns:
+        The mean distance of their pixels, and the RMS of the Laplacian of each, all in grey levels.
+    """
+    image = official_decode(content)
+    box = transforms.RandomResizedCrop.get_params(image, list(recipe.crop_scale), [3 / 4, 4 / 3])
+    decisions = draw_colors(recipe, 1)
+    cut = partial(F.resized_crop, size=[SIZE, SIZE], interpolation=F.InterpolationMode.BICUBIC, antialias=True)
+    ours = 255 * colored(as_float(cut(decode(content, "photo"), *box)[None]), decisions)[0]
+    view = cut(image, *box)
+    row = Colors(*decisions[0].tolist())
+    for operation in ORDERS[int(row.order)]:
+        view = getattr(F, f"adjust_{operation.__name__}")(view, getattr(row, operation.__name__))
+    if row.grayscale:
+        view = F.to_grayscale(view, 3)
+    if row.sigma:
+        view = view.filter(ImageFilter.GaussianBlur(row.sigma))
+    if row.solarize:
+        view = ImageOps.solarize(view)
+    theirs = F.pil_to_tensor(view).float()
+    return float((ours - theirs).abs().mean()), sharpness(theirs), sharpness(ours)
+
+
+def sharpness(pixels: Tensor) -> float:
+    """The RMS of the Laplacian."""
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).expand(3, 1, 3, 3)
+    return float(functional.conv2d(pixels[None], kernel, groups=3).square().mean().sqrt())
+
+
+def measures(view: Tensor) -> list[float]:
+    """Of a finished view, in grey levels; sharpness of means of 4×4 pixels, on which Pillow's roundings even out."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    pixels = (view * std + mean) * 255
+    colorfulness = (pixels.amax(0) - pixels.amin(0)).mean()
+    return [float(pixels.mean()), float(colorfulness), math.log(sharpness(functional.avg_pool2d(pixels, 4)) + 1)]
+
+
+MEASURES = ("brightness", "colourfulness", "log of the sharpness")
+
+
+def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance, (2, measures), and the square of the standard error of each."""
+    centred = (values - values.mean(0)).square()
+    variance = centred.mean(0)
+    return torch.stack([values.mean(0), variance]), torch.stack([variance, centred.var(0)]) / len(values)
+
+
+def agreement(photos: list[bytes]) -> Record:
+    """How far the two pipelines are from each other.
+
+    Raises:
+        AssertionError: farther than they may be.
+    """
+    torch.manual_seed(0)
+    record: Record = {"same_decisions": [], "statistics": []}
+    for number, recipe in enumerate(PAPER, start=1):
+        found = [same_decisions(content, recipe) for content in photos for _ in range(SAME_DRAWS)]
+        apart, theirs, ours = zip(*found, strict=True)
+        row: Record = {"view": number, "distance": statistics.mean(apart), "largest_distance": max(apart)}
+        row["sharpness"] = {OFFICIAL: statistics.mean(theirs), OURS: statistics.mean(ours)}
+        record["same_decisions"].append(row)
+        if row["distance"] > MOST_DISTANCE:
+            raise AssertionError(f"expected at most {MOST_DISTANCE} grey levels between the pipelines: {row}")
+    images = [(official_decode(content), decode(content, "photo")) for content in photos]
+    for number, recipe in enumerate(PAPER, start=1):
+        makers = official_view(recipe), image_view(recipe, SIZE)
+        drawn = [
+            [measures(make(pair[which])) for pair in images for _ in range(OWN_DRAWS)]
+            for which, make in enumerate(makers)
+        ]
+        (their_moments, their_error), (our_moments, our_error) = map(moments, torch.tensor(drawn, dtype=torch.float64))
+        deviation = (our_moments - their_moments) / (our_error + their_error).sqrt()
+        for i, measure in enumerate(MEASURES):
+            row = {"view": number, "measure": measure, "views": len(drawn[0])}
+            for j, moment in enumerate(("mean", "variance")):
+                row[moment] = {OFFICIAL: their_moments[j, i].item(), OURS: our_moments[j, i].item()}
+                row[moment]["standard_errors_apart"] = deviation[j, i].item()
+            record["statistics"].append(row)
+        if deviation.abs().max() > MOST_DEVIATION:
+            raise AssertionError(f"expected at most {MOST_DEVIATION} standard errors: {record['statistics']}")
+    return record
+
+
+def stages(photos: list[bytes]) -> dict[str, dict[str, Turn]]:
+    """What either pipeline does to one image or view, apart from drawing our decisions, made beforehand."""
+    contents = cycle(photos)
+    decoded = cycle([(official_decode(content), decode(content, "photo")) for content in photos])
+    crop = transforms.Compose(official_crop())
+    small = cycle([crop(official_decode(content)) for content in photos])
+    our_crop = cropped(PAPER[0], SIZE)
+    pixels = as_float(F.pil_to_tensor(next(small))[None])
+    eight_bits = F.pil_to_tensor(next(small))[None]
+    jitter = transforms.ColorJitter(*NOTHING.color_jitter)
+
+    def ours(**only: float) -> Turn:
+        decisions = cycle(draw_colors(ViewRecipe(**(vars(NOTHING) | only)), 100).split(1))
+        return lambda: colored(pixels, next(decisions))
+
+    def official(operation: Callable[[Any], object]) -> Turn:
+        return lambda: operation(next(small))
+
+    return {
+        "decode": {
+            OFFICIAL: lambda: official_decode(next(contents)),
+            OURS: lambda: decode(next(contents), "photo"),
+        },
+        "crop, flip": {OFFICIAL: lambda: crop(next(decoded)[0]), OURS: lambda: our_crop(next(decoded)[1])},
+        "jitter": {OFFICIAL: official(jitter), OURS: ours(jitter=1)},
+        "greyscale": {OFFICIAL: official(partial(F.to_grayscale, num_output_channels=3)), OURS: ours(grayscale=1)},
+        "blur": {OFFICIAL: official(official_blur), OURS: ours(blur=1)},
+        "solarize": {OFFICIAL: official(ImageOps.solarize), OURS: ours(solarize=1)},
+        "to normalised float": {
+            OFFICIAL: official(transforms.Compose(official_tensor())),
+            OURS: lambda: normalized(as_float(eight_bits)),
+        },
+        "decisions on colours": {OURS: lambda: draw_colors(PAPER[0], 1)},
+    }
+
+
+def shares(stage: str) -> list[float]:
+    """How often a stage is run for a view, for both views of the recipe."""
+    field = {"greyscale": "grayscale"}.get(stage, stage)
+    return [0.5 if stage == "decode" else getattr(recipe, field, 1.0) for recipe in PAPER]
+
+
+def cpu_time_calls(turn: Turn, calls: int) -> float:
+    """Seconds of this thread per call: whatever else runs on the core does not count."""
+    start = time.thread_time()
+    for _ in range(calls):
+        turn()
+    return (time.thread_time() - start) / calls
+
+
+def timed(turns: dict[str, Turn], rounds: int) -> Record:
+    for turn in turns.values():
+        turn()
+    times = interleave(turns, rounds, math.inf, cpu_time_calls)
+    return {
+        "seconds": {name: spread(own) for name, own in times.items()},
+        "official_over_ours": ratios(times, OURS).get(OFFICIAL),
+    }
+
+
+def measure(photos: list[bytes], rounds: int) -> Record:
+    """The whole, and its stages."""
+    theirs = partial(both_views, official_decode, [official_view(recipe) for recipe in PAPER])
+    ours = partial(both_views, partial(decode, name="photo"), [image_view(recipe, SIZE) for recipe in PAPER])
+    their_photos, our_photos = cycle(photos), cycle(photos)
+    turns: dict[str, Turn] = {OFFICIAL: lambda: theirs(next(their_photos)), OURS: lambda: ours(next(our_photos))}
+    return {
+        "rounds": rounds,
+        "images": len(photos),
+        "mean_bytes": statistics.mean(map(len, photos)),
+        "whole": timed(turns, rounds),
+        "stages": {name: timed(turns, rounds) | {"shares": shares(name)} for name, turns in stages(photos).items()},
+    }
+
+
+def markdown(results: Record) -> str:
+    """Two tables and what they rest on."""
+    machine, whole, found = results["environment"], results["whole"], results["agreement"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    ratio = whole["official_over_ours"]
+    views_per_second = {name: 2 / seconds["median"] for name, seconds in whole["seconds"].items()}
+    lines = [
+        "# The views of the loader, one thread",
+        "",
+        f"{machine['cpu']}, {machine['system']}, Python {machine['python']}, {versions}. {results['images']} made JPEG "
+        f"files of 500×375 pixels and {results['mean_bytes'] / 1e3:.0f} kB on average, {results['rounds']} rounds.",
+        "",
+        "| both views of an image, decoded once | views/s of a core | CPU time, × ours (quartiles) |",
+        "| --- | ---: | ---: |",
+        f"| official: torchvision's transforms on Pillow | {views_per_second[OFFICIAL]:,.0f} | {_spread(ratio)} |",
+        f"| ours | {views_per_second[OURS]:,.0f} | 1 |",
+        "",
+        "| stage | runs for a view 1, 2 | official, ms a run | ours, ms a run | official / ours (quartiles) |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, stage in results["stages"].items():
+        cells = [f"{1e3 * seconds['median']:.3f}" for seconds in stage["seconds"].values()]
+        share = ", ".join(f"{value:g}" for value in stage["shares"])
+        compared = _spread(stage["official_over_ours"]) if stage["official_over_ours"] else ""
+        lines.append(f"| {name} | {share} | {' | '.join(cells if len(cells) == 2 else ['', *cells])} | {compared} |")
+    lines += [
+        "",
+        "The same decisions, in grey levels. Pillow cuts to 8 bits after every operation, six times within a blur, "
+        "which leaves noise and undoes much of a weak blur.",
+        "",
+        "| view | mean distance of pixels | of the worst view | RMS of the Laplacian, official | ours |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in found["same_decisions"]:
+        sharp = " | ".join(f"{value:.2f}" for value in row["sharpness"].values())
+        lines.append(f"| {row['view']} | {row['distance']:.2f} | {row['largest_distance']:.2f} | {sharp} |")
+    lines += [
+        "",
+        f"Where each draws its own decisions, {found['statistics'][0]['views']:,} views of either; the sharpness is "
+        "the RMS of the Laplacian, here of means of 4×4 pixels:",
+        "",
+        "| view | of each view | mean, official | ours | standard errors apart | variance, official | ours "
+        "| standard errors apart |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in found["statistics"]:
+        cells = [f"{value:.4g}" for moment in ("mean", "variance") for value in row[moment].values()]
+        lines.append(f"| {row['view']} | {row['measure']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: dict[str, float]) -> str:
+    return f"{values['median']:.2f} ({values['q1']:.2f}–{values['q3']:.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the loader's views; see the head of this file.")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for loader.json and loader.md")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "Pillow": PIL.__version__}
+    machine = environment() | {"versions": versions}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{number:03}.jpg" for number in range(arguments.images)]
+        for number, path in enumerate(paths):
+            path.write_bytes(photo(number))
+        photos = [path.read_bytes() for path in paths]
+    results = {"environment": machine, "agreement": agreement(photos), **measure(photos, arguments.rounds)}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "loader.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    text = markdown(results)
+    (arguments.out / "loader.md").write_text(text, encoding="utf-8")
+    print(f"{text}\nWritten to {arguments.out / 'loader.json'} and .md")
+    if results["whole"]["official_over_ours"]["median"] < GOAL:
+        raise SystemExit(f"expected at least {GOAL} times the views per second")
+
+
+if __name__ == "__main__":
+    main()

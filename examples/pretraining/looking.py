@@ -1,0 +1,96 @@
+"""Looking at a run: what its representations are worth, and what its embeddings correlate."""
+
+import copy
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from barlow_loss import CollapseReport, collapse_report, cross_correlation
+from barlow_loss.diagnostics import noise_floor
+
+from . import pictures, probes
+from .batched_views import finished
+from .data import Probe
+from .distributed import is_main
+from .report import write_report
+from .reporting import CROSS_CORRELATION, CURVES, REPORT
+from .run import Accuracies, Run
+
+PICTURED_PAIRS, PICTURED_FEATURES = 1024, 128
+
+
+def baselines(now: Run, probe: Probe | None) -> Accuracies:
+    """What the images are worth without pretraining: as pixels, and behind the initial weights."""
+    if probe is None:
+        return {}
+    untrained = probes.untrained(now.state.model.backbone, probe.bank, now.settings.device)
+    return {
+        "raw pixels": probes.evaluate(probes.raw_pixels, probe, now.settings.device),
+        "untrained encoder": probes.evaluate(untrained, probe, now.settings.device),
+    }
+
+
+def accuracies(now: Run, probe: Probe | None) -> dict[str, float]:
+    """What the encoder is worth now."""
+    return probes.evaluate(now.state.model.backbone.eval(), probe, now.settings.device) if probe else {}
+
+
+@torch.no_grad()
+def embeddings(now: Run) -> tuple[Tensor, Tensor]:
+    """Both views of the first pairs, (N, D) each, as the loss sees them: with batch statistics."""
+    model = copy.deepcopy(now.state.model).train()
+    z1: list[Tensor] = []
+    z2: list[Tensor] = []
+    for batch in islice(now.data.pairs.batches(epoch=0), -(-PICTURED_PAIRS // now.settings.micro_batch_size)):
+        for z, view in zip((z1, z2), batch.views, strict=True):
+            z.append(model(finished(view, now.settings.device)))
+    return torch.cat(z1), torch.cat(z2)
+
+
+def pictured_correlation(z1: Tensor, z2: Tensor) -> Tensor:
+    """C of the first features: of thousands a picture shows none."""
+    return cross_correlation(z1[:, :PICTURED_FEATURES], z2[:, :PICTURED_FEATURES])
+
+
+def draw(now: Run) -> CollapseReport:
+    """The curves and the correlation matrix as they are now; all processes take part."""
+    settings, step = now.settings, now.state.step
+    z1, z2 = embeddings(now)
+    report, after = collapse_report(z1, z2, lambd=settings.lambd), pictured_correlation(z1, z2)
+    now.collapse = report
+    if is_main() and now.before is not None:
+        n, d = settings.micro_batch_size, z1.shape[1]
+        pictures.draw_cross_correlation(now.out / CROSS_CORRELATION, now.before, after, step)
+        pictures.draw_curves(
+            now.out / CURVES,
+            now.metrics.of_kind("step"),
+            now.metrics.of_kind("epoch"),
+            lambd=settings.lambd,
+            noise_floor=noise_floor(n, d),
+            attainable_rank=min(n - 1, d),
+            baselines=now.watched,
+        )
+    return report
+
+
+def tell(now: Run, status: str) -> None:
+    """The page that shows the run, with "running", "done" or what has stopped it."""
+    if not is_main():
+        return
+    (settings,) = now.metrics.of_kind("settings")
+    write_report(
+        now.out / REPORT,
+        title=f"{now.data.name}, {now.settings.arch}",
+        status=status,
+        last_step=now.last_step,
+        settings={name: value for name, value in settings.items() if name != "kind"},
+        rows=now.metrics.rows,
+        pictures={
+            "Loss, its two terms, effective rank and accuracy over the steps": now.out / CURVES,
+            "Cross-correlation of the first features: the aim is 1 on the diagonal and 0 beside it": now.out
+            / CROSS_CORRELATION,
+        },
+        accuracies=now.accuracies,
+        collapse=now.collapse,
+    )

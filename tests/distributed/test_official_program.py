@@ -1,0 +1,139 @@
+"""The preset that reproduces the official program's updates, against that program's own rules on two processes."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Pool
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from pretraining.optimization import build_optimizer, build_schedule
+from pretraining.presets import PAPER, WORLD_SIZE_OF_THE_OFFICIAL_RUN, official, preset
+
+WORLD_SIZE, BATCH_SIZE, STEPS, WARMUP_STEPS = 2, 32, 12, 4
+# Large enough to see: with the published weight decay of 1e-6 the comparison could not tell W from 1.
+WEIGHT_DECAY = 0.05
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(10, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 12, bias=False)]
+    return nn.Sequential(*layers).double()
+
+
+def views(step: int) -> Tensor:
+    return torch.randn(2, BATCH_SIZE, 10, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+
+def official_steps() -> dict[str, Tensor]:
+    """A rank of the official program, its rules written down again.
+
+    Global batch statistics; C summed in place, outside the graph; the mean of the ranks' gradients; its LARS and its
+    learning rates.
+    """
+    rank, n = dist.get_rank(), BATCH_SIZE // WORLD_SIZE
+    model, bn = network(), nn.BatchNorm1d(12, affine=False).double()
+    momenta = {p: torch.zeros_like(p) for p in model.parameters()}
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.bn = model, bn
+
+        def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
+            c = self.bn(self.model(view1)).T @ self.bn(self.model(view2))
+            c = c / BATCH_SIZE
+            total = c.detach().clone()
+            dist.all_reduce(total)
+            c = c + (total - c.detach())  # the value of the sum, the gradient of this rank's part
+            off_diagonal = c - torch.diag(c.diagonal())
+            return (c.diagonal() - 1).pow(2).sum() + 0.0051 * off_diagonal.pow(2).sum()
+
+    loss = DistributedDataParallel(DistributedBatchNorm.convert(Loss()))
+    loss.broadcast_buffers = False
+    for step in range(STEPS):
+        own = views(step)[:, rank * n : (rank + 1) * n]
+        loss.zero_grad()
+        loss(own[0], own[1]).backward()
+        base = BATCH_SIZE / 256
+        if step < WARMUP_STEPS:
+            rate = base * step / WARMUP_STEPS
+        else:
+            q = 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)))
+            rate = base * q + base * 0.001 * (1 - q)
+        with torch.no_grad():
+            for p, momentum in momenta.items():
+                dp = p.grad
+                if p.ndim > 1:
+                    dp = dp + WEIGHT_DECAY * p
+                    dp = dp * (0.001 * p.norm() / dp.norm())
+                momentum.mul_(0.9).add_(dp)
+                p.sub_(rate * (0.2 if p.ndim > 1 else 0.0048) * momentum)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def our_steps(settings: dict[str, float]) -> dict[str, Tensor]:
+    """One process, exact gradients, the example's own optimiser and schedule."""
+    model = network()
+    optimizer = build_optimizer(
+        "lars",
+        model,
+        batch_size=BATCH_SIZE,
+        lr_weights=settings["learning_rate_weights"],
+        lr_biases=settings["learning_rate_biases"],
+        weight_decay=settings["weight_decay"],
+    )
+    schedule = build_schedule(optimizer, STEPS, WARMUP_STEPS)
+    loss_fn = BarlowTwinsLoss(settings["lambd"])
+    for step in range(STEPS):
+        view1, view2 = views(step)
+        optimizer.zero_grad()
+        loss_fn(model(view1), model(view2)).backward()
+        optimizer.step()
+        schedule.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.fixture
+def heavy_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PAPER, "weight_decay", WEIGHT_DECAY)
+
+
+@pytest.mark.usefixtures("heavy_decay")
+def test_the_official_updates_come_out_of_exact_gradients(pool: Pool) -> None:
+    expected, other_rank = pool.run(official_steps, WORLD_SIZE, debug="OFF")
+    found = our_steps(official(WORLD_SIZE))
+    initial = dict(network().named_parameters())
+    for name, parameter in found.items():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-10, atol=1e-12)
+        assert torch.equal(expected[name], other_rank[name])
+        assert (parameter - initial[name]).abs().max() > 1e-6, f"{name} has not moved"
+
+
+@pytest.mark.usefixtures("heavy_decay")
+@pytest.mark.parametrize(("setting", "seen_in"), [("learning_rate_biases", "1.bias"), ("weight_decay", "0.weight")])
+def test_both_corrections_are_needed(setting: str, seen_in: str, pool: Pool) -> None:
+    expected = pool.run(official_steps, WORLD_SIZE, debug="OFF")[0]
+    found = our_steps(official(WORLD_SIZE) | {setting: PAPER[setting]})
+    assert not torch.allclose(found[seen_in], expected[seen_in], rtol=1e-7)
+
+
+def test_the_presets_differ_by_the_world_size_alone() -> None:
+    paper, for_16 = preset("paper"), preset("official-16")
+    assert WORLD_SIZE_OF_THE_OFFICIAL_RUN == 16
+    assert for_16["learning_rate_biases"] == pytest.approx(3.0e-4)
+    assert for_16["weight_decay"] == pytest.approx(1.6e-5)
+    changed = {name for name in paper if paper[name] != for_16[name]}
+    assert changed == {"learning_rate_biases", "weight_decay"}
+    published = {"batch_size": 2048, "epochs": 1000, "warmup_epochs": 10.0, "learning_rate_weights": 0.2}
+    published |= {"learning_rate_biases": 0.0048, "weight_decay": 1e-6, "lambd": 0.0051, "arch": "resnet50"}
+    published |= {"projector": "8192-8192-8192", "trust_coefficient": 0.001, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)}
+    published |= {"image_size": 224, "crop_scale": 0.08, "optimizer": "lars"}
+    assert published.items() <= paper.items()

@@ -1,0 +1,95 @@
+"""The command line: presets, what overrides them, and what is refused."""
+
+import pytest
+
+from pretraining.errors import UsageError
+from pretraining.presets import PRESETS, preset
+from pretraining.settings import Settings, read_settings
+
+
+def settings(line: str = "") -> Settings:
+    return read_settings(line.split(), "")
+
+
+def test_the_data_choose_the_preset() -> None:
+    assert settings().preset == "digits"
+    assert settings("--data fashion-mnist").preset == "fashion-mnist"
+    assert settings("--data images").preset == "one-gpu"
+    assert settings("--data images --preset cifar").preset == "cifar"
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_preset_gives_every_number_and_a_flag_overrides_one(name: str) -> None:
+    data = "" if name == "digits" else "--data images"
+    chosen = settings(f"{data} --preset {name}")
+    for key, value in preset(name).items():
+        assert value is None or getattr(chosen, key) == value
+    changed = settings(
+        f"{data} --preset {name} --lambd 0.01 --epochs 7 --projector 32-16 --blur 0.5 0.25 --batch-size 64"
+    )
+    assert (changed.lambd, changed.epochs, changed.projector, changed.batch_size) == (0.01, 7, "32-16", 64)
+    assert [recipe.blur for recipe in changed.recipes()] == [0.5, 0.25]
+
+
+def test_the_views_are_the_published_ones_unless_told_otherwise() -> None:
+    first, second = settings("--data images --preset paper").recipes()
+    assert (first.blur, second.blur) == (1.0, 0.1)
+    assert (first.solarize, second.solarize) == (0.0, 0.2)
+    assert first.crop_scale == second.crop_scale == (0.08, 1.0)
+    assert settings("--data images --crop-scale 0.2").recipes()[1].crop_scale == (0.2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--batch-size 256", 0.4),
+        ("--batch-size 1024", 0.25),
+        ("--batch-size 256 --learning-rate-weights 0.9", 0.9),
+        ("--preset paper", 0.2),
+    ],
+)
+def test_a_small_batch_gets_the_authors_learning_rate(line: str, expected: float) -> None:
+    assert settings(f"--data images {line}").learning_rate_weights == expected
+
+
+def test_the_warm_up_is_a_tenth_of_a_short_run() -> None:
+    assert settings("--data images").warmup_epochs == 10
+    assert settings("--data images --epochs 30").warmup_epochs == 3
+    assert settings("--data images --preset paper --epochs 30").warmup_epochs == 10  # every number as published
+
+
+def test_accumulation_divides_the_batch() -> None:
+    assert settings("--batch-size 120 --accumulate 4").micro_batch_size == 30
+    with pytest.raises(UsageError, match="--accumulate 7: expected a divisor of --batch-size 128"):
+        settings("--accumulate 7")
+    with pytest.raises(UsageError, match="--batch-size 4: expected 8 or more"):
+        settings("--batch-size 4 --accumulate 4")
+
+
+def test_where_a_run_takes_place_does_not_shape_it() -> None:
+    first = settings("--data a --workers 1 --compile --checkpoint-activations --channels-last --out x --profile")
+    second = settings(
+        "--data b --workers 2 --save-every 3 --tensorboard --log-every 1 --loader-timeout 5 --deterministic"
+    )
+    assert first.shaping() == second.shaping()
+    assert first.shaping() != settings("--data a --seed 1").shaping()
+    assert first.shaping() != settings("--data a --accumulate 2").shaping()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--preset huge", "--preset huge: expected one of digits, fashion-mnist, one-gpu, paper"),
+        ("--data images --blur 1 2", "expected a number from 0 to 1, got 2"),
+        ("--data images --solarize 0.5", "expected 2 arguments"),
+        ("--data images --stem round", "--stem round: expected imagenet or cifar"),
+        ("--data images --augment-on moon", "--augment-on moon: expected workers or device"),
+        ("--save-every 0", "expected a whole number ≥ 1, got 0"),
+        ("--loader-timeout -1", "expected a whole number ≥ 1, got -1"),
+        ("--preset paper", "--arch resnet50: digits-cnn goes with the digits"),
+    ],
+)
+def test_a_bad_value_is_named(line: str, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        settings(line)
+    assert message in str(error.value)

@@ -1,0 +1,378 @@
+"""Jobs that outlast their time: the batch script with stand-ins for SLURM's commands, submit.py by submitit itself."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from outcomes import EXAMPLES, FILES, differences, environment, rows, states
+
+SLURM = EXAMPLES / "slurm"
+FLAGS = ("--epochs", "2", "--batch-size", "64", "--projector", "64-64", "--no-probe")
+STEPS = [1, 11, 21, 31, 41, 44]
+
+pytestmark = [
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"),
+    pytest.mark.skipif(shutil.which("bash") is None or not Path("/proc/self/stat").exists(), reason="needs Linux"),
+]
+
+COMMANDS = {
+    # Each task on a machine of its own; the status is the highest, as srun's is.
+    "srun": """
+        while [[ $1 == --* ]]; do shift; done
+        for machine in 1 2; do MACHINE=$machine "$@" & tasks+=("$!"); done
+        echo "${tasks[@]}" > tasks
+        worst=0
+        for task in "${tasks[@]}"; do
+            status=0; wait "$task" || status=$?
+            (( status > worst )) && worst=$status
+        done
+        exit "$worst"
+    """,
+    "scontrol": """
+        case $1 in
+            show) echo localhost; echo another ;;
+            requeue) echo "$2" >> requeued ;;
+        esac
+    """,
+}
+# Ends with its first argument, or once it is told with its second.
+TORCHRUN = """
+    trap 'echo "$MACHINE" >> told; sleep 0.2; exit "${*: -2:1}"' USR1
+    echo "$MACHINE" >> started
+    [[ ${*: -3:1} == runs ]] || exit "${*: -3:1}"
+    for _ in {1..1000}; do sleep 0.05; done
+"""
+
+
+def write_commands(folder: Path, commands: dict[str, str]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+
+
+def has_taken_steps(out: Path) -> bool:
+    """A quarter of those that it has to take."""
+    log = out / "metrics.jsonl"
+    return log.exists() and '"step": 11,' in log.read_text()
+
+
+def until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    end = time.monotonic() + 100
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it has not come to that"
+        time.sleep(0.05)
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            above = path.read_text().rpartition(")")[2].split()[1]
+        except OSError:  # it has ended
+            continue
+        if int(above) == parent:
+            found.append(int(path.parent.name))
+    return found
+
+
+def tree(root: int) -> list[int]:
+    return [root, *(process for child in children(root) for process in tree(child))]
+
+
+def free_port_id() -> int:
+    """A job's number whose port nobody uses."""
+    for number in range(os.getpid() % 10000, 20000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", 20000 + number % 10000)) != 0:
+                return number
+    raise AssertionError("no free port")
+
+
+@dataclass
+class Job:
+    """The batch script, as SLURM starts it in the folder from which it was submitted."""
+
+    folder: Path
+    name: str = "job"
+
+    def start(self, *flags: str, **commands: str) -> "subprocess.Popen[str]":
+        (self.folder / "tasks").unlink(missing_ok=True)
+        write_commands(self.folder / "bin", COMMANDS | commands)
+        if not (self.folder / "examples").exists():
+            (self.folder / "examples").symlink_to(EXAMPLES)
+        path = os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+        variables = {"SLURM_JOB_NODELIST": "localhost,another", "SLURM_NNODES": "2", "SLURM_JOB_NAME": self.name}
+        variables |= {"SLURM_JOB_ID": str(free_port_id()), "PATH": path}
+        return subprocess.Popen(
+            ["bash", str(SLURM / "pretrain.sbatch"), *flags],
+            cwd=self.folder, env=environment() | variables,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def lines(self, name: str) -> list[str]:
+        path = self.folder / name
+        return path.read_text().split() if path.exists() else []
+
+    @property
+    def tasks(self) -> list[int]:
+        return list(map(int, self.lines("tasks")))
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "runs" / self.name
+
+    def has_started(self) -> bool:
+        """Both machines' tasks, as far as catching signals."""
+        return len(self.lines("started")) == 2 and all(map(catches_signals, self.tasks))
+
+
+def catches_signals(process: int) -> bool:
+    (mask,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
+def send(number: signal.Signals, *processes: int) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def test_the_batch_script_is_well_formed() -> None:
+    """SLURM reads its lines up to the first command."""
+    script = SLURM / "pretrain.sbatch"
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    head = script.read_text().partition("\nset -euo pipefail\n")[0].splitlines()
+    assert all(line.startswith("#") or not line for line in head)
+    options = [line.removeprefix("#SBATCH --") for line in head if line.startswith("#SBATCH")]
+    assert {"ntasks-per-node=1", "signal=USR1@120", "requeue", "open-mode=append"} <= set(options)
+    if shellcheck := shutil.which("shellcheck"):
+        assert subprocess.run([shellcheck, script], capture_output=True, text=True, check=False).stdout == ""
+
+
+ENDS = {  # the signal and the machines that get it; torchrun's status without it and with it; the script's, requeued
+    "failed": (None, "", (1, 0), (1, 0)),
+    "failed in its use": (None, "", (2, 0), (2, 0)),
+    "out of time": (signal.SIGUSR1, "12", ("runs", 1), (138, 1)),
+    "preempted": (signal.SIGTERM, "12", ("runs", 1), (138, 1)),
+    "one machine preempted": (signal.SIGTERM, "2", ("runs", 1), (138, 1)),
+    "done, although out of time": (signal.SIGUSR1, "12", ("runs", 0), (0, 0)),
+}
+
+
+@pytest.mark.parametrize(("number", "machines", "torchrun", "expected"), ENDS.values(), ids=ENDS)
+def test_only_a_job_that_got_a_signal_is_requeued(
+    number: signal.Signals | None,
+    machines: str,
+    torchrun: tuple[object, int],
+    expected: tuple[int, int],
+    tmp_path: Path,
+) -> None:
+    """The script's part, with a stand-in for torchrun; one that fails ends the other, as srun sees to."""
+    job = Job(tmp_path)
+    process = job.start(*map(str, torchrun), torchrun=TORCHRUN)
+    if number is not None:
+        until(job.has_started, process)
+        told = [task for machine, task in zip("12", job.tasks, strict=True) if machine in machines]
+        for _ in range(3):
+            send(number, *told)
+        if len(told) == 1:
+            until(lambda: job.lines("told") != [], process)
+            send(signal.SIGKILL, *tree(job.tasks[0])[1:])
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, len(job.lines("requeued"))) == expected, output
+    assert sorted(job.lines("told")) == list(machines)
+
+
+def test_cancelling_ends_the_script_before_it_can_requeue(tmp_path: Path) -> None:
+    """SLURM then sends SIGTERM to this shell as well as to the tasks."""
+    job = Job(tmp_path)
+    process = job.start("runs", "1", torchrun=TORCHRUN)
+    until(job.has_started, process)
+    send(signal.SIGTERM, process.pid, *job.tasks)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
+    assert sorted(job.lines("told")) == ["1", "2"]
+    assert job.lines("requeued") == []
+
+
+@pytest.fixture(scope="module")
+def preempted(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A job that was preempted after a quarter of its steps or more, and then ran to its end.
+
+    SLURM may signal every process of a job, and does so twice at a preemption.
+    """
+    job = Job(tmp_path_factory.mktemp("preempted"))
+    process = job.start(*FLAGS)
+    until(lambda: has_taken_steps(job.out), process)
+    for _ in range(2):
+        send(signal.SIGTERM, *(number for task in job.tasks for number in tree(task)))
+        time.sleep(0.02)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 138, output
+    assert len(job.lines("requeued")) == 1
+    assert "fp32 on cpu in 2 processes; results go to runs/job\n" in output
+    (saved,) = states(job.out)
+    assert 11 <= saved["step"] < 44  # type: ignore[operator]
+
+    process = job.start(*FLAGS)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"continuing from runs/job/checkpoint.pt, after step {saved['step']}\n" in output
+    return job
+
+
+def test_a_preempted_run_loses_no_step(preempted: Job) -> None:
+    assert {path.name for path in preempted.out.iterdir()} == FILES
+    assert [row["step"] for row in rows(preempted.out, "step")] == STEPS
+
+
+def test_a_run_that_has_ended_is_not_requeued(preempted: Job) -> None:
+    assert len(preempted.lines("requeued")) == 1
+
+
+Submit = Callable[..., tuple[int, str, str]]
+needs_submitit = pytest.mark.skipif(find_spec("submitit") is None, reason="needs submitit")
+
+
+@pytest.fixture
+def submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Submit:
+    """Call submit.py in an empty folder; get its exit status, its output and its errors."""
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # to have it restored
+    monkeypatch.syspath_prepend(SLURM)
+    monkeypatch.chdir(tmp_path)
+    from submit import main
+
+    def call(*flags: str) -> tuple[int, str, str]:
+        return main(list(flags)), *capsys.readouterr()
+
+    return call
+
+
+MISTAKES = {
+    "an unknown flag": ("--gpus 8", "unrecognized arguments: --gpus 8 (--help lists the flags)"),
+    "a flag of the program": ("--epochs 8", "unrecognized arguments: --epochs 8 (--help lists the flags)"),
+    "no nodes": ("--nodes 0", "--nodes 0: expected 1 or more"),
+    "no time": ("--hours nan", "--hours nan: expected 0.1 or more"),
+    "several machines without SLURM": ("--local --nodes 2", "--nodes 2: --local has one, this machine"),
+    "no SLURM": ("--nodes 2", 'Could not detect "srun", are you indeed on a slurm cluster?'),
+}
+
+
+@needs_submitit
+@pytest.mark.parametrize(("flags", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gets_one_line(flags: str, message: str, submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert submit(*flags.split(), "--", "--epochs", "4") == (2, "", f"error: {message}\n")
+
+
+def test_without_submitit_a_line_says_so(submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    status, output, errors = submit("--local")
+    assert (status, output, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("error: a job needs submitit, which cannot be imported (")
+
+
+@needs_submitit
+def test_what_sbatch_gets(submit: Submit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_commands(tmp_path / "bin", {"srun": "", "sbatch": 'cp "$1" script; echo Submitted batch job 7'})
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
+    flags = ("--nodes", "2", "--gpus-per-node", "4", "--hours", "1.5", "--partition", "gpu", "--name", "it")
+    output = f"job 7; its output: {tmp_path}/runs/it/jobs/7_0_log.out\n"
+    assert submit(*flags, "--", "--data", "images") == (0, output, "")
+    script = (tmp_path / "script").read_text()
+    options = set(re.findall(r"^#SBATCH --(.*)$", script, re.MULTILINE))
+    assert options >= {
+        "job-name=it", "nodes=2", "gpus-per-node=4", "ntasks-per-node=4", "cpus-per-task=8", "time=90",
+        "partition=gpu", "signal=USR1@120", "requeue", "open-mode=append",
+    }  # fmt: skip
+    (command,) = re.findall(r"^srun .*$", script, re.MULTILINE)
+    assert "--kill-on-bad-exit=1 --cpus-per-task=8" in command
+
+
+@needs_submitit
+@pytest.mark.parametrize(
+    ("executor", "state", "expected"),
+    [
+        ("slurm", "RUNNING", True),
+        ("slurm", "COMPLETING", False),
+        ("slurm", "PENDING", False),
+        ("slurm", "", False),
+        ("local", "RUNNING", False),
+    ],
+)
+@pytest.mark.usefixtures("submit")
+def test_a_job_requeues_itself_after_sigterm_only_if_slurm_lets_it_run(
+    executor: str, state: str, expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from submit import runs_on
+
+    write_commands(tmp_path, {"squeue": f'[[ $* == "--noheader --format=%T --jobs=7" ]] && echo {state}'})
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)
+    assert runs_on("7") is expected
+
+
+@dataclass
+class LocalJob:
+    """A job that submitit runs on this machine."""
+
+    process: "subprocess.Popen[str]"
+    controller: int
+    output: Path
+
+    @classmethod
+    def start(cls, folder: Path, tasks: int, *flags: str) -> "LocalJob":
+        job = ("--local", "--gpus-per-node", "0", "--tasks", str(tasks), "--name", "job")
+        process = subprocess.Popen(
+            [sys.executable, str(SLURM / "submit.py"), *job, "--", *flags],
+            cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout
+        told = re.fullmatch(r"job (\d+); its output: (.+)\n", process.stdout.readline())
+        assert told
+        return cls(process, int(told[1]), Path(told[2]))
+
+    def errors(self) -> str:
+        """What the tasks themselves and submitit say."""
+        return "".join(path.read_text() for path in sorted(self.output.parent.glob("*.err")))
+
+
+@needs_submitit
+def test_submitit_requeues_a_run_that_was_saved(tmp_path: Path, preempted: Job) -> None:
+    job = LocalJob.start(tmp_path, 2, *FLAGS)
+    out = tmp_path / "runs" / "job"
+    until(lambda: has_taken_steps(out), job.process)
+    send(signal.SIGUSR1, *children(job.controller))  # as the controller does before the time is over
+    _, errors = job.process.communicate(timeout=120)
+    assert (job.process.returncode, errors) == (0, ""), job.errors()
+    assert job.output.read_text().count("Requeued job") == 1
+    assert re.findall(r"continuing from runs/job/checkpoint.pt, after step (\d+)", job.output.read_text()) == (
+        re.findall(r"error: .* step (\d+)", job.errors())
+    )
+    assert {path.name for path in out.iterdir()} == FILES | {"jobs"}
+    assert [row["step"] for row in rows(out, "step")] == STEPS
+    assert differences(*states(preempted.out, out)) == []  # wherever the signals came
+
+
+@needs_submitit
+def test_submitit_says_where_a_failure_is_told(tmp_path: Path) -> None:
+    job = LocalJob.start(tmp_path, 1, "--bogus")
+    _, errors = job.process.communicate(timeout=60)
+    log = job.output.with_suffix(".err")
+    assert (job.process.returncode, errors) == (1, f"error: the job has failed, see {log}\n")
+    assert job.errors().count("error: unrecognized arguments: --bogus") == 1
+    assert "Requeued" not in job.output.read_text()

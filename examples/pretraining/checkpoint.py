@@ -86,7 +86,7 @@ def save(path: Path, content: object, *, keep_previous: bool = False) -> None:
         if keep_previous and path.exists():
             path.replace(previous(path))
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise Aborted(f"cannot write {path}: {first_line(error)}") from None
     with contextlib.suppress(OSError):  # not every system can open a folder
@@ -102,6 +102,7 @@ class _Hashing:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256, self.last = file, hashlib.sha256(), b""
+        self.failure: OSError | None = None
 
     def write(self, data: bytes) -> int:
         head, tail = memoryview(data)[:-2], bytes(memoryview(data)[-2:])
@@ -110,7 +111,11 @@ class _Hashing:
         self.sha256.update(head)
         self.sha256.update(ended[:-2])
         self.last = ended[-2:]
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -118,7 +123,10 @@ class _Hashing:
 
 def _write(file: BinaryIO, content: object) -> None:
     hashing = _Hashing(file)
-    torch.save(content, hashing)  # type: ignore[arg-type]
+    try:
+        torch.save(content, hashing)  # type: ignore[arg-type]
+    except RuntimeError as error:  # torch.save's own, of which the full disk is the cause
+        raise hashing.failure or error from None
     comment = LABEL + hashing.sha256.hexdigest().encode()
     file.seek(-2, os.SEEK_END)
     file.write(len(comment).to_bytes(2, "little") + comment)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -59,9 +60,10 @@ class TwoViews(Dataset[tuple[Any, Any, int]]):
 
     def _view(self, number: int, image: Tensor, epoch: int, index: int) -> Tensor | UnfinishedView:
         seed = seed_of(self.seed, epoch, index, number)
-        torch.default_generator.manual_seed(seed)  # 1.3 µs; torch.manual_seed takes 258
-        random.seed(seed)
-        return self.views[number - 1](image)
+        with torch.random.fork_rng(devices=[]):  # without workers this is the process that trains
+            torch.default_generator.manual_seed(seed)  # 1.3 µs; torch.manual_seed takes 258
+            random.seed(seed)
+            return self.views[number - 1](image)
 
 
 class Labelled(Dataset[tuple[Tensor, int]]):
@@ -139,6 +141,8 @@ def _in_time(step: Callable[[], T], seconds: float, workers: Sequence[BaseProces
     try:
         return step()
     except BaseException as error:
+        if isinstance(error, (OSError, EOFError)):  # a dying process closes its sockets before its death is known
+            connection.wait([worker.sentinel for worker in workers], timeout=1)
         died = isinstance(error, Exception) and any(worker.exitcode for worker in workers)
         for worker in multiprocessing.active_children():  # of other loaders, too: the run ends
             with suppress(Aborted, RuntimeError):  # of its death this process shall hear here, and no more

@@ -54,7 +54,7 @@ def parse_projector(layers: str) -> list[int]:
 
 def _small_encoder(arch: str) -> tuple[nn.Module, int]:
     """Four 3×3 convolutions and a pooling, for 1×8×8 images, or for 3×28×28, of which they see every second pixel."""
-    channels, stride, widths = (1, 1, (24, 48, 96, 96)) if arch == "digits-cnn" else (3, 2, (32, 64, 128, 128))
+    channels, stride, widths = (1, 1, (24, 48, 96, 96)) if arch == "digits-cnn" else (3, 2, (16, 32, 64, 128))
     layers: list[nn.Module] = []
     for number, width in enumerate(widths):
         layers += [nn.MaxPool2d(2)] if number == 2 else []

@@ -58,6 +58,8 @@ class Settings:
     lambd: float
     scale_loss: float
     crop_scale: float
+    color_jitter: tuple[float, float, float, float]
+    grayscale: float
     blur: tuple[float, float]
     solarize: tuple[float, float]
     augment_on: str
@@ -89,9 +91,9 @@ class Settings:
 
     def recipes(self) -> tuple[ViewRecipe, ViewRecipe]:
         """What makes view 1 and view 2: as published, but for the flags."""
-        crop = (self.crop_scale, 1.0)
-        settings = zip(PUBLISHED_VIEWS, self.blur, self.solarize, strict=True)
-        first, second = (replace(recipe, crop_scale=crop, blur=b, solarize=s) for recipe, b, s in settings)
+        both = {"crop_scale": (self.crop_scale, 1.0), "color_jitter": self.color_jitter, "grayscale": self.grayscale}
+        each = zip(PUBLISHED_VIEWS, self.blur, self.solarize, strict=True)
+        first, second = (replace(recipe, **both, blur=blur, solarize=solarize) for recipe, blur, solarize in each)
         return first, second
 
     def shaping(self) -> dict[str, Any]:
@@ -166,6 +168,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--lambd", real, "λ, the weight of the off-diagonal sum")
     add("--scale-loss", real, "factor of the loss that is differentiated")
     add("--crop-scale", _share, "least area of a view's crop, as a share of the image")
+    jitter = "greatest change of brightness, contrast, saturation and hue"
+    add("--color-jitter", _share, jitter, nargs=4, metavar=("B", "C", "S", "H"))
+    add("--grayscale", _share, "probability in either view")
     add("--blur", _share, "probability in view 1 and in view 2", nargs=2, metavar=("P1", "P2"))
     add("--solarize", _share, "probability in view 1 and in view 2", nargs=2, metavar=("P1", "P2"))
     add("--augment-on", str, "workers, or device: colours, blur and solarization in batches, there", default="workers")
@@ -210,7 +215,11 @@ def read_settings(argv: Sequence[str] | None, description: str) -> Settings:
         flags["learning_rate_weights"] = published_learning_rate(flags["batch_size"])
     if flags["warmup_epochs"] is None:
         flags["warmup_epochs"] = min(10.0, flags["epochs"] / 10)
-    flags["blur"], flags["solarize"] = tuple(flags["blur"]), tuple(flags["solarize"])
+    flags |= {name: tuple(flags[name]) for name in ("color_jitter", "blur", "solarize")}
+    if flags["color_jitter"][3] > 0.5:
+        raise UsageError(
+            f"--color-jitter: expected a hue of at most 0.5, half a turn, got {flags['color_jitter'][3]:g}"
+        )
     if (flags["arch"] == "digits-cnn") != (flags["data"] is None):
         raise UsageError(f"--arch {flags['arch']}: digits-cnn goes with the digits, every other encoder with --data")
     pairs, rest = divmod(flags["batch_size"], flags["accumulate"])

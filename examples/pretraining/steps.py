@@ -39,6 +39,7 @@ def gradients(now: Run, batches: Iterator[Batch]) -> Step:
     parts: list[BarlowTwinsTerms] = []
     unreadable = 0
     state.optimizer.zero_grad()
+    keep_buffers(now)
     while len(parts) < settings.accumulate:
         last = len(parts) == settings.accumulate - 1
         with watch.lap("data"):
@@ -64,12 +65,21 @@ def gradients(now: Run, batches: Iterator[Batch]) -> Step:
     return Step(leaf1.detach(), leaf2.detach(), mean, norm, bool(mean.loss.isfinite() & norm.isfinite()), unreadable)
 
 
+def keep_buffers(now: Run) -> None:
+    """Note the running statistics of batch norms: a forward pass moves them, whether or not its step is taken."""
+    buffers = list(now.state.model.buffers())
+    now.buffers_before = now.buffers_before or [buffer.clone() for buffer in buffers]
+    torch._foreach_copy_(now.buffers_before, buffers)
+
+
 def apply(now: Run, *, good: bool) -> None:
-    """Take the step, or leave it out; the schedule and the order of the images go on either way."""
+    """Take the step, or leave it out altogether; the schedule and the order of the images go on either way."""
     state = now.state
     with now.watch.lap("optimizer"):
         if good:
             state.scaler.step(state.optimizer)
+        else:
+            torch._foreach_copy_(list(state.model.buffers()), now.buffers_before)
         state.scaler.update()
         state.schedule.step()
     state.step += 1

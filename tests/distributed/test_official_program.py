@@ -135,5 +135,6 @@ def test_the_presets_differ_by_the_world_size_alone() -> None:
     published = {"batch_size": 2048, "epochs": 1000, "warmup_epochs": 10.0, "learning_rate_weights": 0.2}
     published |= {"learning_rate_biases": 0.0048, "weight_decay": 1e-6, "lambd": 0.0051, "arch": "resnet50"}
     published |= {"projector": "8192-8192-8192", "trust_coefficient": 0.001, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)}
+    published |= {"color_jitter": (0.4, 0.4, 0.2, 0.1), "grayscale": 0.2}
     published |= {"image_size": 224, "crop_scale": 0.08, "optimizer": "lars"}
     assert published.items() <= paper.items()

@@ -92,6 +92,26 @@ def test_a_run_on_jpegs_survives_a_broken_file_and_resumes(run: Run, jpegs: Path
     assert differences(*states("whole", "parts")) == []
 
 
+WAYS: dict[str, tuple[str, ...]] = {
+    "colours on the device": ("--augment-on", "device"),
+    "activations computed twice": ("--checkpoint-activations", "--channels-last", "--accumulate", "2"),
+    "the preset for CIFAR, TensorBoard": ("--preset", "cifar", "--tensorboard"),
+}
+
+
+@pytest.mark.parametrize("flags", WAYS.values(), ids=WAYS)
+def test_images_in_every_way(flags: tuple[str, ...], run: Run, jpegs: Path) -> None:
+    """Two epochs of four steps, at once and in two parts."""
+    common = ("--data", jpegs, *SMALL_RESNET, "--no-probe", *flags)
+    assert run(*common, "--out", "whole")[0] == 0
+    assert run(*common, "--out", "parts", "--limit-steps", 5)[0] == 0
+    assert run(*common, "--out", "parts", "--resume")[0] == 0
+    assert differences(*states("whole", "parts")) == []
+    assert all(row["loss"] for row in rows(Path("whole"), "step"))
+    events = list(Path("parts").glob("tensorboard/events.out.tfevents.*"))
+    assert len(events) == (2 if "--tensorboard" in flags else 0)
+
+
 @pytest.mark.usefixtures("few_draws")
 def test_an_incompatible_resume_names_the_difference(run: Run) -> None:
     assert run(*SHORT_DIGITS, "--out", "first", "--limit-steps", 1)[0] == 0

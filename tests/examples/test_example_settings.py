@@ -82,6 +82,7 @@ def test_where_a_run_takes_place_does_not_shape_it() -> None:
         ("--preset huge", "--preset huge: expected one of digits, fashion-mnist, one-gpu, paper"),
         ("--data images --blur 1 2", "expected a number from 0 to 1, got 2"),
         ("--data images --solarize 0.5", "expected 2 arguments"),
+        ("--data images --color-jitter 0.4 0.4 0.4 0.6", "expected a hue of at most 0.5, half a turn, got 0.6"),
         ("--data images --stem round", "--stem round: expected imagenet or cifar"),
         ("--data images --augment-on moon", "--augment-on moon: expected workers or device"),
         ("--save-every 0", "expected a whole number ≥ 1, got 0"),

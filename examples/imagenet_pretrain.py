@@ -204,14 +204,14 @@ def environment(settings: Settings) -> dict[str, Any]:
 
 
 def measure_before(now: Run) -> Accuracies:
-    """What the images are worth without pretraining, also in a run that is resumed; then ready the model for training.
+    """What the images are worth without pretraining; then ready the model for training.
 
     Returns:
         The accuracies on the images of the final evaluation.
     """
-    now.watched = from_main(lambda: looking.baselines(now, now.data.monitor))
+    now.watched = from_main(lambda: looking.baselines(now, "monitor"))
     same = now.data.final is now.data.monitor
-    compared = now.watched if same else from_main(lambda: looking.baselines(now, now.data.final))
+    compared = now.watched if same else from_main(lambda: looking.baselines(now, "final"))
     # After the baselines, in which one process alone calls train().
     now.network = distributed.synchronized(now.state.model)
     now.before = looking.pictured_correlation(*looking.embeddings(now))

@@ -69,9 +69,11 @@ def _store() -> "tuple[dist.Store, int, int]":
     try:
         from torch.distributed.rendezvous import rendezvous
 
-        return next(rendezvous("env://"))
+        store, own_rank, size = next(rendezvous("env://"))
     except (ImportError, RuntimeError, ValueError) as error:
         raise _alone(error) from None
+    # torchrun --max-restarts keeps the store of an attempt for the next one, with the addresses of the dead in it.
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), own_rank, size
 
 
 def _connect(store: "dist.Store", own_rank: int, size: int) -> None:

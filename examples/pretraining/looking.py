@@ -2,6 +2,7 @@
 
 import copy
 from itertools import islice
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,15 +21,25 @@ from .run import Accuracies, Run
 PICTURED_PAIRS, PICTURED_FEATURES = 1024, 128
 
 
-def baselines(now: Run, probe: Probe | None) -> Accuracies:
-    """What the images are worth without pretraining: as pixels, and behind the initial weights."""
-    if probe is None:
-        return {}
-    untrained = probes.untrained(now.state.model.backbone, probe.bank, now.settings.device)
-    return {
-        "raw pixels": probes.evaluate(probes.raw_pixels, probe, now.settings.device),
-        "untrained encoder": probes.evaluate(untrained, probe, now.settings.device),
+def baselines(now: Run, name: Literal["monitor", "final"]) -> Accuracies:
+    """What the images of a probe are worth without pretraining: as pixels, and behind the initial weights.
+
+    A resumed run finds them in its metrics: for ImageNet they take minutes.
+    """
+    probe = now.data.final if name == "final" else now.data.monitor
+    rows = [row for row in now.metrics.of_kind("baseline") if row["probe"] == name]
+    if probe is None or rows:
+        return {row["representation"]: row["accuracies"] for row in rows}
+    device = now.settings.device
+    untrained = probes.untrained(now.state.model.backbone, probe.bank, device)
+    found = {
+        "raw pixels": probes.evaluate(probes.raw_pixels, probe, device),
+        "untrained encoder": probes.evaluate(untrained, probe, device),
     }
+    for representation, values in found.items():
+        row = {"step": 0, "probe": name, "representation": representation, "accuracies": values}
+        now.metrics.add("baseline", row)
+    return found
 
 
 def accuracies(now: Run, probe: Probe | None) -> dict[str, float]:

@@ -123,9 +123,7 @@ def test_a_batch_gets_what_each_of_its_rows_says(recipe: ViewRecipe) -> None:
 def test_a_view_depends_on_its_own_row_alone(recipe: ViewRecipe) -> None:
     pixels, parameters = images(40), draw(recipe, 40, generator())
     together = small_views(pixels, parameters)
-    alone = torch.cat(
-        [small_views(p, row) for p, row in zip(pixels.split(1), parameters.split(1), strict=True)]
-    )
+    alone = torch.cat([small_views(p, row) for p, row in zip(pixels.split(1), parameters.split(1), strict=True)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)  # a mean and products may sum in another order
     unfinished = finished(UnfinishedView(pixels, parameters), CPU)
     for i in (0, 7, 39):

@@ -66,9 +66,12 @@ def test_a_run_resumed_twice_ends_with_the_same_bits(run: Run) -> None:
     assert run(*SHORT_DIGITS, "--out", "parts", "--limit-steps", 10)[0] == 0
     assert run(*SHORT_DIGITS, "--out", "parts", "--limit-steps", 13, "--resume")[0] == 0
     assert states("parts")[0]["step"] == 13
+    measured = rows(Path("parts"), "baseline")
+    assert len(measured) == 4  # of both probes, pixels and initial weights; not measured again
     assert run(*SHORT_DIGITS, "--resume", "parts/checkpoint.pt")[0] == 0
     assert differences(*states("whole", "parts")) == []
     assert rows(Path("whole"), "evaluation") == rows(Path("parts"), "evaluation")
+    assert rows(Path("whole"), "baseline") == rows(Path("parts"), "baseline") == measured
     logged = {row["step"]: row["loss"] for row in rows(Path("whole"), "step")}
     assert set(logged) == {1, 11, 20}
     assert {row["step"]: row["loss"] for row in rows(Path("parts"), "step") if row["step"] in logged} == logged

@@ -7,6 +7,7 @@ TORCH_MINIMAL ?= torch==2.13.0
 DEMO_FLAGS    ?=
 TEST_FLAGS    ?=
 BENCH_FLAGS   ?= --quick
+FAULTS_FLAGS  ?=
 GPU_FLAGS     ?=
 WORKERS       ?= 2
 
@@ -15,14 +16,14 @@ RUN_MINIMAL := $(VENV_MINIMAL)/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-minimal lint format bench gpu wheel clean
+.PHONY: help demo test test-minimal faults lint format bench gpu wheel clean
 
 # Small batches on few cores: two OpenMP threads that wait for each other cost more than they bring.
-demo test test-minimal: export OMP_NUM_THREADS = 1
+demo test test-minimal faults: export OMP_NUM_THREADS = 1
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Settings, e.g. 'make demo PYTHON=python3.12 DEMO_FLAGS=\"--seed 1\"': PYTHON DEMO_FLAGS TEST_FLAGS BENCH_FLAGS GPU_FLAGS WORKERS"
+	@echo "Settings, e.g. 'make demo PYTHON=python3.12 DEMO_FLAGS=\"--seed 1\"': PYTHON DEMO_FLAGS TEST_FLAGS FAULTS_FLAGS BENCH_FLAGS GPU_FLAGS WORKERS"
 
 demo: $(VENV)/.has-examples  ## pretrain on scikit-learn's digits and show what was learned (about a minute)
 	$(RUN) examples/imagenet_pretrain.py $(DEMO_FLAGS)
@@ -35,6 +36,9 @@ test: $(VENV)/.has-test  ## run all tests
 
 test-minimal: $(VENV_MINIMAL)/.has-test  ## run the tests on an older torch, without torchvision and triton
 	$(RUN_MINIMAL) -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/examples --ignore tests/kernels $(TEST_FLAGS)
+
+faults: $(VENV)/.has-test  ## injure the example's training runs in every way of its table, and count (under ten minutes)
+	$(RUN) tests/faults/inject.py $(FAULTS_FLAGS)
 
 lint: $(VENV)/.has-dev  ## check style, format and types
 	$(RUN) -m ruff check

@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 
-from barlow_loss import collapse_report
+from barlow_loss import CollapseReport, collapse_report
 from pretraining import checkpoint, distributed, looking, reporting
 from pretraining.checkpoint import TrainingState
 from pretraining.data import PretrainingData
 from pretraining.digits import load_digits
 from pretraining.distributed import from_main, is_main
-from pretraining.errors import Aborted, Interrupted, Stopped, UsageError, require
+from pretraining.errors import Aborted, Interrupted, Stopped, UsageError, first_line, require
 from pretraining.fashion_mnist import is_fashion_mnist, load_fashion_mnist
 from pretraining.images import ImagePairs, load_images
 from pretraining.lock import locked
@@ -48,6 +48,7 @@ from pretraining.tensorboard import TensorBoard
 from pretraining.timing import WARM_UP, Stopwatch, loader_bound
 
 OUT_OF_MEMORY = "out of memory: try --checkpoint-activations, --accumulate, a smaller --batch-size or --projector"
+QUIET = 60  # seconds; a longer epoch is told also where no progress bar shows that the run goes on
 KNOWN_FAILURES = {  # by a part of a RuntimeError's message
     "out of memory": OUT_OF_MEMORY,
     "allocate memory": OUT_OF_MEMORY,
@@ -81,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(settings: Settings) -> None:
     """Prepare, measure the baselines, pretrain, evaluate, draw."""
     started = time.perf_counter()
+    for module, reason in (("tqdm", "the progress bar"), ("matplotlib", "the curves"), ("jinja2", "report.html")):
+        require(module, reason)  # now, not hours later
     prepare_torch(settings)
     model = build_model(settings.arch, settings.projector, settings.stem).to(settings.device)
     model = model.to(memory_format=torch.channels_last) if settings.channels_last else model
@@ -92,10 +95,14 @@ def run(settings: Settings) -> None:
     wanted = from_main(lambda: reporting.find_checkpoint(settings.resume, settings.out, default))
     saved, resumed = checkpoint.load(wanted) if wanted else (None, None)
     shaping = settings.shaping() | {"images": data.images}
+    source = f"step {saved['step']} of {resumed}" if saved else "none"
+    facts = {"the images of --data": data.fingerprint, "the checkpoint": source} | shaping
+    distributed.require_agreement({name: str(value) for name, value in facts.items() if name != "device"})
     if resumed and saved:
         checkpoint.check_settings(resumed, saved["settings"], shaping)
     # A run that ended before its first checkpoint has nothing to resume, and nothing to lose.
-    overwrite = settings.overwrite or (settings.resume == "auto" and resumed is None)
+    done = ((settings.out or default) / reporting.BACKBONE).exists()
+    overwrite = settings.overwrite or (settings.resume == "auto" and resumed is None and not done)
     out = from_main(lambda: reporting.make_output_folder(settings.out, default, overwrite=overwrite, resumed=resumed))
     with contextlib.ExitStack() as stack:
         if is_main():
@@ -111,8 +118,10 @@ def run(settings: Settings) -> None:
         compared = measure_before(now)
         if saved and wanted and resumed:
             resume(now, saved, wanted, resumed)
+        del saved
         pretrain(now, requests)
-        evaluate(now, compared)
+        report = now.collapse or looking.draw(now)  # a run that is resumed at its end has none
+        from_main(lambda: evaluate(now, compared, report))
     print(f"{time.perf_counter() - started:.0f} seconds. Results: {out}")
 
 
@@ -163,6 +172,8 @@ def first_state(settings: Settings, model: BarlowTwins, steps_per_epoch: int) ->
         trust_coefficient=settings.trust_coefficient,
         clip_trust=settings.clip_trust,
     )
+    if not steps_per_epoch:
+        raise UsageError(f"--batch-size {settings.batch_size}: expected at most the number of images")
     warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
     schedule = build_schedule(optimizer, settings.epochs * steps_per_epoch, warmup_steps)
     scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.precision == "fp16")
@@ -236,15 +247,17 @@ def pretrain(now: Run, requests: StopRequests) -> None:
     """Train; where that ends early, say why, and where the last checkpoint is."""
     try:
         train(now, requests)
-    except (Aborted, Stopped, KeyboardInterrupt) as stop:
+    except (Exception, KeyboardInterrupt) as stop:
         found = now.checkpoint.exists()
         advice = f"the last checkpoint is {now.checkpoint}" if found else "no checkpoint had been written"
-        why = str(stop) or f"interrupted after step {now.state.step}"
+        why = first_line(stop) if isinstance(stop, Exception) else f"interrupted after step {now.state.step}"
         with contextlib.suppress(Aborted):  # a full disk, say
             looking.tell(now, why)
-        if isinstance(stop, Stopped):
-            raise
-        raise (Aborted if isinstance(stop, Aborted) else Interrupted)(f"{why}; {advice}") from None
+        if isinstance(stop, KeyboardInterrupt):
+            raise Interrupted(f"{why}; {advice}") from None
+        if isinstance(stop, Aborted):
+            raise Aborted(f"{why}; {advice}") from None
+        raise
 
 
 def train(now: Run, requests: StopRequests) -> None:
@@ -283,7 +296,8 @@ def train(now: Run, requests: StopRequests) -> None:
                     now.metrics.add("profile", {"step": state.step, "parts": profile.rows})
                     bar.write(f"\n{profile}\n")
                 number = arrived(signals)
-                if number or (settings.save_every and state.step % settings.save_every == 0):
+                due = settings.save_every and state.step % settings.save_every == 0
+                if number or (due and state.step % now.steps_per_epoch):
                     from_main(now.save)
                 if number:
                     saved = f"after step {state.step}, saved in {now.checkpoint}: continue with --resume"
@@ -298,12 +312,13 @@ def log(now: Run, done: Step, bar: Any) -> None:
     logged = (state.step - 1) % settings.log_every == 0 or last
     reported = state.step % settings.report_every == 0 or last
     if logged or reported:
-        report = collapse_report(done.z1, done.z2, lambd=settings.lambd)
+        some = slice(None) if reported else slice(looking.LOGGED_PAIRS)
+        report = collapse_report(done.z1[some], done.z2[some], lambd=settings.lambd)
     if logged:
         row = {"step": state.step} | {name: value.item() for name, value in done.terms._asdict().items()}
         row |= {"effective_rank": min(report.effective_rank_1, report.effective_rank_2)}
         row |= {"dead_features": report.dead_features, "gradient_norm": done.gradient_norm.item()}
-        row |= {"learning_rate": state.schedule.get_last_lr()[0], "images_per_second": watch.images_per_second}
+        row |= {"learning_rate": done.learning_rate, "images_per_second": watch.images_per_second}
         now.metrics.add("step", row)
         bar.set_postfix_str(reporting.progress(row))
     if reported:
@@ -316,6 +331,7 @@ def finish_epoch(now: Run, epoch: int, unreadable: int, bar: Any) -> None:
     settings, state = now.settings, now.state
     row = {"step": state.step, "epoch": epoch + 1, "unreadable": unreadable}
     row |= {"images_per_second": now.watch.epoch_images_per_second}
+    from_main(now.save)  # first: a look takes a while
     due = (epoch + 1) % settings.probe_every == 0 or state.step == now.last_step
     bound = loader_bound(now.watch.waited, now.watch.seconds) if isinstance(now.data.pairs, ImagePairs) else None
     if due:
@@ -323,22 +339,18 @@ def finish_epoch(now: Run, epoch: int, unreadable: int, bar: Any) -> None:
         now.accuracies = now.watched | {"pretrained encoder": accuracies} if accuracies else {}
         row |= accuracies
     now.metrics.add("epoch", row)
-    from_main(now.save)
     if due:
         looking.draw(now)
         looking.tell(now, "running")
-    if due or unreadable:
+    if due or unreadable or (bar.disable and now.watch.seconds > QUIET):
         bar.write(reporting.epoch_line(row, settings.epochs))
     if due and bound:
         now.tell(bound)
         bar.write(f"note: {bound}")
 
 
-def evaluate(now: Run, compared: Accuracies) -> None:
+def evaluate(now: Run, compared: Accuracies, report: CollapseReport) -> None:
     """What the encoder has become, beside pixels and initial weights; the encoder as a file of its own."""
-    report = now.collapse or looking.draw(now)  # a run that is resumed at its end has none
-    if not is_main():
-        return
     checkpoint.save(now.out / reporting.BACKBONE, now.state.model.backbone.state_dict())
     now.metrics.add("report", {"step": now.state.step, **report.as_dict()})
     print(f"\nThe embeddings of {report.n} training pairs: {report.verdict}\n")

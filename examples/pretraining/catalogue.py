@@ -1,5 +1,6 @@
 """Encoded images by number, wherever they lie: each in a file of its own, or many in one."""
 
+import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -37,6 +38,14 @@ class Catalogue:
         starts = torch.tensor([0, *accumulate(map(len, names))])
         packed = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
         return cls(root, packed, starts, labels, file, offset, size)
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of all that is known here, but for the root, which machines may mount in different places."""
+        columns = (self.names, self.starts, self.labels, self.file, self.offset, self.size)
+        sha256 = hashlib.sha256()
+        for column in columns:
+            sha256.update(memoryview(column.contiguous().view(torch.uint8).numpy()))
+        return sha256.hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,7 +61,8 @@ class TrainingState:
         states = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
         if self.device.type != "cpu":
             module = torch.get_device_module(self.device)
-            states[self.device.type] = (module.get_rng_state, module.set_rng_state)
+            put = partial(module.set_rng_state, device=self.device)
+            states[self.device.type] = (partial(module.get_rng_state, self.device), put)
         return states
 
 

@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 
 class Pairs(Protocol):
-    """Training data: its length is the number of steps in an epoch."""
+    """Training data: its length is the number of batches in an epoch."""
 
     def __len__(self) -> int: ...
 
@@ -62,10 +62,11 @@ class PretrainingData:
     name: str
     images: int  # in the pretraining part
     pairs: Pairs
-    monitor: Probe | None  # while training; no image of the final evaluation is in it
-    final: Probe | None  # once, at the end
+    monitor: Probe | None  # while training
+    final: Probe | None  # once, at the end: on images that the monitor has not seen, or, of a folder, the monitor again
     notes: tuple[str, ...] = ()
     tolerated_unreadable: int = 0  # per epoch
+    fingerprint: str = ""  # of what and where the images are; the same on every process, or their rows do not fit
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

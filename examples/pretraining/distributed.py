@@ -8,7 +8,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,6 +148,25 @@ def totals(numbers: Sequence[int]) -> list[int]:
     sums = torch.tensor(numbers)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def require_agreement(facts: Mapping[str, object]) -> None:
+    """Compare what must be the same on all processes; they wait for each other.
+
+    Raises:
+        UsageError: on all of them, with what differs, and on which process first.
+    """
+    if world_size() == 1:
+        return
+    everyones: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyones, dict(facts))
+    for number, theirs in enumerate(everyones):
+        for name, value in everyones[0].items():
+            if theirs[name] != value:
+                raise UsageError(
+                    f"the processes do not agree about {name}: {value} on rank 0, {theirs[name]} on rank {number}. "
+                    "Start all with the same command, on the same data and, to resume, with the same checkpoint"
+                )
 
 
 def without_exchange(network: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -8,6 +8,8 @@ import torch
 from .catalogue import WHOLE_FILE, Catalogue
 from .errors import UsageError, require
 
+PARTS = {"train", "training", "val", "valid", "validation", "test"}  # of a data set
+
 
 def index_folder(root: Path) -> Catalogue:
     """The image files of every class folder, by class and path.
@@ -22,6 +24,11 @@ def index_folder(root: Path) -> Catalogue:
     if not classes:
         raise UsageError(
             f"--data {root}: no class folders. Put the images into one folder per class, or all into {root / 'all'}"
+        )
+    if len(classes) > 1 and {name.lower() for name in classes} <= PARTS:
+        raise UsageError(
+            f"--data {root}: {', '.join(classes)} are no classes. Give the part to pretrain on, such as "
+            f"{root / classes[0]}"
         )
     numbers = {name: label for label, name in enumerate(classes)}
     samples = datasets.make_dataset(str(root), numbers, datasets.IMG_EXTENSIONS, allow_empty=True)

@@ -33,6 +33,8 @@ View = Callable[[Tensor], Tensor | UnfinishedView]
 
 HELD_OUT, MOST_HELD_OUT_PER_CLASS = 1 / 10, 5  # to query the nearest neighbours, not pretrained on
 MOST_NEIGHBOURS_PER_CLASS = 20
+SPLIT_SEED = 0  # what is held out is the same for every --seed, so that runs can be compared
+PROBED_TOGETHER = 256  # at most: the probes run on one process, in float32
 DEATH = "a process that reads images has died: is there memory for --workers?"
 TOLERATED_UNREADABLE = 5, 1 / 1000  # images per epoch: the larger of a handful and a thousandth
 
@@ -96,7 +98,9 @@ class Loader(DataLoader[Any]):
         self.patience = patience
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches = _in_time(super().__iter__, self.patience, _workers(self._iterator))
+        # A new epoch first takes what was fetched ahead of the last one: up to as many batches, one after the other.
+        ahead = 1 + (self.prefetch_factor or 0)
+        batches = _in_time(super().__iter__, ahead * self.patience, _workers(self._iterator))
         _hear_of_deaths()
         while (batch := _in_time(partial(next, batches, None), self.patience, _workers(batches))) is not None:
             yield batch
@@ -206,7 +210,7 @@ def load_images(
         recipes: of the two views.
         image_size: side of a view, in pixels.
         batch_size: of all processes together.
-        seed: of order, views and of what is held out.
+        seed: of order and views.
         workers: processes that read, beside this one; 0 for none.
         timeout: seconds without an image from the workers that end the run.
         monitor: whether to hold images out of every class, for the probe.
@@ -223,7 +227,7 @@ def load_images(
     shards = find_shards(root)
     catalogue = index_shards(shards) if shards else index_folder(root)
     fraction = HELD_OUT if monitor and catalogue.labels.any() else 0  # of one class there is nothing to learn
-    held_out = hold_out(catalogue.labels, fraction, seed, MOST_HELD_OUT_PER_CLASS)
+    held_out = hold_out(catalogue.labels, fraction, SPLIT_SEED, MOST_HELD_OUT_PER_CLASS)
     pretraining = catalogue.subset(~held_out)
     if len(pretraining) < batch_size:
         raise UsageError(f"--data {root}: {len(pretraining)} images to pretrain on, but --batch-size is {batch_size}")
@@ -233,10 +237,14 @@ def load_images(
     probe = None
     if held_out.any():
         transform = image_without_augmentation(image_size)
-        neighbours = hold_out(pretraining.labels, 1, seed, MOST_NEIGHBOURS_PER_CLASS)
+        neighbours = hold_out(pretraining.labels, 1, SPLIT_SEED, MOST_NEIGHBOURS_PER_CLASS)
         bank, queries = (
             Loader(
-                Labelled(part, transform), timeout, batch_size=batch_size, num_workers=workers, pin_memory=pin_memory
+                Labelled(part, transform),
+                timeout,
+                batch_size=min(batch_size, PROBED_TOGETHER),
+                num_workers=workers,
+                pin_memory=pin_memory,
             )
             for part in (pretraining.subset(neighbours), catalogue.subset(held_out))
         )
@@ -250,4 +258,5 @@ def load_images(
         final=probe,
         notes=(without_probe,) if monitor and probe is None else (),
         tolerated_unreadable=tolerated,
+        fingerprint=pretraining.fingerprint(),
     )

@@ -13,12 +13,13 @@ from barlow_loss.diagnostics import noise_floor
 from . import pictures, probes
 from .batched_views import finished
 from .data import Probe
-from .distributed import is_main
+from .distributed import is_main, world_size
 from .report import write_report
 from .reporting import CROSS_CORRELATION, CURVES, REPORT
 from .run import Accuracies, Run
 
 PICTURED_PAIRS, PICTURED_FEATURES = 1024, 128
+LOGGED_PAIRS = 256  # of a process: with thousands the effective rank, in float64, takes as long as a step
 
 
 def baselines(now: Run, name: Literal["monitor", "final"]) -> Accuracies:
@@ -79,7 +80,7 @@ def draw(now: Run) -> CollapseReport:
             now.metrics.of_kind("epoch"),
             lambd=settings.lambd,
             noise_floor=noise_floor(n, d),
-            attainable_rank=min(n - 1, d),
+            attainable_rank=min(n - 1, LOGGED_PAIRS * world_size() - 1, d),
             baselines=now.watched,
         )
     return report

@@ -104,9 +104,7 @@ def linear_accuracy(train: Tensor, labels: Tensor, queries: Tensor, truth: Tenso
     classes = int(labels.max()) + 1
     weight = train.new_zeros(classes, train.shape[1], requires_grad=True)
     bias = train.new_zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=1000, tolerance_grad=1e-4, history_size=10, line_search_fn="strong_wolfe"
-    )
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=1000, history_size=10, line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:
         optimizer.zero_grad()
@@ -115,6 +113,10 @@ def linear_accuracy(train: Tensor, labels: Tensor, queries: Tensor, truth: Tenso
         loss.backward()
         return loss
 
+    with torch.enable_grad():
+        objective()
+    # scikit-learn's 1e-4, or less where there are so many classes that the fit begins below it.
+    optimizer.param_groups[0]["tolerance_grad"] = min(1e-4, 0.01 * float(weight.grad.abs().max()))
     optimizer.step(objective)
     right = F.linear(queries, weight, bias).argmax(dim=1) == truth
     return 100 * int(right.sum()) / len(right)

@@ -8,14 +8,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from barlow_loss import CollapseReport, __version__
 
+from .errors import require
 from .reporting import Row, accuracy_cells, replacing
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-PACKAGES = ("torch", "torchvision", "timm", "numpy")
+PACKAGES = ("torch", "torchvision", "numpy")
 MOST_EVENTS = 100  # the newest, so that the page stays small
 
 
@@ -64,7 +63,8 @@ def write_report(
         temporary.write_text(page, encoding="utf-8")
 
 
-def _template() -> jinja2.Template:
+def _template() -> Any:
+    jinja2: Any = require("jinja2", "report.html")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
@@ -79,7 +79,7 @@ def _facts(rows: Sequence[Row], last_step: int, epochs: object) -> dict[str, str
     for row in rows:
         if row["kind"] in ("step", "epoch"):
             newest |= row
-    unreadable = sum(row["unreadable"] for row in rows if row["kind"] == "epoch")
+    unreadable = sum(row.get("unreadable", 0) for row in rows if row["kind"] == "epoch")
     facts = {"step": f"{newest.get('step', 0):,} of {last_step:,}"}
     if "epoch" in newest:
         facts["epochs"] = f"{newest['epoch']:,} of {epochs}"

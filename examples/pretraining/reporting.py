@@ -124,7 +124,7 @@ class Metrics:
         self.rows: list[Row] = []
         if resumed is not None:
             past = _read(resumed.parent / METRICS)
-            self.rows = [row for row in past if row.get("kind") in HISTORY and row["step"] <= step]
+            self.rows = [row for row in past if row["kind"] in HISTORY and row["step"] <= step]
         if self.path is not None:
             with replacing(self.path) as temporary:
                 temporary.write_text("".join(map(_line, self.rows)), encoding="utf-8")
@@ -157,13 +157,15 @@ def _cannot_write(path: Path, error: OSError) -> Aborted:
 
 
 def _read(path: Path) -> list[Row]:
-    """The rows of a metrics file; a line cut off by a crash is left out."""
+    """The rows with a step of a metrics file; a line that a crash has cut off, or that is another's, is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row:
+            rows.append(row)
     return rows
 
 

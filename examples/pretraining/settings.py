@@ -25,13 +25,14 @@ CHOICES = {
     "precision": ("fp32", "bf16", "fp16"),
     "stem": STEMS,
     "augment_on": ("workers", "device"),
+    "backend": ("auto", "eager", "triton"),
 }
 
 # What may differ between a run and its continuation: where it runs, what it writes. Everything else shapes the weights.
 FREE = {
-    "preset", "data", "device", "workers", "loader_timeout", "channels_last", "compile", "checkpoint_activations",
-    "deterministic", "probe_every", "log_every", "report_every", "save_every", "tensorboard", "profile", "out",
-    "overwrite", "resume", "limit_steps",
+    "preset", "data", "device", "backend", "workers", "loader_timeout", "channels_last", "compile", "tensorboard",
+    "checkpoint_activations", "deterministic", "probe_every", "log_every", "report_every", "save_every", "profile",
+    "out", "overwrite", "resume", "limit_steps",
 }  # fmt: skip
 
 
@@ -70,6 +71,7 @@ class Settings:
     save_every: int | None
     device: torch.device
     precision: str
+    backend: str
     channels_last: bool
     compile: bool
     checkpoint_activations: bool
@@ -140,7 +142,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
     whole, positive = partial(_at_least, 0, int), partial(_at_least, 1, int)
     real = partial(_at_least, 0.0, float)
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     add("--data", str, "class folders of images, webdataset shards, or 'fashion-mnist'; without it: digits")
     add("--preset", str, f"whose numbers the other flags begin with: {', '.join(PRESETS)} [by --data]")
     add("--arch", str, "encoder: a ResNet of torchvision, or small-cnn")
@@ -148,17 +151,16 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--projector", str, "widths of the projector's layers")
     add("--image-size", partial(_at_least, 8, int), "side of a view in pixels")
     add("--batch-size", partial(_at_least, 2, int), "pairs in a step, of all processes together")
-    text = (
-        "add up the gradients of this many batches of BATCH_SIZE/K pairs in a step. It saves memory, but each of them"
-    )
+    text = "add up the gradients of K batches of BATCH_SIZE/K pairs in a step. It saves memory, but each of them"
     add(
         "--accumulate",
         positive,
         f"{text} has a cross-correlation of its own: not the loss of the large batch",
         default=1,
+        metavar="K",
     )
     add("--epochs", positive, "passes over the images")
-    add("--warmup-epochs", real, "linear warm-up [by the preset: 10, or a tenth of the run if that is less]")
+    add("--warmup-epochs", real, "linear warm-up, at most a tenth of the run if not given")
     add("--optimizer", str, " or ".join(OPTIMIZERS))
     add("--learning-rate-weights", real, "of matrices and kernels, per 256 pairs", metavar="LR")
     add("--learning-rate-biases", real, "of biases and norms, per 256 pairs", metavar="LR")
@@ -182,6 +184,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--device", str, "cpu, cuda, cuda:1, ... [cpu for the small images; else the accelerator, if there is one]")
     add("--precision", str, "fp32, or autocast to bf16 or fp16 [bf16 on an accelerator that has it]")
     parser.add_argument("--channels-last", action=yes_or_no, help="memory layout of images [on a GPU]")
+    add("--backend", str, "of the loss: auto, eager or triton", default="auto")
     switch("--compile", "torch.compile the network")
     switch("--checkpoint-activations", "compute residual blocks again in the backward: less memory, a third more time")
     switch("--deterministic", "the same bits from the same command on a GPU too, at some cost")
@@ -209,17 +212,24 @@ def read_settings(argv: Sequence[str] | None, description: str) -> Settings:
     flags["preset"] = flags["preset"] or small or "one-gpu"
     if flags["preset"] not in PRESETS:
         raise UsageError(f"--preset {flags['preset']}: expected one of {', '.join(PRESETS)}")
+    warmup = flags["warmup_epochs"]
     for name, value in preset(flags["preset"]).items():
         flags[name] = value if flags[name] is None else flags[name]
+    if warmup is None:
+        flags["warmup_epochs"] = min(flags["warmup_epochs"], flags["epochs"] / 10)
     if flags["learning_rate_weights"] is None:
         flags["learning_rate_weights"] = published_learning_rate(flags["batch_size"])
-    if flags["warmup_epochs"] is None:
-        flags["warmup_epochs"] = min(10.0, flags["epochs"] / 10)
+    if not flags["warmup_epochs"] < flags["epochs"]:
+        raise UsageError(f"--warmup-epochs {flags['warmup_epochs']:g}: expected less than --epochs {flags['epochs']}")
     flags |= {name: tuple(flags[name]) for name in ("color_jitter", "blur", "solarize")}
     if flags["color_jitter"][3] > 0.5:
         raise UsageError(
             f"--color-jitter: expected a hue of at most 0.5, half a turn, got {flags['color_jitter'][3]:g}"
         )
+    if flags["data"] is None and flags["preset"] != "digits":
+        raise UsageError(f"--preset {flags['preset']}: expected --data, whose images it is for")
+    if flags["compile"] and flags["checkpoint_activations"]:
+        raise UsageError("--compile: expected it without --checkpoint-activations, which torch.compile cannot trace")
     if (flags["arch"] == "digits-cnn") != (flags["data"] is None):
         raise UsageError(f"--arch {flags['arch']}: digits-cnn goes with the digits, every other encoder with --data")
     pairs, rest = divmod(flags["batch_size"], flags["accumulate"])

@@ -38,12 +38,13 @@ class Entry(NamedTuple):
 
 
 def find_shards(root: Path) -> list[Path]:
-    """The archives to read. Those of a split are: with "train" in any name, only the ones that have it.
+    """The archives to read: with "train" in any name, only the ones that have it; else those without "val" and "test".
 
     An archive beside the folder it was unpacked into is none.
     """
     shards = sorted(path for path in root.glob("*.tar") if not path.with_suffix("").is_dir())
-    return [path for path in shards if "train" in path.name] or shards
+    training = [path for path in shards if "train" in path.name]
+    return training or [path for path in shards if "val" not in path.name and "test" not in path.name] or shards
 
 
 def index_shards(shards: Sequence[Path]) -> Catalogue:

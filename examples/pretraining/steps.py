@@ -28,6 +28,7 @@ class Step(NamedTuple):
     gradient_norm: Tensor
     finite: bool  # the loss and every gradient
     unreadable: int
+    learning_rate: float  # of matrices and kernels
 
 
 def gradients(now: Run, batches: Iterator[Batch]) -> Step:
@@ -35,7 +36,7 @@ def gradients(now: Run, batches: Iterator[Batch]) -> Step:
     settings, state, watch = now.settings, now.state, now.watch
     autocast = torch.autocast(settings.device.type, AUTOCAST.get(settings.precision), settings.precision != "fp32")
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
-    loss_fn = BarlowTwinsLoss(settings.lambd)
+    loss_fn = BarlowTwinsLoss(settings.lambd, backend=settings.backend)
     parts: list[BarlowTwinsTerms] = []
     unreadable = 0
     state.optimizer.zero_grad()
@@ -62,7 +63,8 @@ def gradients(now: Run, batches: Iterator[Batch]) -> Step:
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
     mean = BarlowTwinsTerms(*(torch.stack(values).mean() for values in zip(*parts, strict=True)))
-    return Step(leaf1.detach(), leaf2.detach(), mean, norm, bool(mean.loss.isfinite() & norm.isfinite()), unreadable)
+    finite, rate = bool(mean.loss.isfinite() & norm.isfinite()), state.optimizer.param_groups[0]["lr"]
+    return Step(leaf1.detach(), leaf2.detach(), mean, norm, finite, unreadable, rate)
 
 
 def keep_buffers(now: Run) -> None:

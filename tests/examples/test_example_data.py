@@ -390,3 +390,11 @@ def test_a_folder_that_cannot_be_used_is_named(prepare: Callable[[Path], None], 
 def test_fewer_images_than_a_batch_are_an_error(jpegs: Path) -> None:
     with pytest.raises(UsageError, match="36 images to pretrain on, but --batch-size is 64"):
         load(jpegs, batch_size=64)
+
+
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
+    for part in ("Train", "Val"):
+        (tmp_path / part / "dog").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / part / "dog" / "image.png")
+    with pytest.raises(UsageError, match=r"Train, Val are no classes. Give the part to pretrain on, such as .*Train"):
+        load(tmp_path)

@@ -289,3 +289,33 @@ def test_each_process_takes_the_gpu_of_its_number(
     of(1, 2)
     assert distributed.own_device(torch.device("cuda")) == torch.device("cuda:1")
     assert chosen == [1]
+
+
+@pytest.mark.parametrize("what", ["flags", "checkpoint"])
+def test_ranks_that_do_not_agree_are_told(what: str, tmp_path: Path) -> None:
+    """As after a torchrun that was typed by hand on each machine, or with checkpoints on their own disks."""
+    for machine, steps in {"0": 2, "1": 3}.items():
+        (tmp_path / machine).mkdir()
+        if what == "checkpoint":
+            flags = (*FLAGS, "--no-probe", "--limit-steps", steps, "--out", "old")
+            assert launch(tmp_path / machine, 1, PROGRAM, *flags).status == 0
+    program = tmp_path / "program.py"
+    own = '["--seed", rank]' if what == "flags" else '["--resume", "old"]'
+    program.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+import imagenet_pretrain as program
+
+rank = os.environ["RANK"]
+os.chdir(rank)
+sys.exit(program.main(sys.argv[1:] + {own}))
+""")
+    done = launch(tmp_path, 2, program, *FLAGS, "--no-probe", "--out", tmp_path / "new", seconds=60)
+    assert done.status != 0
+    differs = {
+        "flags": "seed: 0 on rank 0, 1 on rank 1",
+        "checkpoint": "the checkpoint: step 2 of old/checkpoint.pt on",
+    }
+    (told,) = done.told
+    assert told.startswith(f"error: the processes do not agree about {differs[what]}")
+    assert not (tmp_path / "new").exists()

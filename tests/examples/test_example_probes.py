@@ -73,6 +73,17 @@ def test_the_linear_probe_is_scikit_learns(features: int, noise: float) -> None:
     assert probes.linear_accuracy(bank, labels, queries, truth) == pytest.approx(expected, abs=0.5)
 
 
+def test_the_linear_probe_separates_many_classes() -> None:
+    """The gradient of a fit to hundreds of classes begins below the tolerance for ten."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3000) % 1500
+    centres = torch.randn(1500, 2048, generator=generator)
+    bank, queries = (
+        F.normalize(centres[labels] + 0.5 * torch.randn(3000, 2048, generator=generator), dim=1) for _ in range(2)
+    )
+    assert probes.linear_accuracy(bank, labels, queries, labels) > 99
+
+
 def test_the_linear_probe_is_fitted_where_gradients_are_switched_off() -> None:
     bank, labels = clusters(10, noise=0.1)
     with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from outcomes import EXAMPLES, FILES, SHORT_DIGITS, SMALL_RESNET, differences, environment, rows, states
 
-from pretraining import probes
+from pretraining import looking, probes
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -139,6 +139,32 @@ def test_a_second_run_gets_its_own_folder(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("few_draws")
+@pytest.mark.usefixtures("few_draws")
+def test_the_result_of_a_run_whose_checkpoints_were_removed_is_kept(run: Run) -> None:
+    """The same command again, as a scheduler would give it."""
+    assert run(*SHORT_DIGITS, "--limit-steps", 1, "--out", "out", "--resume")[0] == 0
+    for path in Path("out").glob("checkpoint*.pt"):
+        path.unlink()
+    before = Path("out/backbone.pt").read_bytes()
+    status, _, errors = run(*SHORT_DIGITS, "--limit-steps", 1, "--out", "out", "--resume")
+    assert status == 2
+    assert "--out out: holds another run" in errors
+    assert Path("out/backbone.pt").read_bytes() == before
+
+
+def test_a_kill_while_looking_loses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The epoch is saved before it is looked at."""
+
+    def killed(*_: object) -> None:
+        raise MemoryError("as if killed")
+
+    monkeypatch.setattr(looking, "accuracies", killed)
+    with pytest.raises(MemoryError):
+        run(*SHORT_DIGITS, "--probe-every", 1, "--out", "out")
+    assert states("out")[0]["step"] == 10
+    assert "as if killed" in Path("out/report.html").read_text()
+
+
 def test_a_loss_that_is_not_finite_is_not_applied_and_ends_the_run(run: Run) -> None:
     status, _, errors = run(*SHORT_DIGITS, "--learning-rate-weights", 1e30, "--warmup-epochs", 0, "--out", "out")
     assert status == 1
@@ -170,6 +196,7 @@ USAGE = {
     "a crooked projector": ("--projector 1-2-3", "--projector 1-2-3: expected widths such as"),
     "a ResNet for digits": ("--arch resnet18", "--arch resnet18: digits-cnn goes with the digits"),
     "an unknown encoder": ("--data . --arch vgg16", "--arch vgg16: expected one of resnet101, "),
+    "no whole step": ("--batch-size 2000 --accumulate 2", "--batch-size 2000: expected at most the number of images"),
     "no folder": ("--data nowhere", "--data nowhere: no such folder"),
     "a batch beyond the data": ("--batch-size 5000", "--batch-size 5000 is more than the 1302 digits"),
     "a missing checkpoint": ("--resume nowhere.pt", "--resume nowhere.pt: no such file"),

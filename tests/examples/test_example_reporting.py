@@ -344,3 +344,11 @@ def test_the_cross_correlation_is_drawn_on_one_scale(tmp_path: Path) -> None:
     with Image.open(path) as image:
         assert image.width > image.height > 500
     assert reporting.PICTURES == ("curves.png", "cross_correlation.png")
+
+
+def test_lines_that_are_not_a_runs_do_not_stop_its_resumption(tmp_path: Path) -> None:
+    lines = ["5", "null", "[]", '{"kind": "step"}', '{"kind": "step", "step": "7"}', '{"step": 1}', "{half"]
+    good = '{"kind": "step", "step": 1, "loss": 2.5}'
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, good]) + "\n")
+    metrics = Metrics(tmp_path, resumed=tmp_path / "checkpoint.pt", step=3)
+    assert metrics.rows == [{"kind": "step", "step": 1, "loss": 2.5}]

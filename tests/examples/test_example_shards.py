@@ -162,6 +162,12 @@ def test_the_shards_of_a_split_are_told_by_their_names(tmp_path: Path) -> None:
     assert [path.name for path in find_shards(tmp_path)] == ["a-train-1.tar", "b-train-0.tar"]
 
 
+def test_images_to_test_with_are_not_pretrained_on(tmp_path: Path) -> None:
+    for name in ("photos-0.tar", "photos-val-0.tar", "photos-test-0.tar"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find_shards(tmp_path)] == ["photos-0.tar"]
+
+
 def test_an_archive_beside_its_folder_is_no_shard(jpegs: Path, tmp_path: Path) -> None:
     """As ImageNet is after it was unpacked."""
     (tmp_path / "poppy").symlink_to(jpegs / "train" / "poppy")

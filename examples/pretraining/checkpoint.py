@@ -89,8 +89,9 @@ def save(path: Path, content: object, *, keep_previous: bool = False) -> None:
             path.replace(previous(path))
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise Aborted(f"cannot write {path}: {first_line(error)}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every system can open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -104,20 +105,24 @@ class _Hashing:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256, self.last = file, hashlib.sha256(), b""
-        self.failure: OSError | None = None
+        self.failure: BaseException | None = None
 
     def write(self, data: bytes) -> int:
-        head, tail = memoryview(data)[:-2], bytes(memoryview(data)[-2:])
-        ended = self.last + tail if len(data) < 2 else tail
-        self.sha256.update(b"" if len(data) < 2 else self.last)
-        self.sha256.update(head)
-        self.sha256.update(ended[:-2])
-        self.last = ended[-2:]
         try:
+            self._hash(memoryview(data))
             return self.file.write(data)
-        except OSError as error:
+        except BaseException as error:
             self.failure = error
             raise
+
+    def _hash(self, data: memoryview) -> None:
+        ended = self.last + data[-2:]
+        if len(data) >= 2:
+            self.sha256.update(self.last)
+            self.sha256.update(data[:-2])
+            ended = bytes(data[-2:])
+        self.sha256.update(ended[:-2])
+        self.last = ended[-2:]
 
     def flush(self) -> None:
         self.file.flush()
@@ -127,7 +132,7 @@ def _write(file: BinaryIO, content: object) -> None:
     hashing = _Hashing(file)
     try:
         torch.save(content, hashing)  # type: ignore[arg-type]
-    except RuntimeError as error:  # torch.save's own, of which the full disk is the cause
+    except RuntimeError as error:  # torch.save's own, of whatever has happened in write(): the disk is full, a signal
         raise hashing.failure or error from None
     comment = LABEL + hashing.sha256.hexdigest().encode()
     file.seek(-2, os.SEEK_END)

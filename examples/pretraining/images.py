@@ -107,17 +107,29 @@ class Loader(DataLoader[Any]):
 
 
 def _hear_of_deaths() -> None:
-    """Be told of a worker's death wherever this process is then, as torch sees to it, but by Aborted."""
+    """Be told of a worker's death wherever this process is then, as torch sees to it, but by Aborted, and once."""
     handler = signal.getsignal(signal.SIGCHLD)
     if callable(handler) and not isinstance(handler, partial):  # torch sets it once, from the main thread alone
-        signal.signal(signal.SIGCHLD, partial(_abort, handler))
+        _hearing.append(partial(_abort, handler))
+    if _hearing:
+        signal.signal(signal.SIGCHLD, _hearing[-1])
+
+
+_hearing: list[Callable[[int, FrameType | None], None]] = []  # torch's handler with ours around it, once there is one
 
 
 def _abort(handler: Callable[[int, FrameType | None], Any], signum: int, frame: FrameType | None) -> None:
     try:
         handler(signum, frame)
     except RuntimeError:
+        _hear_of_no_more_deaths()
         raise Aborted(DEATH) from None
+
+
+def _hear_of_no_more_deaths() -> None:
+    """The others are about to be killed, and the run ends."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _workers(iterator: object) -> list[BaseProcess]:
@@ -145,8 +157,14 @@ def _in_time(step: Callable[[], T], seconds: float, workers: Sequence[BaseProces
     try:
         return step()
     except BaseException as error:
-        if isinstance(error, (OSError, EOFError)):  # a dying process closes its sockets before its death is known
-            connection.wait([worker.sentinel for worker in workers], timeout=1)
+        if workers:
+            _hear_of_no_more_deaths()
+        if isinstance(
+            error, (OSError, EOFError)
+        ):  # a dying process closes sockets and sentinel before it is known dead
+            closed = connection.wait([worker.sentinel for worker in workers], timeout=1)
+            for worker in workers:
+                worker.join(1 if worker.sentinel in closed else 0)
         died = isinstance(error, Exception) and any(worker.exitcode for worker in workers)
         for worker in multiprocessing.active_children():  # of other loaders, too: the run ends
             with suppress(Aborted, RuntimeError):  # of its death this process shall hear here, and no more

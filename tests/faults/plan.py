@@ -98,14 +98,14 @@ class Plan:
     def count(self, long: int, short: int) -> int:
         return short if self.short else long
 
-    def jpegs(self, name: str = "jpegs") -> Path:
-        """Small reddish and bluish photographs in one class folder, 00.jpg to 39.jpg."""
+    def jpegs(self, name: str = "jpegs", images: int = JPEGS) -> Path:
+        """Small reddish and bluish photographs in one class folder: 00.jpg, 01.jpg, ..."""
         from PIL import Image
 
         folder = self.folder / name / "all"
         folder.mkdir(parents=True)
         generator = torch.Generator().manual_seed(0)
-        for number in range(JPEGS):
+        for number in range(images):
             noise = torch.randint(-40, 40, (40, 48, 3), generator=generator)
             color = torch.tensor([180, 40, 40] if number % 2 else [40, 40, 180])
             pixels = (color + noise).clamp(0, 255).to(torch.uint8)

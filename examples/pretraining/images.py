@@ -1,7 +1,6 @@
 """Pairs of views of encoded images, in folders or in shards, read by worker processes that may die or hang."""
 
 import math
-import multiprocessing
 import random
 import signal
 import threading
@@ -13,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -101,6 +101,7 @@ class Loader(DataLoader[Any]):
         # A new epoch first takes what was fetched ahead of the last one: up to as many batches, one after the other.
         ahead = 1 + (self.prefetch_factor or 0)
         batches = _in_time(super().__iter__, ahead * self.patience, _workers(self._iterator))
+        _all_workers.update(_workers(batches))
         _hear_of_deaths()
         while (batch := _in_time(partial(next, batches, None), self.patience, _workers(batches))) is not None:
             yield batch
@@ -115,6 +116,7 @@ def _hear_of_deaths() -> None:
         signal.signal(signal.SIGCHLD, _hearing[-1])
 
 
+_all_workers: "WeakSet[BaseProcess]" = WeakSet()
 _hearing: list[Callable[[int, FrameType | None], None]] = []  # torch's handler with ours around it, once there is one
 
 
@@ -159,14 +161,12 @@ def _in_time(step: Callable[[], T], seconds: float, workers: Sequence[BaseProces
     except BaseException as error:
         if workers:
             _hear_of_no_more_deaths()
-        if isinstance(
-            error, (OSError, EOFError)
-        ):  # a dying process closes sockets and sentinel before it is known dead
+        if isinstance(error, (OSError, EOFError)):  # a dying process closes even its sentinel before it is known dead
             closed = connection.wait([worker.sentinel for worker in workers], timeout=1)
             for worker in workers:
                 worker.join(1 if worker.sentinel in closed else 0)
         died = isinstance(error, Exception) and any(worker.exitcode for worker in workers)
-        for worker in multiprocessing.active_children():  # of other loaders, too: the run ends
+        for worker in [*filter(BaseProcess.is_alive, _all_workers)]:  # of other loaders, too: the run ends
             with suppress(Aborted, RuntimeError):  # of its death this process shall hear here, and no more
                 worker.kill()
                 worker.join(1)

@@ -22,7 +22,6 @@ import os
 import sys
 import time
 import warnings
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from pretraining.images import ImagePairs, load_images
 from pretraining.lock import locked
 from pretraining.models import BarlowTwins, build_model, checkpoint_activations
 from pretraining.optimization import build_optimizer, build_schedule
+from pretraining.program import exit_status, start
 from pretraining.run import Accuracies, Run
 from pretraining.settings import Settings, read_settings
 from pretraining.signals import StopRequests, arrived, stop_requests
@@ -47,36 +47,12 @@ from pretraining.steps import Step, apply, check_health, gradients
 from pretraining.tensorboard import TensorBoard
 from pretraining.timing import WARM_UP, Stopwatch, loader_bound
 
-OUT_OF_MEMORY = "out of memory: try --checkpoint-activations, --accumulate, a smaller --batch-size or --projector"
 QUIET = 60  # seconds; a longer epoch is told also where no progress bar shows that the run goes on
-KNOWN_FAILURES = {  # by a part of a RuntimeError's message
-    "out of memory": OUT_OF_MEMORY,
-    "allocate memory": OUT_OF_MEMORY,
-    "by peer": "another process of this run has ended",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program. 0: done; 2: a mistake in its use; 1: it could not go on; 128 + n: stopped by signal n."""
-    try:
-        with distributed.joined():
-            run(read_settings(argv, __doc__ or ""))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except RuntimeError as error:
-        known = [failure for text, failure in KNOWN_FAILURES.items() if text in str(error)]
-        if not known:
-            raise
-        print(f"error: {known[0]}", file=sys.stderr)
-        return Aborted.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return Interrupted.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return Aborted.exit_code
-    return 0
+    """Run the program; its exit status is that of :func:`~pretraining.program.exit_status`."""
+    return exit_status(lambda: run(read_settings(argv, __doc__ or "")))
 
 
 def run(settings: Settings) -> None:
@@ -363,6 +339,4 @@ def evaluate(now: Run, compared: Accuracies, report: CollapseReport) -> None:
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # into a file or a pipe, too
-    sys.exit(main())
+    start(main)

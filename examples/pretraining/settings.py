@@ -1,21 +1,20 @@
 """The command line: every flag, and what it checks."""
 
 import argparse
-import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from . import distributed
 from .augmentations import PAPER as PUBLISHED_VIEWS
 from .augmentations import ViewRecipe
-from .errors import UsageError, first_line
+from .errors import UsageError
 from .fashion_mnist import is_fashion_mnist
+from .flags import YES_OR_NO, Flags, at_least, best_precision, find_device, own_cores, share
 from .models import STEMS, parse_projector
 from .optimization import OPTIMIZERS, published_learning_rate
 from .presets import PAPER, PRESETS, preset
@@ -103,54 +102,23 @@ class Settings:
         return {name: value for name, value in asdict(self).items() if name not in FREE}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help lists the flags)")
-
-
-def _at_least(low: float, kind: Callable[[str], float], text: str) -> float:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value < (2**63 if kind is int else math.inf):
-        raise argparse.ArgumentTypeError(f"expected a {'whole ' * (kind is int)}number ≥ {low:g}, got {text}")
-    return value
-
-
-def _share(text: str) -> float:
-    value = _at_least(0.0, float, text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
-    return value
-
-
 def _parser(description: str) -> argparse.ArgumentParser:
-    layout, yes_or_no = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
-    parser = _Parser(description=description, formatter_class=layout, allow_abbrev=False)
+    parser = Flags(description)
+    switch = parser.switch
 
     def add(flag: str, convert: Callable[[str], Any], text: str, **options: Any) -> None:
-        name = flag[2:].replace("-", "_")
-        if options.get("default") is not None:
-            text += " [%(default)s]"
-        elif name in PAPER:
-            text += " [by the preset]"
-        parser.add_argument(flag, type=convert, help=text, metavar=options.pop("metavar", name.upper()), **options)
+        by_the_preset = flag[2:].replace("-", "_") in PAPER and options.get("default") is None
+        parser.add(flag, convert, text + " [by the preset]" * by_the_preset, **options)
 
-    def switch(flag: str, text: str) -> None:
-        parser.add_argument(flag, action="store_true", help=text)
-
-    whole, positive = partial(_at_least, 0, int), partial(_at_least, 1, int)
-    real = partial(_at_least, 0.0, float)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    whole, positive = partial(at_least, 0, int), partial(at_least, 1, int)
+    real = partial(at_least, 0.0, float)
     add("--data", str, "class folders of images, webdataset shards, or 'fashion-mnist'; without it: digits")
     add("--preset", str, f"whose numbers the other flags begin with: {', '.join(PRESETS)} [by --data]")
     add("--arch", str, "encoder: a ResNet of torchvision, or small-cnn")
     add("--stem", str, "first layers of a ResNet: imagenet, or cifar for images of 32 pixels")
     add("--projector", str, "widths of the projector's layers")
-    add("--image-size", partial(_at_least, 8, int), "side of a view in pixels")
-    add("--batch-size", partial(_at_least, 2, int), "pairs in a step, of all processes together")
+    add("--image-size", partial(at_least, 8, int), "side of a view in pixels")
+    add("--batch-size", partial(at_least, 2, int), "pairs in a step, of all processes together")
     text = "add up the gradients of K batches of BATCH_SIZE/K pairs in a step. It saves memory, but each of them"
     add(
         "--accumulate",
@@ -166,15 +134,15 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--learning-rate-biases", real, "of biases and norms, per 256 pairs", metavar="LR")
     add("--weight-decay", real, "of matrices and kernels")
     add("--trust-coefficient", real, "of LARS")
-    parser.add_argument("--clip-trust", action=yes_or_no, help="no LARS step longer than a plain one [by the preset]")
+    parser.add_argument("--clip-trust", action=YES_OR_NO, help="no LARS step longer than a plain one [by the preset]")
     add("--lambd", real, "λ, the weight of the off-diagonal sum")
     add("--scale-loss", real, "factor of the loss that is differentiated")
-    add("--crop-scale", _share, "least area of a view's crop, as a share of the image")
+    add("--crop-scale", share, "least area of a view's crop, as a share of the image")
     jitter = "greatest change of brightness, contrast, saturation and hue"
-    add("--color-jitter", _share, jitter, nargs=4, metavar=("B", "C", "S", "H"))
-    add("--grayscale", _share, "probability in either view")
-    add("--blur", _share, "probability in view 1 and in view 2", nargs=2, metavar=("P1", "P2"))
-    add("--solarize", _share, "probability in view 1 and in view 2", nargs=2, metavar=("P1", "P2"))
+    add("--color-jitter", share, jitter, nargs=4, metavar=("B", "C", "S", "H"))
+    add("--grayscale", share, "probability in either view")
+    add("--blur", share, "probability in view 1 and in view 2", nargs=2, metavar=("P1", "P2"))
+    add("--solarize", share, "probability in view 1 and in view 2", nargs=2, metavar=("P1", "P2"))
     add("--augment-on", str, "workers, or device: colours, blur and solarization in batches, there", default="workers")
     add("--probe-every", positive, "epochs from one look at held-out training images to the next", metavar="EPOCHS")
     parser.add_argument("--no-probe", dest="probe", action="store_false", help="hold no images out for it")
@@ -183,12 +151,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--save-every", positive, "steps between checkpoints, beside one after each epoch", metavar="STEPS")
     add("--device", str, "cpu, cuda, cuda:1, ... [cpu for the small images; else the accelerator, if there is one]")
     add("--precision", str, "fp32, or autocast to bf16 or fp16 [bf16 on an accelerator that has it]")
-    parser.add_argument("--channels-last", action=yes_or_no, help="memory layout of images [on a GPU]")
+    parser.add_argument("--channels-last", action=YES_OR_NO, help="memory layout of images [on a GPU]")
     add("--backend", str, "of the loss: auto, eager or triton", default="auto")
     switch("--compile", "torch.compile the network")
     switch("--checkpoint-activations", "compute residual blocks again in the backward: less memory, a third more time")
     switch("--deterministic", "the same bits from the same command on a GPU too, at some cost")
-    add("--workers", whole, "processes that decode for each that trains", default=min(8, cores))
+    add("--workers", whole, "processes that decode for each that trains", default=min(8, own_cores()))
     add("--loader-timeout", positive, "seconds that a batch may take to be read", default=120, metavar="SECONDS")
     add("--seed", whole, "of weights, order and views", default=0)
     add("--out", Path, "folder for the results [runs/NAME, numbered if taken]")
@@ -241,29 +209,11 @@ def read_settings(argv: Sequence[str] | None, description: str) -> Settings:
         needed = least * flags["accumulate"]
         raise UsageError(f"--batch-size {flags['batch_size']}: expected {needed} or more, a pair for each process")
     parse_projector(flags["projector"])
-    flags["device"] = _device(flags["device"], prefer_cpu=small is not None)
-    flags["precision"] = flags["precision"] or _precision(flags["device"])
+    flags["device"] = find_device(flags["device"], prefer_cpu=small is not None)
+    flags["precision"] = flags["precision"] or best_precision(flags["device"])
     if flags["channels_last"] is None:
         flags["channels_last"] = flags["device"].type == "cuda"
     for name, known in CHOICES.items():
         if flags[name] not in known:
             raise UsageError(f"--{name.replace('_', '-')} {flags[name]}: expected {' or '.join(known)}")
     return Settings(**{field.name: flags[field.name] for field in fields(Settings)})
-
-
-def _device(name: str | None, prefer_cpu: bool) -> torch.device:
-    if name is None:
-        accelerator = None if prefer_cpu else torch.accelerator.current_accelerator(check_available=True)
-        return distributed.own_device(accelerator or torch.device("cpu"))
-    try:
-        device = distributed.own_device(torch.device(name))
-        torch.zeros(1, device=device).item()
-    except (AssertionError, NotImplementedError, RuntimeError) as error:  # each backend has its own way to say no
-        raise UsageError(f"--device {name}: {first_line(error)}") from None
-    return device
-
-
-def _precision(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "fp32" if device.type == "cpu" else "bf16"

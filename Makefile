@@ -67,8 +67,8 @@ clean:  ## remove the environments, what was built and the caches; runs/ stays
 
 # A stamp is the last thing its recipe writes, so a half-finished installation is taken up again the next time.
 $(VENV)/.has-examples: EXTRAS = examples
-$(VENV)/.has-test: EXTRAS = examples,scale,test
-$(VENV)/.has-dev: EXTRAS = examples,scale,test,dev
+$(VENV)/.has-test: EXTRAS = examples,scale,transfer,test
+$(VENV)/.has-dev: EXTRAS = examples,scale,transfer,test,dev
 $(VENV)/.has-bench: EXTRAS = bench
 
 $(VENV)/.has-%: $(VENV)/.made pyproject.toml

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 
+from barlow_loss._checkpoints import read_projector
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import os
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
 
 __all__ = ["Projector"]
 
@@ -73,6 +78,58 @@ class Projector(nn.Sequential):
             width = hidden_features
         super().__init__(*layers, nn.Linear(width, out_features, bias=False))
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm1d,
+    ) -> Projector:
+        """The projector of a checkpoint of the official program, its widths included.
+
+        The file is read with ``weights_only=True``: nothing in it is run.
+
+        Args:
+            source: path of the official ``checkpoint.pth``, or a dict: what is in it, the ``state_dict`` of its model
+                (``module.projector.*`` or ``projector.*``), or a projector's own.
+            norm_layer: as of :class:`Projector`; its state_dict keys must be those of ``nn.BatchNorm1d``.
+
+        Returns:
+            The projector on the CPU, in the dtype of a new ``nn.Linear``, and in ``train()``.
+
+        Raises:
+            OSError: the file cannot be read.
+            TypeError: ``source`` holds no dict.
+            ValueError: there is no projector in it, or one of another form; it names the first missing and unexpected
+                keys, or the first shape that differs.
+
+        Example:
+            >>> checkpoint = {"epoch": 1, "model": {
+            ...     f"module.projector.{name}": tensor
+            ...     for name, tensor in Projector(512, 1024, 2048).state_dict().items()
+            ... }}
+            >>> Projector.from_checkpoint(checkpoint)[6]
+            Linear(in_features=1024, out_features=2048, bias=False)
+
+        Source: ``main.py`` of facebookresearch/barlowtwins, which saves epoch, model and optimizer.
+        """
+        state = read_projector(source)
+        weights = [tensor for name, tensor in state.items() if name.endswith(".weight") and tensor.ndim == 2]
+        if not weights:
+            raise ValueError(
+                f"Projector.from_checkpoint: expected the weights of linear layers, got {list(state)[:3]}. "
+                "Pass a checkpoint that has a projector."
+            )
+        hidden_features = weights[0].shape[0]
+        projector = cls(weights[0].shape[1], hidden_features, weights[-1].shape[0], len(weights), norm_layer)
+        if problem := _misfit(projector.state_dict(), state):
+            raise ValueError(
+                f"Projector.from_checkpoint: expected {len(weights)} linear layers without biases, {hidden_features} "
+                f"wide but for the last, with a norm and a ReLU between them, but {problem}. "
+                "Build another form as a module of your own."
+            )
+        projector.load_state_dict(state)
+        return projector
+
     @overload
     def __getitem__(self, idx: slice) -> nn.Sequential: ...
     @overload
@@ -82,6 +139,23 @@ class Projector(nn.Sequential):
         if isinstance(idx, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
         return super().__getitem__(idx)
+
+
+def _misfit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    missing, unexpected = (
+        [name for name in left if name not in right] for left, right in ((expected, found), (found, expected))
+    )
+    if missing or unexpected:
+        names = (("missing", missing), ("unexpected", unexpected))
+        return " and ".join(f"{len(keys)} keys are {what}, first {keys[0]}" for what, keys in names if keys)
+    return next(
+        (
+            f"{name} is {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if found[name].shape != tensor.shape
+        ),
+        "",
+    )
 
 
 def _check_size(name: str, value: object) -> None:

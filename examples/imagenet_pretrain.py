@@ -38,6 +38,7 @@ from pretraining.fashion_mnist import is_fashion_mnist, load_fashion_mnist
 from pretraining.images import ImagePairs, load_images
 from pretraining.lock import locked
 from pretraining.models import BarlowTwins, build_model, checkpoint_activations
+from pretraining.official import find_official, go_on, initialize
 from pretraining.optimization import build_optimizer, build_schedule
 from pretraining.program import exit_status, start
 from pretraining.run import Accuracies, Run
@@ -46,6 +47,7 @@ from pretraining.signals import StopRequests, arrived, stop_requests
 from pretraining.steps import Step, apply, check_health, gradients
 from pretraining.tensorboard import TensorBoard
 from pretraining.timing import WARM_UP, Stopwatch, loader_bound
+from pretraining.weights import Weights
 
 QUIET = 60  # seconds; a longer epoch is told also where no progress bar shows that the run goes on
 
@@ -69,9 +71,11 @@ def run(settings: Settings) -> None:
     state = first_state(settings, model, len(data.pairs) // settings.accumulate)
     default = Path("runs") / (data.name if settings.data is None else f"{data.name}-{settings.arch}")
     wanted = from_main(lambda: reporting.find_checkpoint(settings.resume, settings.out, default))
-    saved, resumed = checkpoint.load(wanted) if wanted else (None, None)
+    theirs = find_official(wanted) if wanted else None
+    saved, resumed = checkpoint.load(wanted) if wanted and not theirs else (None, None)
+    begun = begin(settings, state, theirs, len(data.pairs) // settings.accumulate) if not saved else None
     shaping = settings.shaping() | {"images": data.images}
-    source = f"step {saved['step']} of {resumed}" if saved else "none"
+    source = f"step {saved['step']} of {resumed}" if saved else begun
     facts = {"the images of --data": data.fingerprint, "the checkpoint": source} | shaping
     distributed.require_agreement({name: str(value) for name, value in facts.items() if name != "device"})
     if resumed and saved:
@@ -88,7 +92,7 @@ def run(settings: Settings) -> None:
         requests = stack.enter_context(stop_requests())
         metrics = open_metrics(settings, out, resumed, saved["step"] if saved else None)
         watch = Stopwatch(settings.device, settings.batch_size, settings.profile)
-        now = Run(settings, data, state, out, metrics, watch, network=model)
+        now = Run(settings, data, state, out, metrics, watch, network=model, begun=begun)
         metrics.add("settings", shaping | environment(settings))
         print(introduction(now))
         compared = measure_before(now)
@@ -156,6 +160,13 @@ def first_state(settings: Settings, model: BarlowTwins, steps_per_epoch: int) ->
     return TrainingState(model, optimizer, schedule, scaler, settings.device)
 
 
+def begin(settings: Settings, state: TrainingState, theirs: Weights | None, steps_per_epoch: int) -> str | None:
+    """Where a new run does not begin with random weights: give it the others, and say in words which."""
+    if theirs:
+        return go_on(theirs, state, settings.learning_rate_biases, steps_per_epoch)
+    return initialize(state.model, Path(settings.init)) if settings.init else None
+
+
 def introduction(now: Run) -> str:
     settings, data = now.settings, now.data
     parameters = sum(parameter.numel() for parameter in now.state.model.parameters()) / 1e6
@@ -168,7 +179,7 @@ def introduction(now: Run) -> str:
         f"{settings.arch}, projector {settings.projector}: {parameters:.2f} M parameters, {settings.optimizer}, "
         f"{settings.precision} on {devices}; results go to {now.out}",
     ]
-    notes = [*data.notes]
+    notes = [*filter(None, [now.begun]), *data.notes]
     if settings.profile and settings.profile + WARM_UP > now.last_step:
         notes.append(
             f"--profile {settings.profile} needs {settings.profile + WARM_UP} steps, the run has {now.last_step}"

@@ -33,7 +33,7 @@ LAYERS = [
     {"_backends.triton._launch"},
     {"_backends.eager"},
     {"_header"},
-    {"_penalty", "_statistics", "_validation"},
+    {"_checkpoints", "_penalty", "_statistics", "_validation"},
     {"_plan", "_collectives"},
 ]
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}

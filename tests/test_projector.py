@@ -2,10 +2,13 @@
 
 import copy
 import itertools
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from barlow_loss.normalization import DistributedBatchNorm
 from barlow_loss.projector import Projector
@@ -41,6 +44,102 @@ def test_official_checkpoint_loads_strictly_and_computes_the_same():
     x = torch.randn(16, 6)
     for training in (True, False):
         assert torch.equal(projector.train(training)(x), official.train(training)(x))
+
+
+def exclude_bias_and_norm(p: Tensor) -> bool:
+    return p.ndim == 1
+
+
+@pytest.fixture
+def checkpoint(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the official program saves, its optimiser's function included, which pickles as one of __main__."""
+    monkeypatch.setattr(exclude_bias_and_norm, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "exclude_bias_and_norm", exclude_bias_and_norm, raising=False)
+    state = official_projector([6, 10, 10, 12]).state_dict()
+    model = {"module.backbone.conv1.weight": torch.randn(2, 3, 1, 1), "module.bn.running_mean": torch.zeros(12)}
+    group = {"lr": 0.2, "weight_decay_filter": exclude_bias_and_norm, "params": [0]}
+    return {
+        "epoch": 1000,
+        "model": model | {f"module.projector.{name}": value for name, value in state.items()},
+        "optimizer": {"state": {0: {"mu": torch.zeros(1)}}, "param_groups": [group]},
+    }
+
+
+@pytest.mark.parametrize("given", ["path", "string", "checkpoint", "model", "unwrapped model", "projector"])
+def test_from_checkpoint(given: str, checkpoint: dict[str, Any], tmp_path: Path):
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    model = checkpoint["model"]
+    expected = {name[17:]: value for name, value in model.items() if name.startswith("module.projector.")}
+    source = {
+        "path": tmp_path / "checkpoint.pth",
+        "string": str(tmp_path / "checkpoint.pth"),
+        "checkpoint": checkpoint,
+        "model": model,
+        "unwrapped model": {name[7:]: value for name, value in model.items()},
+        "projector": expected,
+    }[given]
+    projector = Projector.from_checkpoint(source)
+    found = projector.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    x = torch.randn(16, 6)
+    official = official_projector([6, 10, 10, 12])
+    official.load_state_dict(expected)
+    assert torch.equal(projector(x), official(x))
+
+
+def test_from_checkpoint_with_another_norm(checkpoint: dict[str, Any]):
+    assert isinstance(Projector.from_checkpoint(checkpoint, DistributedBatchNorm)[1], DistributedBatchNorm)
+
+
+class Hostile:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_from_checkpoint_runs_nothing_in_the_file(tmp_path: Path):
+    torch.save({"model": Hostile(tmp_path / "was run")}, tmp_path / "checkpoint.pth")
+    with pytest.raises(ValueError, match="to hold tensors and plain values alone"):
+        Projector.from_checkpoint(tmp_path / "checkpoint.pth")
+    assert not (tmp_path / "was run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"3.weight": None}, r"1 keys are missing, first 3\.weight|keys are unexpected"),
+        ({"6.bias": torch.zeros(12)}, r"1 keys are unexpected, first 6\.bias"),
+        ({"1.bias": None}, r"1 keys are missing, first 1\.bias"),
+        ({"1.running_mean": torch.zeros(11)}, r"1\.running_mean is \(11,\) instead of \(10,\)"),
+        ({"3.weight": torch.zeros(10, 9)}, r"3\.weight is \(10, 9\) instead of \(10, 10\)"),
+    ],
+)
+def test_from_checkpoint_of_another_form(change: dict[str, Tensor | None], message: str):
+    state = official_projector([6, 10, 10, 12]).state_dict() | change
+    with pytest.raises(ValueError, match=message):
+        Projector.from_checkpoint({name: value for name, value in state.items() if value is not None})
+
+
+def test_from_checkpoint_without_a_projector(tmp_path: Path):
+    backbone = {"conv1.weight": torch.zeros(64, 3, 7, 7), "bn1.weight": torch.zeros(64)}
+    with pytest.raises(ValueError, match=r"conv1\.weight.*pass checkpoint\.pth"):
+        Projector.from_checkpoint(backbone)
+    for empty in ({}, {"model": {}}):
+        with pytest.raises(ValueError, match=r"expected names such as module\.projector\.0\.weight"):
+            Projector.from_checkpoint(empty)
+    with pytest.raises(ValueError, match="weights of linear layers"):
+        Projector.from_checkpoint({"0.weight": torch.zeros(3)})
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(TypeError, match="got list"):
+        Projector.from_checkpoint(tmp_path / "list.pth")
+    with pytest.raises(FileNotFoundError):
+        Projector.from_checkpoint(tmp_path / "absent.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "list.pth").read_bytes()[:100])
+    with pytest.raises(ValueError, match="Is it a checkpoint, and whole"):
+        Projector.from_checkpoint(tmp_path / "cut.pth")
 
 
 def test_default_widths_are_the_papers():

@@ -21,6 +21,7 @@ from .errors import Aborted, UsageError, first_line
 from .models import BarlowTwins
 
 LABEL = b"sha256:"
+COMMENT = len(LABEL) + 2 * hashlib.sha256().digest_size  # its length in bytes
 PARTS = {"settings", "model", "optimizer", "schedule", "scaler", "step", "rng"}
 
 
@@ -139,6 +140,17 @@ def _write(file: BinaryIO, content: object) -> None:
     file.write(len(comment).to_bytes(2, "little") + comment)
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file ends like one of :func:`save`: it may still be damaged.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - COMMENT))
+        return file.read().startswith(LABEL)
+
+
 def read(path: Path) -> Any:
     """What :func:`save` wrote, on the CPU; tensors and plain values only, and nothing in it is run.
 
@@ -147,9 +159,8 @@ def read(path: Path) -> Any:
         ValueError: it is not, to the bit, what was written.
     """
     data = path.read_bytes()
-    size = len(LABEL) + 2 * hashlib.sha256().digest_size
-    archive, length, comment = data[: -size - 2], data[-size - 2 : -size], data[-size:]
-    if comment[: len(LABEL)] != LABEL or int.from_bytes(length, "little") != size:
+    archive, length, comment = data[: -COMMENT - 2], data[-COMMENT - 2 : -COMMENT], data[-COMMENT:]
+    if comment[: len(LABEL)] != LABEL or int.from_bytes(length, "little") != COMMENT:
         raise ValueError("it does not end with a checksum")
     if hashlib.sha256(archive).hexdigest().encode() != comment[len(LABEL) :]:
         raise ValueError("its checksum is wrong")

@@ -3,6 +3,8 @@
 import importlib
 from types import ModuleType
 
+EXTRAS = {"pycocotools": "transfer", "timm": "transfer", "torchmetrics": "transfer", "tensorboard": "scale"}
+
 
 class UsageError(Exception):
     """Something the user can mend: a flag, a folder, a missing package. The program prints it and exits with 2."""
@@ -44,6 +46,7 @@ def require(module: str, reason: str) -> ModuleType:
     except (ImportError, RuntimeError) as error:
         package = module.partition(".")[0]
         cause = first_line(error)
+        extra = EXTRAS.get(package, "examples")
         raise UsageError(
-            f"{reason} needs {package}, which cannot be imported ({cause}): pip install 'barlow-loss[examples]'"
+            f"{reason} needs {package}, which cannot be imported ({cause}): pip install 'barlow-loss[{extra}]'"
         ) from None

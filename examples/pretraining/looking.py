@@ -5,7 +5,7 @@ from itertools import islice
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from barlow_loss import CollapseReport, collapse_report, cross_correlation
 from barlow_loss.diagnostics import noise_floor
@@ -14,6 +14,7 @@ from . import pictures, probes
 from .batched_views import finished
 from .data import Probe
 from .distributed import is_main, world_size
+from .models import build_backbone
 from .report import write_report
 from .reporting import CROSS_CORRELATION, CURVES, REPORT
 from .run import Accuracies, Run
@@ -32,7 +33,7 @@ def baselines(now: Run, name: Literal["monitor", "final"]) -> Accuracies:
     if probe is None or rows:
         return {row["representation"]: row["accuracies"] for row in rows}
     device = now.settings.device
-    untrained = probes.untrained(now.state.model.backbone, probe.bank, device)
+    untrained = probes.untrained(random_backbone(now), probe.bank, device)
     found = {
         "raw pixels": probes.evaluate(probes.raw_pixels, probe, device),
         "untrained encoder": probes.evaluate(untrained, probe, device),
@@ -41,6 +42,15 @@ def baselines(now: Run, name: Literal["monitor", "final"]) -> Accuracies:
         row = {"step": 0, "probe": name, "representation": representation, "accuracies": values}
         now.metrics.add("baseline", row)
     return found
+
+
+def random_backbone(now: Run) -> nn.Module:
+    """The encoder as it begins, or of a run that begins with other weights one with random weights."""
+    if now.begun is None:
+        return now.state.model.backbone
+    with torch.random.fork_rng(devices=[]):
+        backbone, _ = build_backbone(now.settings.arch, now.settings.stem)
+    return backbone.to(now.settings.device)
 
 
 def accuracies(now: Run, probe: Probe | None) -> dict[str, float]:

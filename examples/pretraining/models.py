@@ -33,10 +33,19 @@ def build_model(arch: str, projector: str, stem: str = "imagenet") -> BarlowTwin
     Raises:
         UsageError: an unknown ``arch``, or torchvision is needed and missing.
     """
-    backbone, features = _small_encoder(arch) if arch in SMALL_ARCHS else _resnet(arch, stem)
+    backbone, features = build_backbone(arch, stem)
     *hidden, out_features = parse_projector(projector)
     hidden_features = hidden[0] if hidden else out_features
     return BarlowTwins(backbone, Projector(features, hidden_features, out_features, num_layers=len(hidden) + 1))
+
+
+def build_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
+    """The encoder alone, with random weights, and the width of its features.
+
+    Raises:
+        UsageError: an unknown ``arch``, or torchvision is needed and missing.
+    """
+    return _small_encoder(arch) if arch in SMALL_ARCHS else _resnet(arch, stem)
 
 
 def parse_projector(layers: str) -> list[int]:
@@ -64,14 +73,19 @@ def _small_encoder(arch: str) -> tuple[nn.Module, int]:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
 
 
+def resnets() -> list[str]:
+    """The names of torchvision's ResNet family."""
+    models = require("torchvision.models", "--arch")
+    return [name for name in models.list_models(module=models) if "resne" in name]
+
+
 def _resnet(arch: str, stem: str) -> tuple[nn.Module, int]:
     """torchvision's ResNet family without the classifier; residual branches start at 0 (``zero_init_residual``).
 
     The "cifar" stem is one 3×3 convolution of stride 1 without pooling, for images of 32 pixels.
     """
     models = require("torchvision.models", f"--arch {arch}")
-    known = [name for name in models.list_models(module=models) if "resne" in name]
-    if arch not in known:
+    if arch not in (known := resnets()):
         raise UsageError(f"--arch {arch}: expected one of {', '.join(known)}")
     backbone = models.get_model(arch, weights=None, zero_init_residual=True)
     features = backbone.fc.in_features

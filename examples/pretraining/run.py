@@ -29,6 +29,7 @@ class Run:
     metrics: Metrics
     watch: Stopwatch
     network: nn.Module  # the model as it is trained: synchronised, compiled
+    begun: str | None = None  # in words, where the weights came from that were not random
     buffers_before: list[Tensor] = field(default_factory=list)  # the model's, as they were before the step
     watched: Accuracies = field(default_factory=dict)  # the monitor's, without pretraining
     accuracies: Accuracies = field(default_factory=dict)  # and the newest, beside them

@@ -1,6 +1,5 @@
 """The command line: every flag, and what it checks."""
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -44,6 +43,7 @@ class Settings:
     arch: str
     stem: str
     projector: str
+    init: str | None
     image_size: int
     batch_size: int
     accumulate: int
@@ -102,7 +102,7 @@ class Settings:
         return {name: value for name, value in asdict(self).items() if name not in FREE}
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
+def _parser(description: str) -> Flags:
     parser = Flags(description)
     switch = parser.switch
 
@@ -117,6 +117,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--arch", str, "encoder: a ResNet of torchvision, or small-cnn")
     add("--stem", str, "first layers of a ResNet: imagenet, or cifar for images of 32 pixels")
     add("--projector", str, "widths of the projector's layers")
+    add("--init", str, "weights to begin with: encoder and, if the file has one, projector", metavar="FILE")
     add("--image-size", partial(at_least, 8, int), "side of a view in pixels")
     add("--batch-size", partial(at_least, 2, int), "pairs in a step, of all processes together")
     text = "add up the gradients of K batches of BATCH_SIZE/K pairs in a step. It saves memory, but each of them"
@@ -161,7 +162,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--seed", whole, "of weights, order and views", default=0)
     add("--out", Path, "folder for the results [runs/NAME, numbered if taken]")
     switch("--overwrite", "replace the run in that folder")
-    resuming = "continue from a checkpoint; 'auto' or nothing: from the one in the output folder, if there is one"
+    resuming = (
+        "continue from a checkpoint, or the official program's; 'auto' or nothing: the output folder's, if it has one"
+    )
     add("--resume", str, resuming, nargs="?", const="auto", metavar="PATH")
     switch("--tensorboard", "write event files, too")
     add("--profile", positive, "time the parts of this many steps [50]", nargs="?", const=50, metavar="STEPS")

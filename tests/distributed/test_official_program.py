@@ -1,8 +1,10 @@
 """The preset that reproduces the official program's updates, against that program's own rules on two processes."""
 
+import copy
 import math
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from pretraining.checkpoint import TrainingState
+from pretraining.models import BarlowTwins
+from pretraining.official import find_official, go_on
 from pretraining.optimization import build_optimizer, build_schedule
 from pretraining.presets import PAPER, WORLD_SIZE_OF_THE_OFFICIAL_RUN, official, preset
 
@@ -22,17 +27,22 @@ WORLD_SIZE, BATCH_SIZE, STEPS, WARMUP_STEPS = 2, 32, 12, 4
 WEIGHT_DECAY = 0.05
 
 
-def network() -> nn.Module:
+def network() -> BarlowTwins:
     torch.manual_seed(0)
-    layers = [nn.Linear(10, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 12, bias=False)]
-    return nn.Sequential(*layers).double()
+    backbone = nn.Sequential(nn.Linear(10, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU())
+    return BarlowTwins(backbone, nn.Sequential(nn.Linear(16, 12, bias=False))).double()
 
 
 def views(step: int) -> Tensor:
     return torch.randn(2, BATCH_SIZE, 10, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
 
 
-def official_steps() -> dict[str, Tensor]:
+class Outcome(NamedTuple):
+    parameters: dict[str, Tensor]
+    checkpoint: dict[str, Any]  # of the official layout, after the first of two epochs
+
+
+def official_steps() -> Outcome:
     """A rank of the official program, its rules written down again.
 
     Global batch statistics; C summed in place, outside the graph; the mean of the ranks' gradients; its LARS and its
@@ -59,6 +69,8 @@ def official_steps() -> dict[str, Tensor]:
     loss = DistributedDataParallel(DistributedBatchNorm.convert(Loss()))
     loss.broadcast_buffers = False
     for step in range(STEPS):
+        if step == STEPS // 2:
+            checkpoint = copy.deepcopy(official_checkpoint(model, momenta))
         own = views(step)[:, rank * n : (rank + 1) * n]
         loss.zero_grad()
         loss(own[0], own[1]).backward()
@@ -76,11 +88,20 @@ def official_steps() -> dict[str, Tensor]:
                     dp = dp * (0.001 * p.norm() / dp.norm())
                 momentum.mul_(0.9).add_(dp)
                 p.sub_(rate * (0.2 if p.ndim > 1 else 0.0048) * momentum)
-    return {name: p.detach() for name, p in model.named_parameters()}
+    return Outcome({name: p.detach() for name, p in model.named_parameters()}, checkpoint)
 
 
-def our_steps(settings: dict[str, float]) -> dict[str, Tensor]:
-    """One process, exact gradients, the example's own optimiser and schedule."""
+def official_checkpoint(model: nn.Module, momenta: dict[nn.Parameter, Tensor]) -> dict[str, Any]:
+    matrices, vectors = ([mu for p, mu in momenta.items() if (p.ndim == 1) == vector] for vector in (False, True))
+    return {
+        "epoch": 1,
+        "model": {f"module.{name}": value for name, value in model.state_dict().items()},
+        "optimizer": {"state": {number: {"mu": mu} for number, mu in enumerate([*matrices, *vectors])}},
+    }
+
+
+def our_steps(settings: dict[str, float], checkpoint: Path | None = None) -> dict[str, Tensor]:
+    """One process, exact gradients, the example's own optimiser and schedule; from the beginning, or a checkpoint."""
     model = network()
     optimizer = build_optimizer(
         "lars",
@@ -92,7 +113,13 @@ def our_steps(settings: dict[str, float]) -> dict[str, Tensor]:
     )
     schedule = build_schedule(optimizer, STEPS, WARMUP_STEPS)
     loss_fn = BarlowTwinsLoss(settings["lambd"])
-    for step in range(STEPS):
+    state = TrainingState(model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), torch.device("cpu"))
+    if checkpoint:
+        theirs = find_official(checkpoint)
+        assert theirs is not None
+        assert "after its epoch 1" in go_on(theirs, state, settings["learning_rate_biases"], STEPS // 2)
+        assert state.step == STEPS // 2
+    for step in range(state.step, STEPS):
         view1, view2 = views(step)
         optimizer.zero_grad()
         loss_fn(model(view1), model(view2)).backward()
@@ -108,7 +135,7 @@ def heavy_decay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("heavy_decay")
 def test_the_official_updates_come_out_of_exact_gradients(pool: Pool) -> None:
-    expected, other_rank = pool.run(official_steps, WORLD_SIZE, debug="OFF")
+    (expected, _), (other_rank, _) = pool.run(official_steps, WORLD_SIZE, debug="OFF")
     found = our_steps(official(WORLD_SIZE))
     initial = dict(network().named_parameters())
     for name, parameter in found.items():
@@ -118,11 +145,28 @@ def test_the_official_updates_come_out_of_exact_gradients(pool: Pool) -> None:
 
 
 @pytest.mark.usefixtures("heavy_decay")
-@pytest.mark.parametrize(("setting", "seen_in"), [("learning_rate_biases", "1.bias"), ("weight_decay", "0.weight")])
+@pytest.mark.parametrize(
+    ("setting", "seen_in"), [("learning_rate_biases", "backbone.1.bias"), ("weight_decay", "backbone.0.weight")]
+)
 def test_both_corrections_are_needed(setting: str, seen_in: str, pool: Pool) -> None:
-    expected = pool.run(official_steps, WORLD_SIZE, debug="OFF")[0]
+    expected = pool.run(official_steps, WORLD_SIZE, debug="OFF")[0].parameters
     found = our_steps(official(WORLD_SIZE) | {setting: PAPER[setting]})
     assert not torch.allclose(found[seen_in], expected[seen_in], rtol=1e-7)
+
+
+@pytest.mark.usefixtures("heavy_decay")
+def test_an_official_run_is_continued_as_if_it_had_not_stopped(pool: Pool, tmp_path: Path) -> None:
+    expected, checkpoint = pool.run(official_steps, WORLD_SIZE, debug="OFF")[0]
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    found = our_steps(official(WORLD_SIZE), tmp_path / "checkpoint.pth")
+    for name, parameter in found.items():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-10, atol=1e-12)
+    without_momenta = checkpoint | {"optimizer": {"state": {
+        number: {"mu": torch.zeros_like(state["mu"])} for number, state in checkpoint["optimizer"]["state"].items()
+    }}}  # fmt: skip
+    torch.save(without_momenta, tmp_path / "checkpoint.pth")
+    found = our_steps(official(WORLD_SIZE), tmp_path / "checkpoint.pth")
+    assert all((found[name] - expected[name]).abs().max() > 1e-7 for name in found)
 
 
 def test_the_presets_differ_by_the_world_size_alone() -> None:

@@ -12,7 +12,18 @@ from outcomes import EXAMPLES
 sys.path.insert(0, str(EXAMPLES))
 
 # Without the example's packages (pip install 'barlow-loss[examples]') there is nothing to test here.
-NEEDED = ("PIL", "matplotlib", "jinja2", "numpy", "sklearn", "torchvision", "tqdm")
+NEEDED = (
+    "PIL",
+    "matplotlib",
+    "jinja2",
+    "numpy",
+    "safetensors",
+    "sklearn",
+    "timm",
+    "torchmetrics",
+    "torchvision",
+    "tqdm",
+)
 collect_ignore_glob = [] if all(map(find_spec, NEEDED)) else ["test_*.py"]
 
 

@@ -1,0 +1,254 @@
+"""Encoders out of files of every layout, and what is said of a file that does not fit."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from official_files import official_model, write_official
+from outcomes import SHORT_DIGITS
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision import models
+
+from pretraining import checkpoint
+from pretraining.encoders import build_encoder
+from pretraining.errors import UsageError
+from pretraining.models import build_model
+from pretraining.weights import load_encoder, read_weights
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def features_of(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(images)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, Path]:
+    model = official_model()
+    return model, *write_official(tmp_path_factory.mktemp("official"), model)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_the_official_files(which: int, official: tuple[nn.Module, Path, Path], images: Tensor) -> None:
+    encoder = load_encoder(official[which])
+    assert (encoder.arch, encoder.stem, encoder.features) == ("resnet18", "imagenet", 512)
+    assert torch.equal(features_of(encoder.module, images), features_of(official[0].backbone, images))
+
+
+def test_the_official_files_of_a_resnet50(tmp_path: Path, images: Tensor) -> None:
+    model = official_model("resnet50", "16-16")
+    for path in write_official(tmp_path, model, newer=True):
+        encoder = load_encoder(path)
+        assert (encoder.arch, encoder.features) == ("resnet50", 2048)
+        assert torch.equal(features_of(encoder.module, images), features_of(model.backbone, images))
+
+
+@pytest.fixture(scope="module")
+def run_of_the_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from imagenet_pretrain import main
+
+    folder = tmp_path_factory.mktemp("runs") / "out"
+    assert main([*map(str, SHORT_DIGITS), "--limit-steps", "12", "--save-every", "5", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("given", ["", "checkpoint.pt", "backbone.pt"])
+def test_a_run_of_the_program(given: str, run_of_the_program: Path) -> None:
+    encoder = load_encoder(run_of_the_program / given)
+    assert (encoder.arch, encoder.features) == ("digits-cnn", 96)
+    saved = torch.load(run_of_the_program / "backbone.pt", weights_only=True)
+    assert all(torch.equal(value, saved[name]) for name, value in encoder.module.state_dict().items())
+
+
+def test_a_run_that_has_lost_its_newest_checkpoint(run_of_the_program: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.previous.pt").write_bytes((run_of_the_program / "checkpoint.previous.pt").read_bytes())
+    assert load_encoder(tmp_path).arch == "digits-cnn"
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_safetensors(stem: str, tmp_path: Path, images: Tensor) -> None:
+    model = build_encoder("resnet18", stem).module
+    for metadata in (None, {"arch": "resnet18", "stem": stem}):
+        save_file(model.state_dict(), tmp_path / "backbone.safetensors", metadata)
+        encoder = load_encoder(tmp_path / "backbone.safetensors")
+        assert (encoder.arch, encoder.stem) == ("resnet18", stem)
+        assert torch.equal(features_of(encoder.module, images), features_of(model, images))
+
+
+@pytest.mark.parametrize(
+    "wrap", [dict, lambda state: {"model": state, "epoch": 3}, lambda state: {"state_dict": state}]
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
+def test_a_state_dict_with_a_classifier(wrap: Callable, prefix: str, tmp_path: Path, images: Tensor) -> None:
+    model = models.resnet18()
+    path = tmp_path / "any.pth"
+    torch.save(wrap({f"{prefix}{name}": value for name, value in model.state_dict().items()}), path)
+    encoder = load_encoder(path)
+    model.fc = nn.Identity()
+    assert torch.equal(features_of(encoder.module, images), features_of(model, images))
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "convnext_tiny", "swin_t", "efficientnet_b0"])
+def test_any_classifier_of_torchvision(arch: str, tmp_path: Path, images: Tensor) -> None:
+    model = models.get_model(arch)
+    torch.save(model.state_dict(), tmp_path / "any.pth")
+    encoder = load_encoder(tmp_path / "any.pth", arch)
+    features = features_of(encoder.module, images)
+    assert features.shape == (2, encoder.features)
+    *_, last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    assert torch.equal(features_of(last, features), features_of(model, images))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "regnetx_002"])
+def test_any_classifier_of_timm(arch: str, tmp_path: Path) -> None:
+    images = torch.rand(2, 3, 224, 224)
+    model = timm.create_model(arch)
+    torch.save(model.state_dict(), tmp_path / "any.pth")
+    encoder = load_encoder(tmp_path / "any.pth", f"timm/{arch}")
+    model.reset_classifier(0)
+    assert torch.equal(features_of(encoder.module, images), features_of(model, images))
+
+
+def test_a_resnet_of_timm_is_recognized(tmp_path: Path, images: Tensor) -> None:
+    model = timm.create_model("resnet50")
+    torch.save(model.state_dict(), tmp_path / "any.pth")
+    encoder = load_encoder(tmp_path / "any.pth")
+    assert encoder.arch == "resnet50"
+    model.reset_classifier(0)
+    assert torch.equal(features_of(encoder.module, images), features_of(model, images))
+
+
+@pytest.mark.parametrize("arch", ["small-cnn", "resnet34", "resnext50_32x4d"])
+def test_a_bare_encoder_is_recognized(arch: str, tmp_path: Path) -> None:
+    torch.save(build_encoder(arch).module.state_dict(), tmp_path / "any.pth")
+    assert load_encoder(tmp_path / "any.pth").arch == arch
+
+
+def test_a_file_of_another_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "any.pth"
+    torch.save(build_encoder("resnet18").module.state_dict(), path)
+    with pytest.raises(UsageError) as failure:
+        load_encoder(path, "resnet50")
+    assert str(failure.value) == (
+        f"weights {path}: expected those of resnet50 with the imagenet stem, but 165 names are missing and 0 "
+        "unexpected: the first missing is layer1.0.conv3.weight; they fit --arch resnet18 --stem imagenet"
+    )
+    with pytest.raises(UsageError, match=r"conv1\.weight is \(64, 3, 7, 7\) instead of \(64, 3, 3, 3\)"):
+        load_encoder(path, "resnet18", "cifar")
+
+
+def test_an_unknown_architecture_has_to_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "any.pth"
+    torch.save(models.vit_b_16().state_dict(), path)
+    with pytest.raises(
+        UsageError, match=r"--arch.* first missing is conv1\.weight, the first unexpected is class_token"
+    ):
+        load_encoder(path)
+
+
+class Hostile:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("inside", ["checkpoint", "plain pickle", "official checkpoint"])
+def test_code_in_a_file_is_not_run(inside: str, tmp_path: Path) -> None:
+    path, marker = tmp_path / "hostile.pth", tmp_path / "was run"
+    hostile = Hostile(marker)
+    if inside == "plain pickle":
+        path.write_bytes(pickle.dumps({"model": hostile}))
+    else:
+        torch.save({"epoch": hostile, "model": {"module.backbone.x": torch.ones(1)}, "optimizer": {}}, path)
+    with pytest.raises(UsageError, match="not a file of tensors and plain values"):
+        load_encoder(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "expected a state_dict or a checkpoint, got list"),
+        ({}, "expected tensors by their names, got nothing"),
+        ({"epoch": 3, "lr": 0.1}, "expected tensors by their names, got epoch, lr"),
+    ],
+)
+def test_a_file_without_weights(content: object, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "any.pth")
+    with pytest.raises(UsageError, match=message):
+        load_encoder(tmp_path / "any.pth")
+
+
+def save_plainly(path: Path, state: dict[str, Tensor]) -> None:
+    torch.save(state, path)
+
+
+def save_safetensors(path: Path, state: dict[str, Tensor]) -> None:
+    save_file(state, path)
+
+
+OURS, PLAIN, SAFETENSORS = checkpoint.save, save_plainly, save_safetensors
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "another file", "a bit"])
+@pytest.mark.parametrize("save", [OURS, PLAIN, SAFETENSORS])
+def test_a_damaged_file(save: Callable, damage: str, tmp_path: Path) -> None:
+    path = tmp_path / ("any.safetensors" if save is SAFETENSORS else "any.pth")
+    save(path, build_encoder("small-cnn").module.state_dict())
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= damage == "a bit"
+    path.write_bytes({"cut off": data[: len(data) // 2], "empty": b"", "another file": b"GIF89a"}.get(damage, data))
+    if damage == "a bit" and save is not OURS:  # only this program's own files have a checksum
+        assert load_encoder(path).arch == "small-cnn"
+        return
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_encoder(path)
+
+
+@pytest.mark.parametrize(("name", "message"), [("absent.pth", "no such file"), (".", "a run's folder with")])
+def test_no_file(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_encoder(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("vit_b_61", "expected digits-cnn, small-cnn, a classifier of torchvision"),
+        ("timm/resnet5", "timm has no model resnet5; it has"),
+        ("squeezenet1_0", "ends with a linear layer"),
+    ],
+)
+def test_unknown_architectures(arch: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build_encoder(arch)
+
+
+def test_what_a_checkpoint_says_of_itself(tmp_path: Path) -> None:
+    model = build_model("resnet18", "32-16", stem="cifar")
+    content = dict.fromkeys(checkpoint.PARTS, 0) | {
+        "model": model.state_dict(),
+        "settings": {"arch": "resnet18", "stem": "cifar"},
+    }
+    checkpoint.save(tmp_path / "checkpoint.pt", content)
+    weights = read_weights(tmp_path)
+    assert (weights.arch, weights.stem) == ("resnet18", "cifar")
+    assert weights.projector.keys() == model.projector.state_dict().keys()
+    assert weights.backbone.keys() == model.backbone.state_dict().keys()

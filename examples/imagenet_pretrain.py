@@ -41,6 +41,7 @@ from pretraining.models import BarlowTwins, build_model, checkpoint_activations
 from pretraining.official import find_official, go_on, initialize
 from pretraining.optimization import build_optimizer, build_schedule
 from pretraining.program import exit_status, start
+from pretraining.report import versions
 from pretraining.run import Accuracies, Run
 from pretraining.settings import Settings, read_settings
 from pretraining.signals import StopRequests, arrived, stop_requests
@@ -93,7 +94,7 @@ def run(settings: Settings) -> None:
         metrics = open_metrics(settings, out, resumed, saved["step"] if saved else None)
         watch = Stopwatch(settings.device, settings.batch_size, settings.profile)
         now = Run(settings, data, state, out, metrics, watch, network=model, begun=begun)
-        metrics.add("settings", shaping | environment(settings))
+        metrics.add("settings", shaping | environment(settings) | {"data": data.name})
         print(introduction(now))
         compared = measure_before(now)
         if saved and wanted and resumed:
@@ -198,7 +199,7 @@ def environment(settings: Settings) -> dict[str, Any]:
     """Where the run takes place: nothing that shapes it."""
     device = settings.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "processes": distributed.world_size(), "torch": torch.__version__, "command": sys.argv[1:]}
+    return {"device": name, "processes": distributed.world_size(), "command": sys.argv[1:]} | versions()
 
 
 def measure_before(now: Run) -> Accuracies:

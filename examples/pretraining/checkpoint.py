@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -170,8 +171,8 @@ def read(path: Path) -> Any:
         raise ValueError(first_line(error)) from None
 
 
-def load(path: Path) -> tuple[dict[str, Any], Path]:
-    """Read a checkpoint, or, with a warning, the one before it where that one is damaged or missing.
+def load(path: Path, parts: Collection[str] = PARTS) -> tuple[dict[str, Any], Path]:
+    """Read a checkpoint with these parts, or the one before it where that one is damaged or missing.
 
     Returns:
         Its content, and the file it comes from.
@@ -188,7 +189,7 @@ def load(path: Path) -> tuple[dict[str, Any], Path]:
         except (OSError, ValueError) as error:
             reasons.append(f"{candidate}: not a readable checkpoint ({first_line(error)})")
         else:
-            if not isinstance(state, dict) or not set(state) >= PARTS:
+            if not isinstance(state, dict) or not set(state) >= set(parts):
                 raise UsageError(f"--resume {candidate}: not a checkpoint of this program")
             return state, candidate
     raise UsageError("--resume " + "; ".join(reasons if previous(path).exists() else reasons[:1]))

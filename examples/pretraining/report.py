@@ -57,7 +57,7 @@ def write_report(
         quantities=_quantities(collapse) if collapse else [],
         events=events[-MOST_EVENTS:][::-1],
         older_events=max(0, len(events) - MOST_EVENTS),
-        settings=dict(settings) | _versions(),
+        settings=settings,
     )
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -99,7 +99,8 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what the numbers of a run depend on."""
     versions = {"Python": platform.python_version(), "barlow-loss": __version__}
     for package in PACKAGES:
         try:

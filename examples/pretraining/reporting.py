@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from .errors import Aborted, UsageError
 
 METRICS, REPORT, BACKBONE = "metrics.jsonl", "report.html", "backbone.pt"
+RESULTS = "results.json"  # of the programs that evaluate and transfer
 CHECKPOINTS = CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"  # a run has one, or both
 DAMAGED = "checkpoint.damaged.pt"
 PICTURES = CURVES, CROSS_CORRELATION = "curves.png", "cross_correlation.png"
@@ -70,7 +71,7 @@ def clear(out: Path) -> None:
 
 
 def _own_files(out: Path) -> list[Path]:
-    names = (METRICS, REPORT, BACKBONE, *CHECKPOINTS, DAMAGED, *PICTURES)
+    names = (METRICS, REPORT, BACKBONE, RESULTS, *CHECKPOINTS, DAMAGED, *PICTURES)
     return [*(out / name for name in names), *(out / TENSORBOARD).glob("events.out.tfevents.*")]
 
 
@@ -203,7 +204,11 @@ def _percent(value: float | None) -> str:
 
 def accuracy_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """:func:`accuracy_cells` as aligned columns, without a line break at their end."""
-    cells = accuracy_cells(rows)
+    return aligned(accuracy_cells(rows))
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """The cells of a table with a head, in columns; the first to the left, the others to the right."""
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in cells]
     lines.insert(1, "─" * max(map(len, lines)))

@@ -11,7 +11,7 @@ import torch
 from barlow_loss import collapse_report
 from pretraining import pictures
 from pretraining.errors import Aborted
-from pretraining.report import MOST_EVENTS, write_report
+from pretraining.report import MOST_EVENTS, versions, write_report
 
 GENERATOR = torch.Generator().manual_seed(0)
 HEALTHY = collapse_report(
@@ -70,7 +70,7 @@ def written(path: Path, **changes: Any) -> Page:
         "title": "digits, digits-cnn",
         "status": "running",
         "last_step": 1500,
-        "settings": {"batch_size": 128, "epochs": 60, "device": "cpu", "processes": 2},
+        "settings": {"batch_size": 128, "epochs": 60, "device": "cpu", "processes": 2} | versions(),
         "rows": a_run(),
         "pictures": {},
         "accuracies": ACCURACIES,

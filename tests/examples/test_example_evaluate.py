@@ -1,0 +1,396 @@
+"""The evaluation program end to end: all protocols, resume, what cannot be read, and one line for every mistake."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from labelled_tree import SMALL, make_tree, spoil
+from outcomes import differences, rows
+from torch.nn import functional as F
+
+import imagenet_evaluate as program
+from evaluation import neighbours, runs, training
+from evaluation.trees import Reading, centres, load_tree
+from pretraining import checkpoint, probes
+from pretraining.encoders import build_encoder
+
+Call = Callable[..., tuple[int, str, str]]
+FILES = {".lock", "checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "results.json"}
+TWO_EPOCHS = ("--linear-epochs", 2, "--semi-epochs", 2)
+FINE_TUNED = ("--protocols", "linear", "semi-10", *TWO_EPOCHS, "--semi-lr-classifier", 0.05)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tree(tmp_path_factory.mktemp("data") / "flowers")
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Call the program in an empty folder; get its exit status, its output and its errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def call(*flags: object) -> tuple[int, str, str]:
+        status = program.main([str(flag) for flag in flags])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def results(folder: Path | str) -> dict[str, Any]:
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+def last_epoch(folder: str) -> dict[str, Any]:
+    """The state after the last epoch; the checkpoint itself is that of the finished run."""
+    state = checkpoint.read(Path(folder) / "checkpoint.previous.pt")
+    for result in state["results"].values():
+        result.pop("images_per_second", None)
+    return state
+
+
+def test_all_protocols_on_a_resnet(call: Call, tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "flowers", train=6, validation=2)
+    Path("1percent.txt").write_text("n01_3.JPEG\nn02_4.JPEG\nn03_5.JPEG\nn01_4.JPEG\n")
+    flags = ("--weights", "random", "--arch", "resnet18", "--stem", "cifar", "--image-size", 32, "--device", "cpu")
+    flags += ("--batch-size", 12, "--workers", 0, "--neighbours", 5, "--semi-lr-classifier", 0.05)
+    status, output, errors = call("--data", tree, *flags, *TWO_EPOCHS, "--list-1", "1percent.txt")
+    assert (status, errors) == (0, "")
+    out = Path("runs/flowers-evaluation")
+    assert output.splitlines()[-1].endswith(f"Results: {out}")
+    assert {path.name for path in out.iterdir()} == FILES
+    for line in (
+        "flowers: 3 classes, 18 images to train on and 6 to validate on",
+        "resnet18, random weights: fp32 on cpu; results go to runs/flowers-evaluation",
+        "semi-1: 4 images listed in 1percent.txt",
+        "semi-10: 3 images, 10 % of each class by a fixed seed, not a published list; one image for each of 3 classes "
+        "where that is less than one",
+    ):
+        assert line in output.splitlines()
+    assert re.search(r"^linear, epoch 2/2: loss \S+, top-1 \S+ %, top-5 100.00 %, \S+ images/s$", output, re.MULTILINE)
+
+    found = results(out)["protocols"]
+    assert list(found) == ["linear", "knn", "semi-1", "semi-10"]
+    assert found["semi-1"]["labels"] == "4 images listed in 1percent.txt"
+    assert "by a fixed seed, not a published list" in found["semi-10"]["labels"]
+    assert found["knn"]["neighbours"] == 5
+    epochs = rows(out, "epoch")
+    assert [(row["protocol"], row["epoch"], row["step"]) for row in epochs] == [
+        ("linear", 1, 1), ("linear", 2, 2), ("semi-1", 1, 3), ("semi-1", 2, 4), ("semi-10", 1, 5), ("semi-10", 2, 6)
+    ]  # fmt: skip
+    assert [row["lr_classifier"] for row in epochs] == pytest.approx([0.3, 0.15, *[0.05, 0.025] * 2])
+    assert [row.get("lr_backbone") for row in epochs] == [None, None, *[0.005, 0.0025] * 2]
+    for name in ("linear", "semi-1", "semi-10"):
+        own = [row for row in epochs if row["protocol"] == name]
+        assert {key: own[-1][key] for key in ("top1", "top5", "mean_per_class", "loss")}.items() <= found[name].items()
+        assert found[name]["best_on_validation"]["top1"] == max(row["top1"] for row in own)
+    table = output[output.index("published") :]
+    assert re.search(r"^linear +\S+ % +100.00 % +73.2 % / 91.0 % +\S+ % \([12]\)$", table, re.MULTILINE)
+    assert "chosen on the validation images themselves" in table
+
+
+def test_the_defaults_are_the_published_numbers() -> None:
+    flags = vars(program._parser().parse_args(["--data", "x", "--weights", "y"]))
+    given = {name: flags[name] for name in flags if name.startswith(("linear_", "semi_"))}
+    assert given == {
+        "linear_epochs": 100, "linear_lr_classifier": 0.3, "linear_weight_decay": 1e-6,
+        "semi_epochs": 20, "semi_lr_backbone": 0.005, "semi_lr_classifier": 0.5, "semi_weight_decay": 0.0,
+    }  # fmt: skip
+    assert (flags["batch_size"], flags["momentum"], flags["image_size"], flags["neighbours"]) == (256, 0.9, 224, 20)
+
+
+def test_the_last_epoch_is_the_result_whichever_was_best(
+    call: Call, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, measure = [], training.accuracy
+
+    def falling(*args: Any) -> Any:
+        measured.append(measure(*args)._replace(top1=90.0 - 10 * len(measured)))
+        return measured[-1]
+
+    monkeypatch.setattr(training, "accuracy", falling)
+    status, output, _ = call("--data", tree, *SMALL, "--protocols", "linear", "--linear-epochs", 3, "--out", "out")
+    assert status == 0
+    found = results("out")["protocols"]["linear"]
+    assert (found["epoch"], found["top1"]) == (3, 70)
+    assert (found["best_on_validation"]["epoch"], found["best_on_validation"]["top1"]) == (1, 90)
+    assert re.search(r"^linear +70.00 % .* 90.00 % \(1\)$", output, re.MULTILINE)
+
+
+def test_the_workers_do_not_matter(call: Call, tree: Path) -> None:
+    for workers in (0, 2):
+        assert call("--data", tree, *SMALL, *FINE_TUNED, "--workers", workers, "--out", workers)[0] == 0
+    assert differences(last_epoch("0"), last_epoch("2")) == []
+    assert results("0")["protocols"] == results("2")["protocols"]
+
+
+def test_a_protocol_does_not_depend_on_those_before_it(call: Call, tree: Path) -> None:
+    """The first one fine-tunes a copy of the encoder."""
+    flags = ("--data", tree, *SMALL, "--semi-epochs", 1)
+    assert call(*flags, "--protocols", "semi-1", "knn", "semi-10", "--out", "both")[0] == 0
+    assert call(*flags, "--protocols", "semi-10", "--out", "one")[0] == 0
+    assert results("both")["protocols"]["semi-10"] == results("one")["protocols"]["semi-10"]
+    assert torch.equal(*(last_epoch(out)["model"]["encoder.0.weight"] for out in ("both", "one")))
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_a_run_that_was_interrupted_resumes_with_the_same_bits(
+    epochs: int, call: Call, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second epoch of the first protocol, at the beginning of the second one, and amid it."""
+    flags = ("--data", tree, *SMALL, *FINE_TUNED)
+    assert call(*flags, "--out", "whole")[0] == 0
+    measure, measured = training.accuracy, []
+
+    def interrupted(*args: Any) -> Any:
+        measured.append(args)
+        if len(measured) > epochs:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "accuracy", interrupted)
+        assert call(*flags, "--out", "parts")[0] == 130
+    assert not Path("parts/results.json").exists()
+    status, output, _ = call(*flags, "--out", "parts", "--resume")
+    assert status == 0
+    assert f"continuing from parts/checkpoint.pt, after epoch {epochs} of all" in output
+    assert differences(last_epoch("whole"), last_epoch("parts")) == []
+    assert results("whole")["protocols"] == results("parts")["protocols"]
+    told = [[{**row, "images_per_second": 0} for row in rows(Path(out), "epoch")] for out in ("whole", "parts")]
+    assert told[0] == told[1]
+
+
+def test_a_finished_run_resumes_to_its_results(call: Call, tree: Path) -> None:
+    flags = ("--data", tree, *SMALL, "--protocols", "linear", "--linear-epochs", 1, "--out", "out")
+    _, first, _ = call(*flags)
+    before = results("out")
+    status, again, _ = call(*flags, "--resume")
+    assert status == 0
+    assert "epoch 1/1" not in again
+    assert results("out") == before
+    assert again.splitlines()[-7:-1] == first.splitlines()[-7:-1]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(call: Call, tree: Path) -> None:
+    flags = ("--data", tree, *SMALL, *FINE_TUNED, "--out", "out")
+    assert call(*flags)[0] == 0
+    before = results("out")["protocols"]
+    content = bytearray(Path("out/checkpoint.pt").read_bytes())
+    content[100] ^= 1
+    Path("out/checkpoint.pt").write_bytes(content)
+    status, _, errors = call(*flags, "--resume")
+    assert status == 0
+    assert "warning: out/checkpoint.pt is damaged or missing: going on from out/checkpoint.previous.pt" in errors
+    assert results("out")["protocols"] == before
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        Path("out", name).write_bytes(content)
+    status, _, errors = call(*flags, "--resume")
+    assert status == 2
+    assert errors.count("not a readable checkpoint (its checksum is wrong)") == 2
+
+
+def test_unreadable_images_are_left_out_and_told(call: Call, tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "flowers")
+    for name in ("train/n01/n01_0.JPEG", "train/n03/n03_7.JPEG", "val/n02/n02_1.JPEG"):
+        spoil(root / name)
+    status, output, _ = call("--data", root, *SMALL, "--protocols", "linear", "knn", "--linear-epochs", 1, "--out", "o")
+    assert status == 0
+    assert re.search(
+        r"^linear, epoch 1/1: .*, 2 unreadable in training, left out, 1 unreadable in validation, left out$",
+        output, re.MULTILINE,
+    )  # fmt: skip
+    assert re.search(
+        r"^knn: .*, 1 unreadable in validation, left out, 2 unreadable in bank, left out$", output, re.MULTILINE
+    )
+    found = results("o")["protocols"]
+    assert [found[name]["validation_images"] for name in ("linear", "knn")] == [11, 11]
+    assert [found[name]["unreadable_in_validation"] for name in ("linear", "knn")] == [1, 1]
+    assert (found["linear"]["unreadable_in_training"], found["knn"]["unreadable_in_bank"]) == (2, 2)
+
+
+@pytest.mark.parametrize(("part", "message"), [("train", "no image of train/"), ("val", "no validation image")])
+def test_images_of_which_none_can_be_read_end_the_run(part: str, message: str, call: Call, tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "flowers", train=2, validation=1)
+    for path in (root / part).glob("*/*"):
+        spoil(path)
+    status, _, errors = call("--data", root, *SMALL, "--protocols", "linear", "--linear-epochs", 1)
+    assert (status, errors) == (1, f"error: {message} can be read: is --data damaged?\n")
+
+
+def test_a_rate_that_diverges_ends_the_run(call: Call, tree: Path) -> None:
+    flags = ("--protocols", "semi-10", "--semi-lr-backbone", 1e30, "--semi-lr-classifier", 1e30)
+    status, _, errors = call("--data", tree, *SMALL, *flags, "--batch-size", 2)
+    assert (status, errors) == (1, "error: the loss is not finite: try a lower learning rate, and fp32\n")
+
+
+def test_a_batch_of_one_image_that_cannot_be_normalised_gets_one_line(call: Call, tree: Path) -> None:
+    """The last layers of a ResNet see one pixel of an image of 32."""
+    flags = ("--arch", "resnet18", "--protocols", "semi-10", "--semi-epochs", 1, "--batch-size", 2)
+    status, _, errors = call("--data", tree, *SMALL, *flags)
+    assert status == 1
+    assert errors == "error: a batch of a single image has no variance to normalise by: try another --batch-size\n"
+
+
+def test_the_neighbours_vote_as_in_the_probes_of_pretraining(tree: Path) -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder("small-cnn")
+    part, reading = load_tree(tree), Reading(16, 8, 0, 60, False)
+    at_random = replace(part.train, labels=torch.randint(3, (30,), generator=torch.Generator().manual_seed(0)))
+    loaders = [centres(catalogue, reading) for catalogue in (at_random, part.validation)]
+    encoder.module.eval()
+    (bank, labels, _), (queries, truth, _) = (probes.extract(encoder.module, x, torch.device("cpu")) for x in loaders)
+    mean = bank.mean(dim=0)
+    bank, queries = F.normalize(bank - mean, dim=1), F.normalize(queries - mean, dim=1)
+    found = []
+    for k in (1, 3, 7, 20, 1000):
+        accuracy, unreadable = neighbours.nearest(encoder, *loaders, 3, torch.device("cpu"), k=k)
+        assert accuracy.top1 == pytest.approx(probes.knn_accuracy(bank, labels, queries, truth, k), abs=1e-9)
+        assert (accuracy.images, accuracy.unreadable, unreadable) == (12, 0, 0)
+        found.append(accuracy.top1)
+    assert len(set(found)) > 1  # k matters here
+
+
+SAME = "--data {data}: expected the same class folders in train/ and val/"
+MISTAKES: dict[str, tuple[str, str]] = {
+    "no such folder": ("rm .", "--data {data}: no such folder"),
+    "no train": ("rm train", "--data {data}: expected a folder train/ of class folders"),
+    "no val": ("rm val", "--data {data}: expected a folder val/ of class folders"),
+    "a class missing in val": (
+        "rm val/n02",
+        f"{SAME}; 1 of train/ are not in val/, the first is n02",
+    ),
+    "classes missing in train": (
+        "rm train/n02 train/n03",
+        f"{SAME}; 2 of val/ are not in train/, the first is n02",
+    ),
+    "an empty class in train": (
+        "empty train/n03",
+        "--data {data}/train: no image in 1 of 3 class folders, the first is n03. Remove it or fill it",
+    ),
+    "an empty class in val": (
+        "empty val/n01",
+        "--data {data}/val: no image in 1 of 3 class folders, the first is n01. Remove it or fill it",
+    ),
+    "no classes": ("empty train", "--data {data}/train: no class folders."),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_tree_that_does_not_fit_gets_one_line(mistake: str, call: Call, tree: Path, tmp_path: Path) -> None:
+    damage, message = MISTAKES[mistake]
+    data = tmp_path / "copy"
+    shutil.copytree(tree, data)
+    verb, *folders = damage.split()
+    for folder in folders:
+        shutil.rmtree(data / folder)
+        if verb == "empty":
+            (data / folder).mkdir()
+    status, output, errors = call("--data", data, *SMALL)
+    assert (status, output) == (2, "")
+    assert errors.startswith(f"error: {message.format(data=data)}")
+    assert errors.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+FLAGS: dict[str, tuple[tuple[object, ...], str]] = {
+    "no data": ((), "the following arguments are required: --data"),
+    "an unknown protocol": (("--protocols", "semi-5"), "argument --protocols: invalid choice: 'semi-5'"),
+    "an unknown precision": (("--precision", "fp16"), "--precision fp16: expected fp32 or bf16"),
+    "an unknown stem": (("--stem", "mnist"), "--stem mnist: expected imagenet or cifar"),
+    "an unknown arch": (("--arch", "resnet51"), "--arch resnet51: expected"),
+    "an encoder of digits": (("--arch", "digits-cnn"), "--weights random: expected an encoder of photographs"),
+    "no such weights": (("--weights", "none.pth"), "weights none.pth: no such file"),
+    "no such list": (("--list-1", "none.txt"), "--list-1 none.txt: expected a list of image files, one a line"),
+    "no list of 10 %": (("--lists", "."), "--lists 1percent.txt: expected a list of image files, one a line"),
+    "a rate below 0": (("--semi-lr-backbone", -1), "argument --semi-lr-backbone: expected a number ≥ 0, got -1"),
+    "no batch": (("--batch-size", 0), "argument --batch-size: expected a whole number ≥ 1, got 0"),
+    "no such checkpoint": (("--resume", "none.pt"), "--resume none.pt: no such file"),
+}
+
+
+@pytest.mark.parametrize("mistake", FLAGS)
+def test_a_bad_flag_gets_one_line(mistake: str, call: Call, tree: Path) -> None:
+    flags, message = FLAGS[mistake]
+    given = ("--data", tree, *SMALL, *flags) if flags else ()
+    status, output, errors = call(*given)
+    assert (status, output) == (2, "")
+    assert errors.startswith(f"error: {message}")
+    assert errors.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def test_weights_of_another_architecture_are_refused(call: Call, tree: Path) -> None:
+    torch.save(build_encoder("resnet18").module.state_dict(), "weights.pth")
+    flags = ("--data", tree, *SMALL, "--protocols", "knn", "--weights", "weights.pth")
+    status, _, errors = call(*flags, "--arch", "small-cnn")
+    assert status == 2
+    assert errors.startswith("error: weights weights.pth: expected those of small-cnn")
+    assert call(*flags, "--arch", "resnet18")[0] == 0
+    assert results("runs/flowers-evaluation")["arch"] == "resnet18"
+
+
+def test_a_list_of_one_flag_is_taken_before_the_folder(call: Call, tree: Path) -> None:
+    Path("lists").mkdir()
+    for percent, number in ((1, 3), (10, 5)):
+        Path(f"lists/{percent}percent.txt").write_text("".join(f"n0{c}_{number}.JPEG\n" for c in (1, 2, 3)))
+    Path("own.txt").write_text("n01_7.JPEG\nn02_7.JPEG\nn03_7.JPEG\n")
+    flags = ("--protocols", "semi-1", "semi-10", "--semi-epochs", 1, "--lists", "lists", "--list-1", "own.txt")
+    status, output, errors = call("--data", tree, *SMALL, *flags)
+    assert (status, errors) == (0, "")
+    assert "semi-1: 3 images listed in own.txt" in output
+    assert "semi-10: 3 images listed in 10percent.txt" in output
+
+
+def test_a_resume_under_other_numbers_names_them(call: Call, tree: Path) -> None:
+    flags = ("--data", tree, *SMALL, "--protocols", "linear", "--out", "out")
+    assert call(*flags, "--linear-epochs", 1)[0] == 0
+    status, _, errors = call(*flags, "--linear-epochs", 2, "--seed", 1, "--resume")
+    assert status == 2
+    assert "linear epochs was 1 and is now 2; seed was 0 and is now 1" in errors
+    assert "--weights was" in errors  # the random ones are those of the seed
+
+
+def test_another_run_is_never_touched(call: Call, tree: Path) -> None:
+    flags = ("--data", tree, *SMALL, "--protocols", "knn")
+    for folder in ("flowers-evaluation", "flowers-evaluation-2"):
+        assert call(*flags)[1].endswith(f"Results: runs/{folder}\n")
+    status, _, errors = call(*flags, "--out", "runs/flowers-evaluation")
+    assert (status, "holds another run" in errors) == (2, True)
+    Path("runs/flowers-evaluation/mine.txt").write_text("kept")
+    assert call(*flags, "--out", "runs/flowers-evaluation", "--overwrite")[0] == 0
+    assert Path("runs/flowers-evaluation/mine.txt").read_text() == "kept"
+
+
+def test_a_pretraining_run_is_not_overwritten_and_not_resumed(call: Call, tree: Path) -> None:
+    Path("pretrained").mkdir()
+    for name in ("metrics.jsonl", "backbone.pt"):
+        Path("pretrained", name).write_text("precious")
+    parts = dict.fromkeys(checkpoint.PARTS, 0)
+    checkpoint.save(Path("pretrained/checkpoint.pt"), parts)
+    flags = ("--data", tree, *SMALL, "--protocols", "knn", "--out", "pretrained")
+    for more, message in (
+        ((), "holds another run"),
+        (("--overwrite",), "--out pretrained: holds a pretraining run (backbone.pt). Choose another folder"),
+        (("--resume",), "--resume pretrained/checkpoint.pt: not a checkpoint of this program"),
+    ):
+        status, _, errors = call(*flags, *more)
+        assert (status, message in errors) == (2, True), errors
+    assert Path("pretrained/backbone.pt").read_text() == Path("pretrained/metrics.jsonl").read_text() == "precious"
+    assert checkpoint.read(Path("pretrained/checkpoint.pt")) == parts
+
+
+def test_the_digest_of_weights_sees_every_bit() -> None:
+    torch.manual_seed(0)
+    module = build_encoder("small-cnn").module
+    before = runs.digest(module)
+    buffer = next(module.buffers())
+    buffer.view(-1)[0] += 1e-7
+    assert runs.digest(module) != before

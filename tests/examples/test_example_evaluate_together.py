@@ -1,0 +1,112 @@
+"""The evaluation under torchrun, in two real processes in float64: the weights, losses and votes of one process."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from labelled_tree import SMALL, make_tree, spoil
+from outcomes import EXAMPLES, rows
+from test_example_distributed import Done, launch
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
+
+PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+import torch
+import imagenet_evaluate as program
+from evaluation import neighbours, training
+from pretraining.distributed import is_main
+
+class Double(torch.nn.Module):
+    def forward(self, images):
+        return images.double()
+
+def build_in_float64(encoder, classes, *, frozen):
+    module = torch.nn.Sequential(Double(), encoder.module)
+    built.append(build(encoder._replace(module=module), classes, frozen=frozen).double())
+    return built[-1]
+
+def finish_and_keep(run, name, result):
+    if name != "knn" and is_main():
+        torch.save(built[-1].state_dict(), run.out / (name + ".pt"))
+    finish(run, name, result)
+
+built, build, finish = [], training.build_classifier, program.Run.finish
+training.build_classifier, program.Run.finish = build_in_float64, finish_and_keep
+neighbours.MOST_SIMILARITIES = 20  # two queries at a time; the parts of the bank are of 9 and 11 images
+nearest = program.nearest
+program.nearest = lambda encoder, *args: (encoder.module.float(), nearest(encoder, *args))[1]
+sys.exit(program.main())
+"""
+
+
+class Both(NamedTuple):
+    folder: Path
+    alone: Done
+    together: Done
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
+    """Batches of four: the last of 21 images, and the last of 5 to fine-tune on, is one image, that one rank has.
+
+    Of both parts of the tree one image cannot be read.
+    """
+    folder = tmp_path_factory.mktemp("together")
+    root = make_tree(folder / "flowers", train=7, validation=3)
+    spoil(root / "train" / "n01" / "n01_0.JPEG")
+    spoil(root / "val" / "n01" / "n01_0.JPEG")
+    (folder / "list.txt").write_text(
+        "\n".join(f"{name}.JPEG" for name in ["n01_1", "n01_2", "n02_4", "n03_1", "n03_6"])
+    )
+    (folder / "program.py").write_text(PROGRAM)
+    flags = ("--data", root, *SMALL, "--batch-size", 4, "--protocols", "linear", "knn", "semi-10", "--neighbours", 3)
+    flags += ("--linear-epochs", 3, "--semi-epochs", 2, "--semi-lr-classifier", 0.05, "--list-10", "list.txt")
+    return Both(
+        folder, *(launch(folder, count, folder / "program.py", *flags, "--out", str(count)) for count in (1, 2))
+    )
+
+
+def test_two_processes_say_what_one_does(both: Both) -> None:
+    folder, alone, together = both
+    assert (alone.status, together.status, together.told) == (0, 0, []), together.errors
+
+    first, last = "  published  ", "the last epoch's"
+    tables = [done.output[done.output.index(first) : done.output.index(last)] for done in (alone, together)]
+    assert tables[0] == tables[1]
+    assert len(together.output.splitlines()) == len(alone.output.splitlines())
+    assert "small-cnn, random weights: fp32 on cpu in 2 processes; results go to 2" in together.output
+    files = {path.name for path in (folder / "1").iterdir()}
+    assert {path.name for path in (folder / "2").iterdir()} == files
+
+
+@pytest.mark.parametrize("protocol", ["linear", "semi-10"])
+def test_two_processes_learn_what_one_does(protocol: str, both: Both) -> None:
+    one, two = (torch.load(both.folder / count / f"{protocol}.pt", weights_only=True) for count in ("1", "2"))
+    assert one.keys() == two.keys()
+    assert one["fc.weight"].dtype == torch.float64
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-12, atol=1e-12)
+    epochs = [
+        [row for row in rows(both.folder / count, "epoch") if row["protocol"] == protocol] for count in ("1", "2")
+    ]
+    assert len(epochs[0]) == len(epochs[1]) > 1
+    for first, second in zip(*epochs, strict=True):
+        exact = first.keys() - {"loss", "images_per_second"}
+        assert {name: second[name] for name in exact} == {name: first[name] for name in exact}
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-12)
+
+
+def test_two_processes_find_the_same_neighbours_and_count_once(both: Both) -> None:
+    def protocols(count: str) -> dict[str, Any]:
+        return json.loads((both.folder / count / "results.json").read_text())["protocols"]
+
+    one, two = protocols("1"), protocols("2")
+    assert two["knn"] == one["knn"]
+    assert two["knn"]["validation_images"] == 8
+    assert (two["knn"]["unreadable_in_bank"], two["knn"]["unreadable_in_validation"]) == (1, 1)
+    assert (two["linear"]["unreadable_in_training"], two["linear"]["unreadable_in_validation"]) == (1, 1)

@@ -1,0 +1,217 @@
+"""An encoder given away: the same bits in torchvision, in timm, and by PyTorch Hub; and a card that says what it is."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from official_files import official_model, write_official
+from outcomes import SMALL_RESNET
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models
+
+from export_backbone import main
+from pretraining import exporting
+from pretraining.encoders import build_encoder
+from pretraining.errors import Aborted
+from pretraining.models import resnets
+
+REPOSITORY = str(Path(__file__).parents[2])
+Export = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def export(capsys: pytest.CaptureFixture[str]) -> Export:
+    def call(*flags: object) -> tuple[int, str, str]:
+        status = main([str(flag) for flag in flags])
+        output, errors = capsys.readouterr()
+        return status, output, errors
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def resnet_run(jpegs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run on photographs whose batch statistics have moved."""
+    from imagenet_pretrain import main as pretrain
+
+    out = tmp_path_factory.mktemp("runs") / "flowers"
+    assert pretrain([*map(str, SMALL_RESNET), "--data", str(jpegs), "--out", str(out)]) == 0
+    return out
+
+
+def features_of(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(images)
+
+
+def test_the_files_are_those_of_torchvision_and_of_timm(resnet_run: Path, export: Export, tmp_path: Path) -> None:
+    out = tmp_path / "given away"
+    status, output, errors = export("--weights", resnet_run, "--out", out)
+    assert (status, errors) == (0, "")
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "backbone.safetensors", "resnet18.pth"]
+    for name in ("backbone.safetensors", "resnet18.pth"):
+        assert f"{out / name}: the same bits when loaded by this program and torchvision and timm" in output
+
+    images = torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(3))
+    ours = models.resnet18()
+    ours.fc = nn.Identity()
+    ours.load_state_dict(torch.load(resnet_run / "backbone.pt", weights_only=True))
+    expected = features_of(ours, images)
+    for state in (torch.load(out / "resnet18.pth", weights_only=True), load_file(out / "backbone.safetensors")):
+        plain = models.resnet18()
+        assert plain.load_state_dict(state, strict=False) == (["fc.weight", "fc.bias"], [])
+        plain.fc = nn.Identity()
+        assert torch.equal(features_of(plain, images), expected)
+        theirs = timm.create_model("resnet18", num_classes=0)
+        theirs.load_state_dict(state)
+        assert torch.equal(features_of(theirs, images), expected)
+
+
+@pytest.mark.parametrize("arch", resnets())
+def test_every_resnet_has_the_same_names_and_shapes_in_timm(arch: str) -> None:
+    with torch.device("meta"):
+        ours, theirs = build_encoder(arch).module, timm.create_model(arch, num_classes=0)
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_card_is_filled_from_the_run(resnet_run: Path, export: Export, tmp_path: Path) -> None:
+    evaluation, detection = tmp_path / "linear", tmp_path / "detection"
+    for folder, content in (
+        (evaluation, {"data": "flowers", "protocols": {"linear": {"labels": "all 30", "top1": 91.254, "top5": 99.9}}}),
+        (detection, {"scores": {"box": {"AP": 39.21, "AP50": 59.04, "AP75": None}}}),
+    ):
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps(content))
+    assert export("--weights", resnet_run, "--out", tmp_path, "--evaluation", evaluation, detection)[0] == 0
+    card = (tmp_path / "README.md").read_text()
+    saved = torch.load(resnet_run / "checkpoint.pt", weights_only=True)
+    for line in (
+        "# resnet18, pretrained with Barlow Twins on flowers",
+        "takes images of shape 3×224×224 to 512 features. It has 11,176,512 parameters.",
+        "| data | flowers |",
+        "| training images, without their labels | 36 |",
+        "| epochs | 2 |",
+        "| batch size, of all processes together | 8 |",
+        "| world size | 1 |",
+        "| device | cpu |",
+        f"| torch | {torch.__version__.partition('+')[0]}",
+        f"| done, steps | {saved['step']} |",
+        "| done, whole epochs | 2 |",
+        "| flowers | linear | all 30 | 91.25 | 99.90 |",
+        "| detection | box | 39.2 | 59.0 | – |",
+    ):
+        assert line in card, line
+    last = [json.loads(line) for line in (resnet_run / "metrics.jsonl").read_text().splitlines()]
+    (knn,) = [
+        row["knn"] for row in last if row["kind"] == "evaluation" and row["representation"] == "pretrained encoder"
+    ]
+    assert f"| pretrained encoder | {knn:.1f} % |" in card
+    assert not re.search(r"\bNone\b|\{\{|\{%", card)
+
+
+def test_the_code_on_the_card_runs(
+    resnet_run: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert export("--weights", resnet_run, "--out", tmp_path)[0] == 0
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {"images": torch.rand(2, 3, 64, 64)}
+    exec(code, names)
+    assert names["features"].shape == (2, 512)
+
+
+def test_an_encoder_that_no_library_has(export: Export, tmp_path: Path) -> None:
+    for arch, stem, images in (("small-cnn", "imagenet", (2, 3, 28, 28)), ("resnet18", "cifar", (2, 3, 32, 32))):
+        encoder, out = build_encoder(arch, stem), tmp_path / arch
+        torch.save(encoder.module.state_dict(), tmp_path / "any.pth")
+        status, output, _ = export("--weights", tmp_path / "any.pth", "--out", out)
+        assert status == 0
+        assert sorted(path.name for path in out.iterdir()) == ["README.md", "backbone.safetensors"]
+        assert "it does not say how it was pretrained nor what it is worth" in output
+        card = (out / "README.md").read_text()
+        assert "The file does not say how these weights were made: a state_dict." in card
+        assert "Not measured." in card
+        loaded = torch.hub.load(REPOSITORY, "encoder", str(out / "backbone.safetensors"), source="local")
+        x = torch.rand(images)
+        assert torch.equal(features_of(loaded, x), features_of(encoder.module, x))
+
+
+def test_other_libraries_weights(export: Export, tmp_path: Path) -> None:
+    model = timm.create_model("convnext_atto", num_classes=7)
+    torch.save(model.state_dict(), tmp_path / "any.pth")
+    status, output, _ = export(
+        "--weights", tmp_path / "any.pth", "--arch", "timm/convnext_atto", "--out", tmp_path / "out"
+    )
+    assert status == 0
+    assert "convnext_atto.pth: the same bits when loaded by this program and timm" in output
+    assert 'timm.create_model("convnext_atto", num_classes=0)' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_official_checkpoint(export: Export, tmp_path: Path) -> None:
+    path, _ = write_official(tmp_path / "official", official_model(), epoch=1000)
+    status, _, errors = export("--weights", path)
+    assert (status, errors) == (0, "")
+    card = (tmp_path / "official" / "export" / "README.md").read_text()
+    assert "these weights were made: a checkpoint of facebookresearch/barlowtwins, after epoch 1000." in card
+
+
+def test_nothing_is_overwritten_by_accident(export: Export, tmp_path: Path) -> None:
+    torch.save(build_encoder("small-cnn").module.state_dict(), tmp_path / "any.pth")
+    flags = ("--weights", tmp_path / "any.pth", "--out", tmp_path / "out")
+    assert export(*flags)[0] == 0
+    assert export(*flags)[::2] == (
+        2,
+        f"error: --out {tmp_path / 'out'}: holds backbone.safetensors. Choose another folder, or --overwrite\n",
+    )
+    assert export(*flags, "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "expected results.json of an evaluation"), ("{", "expected results.json"), ("{}", "neither protocols nor")],
+)
+def test_an_evaluation_without_results(content: str | None, message: str, export: Export, tmp_path: Path) -> None:
+    torch.save(build_encoder("small-cnn").module.state_dict(), tmp_path / "any.pth")
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    status, _, errors = export("--weights", tmp_path / "any.pth", "--out", tmp_path / "out", "--evaluation", tmp_path)
+    assert status == 2
+    assert message in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_has_changed_on_its_way_is_noticed(tmp_path: Path) -> None:
+    encoder = build_encoder("resnet18")
+    _, other = exporting.write_files(encoder, tmp_path)
+    state = torch.load(other, weights_only=True)
+    state["conv1.weight"][0, 0, 0, 0] += 1e-3
+    torch.save(state, other)
+    with pytest.raises(Aborted, match="has other features than the one that was exported"):
+        exporting.check(encoder, other)
+
+
+def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    model = official_model("resnet50", "16-16")
+    checkpoint, backbone = write_official(tmp_path / "official", model)
+    images = torch.rand(2, 3, 64, 64)
+    for weights in (str(backbone), backbone.as_uri(), str(checkpoint)):
+        loaded = torch.hub.load(REPOSITORY, "resnet50", weights=weights, source="local")
+        assert loaded.fc.out_features == 1000
+        loaded.fc = nn.Identity()
+        assert torch.equal(features_of(loaded, images), features_of(model.backbone, images))
+    assert [path.name for path in (tmp_path / "hub" / "checkpoints" / "barlow-loss").iterdir()] == [
+        backbone.as_uri().removeprefix("file:///").replace("/", "-")
+    ]
+    assert torch.hub.load(REPOSITORY, "resnet50", pretrained=False, source="local").fc.out_features == 1000
+    projector = torch.hub.load(REPOSITORY, "projector", checkpoint.as_uri(), source="local")
+    assert torch.equal(projector[3].weight, model.projector[3].weight)
+    assert torch.hub.load(REPOSITORY, "projector", in_features=8, hidden_features=9, source="local")[0].in_features == 8
+    loss_fn = torch.hub.load(REPOSITORY, "barlow_twins_loss", lambd=0.1, source="local")
+    assert loss_fn.lambd == 0.1

@@ -8,7 +8,10 @@
 They need torch alone; encoders need torchvision, safetensors files safetensors.
 """
 
+import hashlib
 import sys
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,13 +20,27 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-# torch.hub has this folder on its path only while it loads this file; the parts of the example are beside the library.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "examples")]
+FOLDER = Path(__file__).parent
+PARTS = "barlow_loss_pretraining"  # the example's, here: a project may have a module "pretraining" of its own
+
+
+def _import_parts() -> None:
+    path = FOLDER / "examples" / "pretraining" / "__init__.py"
+    spec: Any = spec_from_file_location(PARTS, path, submodule_search_locations=[str(path.parent)])
+    sys.modules[PARTS] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[PARTS])
+
+
+# torch.hub has this folder on its path only while it loads this file.
+sys.path.insert(0, str(FOLDER))
 try:
     from barlow_loss import BarlowTwinsLoss, Projector
-    from pretraining.weights import load_encoder
+
+    if PARTS not in sys.modules:
+        _import_parts()
+    load_encoder = import_module(f"{PARTS}.weights").load_encoder
 finally:
-    del sys.path[:2]
+    sys.path.remove(str(FOLDER))
 
 dependencies = ["torch"]
 
@@ -78,7 +95,8 @@ def _local(weights: str) -> Path:
         return Path(weights)
     folder = Path(torch.hub.get_dir()) / "checkpoints" / "barlow-loss"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / address.path.strip("/").replace("/", "-")
+    # Of two addresses with the same end, each has a file of its own.
+    path = folder / f"{hashlib.sha256(str(weights).encode()).hexdigest()[:8]}-{Path(address.path).name}"
     if not path.exists():
         with TemporaryDirectory(dir=folder) as temporary:  # a download that is cut off leaves nothing
             torch.hub.download_url_to_file(str(weights), str(Path(temporary, path.name)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -49,7 +50,9 @@ def _load(path: str | os.PathLike[str]) -> object:
     except OSError:
         raise
     except Exception as error:  # whatever a damaged or hostile pickle raises
-        reason = str(error).strip().partition("\n")[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # The first line of torch.load's own error advises to run what is in the file.
+        reason = lines[-2] if isinstance(error, UnpicklingError) and len(lines) > 2 else lines[0]
         raise ValueError(
             f"Projector.from_checkpoint: expected {os.fspath(path)} to hold tensors and plain values alone, got an "
             f"error on reading it: {reason}. Is it a checkpoint, and whole?"

@@ -16,7 +16,7 @@ from pathlib import Path
 from pretraining.errors import UsageError
 from pretraining.exporting import CARD, check, file_names, write_files
 from pretraining.flags import Flags
-from pretraining.model_card import read_record, write_card
+from pretraining.model_card import check_evaluations, read_record, write_card
 from pretraining.program import exit_status, start
 from pretraining.weights import load_encoder
 
@@ -57,6 +57,7 @@ def run(settings: Settings) -> None:
     """Load, write, read back, describe."""
     encoder = load_encoder(settings.weights, settings.arch, settings.stem)
     record = read_record(settings.weights, settings.evaluation)
+    check_evaluations(encoder, record)
     taken = [name for name in file_names(encoder) if (settings.out / name).exists()]
     if taken and not settings.overwrite:
         raise UsageError(f"--out {settings.out}: holds {taken[0]}. Choose another folder, or --overwrite")

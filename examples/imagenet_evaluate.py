@@ -26,8 +26,8 @@ from evaluation import labels, runs, training
 from evaluation.neighbours import NEIGHBOURS, nearest
 from evaluation.options import add_options, read_options
 from evaluation.recipes import LINEAR, PUBLISHED, SEMI_SUPERVISED, Recipe
-from evaluation.results import results_table
 from evaluation.runs import Result, Run
+from evaluation.tables import results_table
 from evaluation.training import Protocol
 from evaluation.trees import Tree, centres, load_tree
 from pretraining.distributed import from_main

@@ -20,7 +20,7 @@ from typing import Any
 from evaluation import runs, training
 from evaluation.options import add_options, read_options
 from evaluation.recipes import INATURALIST18, LINEAR, PLACES205, PUBLISHED_TRANSFER, Recipe
-from evaluation.results import results_table
+from evaluation.tables import results_table
 from evaluation.training import Protocol
 from evaluation.trees import load_tree
 from pretraining.distributed import from_main

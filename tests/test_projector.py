@@ -123,6 +123,13 @@ def test_from_checkpoint_of_another_form(change: dict[str, Tensor | None], messa
         Projector.from_checkpoint({name: value for name, value in state.items() if value is not None})
 
 
+def test_from_checkpoint_advises_nobody_to_run_what_is_in_a_file(tmp_path: Path):
+    (tmp_path / "any.pth").write_text('{"kind": 1}')
+    with pytest.raises(ValueError, match="Unsupported operand") as caught:
+        Projector.from_checkpoint(tmp_path / "any.pth")
+    assert "Re-running" not in str(caught.value)
+
+
 def test_from_checkpoint_without_a_projector(tmp_path: Path):
     backbone = {"conv1.weight": torch.zeros(64, 3, 7, 7), "bn1.weight": torch.zeros(64)}
     with pytest.raises(ValueError, match=r"conv1\.weight.*pass checkpoint\.pth"):

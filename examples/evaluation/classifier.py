@@ -45,7 +45,8 @@ class Classifier(nn.Module):
             return cast("Tensor", self.fc(self.fc.weight.new_zeros(0, self.fc.in_features)))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = self.encoder(images)
-        return cast("Tensor", self.fc(features))
+        with torch.autocast(images.device.type, enabled=False):  # 16 bits would make ties among a thousand logits
+            return cast("Tensor", self.fc(features.to(self.fc.weight.dtype)))
 
     @property
     def learner(self) -> nn.Module:
@@ -165,8 +166,9 @@ class Score:
         self.counts = torch.zeros(3, classes, dtype=torch.int64, device=device)
 
     def add(self, logits: Tensor, truth: Tensor) -> None:
-        """Count the images with these logits, or votes, (N, classes)."""
-        found = logits.topk(min(TOP, logits.shape[1]), dim=1).indices == truth[:, None]
+        """Count the images with these logits, (N, classes); −∞ is a class that is not among the first."""
+        greatest, classes = logits.topk(min(TOP, logits.shape[1]), dim=1)
+        found = (classes == truth[:, None]) & (greatest > -torch.inf)
         rows = torch.stack([torch.ones_like(found[:, 0]), found[:, 0], found.any(dim=1)])
         self.counts.index_add_(1, truth, rows.long())
 

@@ -35,7 +35,7 @@ def from_list(flag: str, path: Path, train: Catalogue, classes: list[str]) -> La
     """
     where = f"{flag} {path}"
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{where}: expected a list of image files, one a line ({first_line(error)})") from None
     if not names:

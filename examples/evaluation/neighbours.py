@@ -40,7 +40,8 @@ def nearest(
     ImageNet by a ResNet-50 take 10.5 GB, on all of them together.
 
     Returns:
-        The accuracy on the queries, and how many images of the bank could not be read.
+        The accuracy on the queries, where a class without a vote is never among the first five; and how many images of
+        the bank could not be read.
 
     Source: Wu et al. (2018), arXiv 1805.01978, section 3.4.
     """
@@ -61,7 +62,10 @@ def nearest(
 
 
 def _votes(own: Features, queries: Tensor, classes: int, k: int) -> Tensor:
-    """(Q, classes) of all processes' images: the nearest k are among the nearest k of each process."""
+    """(Q, classes) of all processes' images, −∞ for a class that no neighbour has.
+
+    The nearest k of all are among the nearest k of each process.
+    """
     similarity = queries.new_full((len(queries), k), -torch.inf)
     labels = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
     own_k = min(k, len(own.values))
@@ -70,7 +74,8 @@ def _votes(own: Features, queries: Tensor, classes: int, k: int) -> Tensor:
     similarity, labels = (_beside(values) for values in (similarity, labels))
     similarity, found = similarity.topk(k)
     votes = similarity.new_zeros(len(queries), classes)
-    return votes.scatter_add_(1, labels.gather(1, found), (similarity / TEMPERATURE).exp())
+    votes.scatter_add_(1, labels.gather(1, found), (similarity / TEMPERATURE).exp())
+    return votes.masked_fill_(votes == 0, -torch.inf)
 
 
 def _beside(rows: Tensor) -> Tensor:

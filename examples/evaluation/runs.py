@@ -1,7 +1,6 @@
 """One run of a program: its encoder, its folder, what it has found out, and how it goes on after an end."""
 
 import contextlib
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -10,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from pretraining import checkpoint, distributed, reporting
 from pretraining.distributed import from_main, is_main
 from pretraining.encoders import Encoder, build_encoder
-from pretraining.errors import UsageError
+from pretraining.errors import UsageError, first_line
 from pretraining.lock import locked
-from pretraining.weights import load_encoder
+from pretraining.weights import digest, load_encoder
 
 from .options import RANDOM, Options
 from .trees import Tree
@@ -56,7 +54,7 @@ def find_encoder(options: Options) -> Encoder:
     """The encoder of --weights, on the device and in eval().
 
     Raises:
-        UsageError: it cannot be loaded, or does not take photographs.
+        UsageError: it cannot be loaded, or does not take photographs of --image-size.
     """
     torch.manual_seed(options.seed)
     if options.weights == RANDOM:
@@ -65,16 +63,21 @@ def find_encoder(options: Options) -> Encoder:
         encoder = load_encoder(Path(options.weights), options.arch, options.stem)
     if encoder.arch == "digits-cnn":
         raise UsageError(f"--weights {options.weights}: expected an encoder of photographs, got digits-cnn")
-    return encoder._replace(module=encoder.module.to(options.device).eval())
+    encoder = encoder._replace(module=encoder.module.to(options.device).eval())
+    _try(encoder, options)
+    return encoder
 
 
-def digest(module: nn.Module) -> str:
-    """The SHA-256 of all that the module holds."""
-    sha256 = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        sha256.update(name.encode())
-        sha256.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha256.hexdigest()
+@torch.no_grad()
+def _try(encoder: Encoder, options: Options) -> None:
+    """Some, such as transformers, take images of one size alone."""
+    side, expected = options.image_size, (2, encoder.features)
+    try:
+        found = encoder.module(torch.zeros(2, 3, side, side, device=options.device))
+    except (AssertionError, RuntimeError, ValueError) as error:  # each architecture has its own way to say no
+        raise UsageError(f"--image-size {side}: {encoder.arch} cannot take such images ({first_line(error)})") from None
+    if (shape := tuple(getattr(found, "shape", ()))) != expected:
+        raise UsageError(f"--arch {encoder.arch}: expected features of shape {expected} for two images, got {shape}")
 
 
 def settings_of(options: Options, tree: Tree, encoder: Encoder) -> dict[str, Any]:
@@ -123,9 +126,19 @@ def _folder(options: Options, default: Path, resumed: Path | None) -> Path:
     done = ((options.out or default) / reporting.RESULTS).exists()
     overwrite = options.overwrite or (options.resume == "auto" and resumed is None and not done)
     asked = options.out or default
-    if overwrite and (taken := [name for name in OF_PRETRAINING if (asked / name).exists()]):
+    if overwrite and (taken := _of_pretraining(asked)):
         raise UsageError(f"--out {asked}: holds a pretraining run ({taken[0]}). Choose another folder")
     return reporting.make_output_folder(options.out, default, overwrite=overwrite, resumed=resumed)
+
+
+def _of_pretraining(folder: Path) -> list[str]:
+    """The files there that a pretraining run wrote; of one that was stopped the checkpoints are all there is."""
+    taken = [name for name in OF_PRETRAINING if (folder / name).exists()]
+    for name in reporting.CHECKPOINTS:
+        with contextlib.suppress(OSError, ValueError):
+            content = checkpoint.read(folder / name)
+            taken += [name] if isinstance(content, dict) and set(content) >= checkpoint.PARTS else []
+    return taken
 
 
 def _clear(out: Path) -> None:

@@ -58,11 +58,15 @@ def load_tree(root: Path, validation: Sequence[str] = ("val",)) -> Tree:
         raise UsageError(f"--data {root}: no such folder")
     train, held_out = (_part(root, names) for names in (["train"], validation))
     classes, others = (sorted(entry.name for entry in part.iterdir() if entry.is_dir()) for part in (train, held_out))
+    if classes and not others:
+        raise UsageError(
+            f"--data {held_out}: no class folders. Sort its images into class folders, as in {train.name}/"
+        )
     for other, part, missing in (
         (train, held_out, set(classes) - set(others)),
         (held_out, train, set(others) - set(classes)),
     ):
-        if missing and classes and others:
+        if missing and classes:
             raise UsageError(
                 f"--data {root}: expected the same class folders in {train.name}/ and {held_out.name}/; {len(missing)} "
                 f"of {other.name}/ are not in {part.name}/, the first is {min(missing)}"

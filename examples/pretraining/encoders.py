@@ -70,4 +70,6 @@ def _of_timm(arch: str, stem: str) -> Encoder:
         raise UsageError(f"--arch {arch}: timm has no model {name}" + (f"; it has {', '.join(alike)}" if alike else ""))
     module = timm.create_model(name, pretrained=False, num_classes=0)
     heads = module.default_cfg.get("classifier") or ()
-    return Encoder(module, module.num_features, arch, stem, heads=(heads,) if isinstance(heads, str) else tuple(heads))
+    # Some, such as MobileNetV3 and VGG, have a layer of another width between the last feature map and the classifier.
+    features = getattr(module, "head_hidden_size", module.num_features)
+    return Encoder(module, features, arch, stem, heads=(heads,) if isinstance(heads, str) else tuple(heads))

@@ -72,6 +72,9 @@ def check(encoder: Encoder, path: Path) -> list[str]:
 
 def example_shape(encoder: Encoder) -> tuple[int, int, int]:
     """(C, H, W) of the images that the encoder is for."""
+    if encoder.arch.startswith(TIMM):  # some take images of one size alone
+        channels, height, width = encoder.module.default_cfg["input_size"]  # type: ignore[union-attr,index]
+        return channels, height, width
     channels, side = SIDES.get(encoder.arch, PHOTOGRAPH)
     return channels, side, side
 

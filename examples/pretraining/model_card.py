@@ -1,5 +1,6 @@
 """The card that goes with an exported encoder: what it is, how to load it, where it comes from, what it is worth."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from barlow_loss import __version__
 from .encoders import TIMM, Encoder
 from .errors import UsageError, first_line, require
 from .exporting import CARD, SAFETENSORS, example_shape
-from .reporting import METRICS, RESULTS, Row, accuracy_cells, replacing
-from .weights import OFFICIAL, OURS, read_weights
+from .reporting import BACKBONE, METRICS, RESULTS, Row, accuracy_cells, replacing
+from .weights import OFFICIAL, OURS, digest, read_weights
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 RECIPE = {  # settings that the card shows, by what they are called there
@@ -43,6 +44,7 @@ RECIPE = {  # settings that the card shows, by what they are called there
     "torchvision": "torchvision",
     "Python": "Python",
 }
+MEASURED = "--weights"  # in the settings of results: the digest of what was evaluated
 OF_PHOTOGRAPHS = {"image_size", "crop_scale", "color_jitter", "grayscale", "blur", "solarize"}  # not of digits' views
 
 
@@ -67,30 +69,31 @@ def read_record(weights: Path, evaluations: Sequence[Path]) -> Record:
     """
     found = {str(folder): _read_results(folder) for folder in evaluations}
     file = read_weights(weights)
-    rows = _rows(file.path.parent / METRICS) if file.layout == OURS or weights.is_dir() else []
-    newest = {
-        kind: [row for row in rows if row["kind"] == kind] for kind in ("settings", "epoch", "report", "evaluation")
-    }
-    settings = newest["settings"][-1] if newest["settings"] else dict(file.content.get("settings", {}))
+    own = file.layout == OURS or file.path.name == BACKBONE  # which is beside its run's metrics
     step = file.content.get("step") if file.layout == OURS else None
+    rows = _rows(file.path.parent / METRICS) if own else []
+    rows = [row for row in rows if step is None or row.get("step", 0) <= step]
+    newest = {row["kind"]: row for row in rows}
+    epoch = file.content["epoch"] if file.layout == OFFICIAL else newest.get("epoch", {}).get("epoch")
+    evaluated = [row for row in rows if row["kind"] == "evaluation" and "representation" in row]
     return Record(
-        settings,
-        step,
-        newest["epoch"][-1]["epoch"]
-        if newest["epoch"]
-        else int(file.content["epoch"])
-        if file.layout == OFFICIAL
-        else None,
-        {row["representation"]: row for row in newest["evaluation"]},
-        newest["report"][-1] if newest["report"] else None,
-        found,
-        file.layout,
+        settings=newest.get("settings") or dict(file.content.get("settings", {})),
+        step=step,
+        epoch=epoch,
+        accuracies={row["representation"]: row for row in evaluated},
+        collapse=newest.get("report"),
+        evaluations=found,
+        layout=file.layout,
     )
 
 
 def _rows(path: Path) -> list[Row]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    """The rows of a metrics file; a line that a crash has cut off is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "kind" in row]
 
 
 def _read_results(folder: Path) -> dict[str, Any]:
@@ -101,7 +104,26 @@ def _read_results(folder: Path) -> dict[str, Any]:
         raise UsageError(f"--evaluation {folder}: expected {RESULTS} of an evaluation ({first_line(error)})") from None
     if not isinstance(content, dict) or not {"protocols", "scores"} & set(content):
         raise UsageError(f"--evaluation {folder}: {path} has neither protocols nor scores")
+    try:
+        _protocols(content), _detections(content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"--evaluation {folder}: {path} is not of an evaluation or a transfer ({type(error).__name__}: {error})"
+        ) from None
     return content
+
+
+def check_evaluations(encoder: Encoder, record: Record) -> None:
+    """Refuse to say of an encoder what was measured of another one.
+
+    Raises:
+        UsageError: the results are of other weights.
+    """
+    own = digest(encoder.module)
+    for folder, results in record.evaluations.items():
+        measured = results["settings"].get(MEASURED) if isinstance(results.get("settings"), dict) else None
+        if measured not in (None, own):
+            raise UsageError(f"--evaluation {folder}: its results are of other weights ({results.get('weights')})")
 
 
 def write_card(path: Path, encoder: Encoder, files: Sequence[Path], record: Record) -> str:
@@ -120,11 +142,7 @@ def write_card(path: Path, encoder: Encoder, files: Sequence[Path], record: Reco
         shape=example_shape(encoder),
         parameters=sum(parameter.numel() for parameter in encoder.module.parameters()),
         data=record.settings.get("data"),
-        recipe=[
-            (label, _plain(record.settings[key]))
-            for key, label in RECIPE.items()
-            if record.settings.get(key) is not None
-        ],
+        recipe=_recipe(record.settings),
         step=record.step,
         epoch=record.epoch,
         command=" ".join(record.settings.get("command") or []),

@@ -66,7 +66,7 @@ def draw_curves(
 
     below = ["rate", "norm"] if any("gradient_norm" in row for row in steps) else ["rate", "rate"]
     layout: list[Any] = [["loss", "terms"], ["rank", "probe"] if looks else ["rank", "rank"], below]
-    with _picture(path, (10, 8)) as figure:
+    with drawing(path, (10, 8)) as figure:
         panels = figure.subplot_mosaic(layout, height_ratios=(3, 3, 1.4))
         panels["loss"].set_title("Loss")
         _make_logarithmic(panels["loss"], curve(panels["loss"], "loss", BLUE))
@@ -144,7 +144,7 @@ def _draw_accuracies(axes: "Axes", looks: Sequence[Row], baselines: Mapping[str,
 
 def draw_cross_correlation(path: Path, before: Tensor, after: Tensor, step: int) -> None:
     """The cross-correlation (D, D) before and after so many steps on one diverging scale: −1 is blue, 1 is red."""
-    with _picture(path, (10, 4.8)) as figure:
+    with drawing(path, (10, 4.8)) as figure:
         panels = figure.subplots(1, 2)
         titles = ("Before pretraining", f"After step {step:,}")
         for axes, matrix, title in zip(panels, (before, after), titles, strict=True):
@@ -158,7 +158,7 @@ def draw_cross_correlation(path: Path, before: Tensor, after: Tensor, step: int)
 
 
 @contextmanager
-def _picture(path: Path, size: tuple[float, float]) -> "Iterator[Figure]":
+def drawing(path: Path, size: tuple[float, float]) -> "Iterator[Figure]":
     """A figure to draw into, in this file's style; written to ``path`` at the end, all at once."""
     matplotlib: Any = require("matplotlib", "drawing the curves")
     figures: Any = require("matplotlib.figure", "drawing the curves")

@@ -8,10 +8,12 @@
 | torchvision, timm | a state_dict, with or without its classifier; bare, or as "state_dict" or "model" of a dict |
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from .reporting import BACKBONE, CHECKPOINT
 OURS, SAFETENSORS = "a checkpoint of this program", "safetensors"
 OFFICIAL, STATE_DICT = "a checkpoint of facebookresearch/barlowtwins", "a state_dict"
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-BACKBONE_PREFIX, PROJECTOR_PREFIX, LOSS_PREFIX = "backbone.", "projector.", "bn."
+BACKBONE_PREFIX, PROJECTOR_PREFIX = "backbone.", "projector."
 
 FIRST = ("resnet50", "resnet18")  # to be tried: an architecture takes 0.1 s
 
@@ -111,7 +113,13 @@ def _foreign(path: Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # whatever a hostile pickle raises
-        raise ValueError(f"not a file of tensors and plain values: {first_line(error)}") from None
+        raise ValueError(f"not a file of tensors and plain values: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """In one line; of torch.load's not the first, which advises to run what is in the file."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-2] if isinstance(error, UnpicklingError) and len(lines) > 2 else first_line(error)
 
 
 def _parts(path: Path, state: Mapping[str, Any]) -> tuple[State, State]:
@@ -206,6 +214,15 @@ def without(state: State, heads: tuple[str, ...]) -> State:
 
 def shapes(state: State) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state.items()}
+
+
+def digest(module: nn.Module) -> str:
+    """The SHA-256 of all that the module holds."""
+    sha256 = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        sha256.update(name.encode())
+        sha256.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha256.hexdigest()
 
 
 def recognized(state: State) -> tuple[str, str] | None:

@@ -6,13 +6,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from labelled_tree import SMALL, make_tree, spoil
 from outcomes import differences, rows
+from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import imagenet_evaluate as program
 from evaluation import neighbours, runs, training
@@ -280,6 +282,10 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "--data {data}/val: no image in 1 of 3 class folders, the first is n01. Remove it or fill it",
     ),
     "no classes": ("empty train", "--data {data}/train: no class folders."),
+    "no classes in val": (
+        "empty val",
+        "--data {data}/val: no class folders. Sort its images into class folders, as in",
+    ),
 }
 
 
@@ -307,6 +313,10 @@ FLAGS: dict[str, tuple[tuple[object, ...], str]] = {
     "an unknown stem": (("--stem", "mnist"), "--stem mnist: expected imagenet or cifar"),
     "an unknown arch": (("--arch", "resnet51"), "--arch resnet51: expected"),
     "an encoder of digits": (("--arch", "digits-cnn"), "--weights random: expected an encoder of photographs"),
+    "an image that the encoder cannot take": (
+        ("--arch", "vit_b_32"),
+        "--image-size 32: vit_b_32 cannot take such images (Wrong image height! Expected 224 but got 32!)",
+    ),
     "no such weights": (("--weights", "none.pth"), "weights none.pth: no such file"),
     "no such list": (("--list-1", "none.txt"), "--list-1 none.txt: expected a list of image files, one a line"),
     "no list of 10 %": (("--lists", "."), "--lists 1percent.txt: expected a list of image files, one a line"),
@@ -385,6 +395,28 @@ def test_a_pretraining_run_is_not_overwritten_and_not_resumed(call: Call, tree: 
         assert (status, message in errors) == (2, True), errors
     assert Path("pretrained/backbone.pt").read_text() == Path("pretrained/metrics.jsonl").read_text() == "precious"
     assert checkpoint.read(Path("pretrained/checkpoint.pt")) == parts
+
+
+def test_a_pretraining_run_that_was_stopped_is_not_overwritten(call: Call, tree: Path) -> None:
+    Path("pretrained").mkdir()
+    checkpoint.save(Path("pretrained/checkpoint.pt"), dict.fromkeys(checkpoint.PARTS, 0))
+    status, _, errors = call("--data", tree, *SMALL, "--protocols", "knn", "--out", "pretrained", "--overwrite")
+    assert (status, "holds a pretraining run (checkpoint.pt)" in errors) == (2, True), errors
+    assert [path.name for path in Path("pretrained").iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_class_without_a_vote_is_not_among_the_first_five() -> None:
+    class Features(NamedTuple):
+        module: nn.Module = nn.Flatten()
+        features: int = 3
+
+    images = torch.eye(3).view(3, 3, 1, 1)
+    bank = DataLoader([*zip(images, (0, 1, 2), strict=True)], batch_size=2)
+    queries = DataLoader([*zip(images, (0, 1, 0), strict=True)], batch_size=2)
+    measured, _ = neighbours.nearest(Features(), bank, queries, 3, torch.device("cpu"), k=1)
+    assert measured.top1 == measured.top5 == pytest.approx(200 / 3)
+    measured, _ = neighbours.nearest(Features(), bank, queries, 3, torch.device("cpu"), k=3)
+    assert (measured.top1, measured.top5) == (pytest.approx(200 / 3), 100)
 
 
 def test_the_digest_of_weights_sees_every_bit() -> None:

@@ -69,6 +69,15 @@ def test_a_list_that_does_not_fit_is_refused(kind: str, tree: Tree, tmp_path: Pa
     assert str(caught.value) == f"--list-1 {tmp_path / '1.txt'}: {message}"
 
 
+def test_a_list_written_by_windows(tree: Tree, tmp_path: Path) -> None:
+    names = [f"n0{c}_0.JPEG" for c in (1, 2, 3)]
+    plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
+    plain.write_text("".join(f"{name}\n" for name in names))
+    marked.write_bytes("".join(f"{name}\r\n" for name in names).encode("utf-8-sig"))
+    found = [from_list("--list-1", path, tree.train, tree.classes).images for path in (plain, marked)]
+    assert torch.equal(*found)
+
+
 def test_a_list_that_cannot_be_read_is_refused(tree: Tree, tmp_path: Path) -> None:
     (tmp_path / "1.txt").write_bytes(b"\xff\xd8\xff\xe0 a picture")
     for path in (tmp_path / "1.txt", tmp_path / "none.txt", tmp_path):

@@ -2,6 +2,10 @@
 
 import json
 import re
+import runpy
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +19,11 @@ from torch import Tensor, nn
 from torchvision import models
 
 from export_backbone import main
-from pretraining import exporting
+from pretraining import exporting, model_card
 from pretraining.encoders import build_encoder
 from pretraining.errors import Aborted
 from pretraining.models import resnets
+from pretraining.weights import digest
 
 REPOSITORY = str(Path(__file__).parents[2])
 Export = Callable[..., tuple[int, str, str]]
@@ -174,7 +179,18 @@ def test_nothing_is_overwritten_by_accident(export: Export, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "expected results.json of an evaluation"), ("{", "expected results.json"), ("{}", "neither protocols nor")],
+    [
+        (None, "expected results.json of an evaluation"),
+        ("{", "expected results.json"),
+        ("{}", "neither protocols nor"),
+        ('{"protocols": []}', "is not of an evaluation or a transfer"),
+        ('{"protocols": {"linear": {"top1": 1.0}}}', "(KeyError: 'labels')"),
+        ('{"scores": {"box": {}}}', "(KeyError: 'AP')"),
+        (
+            '{"protocols": {}, "weights": "b.pt", "settings": {"--weights": "a"}}',
+            "its results are of other weights (b.pt)",
+        ),
+    ],
 )
 def test_an_evaluation_without_results(content: str | None, message: str, export: Export, tmp_path: Path) -> None:
     torch.save(build_encoder("small-cnn").module.state_dict(), tmp_path / "any.pth")
@@ -184,6 +200,47 @@ def test_an_evaluation_without_results(content: str | None, message: str, export
     assert status == 2
     assert message in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_the_results_of_these_weights_are_taken(export: Export, tmp_path: Path) -> None:
+    encoder = build_encoder("small-cnn")
+    torch.save(encoder.module.state_dict(), tmp_path / "any.pth")
+    results = {"protocols": {}, "settings": {"--weights": digest(encoder.module)}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert export("--weights", tmp_path / "any.pth", "--evaluation", tmp_path)[0] == 0
+
+
+def test_the_records_of_a_run_that_was_cut_off(resnet_run: Path, export: Export, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(resnet_run, run)
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"kind": "epoch", "st')
+    for weights, steps in ((run, 1), (run / "backbone.pt", 0)):
+        assert export("--weights", weights, "--out", run / "export", "--overwrite")[0] == 0
+        card = (run / "export" / "README.md").read_text()
+        assert "| done, whole epochs | 2 |" in card
+        assert card.count("| done, steps |") == steps
+
+
+def test_the_card_of_an_earlier_checkpoint_has_nothing_of_later_steps(
+    resnet_run: Path, export: Export, tmp_path: Path
+) -> None:
+    before = resnet_run / "checkpoint.previous.pt"
+    assert export("--weights", before, "--out", tmp_path)[0] == 0
+    card = (tmp_path / "README.md").read_text()
+    assert f"| done, steps | {torch.load(before, weights_only=True)['step']} |" in card
+    assert "| done, whole epochs | 1 |" in card
+
+
+def test_the_card_of_digits_has_no_views_of_photographs() -> None:
+    settings = {"arch": "digits-cnn", "batch_size": 256, "blur": [1.0, 0.1]}
+    assert model_card._recipe(settings) == [("batch size, of all processes together", "256")]
+    assert ("blur, probability in each view", "1, 0.1") in model_card._recipe(settings | {"arch": "resnet18"})
+
+
+def test_an_encoder_of_another_image_size() -> None:
+    with torch.device("meta"):
+        assert exporting.example_shape(build_encoder("timm/vit_tiny_patch16_384")) == (3, 384, 384)
 
 
 def test_a_file_that_has_changed_on_its_way_is_noticed(tmp_path: Path) -> None:
@@ -206,12 +263,38 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert loaded.fc.out_features == 1000
         loaded.fc = nn.Identity()
         assert torch.equal(features_of(loaded, images), features_of(model.backbone, images))
-    assert [path.name for path in (tmp_path / "hub" / "checkpoints" / "barlow-loss").iterdir()] == [
-        backbone.as_uri().removeprefix("file:///").replace("/", "-")
-    ]
+    (kept,) = (tmp_path / "hub" / "checkpoints" / "barlow-loss").iterdir()
+    assert kept.name.endswith(f"-{backbone.name}")
     assert torch.hub.load(REPOSITORY, "resnet50", pretrained=False, source="local").fc.out_features == 1000
     projector = torch.hub.load(REPOSITORY, "projector", checkpoint.as_uri(), source="local")
     assert torch.equal(projector[3].weight, model.projector[3].weight)
     assert torch.hub.load(REPOSITORY, "projector", in_features=8, hidden_features=9, source="local")[0].in_features == 8
     loss_fn = torch.hub.load(REPOSITORY, "barlow_twins_loss", lambd=0.1, source="local")
     assert loss_fn.lambd == 0.1
+
+
+def test_the_hub_beside_a_project_with_modules_of_the_same_names(tmp_path: Path) -> None:
+    torch.save(build_encoder("small-cnn").module.state_dict(), tmp_path / "any.pth")
+    for name in ("pretraining", "examples"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "pretraining" / "weights.py").touch()
+    program = f"""
+import torch
+for _ in range(2):
+    model = torch.hub.load({REPOSITORY!r}, "encoder", "any.pth", source="local")
+    import pretraining.weights
+assert not model.training
+print(pretraining.weights.__file__)
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{tmp_path / 'pretraining' / 'weights.py'}\n", done.stderr
+
+
+def test_two_addresses_that_end_alike_are_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda address, path: Path(path).write_text(address))
+    hub = runpy.run_path(f"{REPOSITORY}/hubconf.py")
+    addresses = [f"https://{host}/v1/resnet50.pth{query}" for host in ("a", "b") for query in ("", "?id=2")]
+    assert [hub["_local"](address).read_text() for address in [*addresses, *addresses]] == addresses * 2

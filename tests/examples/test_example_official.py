@@ -9,6 +9,10 @@ import torch
 from official_files import official_model, write_official
 from outcomes import SMALL_RESNET, rows
 from torch import nn
+from torchvision import models
+
+from pretraining.models import build_model
+from pretraining.official import initialize
 
 Run = Callable[..., tuple[int, str, str]]
 STANDING = ("--learning-rate-weights", 0, "--learning-rate-biases", 0)
@@ -109,3 +113,12 @@ def test_momenta_of_another_model(official: tuple, run: Run, jpegs: Path, tmp_pa
     status, _, errors = run(*SMALL_RESNET, "--data", jpegs, "--resume", "checkpoint.pth")
     assert status == 2
     assert "its optimizer is not of this model: of the momenta by number, 1 names are missing" in errors
+
+
+def test_beginning_with_a_classifier_of_torchvision_leaves_its_last_layer_out(tmp_path: Path) -> None:
+    theirs, model = models.resnet18(), build_model("resnet18", "16-16")
+    torch.save(theirs.state_dict(), tmp_path / "any.pth")
+    said = initialize(model, tmp_path / "any.pth")
+    assert "the encoder (the projector has random weights)" in said
+    found = model.backbone.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in theirs.state_dict().items() if name[:3] != "fc.")

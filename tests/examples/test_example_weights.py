@@ -241,6 +241,20 @@ def test_unknown_architectures(arch: str, message: str) -> None:
         build_encoder(arch)
 
 
+@pytest.mark.parametrize("arch", ["mobilenetv3_small_050", "vgg11", "convnext_atto", "deit_tiny_distilled_patch16_224"])
+def test_the_width_of_the_features_is_that_of_the_output(arch: str) -> None:
+    with torch.device("meta"):
+        encoder = build_encoder(f"timm/{arch}")
+        assert encoder.module.eval()(torch.rand(2, 3, 224, 224)).shape == (2, encoder.features)
+
+
+def test_nobody_is_told_to_run_what_is_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "any.pth").write_text('{"kind": 1}')
+    with pytest.raises(UsageError, match="plain values: Unsupported operand") as caught:
+        load_encoder(tmp_path / "any.pth")
+    assert "Re-running" not in str(caught.value)
+
+
 def test_what_a_checkpoint_says_of_itself(tmp_path: Path) -> None:
     model = build_model("resnet18", "32-16", stem="cifar")
     content = dict.fromkeys(checkpoint.PARTS, 0) | {

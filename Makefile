@@ -5,6 +5,7 @@ VENV          ?= .venv
 VENV_MINIMAL  ?= .venv-minimal
 TORCH_MINIMAL ?= torch==2.13.0
 DEMO_FLAGS    ?=
+EVALUATE_FLAGS ?=
 TEST_FLAGS    ?=
 BENCH_FLAGS   ?= --quick
 FAULTS_FLAGS  ?=
@@ -16,17 +17,20 @@ RUN_MINIMAL := $(VENV_MINIMAL)/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-minimal faults lint format bench gpu wheel clean
+.PHONY: help demo evaluate test test-minimal faults lint format bench gpu wheel clean
 
 # Small batches on few cores: two OpenMP threads that wait for each other cost more than they bring.
-demo test test-minimal faults: export OMP_NUM_THREADS = 1
+demo evaluate test test-minimal faults: export OMP_NUM_THREADS = 1
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Settings, e.g. 'make demo PYTHON=python3.12 DEMO_FLAGS=\"--seed 1\"': PYTHON DEMO_FLAGS TEST_FLAGS FAULTS_FLAGS BENCH_FLAGS GPU_FLAGS WORKERS"
+	@echo "Settings, e.g. 'make demo PYTHON=python3.12 DEMO_FLAGS=\"--seed 1\"': PYTHON DEMO_FLAGS EVALUATE_FLAGS TEST_FLAGS FAULTS_FLAGS BENCH_FLAGS GPU_FLAGS WORKERS"
 
 demo: $(VENV)/.has-examples  ## pretrain on scikit-learn's digits and show what was learned (about a minute)
 	$(RUN) examples/imagenet_pretrain.py $(DEMO_FLAGS)
+
+evaluate: $(VENV)/.has-examples  ## pretrain with three seeds on the built-in data, and show what it is worth (a quarter of an hour)
+	$(RUN) examples/evaluate_small.py $(EVALUATE_FLAGS)
 
 # A process interprets triton's kernels or compiles them, never both.
 test: $(VENV)/.has-test  ## run all tests

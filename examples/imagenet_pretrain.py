@@ -22,6 +22,7 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def run(settings: Settings) -> None:
     if settings.checkpoint_activations:
         checkpoint_activations(model.backbone)
     data = load_data(settings)
+    data = data if settings.evaluation else replace(data, final=None)
     state = first_state(settings, model, len(data.pairs) // settings.accumulate)
     default = Path("runs") / (data.name if settings.data is None else f"{data.name}-{settings.arch}")
     wanted = from_main(lambda: reporting.find_checkpoint(settings.resume, settings.out, default))

@@ -105,7 +105,8 @@ def opened(options: Options, encoder: Encoder, tree: Tree, settings: dict[str, A
     distributed.require_agreement({"the checkpoint": source} | {name: str(value) for name, value in settings.items()})
     if saved and resumed:
         checkpoint.check_settings(resumed, saved["settings"], settings)
-    out = from_main(lambda: _folder(options, default, resumed))
+    asked = {"overwrite": options.overwrite, "resume": options.resume, "resumed": resumed}
+    out = from_main(lambda: output_folder(options.out, default, **asked))
     with contextlib.ExitStack() as stack:
         continues = resumed is not None and resumed.parent.resolve() == out.resolve()
         if is_main():
@@ -122,13 +123,21 @@ def opened(options: Options, encoder: Encoder, tree: Tree, settings: dict[str, A
         yield run
 
 
-def _folder(options: Options, default: Path, resumed: Path | None) -> Path:
-    done = ((options.out or default) / reporting.RESULTS).exists()
-    overwrite = options.overwrite or (options.resume == "auto" and resumed is None and not done)
-    asked = options.out or default
+def output_folder(
+    out: Path | None, default: Path, *, overwrite: bool, resume: str | None, resumed: Path | None
+) -> Path:
+    """Make the folder of --out, as :func:`~pretraining.reporting.make_output_folder`, but never of a pretraining run.
+
+    A run that ended before its first checkpoint has nothing to resume, and nothing to lose.
+
+    Raises:
+        UsageError: the folder holds other files, or cannot be made or written.
+    """
+    asked = out or default
+    overwrite = overwrite or (resume == "auto" and resumed is None and not (asked / reporting.RESULTS).exists())
     if overwrite and (taken := _of_pretraining(asked)):
         raise UsageError(f"--out {asked}: holds a pretraining run ({taken[0]}). Choose another folder")
-    return reporting.make_output_folder(options.out, default, overwrite=overwrite, resumed=resumed)
+    return reporting.make_output_folder(out, default, overwrite=overwrite, resumed=resumed)
 
 
 def _of_pretraining(folder: Path) -> list[str]:
@@ -137,7 +146,8 @@ def _of_pretraining(folder: Path) -> list[str]:
     for name in reporting.CHECKPOINTS:
         with contextlib.suppress(OSError, ValueError):
             content = checkpoint.read(folder / name)
-            taken += [name] if isinstance(content, dict) and set(content) >= checkpoint.PARTS else []
+            ours = isinstance(content, dict) and set(content) >= checkpoint.PARTS
+            taken += [name] if ours and "projector" in content["settings"] else []
     return taken
 
 

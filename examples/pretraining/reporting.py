@@ -18,7 +18,7 @@ CHECKPOINTS = CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"  
 DAMAGED = "checkpoint.damaged.pt"
 PICTURES = CURVES, CROSS_CORRELATION = "curves.png", "cross_correlation.png"
 TENSORBOARD = "tensorboard"  # a folder of event files
-HISTORY = ("baseline", "step", "epoch", "collapse", "profile", "event")  # kinds of rows that a resumed run keeps
+HISTORY = ("baseline", "step", "epoch", "collapse", "profile", "event", "test")  # kinds that a resumed run keeps
 # Of tqdm's bar: with what `progress` says in at most 100 columns, also in a run of millions of steps and many days.
 BAR = "{bar} {n_fmt}/{total_fmt} [{remaining}{postfix}]"
 Row = dict[str, Any]
@@ -112,8 +112,8 @@ class Mirror(Protocol):
 class Metrics:
     """The run's history: JSON objects, one a line, and the same in memory and in the mirrors.
 
-    ``kind`` tells them apart: settings, baseline, step, epoch, collapse, profile, event, evaluation, report. A number
-    that is not finite is null. Without a folder they are kept in memory only.
+    ``kind`` tells them apart: settings, baseline, step, epoch, collapse, profile, event, evaluation, report;
+    of a detector test. A number that is not finite is null. Without a folder they are kept in memory only.
     """
 
     def __init__(

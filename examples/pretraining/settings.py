@@ -30,7 +30,7 @@ CHOICES = {
 FREE = {
     "preset", "data", "device", "backend", "workers", "loader_timeout", "channels_last", "compile", "tensorboard",
     "checkpoint_activations", "deterministic", "probe_every", "log_every", "report_every", "save_every", "profile",
-    "out", "overwrite", "resume", "limit_steps",
+    "out", "overwrite", "resume", "limit_steps", "evaluation",
 }  # fmt: skip
 
 
@@ -64,6 +64,7 @@ class Settings:
     solarize: tuple[float, float]
     augment_on: str
     probe: bool
+    evaluation: bool
     probe_every: int
     log_every: int
     report_every: int
@@ -147,6 +148,8 @@ def _parser(description: str) -> Flags:
     add("--augment-on", str, "workers, or device: colours, blur and solarization in batches, there", default="workers")
     add("--probe-every", positive, "epochs from one look at held-out training images to the next", metavar="EPOCHS")
     parser.add_argument("--no-probe", dest="probe", action="store_false", help="hold no images out for it")
+    text = "end with the encoder, and no measure of what it is worth"
+    parser.add_argument("--no-evaluation", dest="evaluation", action="store_false", help=text)
     add("--log-every", positive, "steps from one row of metrics.jsonl to the next", default=10, metavar="STEPS")
     add("--report-every", positive, "steps from one collapse report to the next", default=100, metavar="STEPS")
     add("--save-every", positive, "steps between checkpoints, beside one after each epoch", metavar="STEPS")

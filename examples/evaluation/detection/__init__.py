@@ -1,0 +1,1 @@
+"""Transfer to object detection and instance segmentation: data sets, detectors, training, scores."""

@@ -1,0 +1,236 @@
+"""The program of transfer to detection from end to end: results, a resumed run, two processes, what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from outcomes import EXAMPLES, differences, environment, rows, states
+
+pytest.importorskip("torchmetrics")
+pytest.importorskip("pycocotools")
+
+import shapes
+
+from pretraining import checkpoint
+from pretraining.encoders import build_encoder
+from pretraining.weights import digest
+
+SMALL = (
+    *("--short-side", 64, "--anchor-sizes", 16, 32, "--anchors-per-image", 16, "--rois-per-image", 8, "--roi-size", 4),
+    *("--candidates", 40, 40, "--proposals", 20, 10, "--precise-batches", 1, "--workers", 0, "--device", "cpu"),
+    *("--batch-size", 2, "--learning-rate", 0.01),
+)
+RANDOM = ("--weights", "random", "--arch", "resnet18")
+Outcome = tuple[int, str, str]
+Detect = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("data")
+    voc, coco = (shapes.voc_tree, root / "voc"), (shapes.coco_tree, root / "coco")
+    return {make.__name__.partition("_")[0]: make(folder, train=6, test=3, side=64) for make, folder in (voc, coco)}
+
+
+@pytest.fixture
+def detect(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Detect:
+    """Call the program with flags, in an empty folder; get its exit status, its output and its errors."""
+    from transfer_detection import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def call(*flags: object) -> Outcome:
+        status = main([str(flag) for flag in flags])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def results(folder: str = "out") -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((Path(folder) / "results.json").read_text())
+    return content
+
+
+@pytest.mark.parametrize("layout", ["voc", "coco"])
+def test_a_run_leaves_results_a_model_and_a_table(layout: str, trees: dict[str, Path], detect: Detect) -> None:
+    torch.save(build_encoder("resnet18").module.state_dict(), "encoder.pt")
+    flags = ("--data", trees[layout], *SMALL, "--iterations", 3, "--evaluate-every", 2, "--out", "out")
+    status, output, errors = detect(*flags, "--weights", "encoder.pt")
+    assert status == 0, errors
+    kinds = {"voc": {"box"}, "coco": {"box", "mask"}}[layout]
+    found = results()
+    assert found["scores"].keys() == kinds
+    assert all(0 <= found["scores"][kind][figure] <= 100 for kind in kinds for figure in ("AP", "AP50", "AP75"))
+    assert found["iteration"] == 3
+    assert found["recall_points"] == {"voc": 11, "coco": 101}[layout]
+    assert [evaluation["step"] for evaluation in found["evaluations"]] == [2, 3]
+    assert "chosen_on" in found["best_iteration"]
+    assert found["classes"] == [*shapes.CLASSES]
+    assert "| resnet18-C4, 3 iterations |" in output
+    assert "as published |" not in output  # other images, other classes
+    assert "3 iterations for the published" in output
+    model = checkpoint.read(Path("out/model.pt"))
+    assert model["classes"] == [*shapes.CLASSES]
+    assert model["arch"] == "resnet18"
+    assert rows(Path("out"), "step")[-1]["loss_objectness"] >= 0
+
+
+def test_the_learning_rate_follows_the_batch(trees: dict[str, Path], detect: Detect) -> None:
+    without_rate = SMALL[: SMALL.index("--learning-rate")]
+    status, output, errors = detect("--data", trees["voc"], *RANDOM, *without_rate, "--iterations", 1, "--out", "out")
+    assert status == 0, errors
+    assert "learning rate 0.0125: the published 0.1 of a batch of 16, scaled to 2" in output
+    assert results()["settings"]["learning_rate"] == 0.0125
+
+
+def test_a_frozen_encoder_comes_out_as_it_went_in(trees: dict[str, Path], detect: Detect) -> None:
+    torch.manual_seed(5)
+    encoder = build_encoder("resnet18").module
+    torch.save(encoder.state_dict(), "encoder.pt")
+    flags = ("--data", trees["voc"], *SMALL, "--weights", "encoder.pt", "--iterations", 2, "--out", "out")
+    assert detect(*flags, "--freeze-backbone")[0] == 0
+    model = checkpoint.read(Path("out/model.pt"))["model"]
+    for name, tensor in encoder.state_dict().items():
+        prefix = "roi_heads.box_head.pretrained." if name.startswith("layer4") else "backbone."
+        assert torch.equal(model[prefix + name], tensor), name
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(trees: dict[str, Path], detect: Detect) -> None:
+    """To the bit: the state has no place for a random state that would have to be restored into a loader."""
+    flags = ("--data", trees["coco"], *RANDOM, *SMALL, "--iterations", 5, "--milestones", 4, "--evaluate-every", 2)
+    assert detect(*flags, "--out", "whole", "--save-every", 2)[0] == 0
+    shutil.copytree("whole", "broken")
+    Path("broken/checkpoint.previous.pt").replace("broken/checkpoint.pt")  # after iteration 4
+    assert states("broken")[0]["step"] == 4
+    for name in ("results.json", "model.pt"):
+        (Path("broken") / name).unlink()
+    status, output, errors = detect(*flags, "--out", "broken", "--resume")
+    assert status == 0, errors
+    assert "after iteration 4" in output
+    assert differences(*states("whole", "broken")) == []
+    assert results("whole") == results("broken")  # what was measured before the stop is not forgotten
+    assert [evaluation["step"] for evaluation in results("broken")["evaluations"]] == [2, 4, 5]
+    status, _, errors = detect(*flags, "--out", "broken", "--resume", "--momentum", 0.8)
+    assert status == 2
+    assert "momentum was 0.9 and is now 0.8" in errors
+
+
+def test_a_pretraining_run_is_not_overwritten(trees: dict[str, Path], detect: Detect) -> None:
+    content = dict.fromkeys(checkpoint.PARTS, 0) | {"settings": {"projector": "64-64"}}
+    Path("out").mkdir()
+    checkpoint.save(Path("out/checkpoint.pt"), content)
+    flags = ("--data", trees["voc"], *RANDOM, *SMALL, "--iterations", 1, "--out", "out")
+    status, _, errors = detect(*flags, "--overwrite")
+    assert (status, errors) == (2, "error: --out out: holds a pretraining run (checkpoint.pt). Choose another folder\n")
+    assert checkpoint.read(Path("out/checkpoint.pt")) == content
+
+
+def test_the_results_name_the_weights(trees: dict[str, Path], detect: Detect) -> None:
+    """So that a model card can tell whether they are of the encoder that it describes."""
+    encoder = build_encoder("resnet18")
+    torch.save(encoder.module.state_dict(), "encoder.pth")
+    flags = ("--data", trees["voc"], "--weights", "encoder.pth", *SMALL, "--iterations", 1)
+    assert detect(*flags, "--out", "out")[0] == 0
+    assert results()["settings"]["--weights"] == digest(encoder.module)
+    assert detect(*flags, "--out", "out", "--overwrite")[0] == 0
+
+
+def test_two_processes_share_the_images_unevenly_and_end(trees: dict[str, Path], tmp_path: Path) -> None:
+    """Three images a step, three in the test: each process has one or two, with a batch norm over all of them."""
+    flags = [*("--data", trees["coco"]), *RANDOM, *SMALL, *("--batch-size", 3, "--iterations", 2, "--out", "out")]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    command = [sys.executable, *launcher, str(EXAMPLES / "transfer_detection.py"), *map(str, flags)]
+    done = subprocess.run(
+        command, check=False, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cpu in 2 processes" in done.stdout
+    assert done.stdout.count("average precision in percent") == 1
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["test"]["images"] == 3
+    assert found["scores"]["mask"]["AP"] is not None
+
+
+def test_what_is_left_out_is_told_and_kept(trees: dict[str, Path], tmp_path: Path, detect: Detect) -> None:
+    root = Path(shutil.copytree(trees["coco"], tmp_path / "data"))
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"] = [3, 3, 0, 5]
+    path.write_text(json.dumps(content))
+    for name in ("train2017/10000001.jpg", "val2017/11000000.jpg"):
+        (root / name).write_bytes((root / name).read_bytes()[:100])
+    status, output, errors = detect("--data", root, *RANDOM, *SMALL, "--iterations", 3, "--out", "out")
+    assert status == 0, errors
+    assert "note: left out of the training: box without width or height × 1" in output
+    assert "1 of the test were left out" in output
+    found = results()
+    assert found["train"]["left_out"]["box without width or height"] == 1
+    assert found["train"]["unreadable"] >= 1
+    assert found["test"]["unreadable"] == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(trees: dict[str, Path], detect: Detect) -> None:
+    status, _, errors = detect(
+        "--data", trees["voc"], *RANDOM, *SMALL, "--learning-rate", 1e30, "--iterations", 5, "--out", "out"
+    )
+    assert status == 1
+    assert "the loss is not finite" in errors
+    assert "--learning-rate" in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    {
+        "no weights": (("--data", "voc"), "--weights: expected"),
+        "no data": (("--weights", "random"), "--data: expected"),
+        "no folder": (("--data", "nowhere", *RANDOM), "--data nowhere: no such folder"),
+        "no layout": (("--data", ".", *RANDOM), "expected VOC2007/"),
+        "neck": (("--data", "voc", *RANDOM, "--neck", "c5"), "--neck c5: expected c4 or fpn"),
+        "precision": (("--data", "voc", *RANDOM, "--precision", "fp16"), "--precision fp16: expected fp32 or bf16"),
+        "file": (("--data", "voc", "--weights", "absent.pt"), "absent.pt: no such file"),
+        "encoder": (("--data", "voc", "--weights", "random", "--arch", "small-cnn"), "expected a ResNet"),
+        "sides": (("--data", "voc", *RANDOM, "--short-side", "1400"), "--max-side 1333: expected no less"),
+        "batch": (("--data", "voc", *RANDOM, "--batch-size", "7"), "--batch-size 7: expected at most the number"),
+        "a bad number": (("--data", "voc", *RANDOM, "--iterations", "0"), "--iterations: expected a whole number ≥ 1"),
+    }.values(),
+)
+def test_mistakes_are_told_in_one_line(
+    flags: tuple[str, ...], expected: str, trees: dict[str, Path], detect: Detect
+) -> None:
+    Path("voc").symlink_to(trees["voc"])
+    status, _, errors = detect(*flags)
+    assert status == 2
+    assert errors.startswith("error: ")
+    assert expected in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_test_list_that_is_absent_is_named(trees: dict[str, Path], tmp_path: Path, detect: Detect) -> None:
+    root = Path(shutil.copytree(trees["voc"], tmp_path / "data"))
+    (root / "VOC2007" / "ImageSets" / "Main" / "test.txt").unlink()
+    status, _, errors = detect("--data", root, *RANDOM)
+    assert status == 2
+    assert "expected VOC2007/ImageSets/Main/test.txt" in errors
+
+
+def test_a_data_set_without_a_usable_box_is_refused(trees: dict[str, Path], tmp_path: Path, detect: Detect) -> None:
+    root = Path(shutil.copytree(trees["voc"], tmp_path / "data"))
+    shutil.rmtree(root / "VOC2007" / "JPEGImages")
+    status, _, errors = detect("--data", root, *RANDOM)
+    assert status == 2
+    assert "expected boxes to find in the test, found none that can be used (image whose file is absent × 3)" in errors
+
+
+def test_another_run_is_not_overwritten(trees: dict[str, Path], detect: Detect) -> None:
+    flags = ("--data", trees["voc"], *RANDOM, *SMALL, "--iterations", 1, "--out", "out")
+    assert detect(*flags)[0] == 0
+    status, _, errors = detect(*flags)
+    assert (status, "holds another run" in errors) == (2, True)
+    assert detect(*flags, "--overwrite")[0] == 0

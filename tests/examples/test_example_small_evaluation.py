@@ -1,0 +1,475 @@
+"""The evaluation on the built-in data: fair to all methods, blind to the test images, told as it was measured."""
+
+import gzip
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from outcomes import EXAMPLES, environment
+from torch import Tensor
+
+import evaluate_small
+from evaluation.small import data as small_data
+from evaluation.small import methods, tables
+from evaluation.small.data import DIGITS, FASHION, KNN, MOST, TASKS, DataSet, Labelled, load
+from evaluation.small.jobs import Job, run_jobs
+from evaluation.small.supervised import Trained, recipe_for, train_with_labels
+from pretraining.augmentations import MEAN, STD
+from pretraining.encoders import build_encoder
+from pretraining.errors import Aborted, Stopped
+
+CPU = torch.device("cpu")
+SHORT = ("--only", "digits", "--seeds", 2, "--epochs", 1, "--quick")
+
+
+def idx(values: Tensor) -> bytes:
+    return struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.numpy().tobytes()
+
+
+@pytest.fixture(scope="module")
+def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,000 training images and 50 test images in the files of Fashion-MNIST; each class has a stripe of its own."""
+    folder = tmp_path_factory.mktemp("fashion")
+    generator = torch.Generator().manual_seed(0)
+    for part, n in (("train", 1000), ("t10k", 50)):
+        labels = torch.arange(n) % 10
+        grey = torch.randint(60, (n, 28, 28), generator=generator, dtype=torch.uint8)
+        grey[torch.arange(n), 2 + 2 * labels] = 255
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(grey)))
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels.to(torch.uint8))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits() -> DataSet:
+    return load(DIGITS, "")
+
+
+@pytest.fixture
+def run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Call the program with flags, in an empty folder; get its exit status, its output and its errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags: object) -> tuple[int, str, str]:
+        status = evaluate_small.main([str(flag) for flag in flags])
+        output, errors = capsys.readouterr()
+        return status, output, errors
+
+    return call
+
+
+def row(task: str, method: str, labels: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
+    return {"task": task, "method": method, "labels": labels, "seed": seed, "draw": 0, "accuracy": accuracy} | more
+
+
+def results(rows: list[dict[str, Any]], seeds: int = 2) -> dict[str, Any]:
+    return {
+        "settings": {"seeds": seeds, "epochs": {DIGITS: 30}},
+        "environment": {"device": "cpu", "processes": 2, "threads": 1, "versions": {"torch": "2.14"}},
+        "data": {DIGITS: {"train": 1442, MOST: 1442, "test": 355}},
+        "seconds": 90.0,
+        "rows": rows,
+    }
+
+
+# The labels
+
+
+@pytest.mark.parametrize(
+    ("column", "images", "expected"),
+    [("1", 1442, 1), ("10", 1442, 10), ("1%", 60_000, 60), ("10%", 60_000, 600), ("1%", 200, 1)],
+)
+def test_labels_of_each_class(column: str, images: int, expected: int) -> None:
+    assert small_data.labels_per_class(column, images) == expected
+
+
+@pytest.mark.parametrize("column", ["1", "10"])
+def test_a_draw_has_as_many_of_each_class_and_is_a_function_of_the_seed(digits: DataSet, column: str) -> None:
+    numbers = digits.labelled(column, seed=3)
+    assert digits.train.labels[numbers].bincount().tolist() == [int(column)] * 10
+    assert numbers.equal(digits.labelled(column, seed=3))
+    assert not numbers.equal(digits.labelled(column, seed=4))
+
+
+def test_more_labels_contain_the_fewer(digits: DataSet) -> None:
+    assert set(digits.labelled("1", 0).tolist()) < set(digits.labelled("10", 0).tolist())
+
+
+def test_every_method_gets_the_same_labels(digits: DataSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Probes of three representations, training from scratch and fine-tuning: what each of them asks for."""
+    weights = tmp_path / "backbone.pt"
+    torch.save(build_encoder("digits-cnn").module.state_dict(), weights)
+    asked: list[tuple[int, ...]] = []
+
+    def fitted(features: Tensor, labels: Tensor, queries: Tensor, truth: Tensor) -> float:
+        known = digits.labelled("10", methods.draw_seed(1, 0))
+        assert labels.equal(digits.train.labels[known])
+        asked.append((len(features), int(labels.sum())))
+        return 0.0
+
+    def trained(task: object, data: DataSet, numbers: Tensor, *_: object, **__: object) -> Any:
+        assert numbers.equal(digits.labelled("10", methods.draw_seed(1, 0)))
+        asked.append((len(numbers), int(data.train.labels[numbers].sum())))
+        return Trained(0.0, 0.0, 1)
+
+    monkeypatch.setattr(methods.probes, "linear_accuracy", fitted)
+    monkeypatch.setattr(methods, "train_with_labels", trained)
+    methods.probe(DIGITS, "", str(weights), ["10"], 1, "cpu")
+    methods.supervise(DIGITS, "", None, "10", 1, 1.0, "cpu")
+    methods.supervise(DIGITS, "", str(weights), "10", 1, 1.0, "cpu")
+    assert len(asked) == 3 + 2 + 1
+    assert len(set(asked)) == 1
+
+
+# The images
+
+
+@pytest.mark.parametrize("name", [DIGITS, FASHION])
+def test_no_test_image_is_among_the_training_images(name: str, fashion: Path) -> None:
+    data = load(name, str(fashion))
+    train, test = ({image.numpy().tobytes() for image in part.images} for part in (data.train, data.test))
+    assert train.isdisjoint(test)
+    assert len(data.bank.unique()) == len(data.bank) <= len(data.train.labels)
+
+
+@pytest.mark.parametrize("augmented", [True, False])
+def test_training_is_blind_to_the_test_images(digits: DataSet, augmented: bool) -> None:
+    """With other test images the same weights come out, whose accuracy on them is another."""
+    blank = digits._replace(test=Labelled(torch.zeros_like(digits.test.images), digits.test.labels))
+    numbers, recipe = digits.labelled("1", 0), recipe_for(10, augmented=augmented, effort=0.5)
+    trained, encoders = [], []
+    for data in (digits, blank):
+        torch.manual_seed(0)
+        encoders.append(build_encoder("digits-cnn"))
+        trained.append(
+            train_with_labels(
+                TASKS[DIGITS], data, numbers, encoders[-1], recipe, augmented=augmented, seed=0, device=CPU
+            )
+        )
+    assert trained[0].loss == trained[1].loss
+    assert trained[0].accuracy != trained[1].accuracy
+    for left, right in zip(*(encoder.module.state_dict().values() for encoder in encoders), strict=True):
+        assert left.equal(right)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("augmented", [True, False])
+def test_every_task_shows_its_encoder_what_it_takes(name: str, augmented: bool, fashion: Path) -> None:
+    task = TASKS[name]
+    data = load(task.data, str(fashion))
+    images = data.train.images[:40]
+    before = images.clone()
+    seen = task.augmented(images, torch.Generator().manual_seed(0)) if augmented else task.plain(images)
+    shape = (1, 8, 8) if task.arch == "digits-cnn" else (3, 28, 28)
+    assert seen.shape == (40, *shape)
+    assert seen.dtype == torch.float32
+    assert images.equal(before)
+    assert build_encoder(task.arch).module(seen).isfinite().all()
+    assert seen.flatten(1).std(dim=0).min() > 0 or task.data == DIGITS  # no two images became one
+
+
+def test_a_digit_grown_and_shrunk_again_is_itself() -> None:
+    """Grey in three channels, 28×28: undone by the way that Fashion-MNIST takes to 8×8, but for the smoothing."""
+    flat = torch.full((2, 1, 8, 8), 0.5)
+    grown = TASKS["fashion-mnist-to-digits"].plain(flat)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    torch.testing.assert_close(grown * std + mean, torch.full((2, 3, 28, 28), 0.5))
+    coloured = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 28, 28)
+    shrunk = TASKS["digits-to-fashion-mnist"].plain(coloured)
+    torch.testing.assert_close(shrunk, torch.full((1, 1, 8, 8), 0.299))
+
+
+# The table
+
+
+def test_mean_and_spread_are_over_seeds_and_draws_are_averaged_first() -> None:
+    rows = [row(DIGITS, methods.PRETRAINED, "1", seed, value) for seed, value in ((0, 80), (0, 90), (1, 91), (1, 91))]
+    figure = tables.summarize(rows)[DIGITS, methods.PRETRAINED, "1"]
+    assert (figure.mean, figure.seeds) == (88.0, 2)
+    assert figure.spread == pytest.approx(18**0.5)  # of 85 and 91, with n − 1
+    assert str(figure) == "88.0 ± 4.2"
+    assert str(tables.summarize(rows[:1])[DIGITS, methods.PRETRAINED, "1"]) == "80.0"
+
+
+def test_the_better_of_with_and_without_augmentation_counts() -> None:
+    rows = [
+        row(DIGITS, methods.SCRATCH, "10", seed, 90 + seed + augmented, augmented=augmented)
+        for seed in (0, 1)
+        for augmented in (True, False)
+    ]
+    figure = tables.summarize(rows)[DIGITS, methods.SCRATCH, "10"]
+    assert (figure.mean, figure.augmented) == (91.5, True)
+
+
+def test_markdown() -> None:
+    rows = [row(DIGITS, methods.RAW, KNN, seed, 97.7) for seed in (0, 1)]
+    rows += [row(DIGITS, methods.PRETRAINED, labels, seed, 90 + seed) for labels in (KNN, "1") for seed in (0, 1)]
+    rows += [row(DIGITS, methods.SCRATCH, "1", seed, 60, augmented=True) for seed in (0, 1)]
+    lines = tables.markdown(results(rows)).splitlines()
+    assert lines[:6] == [
+        "|  | 10-NN | 1 a class |",
+        "| --- | ---: | ---: |",
+        "| **Digits** |  |  |",
+        "| raw pixels | **97.7 ± 0.0** | – |",
+        "| trained from scratch | – | 60.0 ± 0.0 |",
+        "| pretrained encoder | 90.5 ± 0.7 | **90.5 ± 0.7** |",
+    ]
+    text = " ".join(lines[6:])
+    assert "standard deviation over 2 seeds" in text
+    assert "1,442 of 1,442" in text
+    assert "torch 2.14" in text
+
+
+def test_margins_are_paired_by_seed() -> None:
+    rows = [row(DIGITS, methods.PRETRAINED, "1", seed, 80 + 10 * seed) for seed in (0, 1)]
+    rows += [row(DIGITS, methods.UNTRAINED, "1", seed, 60 + 10 * seed) for seed in (0, 1)]
+    rows += [row(DIGITS, methods.SCRATCH, "1", seed, 70, augmented=True) for seed in (0, 1)]
+    expected = "+20.0 ± 0.0 over untrained encoder, +15.0 ± 7.1 over trained from scratch with augmentation"
+    assert tables.margins(rows) == f"Digits, 1 a class: {expected}"
+
+
+# The program
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run on the digits."""
+    out = tmp_path_factory.mktemp("evaluation") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(evaluate_small.QUICK, "effort", 0.02)
+        assert evaluate_small.main([str(flag) for flag in (*SHORT, "--out", out)]) == 0
+    return out
+
+
+def test_results_are_complete(finished: Path) -> None:
+    found = json.loads((finished / "results.json").read_text())
+    assert found["complete"] is True
+    assert found["settings"]["seeds"] == 2
+    assert {"device", "cores", "processes", "threads", "versions"} <= found["environment"].keys()
+    assert {"python", "torch", "sklearn"} <= found["environment"]["versions"].keys()
+    assert found["data"] == {DIGITS: {"train": 1442, MOST: 1442, "test": 355}}
+    assert all(job["seconds"] > 0 and job["cpu_seconds"] > 0 for job in found["jobs"].values())
+    cells = {(each["method"], each["labels"], each.get("augmented")): 0 for each in found["rows"]}
+    for each in found["rows"]:
+        cells[each["method"], each["labels"], each.get("augmented")] += 1
+        assert 0 <= each["accuracy"] <= 100
+    columns = TASKS[DIGITS].columns
+    expected = {
+        (method, column, None) for method in (methods.RAW, methods.UNTRAINED, methods.PRETRAINED) for column in columns
+    }
+    expected |= {(methods.SCRATCH, column, tried) for column in TASKS[DIGITS].trained for tried in (True, False)}
+    counts = {key: 2 * methods.DRAWS.get(key[1], 1) for key in expected}
+    assert cells == counts | {(methods.RAW, column, None): 1 for column in (KNN, MOST)}  # the same for every seed
+    assert {"table.md", "accuracies.png", "digits-seed-0", "digits-seed-1"} <= {
+        path.name for path in finished.iterdir()
+    }
+    assert (finished / "table.md").read_text() == tables.markdown(found) + "\n"
+    assert {"backbone.pt", "curves.png"} <= {path.name for path in (finished / "digits-seed-0").iterdir()}
+
+
+def test_pretraining_is_that_of_the_program(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit the encoder that examples/imagenet_pretrain.py leaves with the same flags."""
+    monkeypatch.setattr(methods.probes, "DRAWS", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    flags = ("--epochs", "1", "--seed", "1", "--no-probe", "--out", str(tmp_path / "run"))
+    status = evaluate_small.imagenet_pretrain.main([*flags])
+    torch.set_num_threads(threads)
+    assert status == 0
+    ours, its = (torch.load(path / "backbone.pt") for path in (finished / "digits-seed-1", tmp_path / "run"))
+    assert ours.keys() == its.keys()
+    assert all(ours[name].equal(its[name]) for name in ours)
+
+
+def test_a_finished_run_is_neither_repeated_nor_lost(
+    finished: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = json.loads((finished / "results.json").read_text())
+    status, output, errors = run(*SHORT, "--out", finished)
+    assert (status, output) == (2, "")
+    assert "holds other results" in errors
+    monkeypatch.setitem(evaluate_small.QUICK, "effort", 0.02)
+    status, output, _ = run(*SHORT, "--out", finished, "--resume")
+    assert status == 0
+    assert "0 parts" in output
+    after = json.loads((finished / "results.json").read_text())
+    assert (after["rows"], after["jobs"]) == (before["rows"], before["jobs"])
+    status, _, errors = run(*SHORT, "--out", finished, "--resume", "--seeds", 3)
+    assert status == 2
+    assert "seeds was 2 and is now 3" in errors
+
+
+def test_folders_without_out_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    choose = evaluate_small.default_folder
+    assert choose(resume=True, overwrite=False) == Path("runs/evaluation")
+    for name in ("evaluation", "evaluation-2"):
+        assert choose(resume=False, overwrite=False) == Path("runs", name)
+        Path("runs", name).mkdir(parents=True)
+    assert choose(resume=True, overwrite=False) == Path("runs/evaluation-2")
+    assert choose(resume=False, overwrite=True) == Path("runs/evaluation")
+
+
+def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        evaluate_small.main(["--help"])
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert "some of knn, 1, 10, 1%, 10%, most" in " ".join(output.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--only", "cifar"), "--only cifar: expected some of digits, fashion-mnist"),
+        (("--labels", "5"), "--labels 5: expected some of knn, 1, 10"),
+        (("--seeds", "0"), "expected a whole number ≥ 1, got 0"),
+        (("--epochs", "x"), "expected a whole number ≥ 1, got x"),
+        (("--data", "/nowhere"), "--data /nowhere: expected a folder with the four files"),
+        (("--effort", "-1"), "expected a number ≥ 0, got -1"),
+        (("--device", "cuda:99"), "--device cuda:99"),
+        (("--resume", "--overwrite"), "--resume: expected it without --overwrite"),
+        (("--only", "digits", "--labels", "1%"), "--labels 1%: expected some of the columns of digits"),
+        (("--check", "/nowhere.json"), "/nowhere.json"),
+    ],
+)
+def test_bad_flags_are_told_in_one_line(
+    run: Callable[..., tuple[int, str, str]], flags: tuple[str, ...], message: str
+) -> None:
+    status, _, errors = run(*flags)
+    assert status == 2
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_missing_data_set_is_told_with_its_remedy(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(evaluate_small, "INSTALLED", tmp_path / "absent")
+    monkeypatch.setattr(evaluate_small, "evaluate", lambda plan: print(*plan.tasks))
+    status, output, _ = run()
+    note, tasks = output.splitlines()
+    assert status == 0
+    assert "apt install dataset-fashion-mnist" in note
+    assert tasks == "digits"
+    status, _, errors = run("--only", "fashion-mnist")
+    assert status == 2
+    assert "apt install dataset-fashion-mnist" in errors
+
+
+def test_fashion_mnist_in_a_folder(
+    run: Callable[..., tuple[int, str, str]], fashion: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[evaluate_small.Plan] = []
+    monkeypatch.setattr(evaluate_small, "evaluate", plans.append)
+    assert run("--data", fashion)[0] == 0
+    assert plans[0].tasks == tuple(TASKS)
+    jobs = {job.name: job for job in evaluate_small.plan_jobs(plans[0])}
+    assert all(job.arguments["source"] == str(fashion) for job in jobs.values())
+    needed = {name for job in jobs.values() for name in job.needs}
+    assert needed == {f"{data}/pretraining/{seed}" for data in (DIGITS, FASHION) for seed in range(3)}
+    assert needed <= jobs.keys()
+    fine = methods.supervise(FASHION, str(fashion), None, "1%", 0, 0.01, "cpu")["rows"]
+    assert [each["augmented"] for each in fine] == [True, False]
+
+
+# README.md
+
+
+@pytest.fixture
+def readme(finished: Path, tmp_path: Path) -> tuple[Path, Path]:
+    path = tmp_path / "README.md"
+    path.write_text(f"# Before\n\n{tables.BEGIN}\nold\n{tables.END}\n\nafter\n")
+    return path, finished / "results.json"
+
+
+def test_the_table_in_the_readme(readme: tuple[Path, Path], run: Callable[..., tuple[int, str, str]]) -> None:
+    path, found = readme
+    status, _, errors = run("--check", found, "--readme", path)
+    assert status == 2
+    assert "has not the table" in errors
+    assert run("--update", found, "--readme", path)[0] == 0
+    text = path.read_text()
+    assert text.startswith("# Before\n\n")
+    assert text.endswith("\n\nafter\n")
+    assert f"{tables.BEGIN}\n|" in text
+    assert run("--check", found, "--readme", path)[0] == 0
+    path.write_text(re.sub(r"\d\.\d", "0.0", text))
+    assert run("--check", found, "--readme", path)[0] == 2
+    path.write_text("no markers")
+    status, _, errors = run("--update", found, "--readme", path)
+    assert status == 2
+    assert "markers" in errors
+
+
+# The processes
+
+
+def do(jobs: list[Job], logs: Path, processes: int = 2) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    run_jobs(jobs, processes=processes, threads=1, logs=logs, done=lambda job, result: found.update({job.name: result}))
+    return found
+
+
+def test_a_job_waits_for_what_it_needs(tmp_path: Path) -> None:
+    jobs = [Job("last", dict, {"value": 3}, needs=("first", "second"))]
+    jobs += [Job("second", dict, {"value": 2}, needs=("first",)), Job("first", torch.get_num_threads, {})]
+    found = do(jobs, tmp_path)
+    assert list(found.items()) == [("first", 1), ("second", {"value": 2}), ("last", {"value": 3})]
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (Job("bad", json.loads, {"s": "nothing"}), "bad: JSONDecodeError: Expecting value: line 1 column 1 (char 0) ("),
+        (Job("dead", os._exit, {"status": 7}), "dead: its process has died (exit code 7)"),
+    ],
+)
+def test_a_failing_job_ends_all_and_is_told(job: Job, message: str, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(Aborted, match=re.escape(message)):
+        do([Job("long", signal.pause, {}), job], tmp_path)
+    assert time.monotonic() - started < 60  # though the other one would have waited for ever
+    if job.name == "bad":
+        assert any("JSONDecodeError" in log.read_text() for log in tmp_path.glob("process-*.log"))
+
+
+def test_ctrl_c_ends_program_and_processes_and_the_run_can_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, EXAMPLES / "evaluate_small.py", *map(str, SHORT), "--epochs", "300", "--out", out]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: len([*out.glob("digits-seed-*/checkpoint.pt")]) == 2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors
+    steps = {path.parent.name: torch.load(path)["step"] for path in out.glob("digits-seed-*/checkpoint.pt")}
+    assert len(steps) == 2
+    assert all(step > 0 for step in steps.values())
+    assert json.loads((out / "results.json").read_text())["complete"] is False
+
+
+def test_sigterm_ends_the_program_as_ctrl_c_does() -> None:
+    with pytest.raises(Stopped, match="--resume") as stop, evaluate_small.ended_by_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.value.exit_code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -17,10 +17,10 @@ RUN_MINIMAL := $(VENV_MINIMAL)/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo evaluate test test-minimal faults lint format bench gpu wheel clean
+.PHONY: help demo evaluate test test-minimal faults figures lint format bench gpu wheel clean
 
 # Small batches on few cores: two OpenMP threads that wait for each other cost more than they bring.
-demo evaluate test test-minimal faults: export OMP_NUM_THREADS = 1
+demo evaluate test test-minimal faults figures: export OMP_NUM_THREADS = 1
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test-minimal: $(VENV_MINIMAL)/.has-test  ## run the tests on an older torch, wit
 
 faults: $(VENV)/.has-test  ## injure the example's training runs in every way of its table, and count (under ten minutes)
 	$(RUN) tests/faults/inject.py $(FAULTS_FLAGS)
+
+figures: $(VENV)/.has-test  ## train detectors on shapes, from pretrained and from random features (three minutes)
+	$(RUN) -m pytest -s -m figure tests/examples/test_example_detection_figure.py
 
 lint: $(VENV)/.has-dev  ## check style, format and types
 	$(RUN) -m ruff check

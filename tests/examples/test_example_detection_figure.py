@@ -19,6 +19,7 @@ SIDES = ("pretrained", "frozen")
 WANTED = 50.0  # percent: the mean AP over IoU 0.5, 0.55, ..., 0.95
 
 
+@pytest.mark.figure
 @pytest.mark.timeout(900)
 def test_a_pretrained_encoder_detects_what_random_frozen_features_do_not(tmp_path: Path) -> None:
     """Same data, heads, iterations and rates. The form alone tells the classes apart; colours are random.

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 
-from barlow_loss._checkpoints import read_projector
-
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
@@ -112,6 +110,8 @@ class Projector(nn.Sequential):
 
         Source: ``main.py`` of facebookresearch/barlowtwins, which saves epoch, model and optimizer.
         """
+        from barlow_loss._checkpoints import read_projector
+
         state = read_projector(source)
         weights = [tensor for name, tensor in state.items() if name.endswith(".weight") and tensor.ndim == 2]
         if not weights:

@@ -146,8 +146,8 @@ def _of_pretraining(folder: Path) -> list[str]:
     for name in reporting.CHECKPOINTS:
         with contextlib.suppress(OSError, ValueError):
             content = checkpoint.read(folder / name)
-            ours = isinstance(content, dict) and set(content) >= checkpoint.PARTS
-            taken += [name] if ours and "projector" in content["settings"] else []
+            settings = content.get("settings") if isinstance(content, dict) else None
+            taken += [name] if isinstance(settings, dict) and "projector" in settings else []
     return taken
 
 

@@ -383,7 +383,7 @@ def test_a_pretraining_run_is_not_overwritten_and_not_resumed(call: Call, tree: 
     Path("pretrained").mkdir()
     for name in ("metrics.jsonl", "backbone.pt"):
         Path("pretrained", name).write_text("precious")
-    parts = dict.fromkeys(checkpoint.PARTS, 0)
+    parts = dict.fromkeys(checkpoint.PARTS, 0) | {"settings": {"projector": "64-64"}}
     checkpoint.save(Path("pretrained/checkpoint.pt"), parts)
     flags = ("--data", tree, *SMALL, "--protocols", "knn", "--out", "pretrained")
     for more, message in (
@@ -399,7 +399,9 @@ def test_a_pretraining_run_is_not_overwritten_and_not_resumed(call: Call, tree: 
 
 def test_a_pretraining_run_that_was_stopped_is_not_overwritten(call: Call, tree: Path) -> None:
     Path("pretrained").mkdir()
-    checkpoint.save(Path("pretrained/checkpoint.pt"), dict.fromkeys(checkpoint.PARTS, 0))
+    checkpoint.save(
+        Path("pretrained/checkpoint.pt"), dict.fromkeys(checkpoint.PARTS, 0) | {"settings": {"projector": "64-64"}}
+    )
     status, _, errors = call("--data", tree, *SMALL, "--protocols", "knn", "--out", "pretrained", "--overwrite")
     assert (status, "holds a pretraining run (checkpoint.pt)" in errors) == (2, True), errors
     assert [path.name for path in Path("pretrained").iterdir()] == ["checkpoint.pt"]

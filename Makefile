@@ -7,7 +7,8 @@ TORCH_MINIMAL ?= torch==2.13.0
 DEMO_FLAGS    ?=
 EVALUATE_FLAGS ?=
 TEST_FLAGS    ?=
-BENCH_FLAGS   ?= --quick
+BENCH_FLAGS   ?=
+CHECK_FLAGS   ?=
 FAULTS_FLAGS  ?=
 GPU_FLAGS     ?=
 WORKERS       ?= 2
@@ -17,14 +18,14 @@ RUN_MINIMAL := $(VENV_MINIMAL)/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo evaluate test test-minimal faults figures lint format bench gpu wheel clean
+.PHONY: help demo evaluate test test-minimal faults figures lint format bench bench-check gpu wheel clean
 
 # Small batches on few cores: two OpenMP threads that wait for each other cost more than they bring.
 demo evaluate test test-minimal faults figures: export OMP_NUM_THREADS = 1
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Settings, e.g. 'make demo PYTHON=python3.12 DEMO_FLAGS=\"--seed 1\"': PYTHON DEMO_FLAGS EVALUATE_FLAGS TEST_FLAGS FAULTS_FLAGS BENCH_FLAGS GPU_FLAGS WORKERS"
+	@echo "Settings, e.g. 'make demo PYTHON=python3.12 DEMO_FLAGS=\"--seed 1\"': PYTHON DEMO_FLAGS EVALUATE_FLAGS TEST_FLAGS FAULTS_FLAGS BENCH_FLAGS CHECK_FLAGS GPU_FLAGS WORKERS"
 
 demo: $(VENV)/.has-examples  ## pretrain on scikit-learn's digits and show what was learned (about a minute)
 	$(RUN) examples/imagenet_pretrain.py $(DEMO_FLAGS)
@@ -57,8 +58,11 @@ format: $(VENV)/.has-dev  ## repair what ruff can repair
 	$(RUN) -m ruff check --fix-only
 	$(RUN) -m ruff format
 
-bench: $(VENV)/.has-bench  ## time the loss against the others (under ten minutes)
-	$(RUN) benches/compare.py $(BENCH_FLAGS)
+bench: $(VENV)/.has-bench  ## speed, memory and exactness against the others, on this CPU (ten minutes)
+	$(RUN) benches/bench.py $(BENCH_FLAGS)
+
+bench-check: $(VENV)/.has-bench  ## measure again, and name the ratios that are worse than the committed ones
+	$(RUN) benches/check.py $(CHECK_FLAGS)
 
 # A machine with a GPU has its own torch, and often no network: nothing is installed.
 gpu:  ## test and time the loss on this machine's GPU, with the torch of PYTHON (under eight minutes)
@@ -76,7 +80,7 @@ clean:  ## remove the environments, what was built and the caches; runs/ stays
 $(VENV)/.has-examples: EXTRAS = examples
 $(VENV)/.has-test: EXTRAS = examples,scale,transfer,test
 $(VENV)/.has-dev: EXTRAS = examples,scale,transfer,test,dev
-$(VENV)/.has-bench: EXTRAS = bench
+$(VENV)/.has-bench: EXTRAS = examples,bench
 
 $(VENV)/.has-%: $(VENV)/.made pyproject.toml
 	@echo "Installing barlow-loss[$(EXTRAS)] into $(VENV). The first time takes minutes: torch is large."

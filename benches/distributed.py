@@ -1,121 +1,319 @@
-"""Times the loss over several processes against the published program, and counts the bytes that a rank sends.
+"""The section "distributed": what several processes cost, and whether what they compute is the loss of their batch.
 
-W processes of one thread each form a gloo group over the loopback; each holds its own N/W rows of both views. The
-contenders take turns as in compare.py. All ranks start a turn together and it lasts as long as on the slowest of them;
-ratios are taken within a round. What is timed is forward and backward, down to the gradients of the rank's rows.
+W processes of one thread each form a gloo group over the loopback; each holds rows of its own of both views.
 
-Loss and gradient of the whole batch are compared with float64 in one process before anything is timed. The gradient is
-what DDP's mean over the ranks makes of theirs: 1/W of what arrives at a rank's rows. Ours is then the gradient of the
-loss, the published program's 1/W of it, and each is held to that.
+``cells``: ours against the published program, in turns as in compare.py. All ranks start a turn together and it lasts
+as long as on the slowest of them; ratios are taken within a round. What is timed is forward and backward, down to the
+gradients of the rank's rows. ``floor`` is the published program's three products and its all-reduce of C alone, all
+else free; ``header`` the exchange of shapes and settings that precedes a step of ours.
+
+``exactness``: every contender's loss and gradient against those of the whole batch in float64, for shards of as many
+rows and for uneven ones. The gradient is what DDP's mean over the ranks makes of theirs: 1/W of what arrives at all
+rows. The cosine tells a wrong direction from a wrong length.
 
 FLOP model, each rank: ours 8·N²·D/W, the published program 6·N·D²/W, and it passes 39 times over D×D matrices besides,
 whatever W is. Byte model: traffic.py. Three counts of the bytes are made: the model, what the collectives called send
 by it, which must be the same, and the loopback's counter, which sees the headers of TCP as well, and other programs.
 
-``floor`` in the results is the published program's three products and its all-reduce of C alone, all else free.
-
-    python benches/distributed.py                                        everything (under four minutes on two cores)
-    python benches/distributed.py --processes 2 --grid 256x4096 --update     measures a cell anew, keeps the others
+    python benches/distributed.py                                     under a minute on two cores
+    python benches/distributed.py --processes 2 --grid 1024x4096 --rounds 9 --seconds 15
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import multiprocessing
+import pickle
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from multiprocessing import get_context
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
-import table
 import traffic
 from barlow_loss._collectives import group_of
 from barlow_loss._header import agree
-from baselines import OURS, TEXTBOOK, build, distributed_textbook
-from compare import RESULTS, environment, interleave, ratios, spread, time_calls, updated
-from workload import Answer, Cell, check, errors, step, truth
+from baselines import (
+    FFT,
+    LIGHTLY,
+    LIGHTLY_GATHERING,
+    OURS,
+    SOLO,
+    STABLE,
+    TEXTBOOK,
+    VISSL,
+    build,
+    distributed_textbook,
+    entry,
+)
+from timing import interleave, ratios, spread, time_calls
+from workload import Answer, Cell, Errors, check, errors, step, truth
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from compare import Turn
+    from baselines import Contender
+    from timing import Turn
 
     Record = dict[str, Any]
 
-GRID = {2: [Cell(256, 4096), Cell(1024, 4096), Cell(256, 8192)], 4: [Cell(256, 4096)]}
+GRID = {2: [Cell(256, 4096)], 4: [Cell(256, 4096)]}
+FULL = {2: [*GRID[2], Cell(1024, 4096), Cell(256, 8192)], 4: GRID[4]}
+COMPARED = (OURS, TEXTBOOK, LIGHTLY, LIGHTLY_GATHERING, STABLE, SOLO, VISSL, FFT)
+# Rows of each rank, 256 in all: as many everywhere, and not.
+SHARES: dict[int, list[tuple[int, ...]]] = {2: [(128, 128), (96, 160)], 4: [(64, 64, 64, 64), (32, 96, 48, 80)]}
+EXACTNESS_FEATURES = 512
 TIMEOUT = timedelta(seconds=60)  # of a collective; the slowest step takes five
-COUNTED_STEPS = 3
+JOB_SECONDS = 300.0
+COUNTED_STEPS = 2
 IDLE_SECONDS = 0.5
 
 
-def measure(cell: Cell, right: Answer, rounds: int, seconds: float) -> Record:
-    """The record of one cell, the same on every rank but for the loopback's counter."""
-    views = [_own_rows(z.detach()).requires_grad_() for z in cell.views()]
-    steps = {OURS: partial(step, build(OURS, cell.d), *views), TEXTBOOK: partial(step, distributed_textbook, *views)}
-    records = {name: _answer(name, cell, turn, right) for name, turn in steps.items()}
-    turns: dict[str, Turn] = {**steps, "floor": _floor(cell), "header": _header(*views)}
-    times = interleave(turns, rounds, seconds, _time_together)
+@dataclass(frozen=True)
+class Shards(Cell):
+    """A batch of which each rank has so many ``rows``, in their order: a random split, as its rows are i.i.d."""
+
+    rows: tuple[int, ...]
+
+    @classmethod
+    def even(cls, cell: Cell, processes: int) -> Shards:
+        """As many rows on every rank.
+
+        Raises:
+            ValueError: the rows cannot be shared out, or the bytes of the cell have no model.
+        """
+        if cell.n % processes or cell.algorithm != "dual":
+            raise ValueError(
+                f"grid: expected an N that {processes} processes can share, of at most D/2, as the byte model of ours "
+                f"is the dual's, got {cell}"
+            )
+        return cls(cell.n, cell.d, (cell.n // processes,) * processes)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} as {' + '.join(map(str, self.rows))} rows"
+
+    def of(self, rank: int) -> list[Tensor]:
+        """The rank's rows of both views."""
+        start = sum(self.rows[:rank])
+        own = slice(start, start + self.rows[rank])
+        return [z.detach()[own].clone().requires_grad_() for z in self.views()]
+
+
+class Refused(Exception):
+    """A contender raised where it was to answer."""
+
+
+class Refusal(NamedTuple):
+    """What it said on a rank, and when: the other ranks' errors follow from the first."""
+
+    at: float
+    why: str
+
+
+class Place(NamedTuple):
+    """Where a job runs."""
+
+    rank: int
+    processes: int
+    folder: str
+
+    @contextmanager
+    def group(self, name: str) -> Iterator[None]:
+        """The default group of all processes, as long as the block lasts."""
+        store = f"file://{self.folder}/{name}"
+        dist.init_process_group("gloo", store, rank=self.rank, world_size=self.processes, timeout=TIMEOUT)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def preload(*modules: str) -> None:
+    """Have the server of the ranks import so much besides torch when it starts, once for all of them.
+
+    stable-pretraining takes 12 s of a core, and a package that it imports warns of forks; nothing here uses that one.
+    What is not installed is passed over.
+    """
+    # Under the mode that counts bytes, each rank would import dynamo by itself: 5 s of a core.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch._dynamo", *modules])
+
+
+def together(job: Callable[..., Any], processes: int, *args: Any, limit: float = JOB_SECONDS) -> list[Any]:
+    """What ``job(place, *args)`` returns on every rank, each a fresh process of one thread.
+
+    They are forks of a server that has imported what is large: see ``preload``.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: a rank raised; the others are ended.
+        TimeoutError: the job took longer than ``limit`` seconds; its processes are ended.
+    """
+    start: Any = start_processes  # untyped
+    with tempfile.TemporaryDirectory(prefix="barlow-loss-") as folder:
+        given = (processes, folder, job, args)
+        ranks = start(_on_rank, given, processes, join=False, daemon=True, start_method="forkserver")
+        deadline = time.monotonic() + limit
+        while not ranks.join(max(0.0, deadline - time.monotonic())):
+            if time.monotonic() > deadline:
+                _kill(ranks.processes)
+                raise TimeoutError(f"{job.__name__}{args}: expected an end within {limit:g} s")
+        return [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(processes)]
+
+
+def _kill(processes: list[Any]) -> None:
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def _on_rank(rank: int, processes: int, folder: str, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)  # of torch, to the contenders
+    result = job(Place(rank, processes, folder), *args)
+    _result(folder, rank).write_bytes(pickle.dumps(result))
+
+
+def _result(folder: str, rank: int) -> Path:
+    return Path(folder, f"rank-{rank}")
+
+
+def present(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``names`` that this environment has."""
+    return tuple(name for name in names if (package := entry(name).package) is None or find_spec(package))
+
+
+def answers(place: Place, shards: Shards, names: tuple[str, ...]) -> dict[str, Answer | Refusal]:
+    """A job: loss and gradients of the rank's rows by each contender, or what it says where it refuses.
+
+    Each has a group of its own, so that one that gave up in the middle of a collective leaves nothing behind.
+    """
+    views = shards.of(place.rank)
+    found = {}
+    for number, name in enumerate(names):
+        contender = _contender(name, shards.d)
+        with place.group(f"group-{number}"):
+            found[name] = _answer(contender, views)
+    return found
+
+
+def _answer(contender: Contender, views: list[Tensor]) -> Answer | Refusal:
+    torch.manual_seed(0)
+    try:
+        return Answer(*(tensor.detach() for tensor in step(contender, *views)))
+    except Exception as error:  # whatever a contender raises is its answer
+        return Refusal(time.monotonic(), str(error).strip().partition("\n")[0] or type(error).__name__)
+
+
+def _contender(name: str, features: int) -> Contender:
+    return distributed_textbook if name == TEXTBOOK else build(name, features)
+
+
+def distance(parts: list[Answer], right: Answer, factor: float = 1.0) -> tuple[Errors, float]:
+    """Errors of the ranks' answers, the loss's on the worst of them, and the cosine of the two gradients.
+
+    The gradient is that of DDP's mean over the ranks, divided by ``factor``.
+    """
+    gradients = [torch.cat(rows) / (len(parts) * factor) for rows in zip(*(part[1:] for part in parts), strict=True)]
+    found = [errors(Answer(part.loss, *gradients), right) for part in parts]
+    flat, right_flat = (torch.cat(list(both)).double().flatten() for both in (gradients, right[1:]))
+    cosine = torch.cosine_similarity(flat, right_flat, dim=0).item()
+    return Errors(max(each.loss for each in found), found[0].gradient), cosine
+
+
+def exactness(shards: Shards, names: tuple[str, ...] = COMPARED) -> Record:
+    """How far each contender is from the whole batch's loss and gradient.
+
+    Raises:
+        AssertionError: ours is further than it promises.
+        Refused: ours raised.
+    """
+    names = present(names)
+    right = truth(*shards.views())
+    by_rank = together(answers, len(shards.rows), shards, names)
+    contenders = {name: judged(name, shards, by_rank, right) for name in names}
+    return {"processes": len(shards.rows), "rows": list(shards.rows), "d": shards.d, "contenders": contenders}
+
+
+def judged(name: str, shards: Shards, by_rank: list[dict[str, Answer | Refusal]], right: Answer) -> Record:
+    """How far the contender ``name`` is; raises as ``exactness`` does."""
+    try:
+        found, cosine = distance(_parts(name, by_rank), right)
+    except Refused as refusal:
+        if entry(name).ours:
+            raise
+        return {"refused": str(refusal)}
+    if entry(name).ours:
+        check(name, shards, found)
+    return {"loss_error": found.loss, "gradient_error": found.gradient, "gradient_cosine": cosine}
+
+
+def _parts(name: str, by_rank: list[dict[str, Answer | Refusal]]) -> list[Answer]:
+    """The ranks' answers; raises Refused where one is none, with what was said first."""
+    parts = [own[name] for own in by_rank]
+    if refusals := [part for part in parts if isinstance(part, Refusal)]:
+        raise Refused(min(refusals).why)
+    return [part for part in parts if isinstance(part, Answer)]
+
+
+def measure(shards: Shards, rounds: int, seconds: float) -> Record:
+    """The record of one cell: answers first, then bytes and times. Raises where an answer or the bytes are wrong."""
+    processes = len(shards.rows)
+    contenders = _answered(shards)
+    timed = together(costs, processes, shards, rounds, seconds)[0]
+    called, model = timed["contenders"][OURS]["sent"]["collectives"], traffic.dual(shards, processes).sent
+    if abs(called - model) > 0.5:
+        raise AssertionError(f"{OURS} at {shards}: expected {model:,.0f} bytes sent, counted {called:,.0f}")
+    for name, found in contenders.items():
+        found.update(timed["contenders"][name])
+    return {"n": shards.n, "d": shards.d, "processes": processes, **timed, "contenders": contenders}
+
+
+def _answered(shards: Shards) -> Record:
+    """Errors of ours, and of the published program, whose gradient is held to 1/W of the loss's."""
+    right = truth(*shards.views())
+    by_rank = together(answers, len(shards.rows), shards, (OURS, TEXTBOOK))
+    records = {}
+    for name, factor in ((OURS, 1.0), (TEXTBOOK, 1 / len(shards.rows))):
+        found, _ = distance(_parts(name, by_rank), right, factor)
+        check(name, shards, found)
+        records[name] = {"loss_error": found.loss, "gradient_error": found.gradient, "gradient_factor": factor}
+    return records
+
+
+def costs(place: Place, shards: Shards, rounds: int, seconds: float) -> Record:
+    """A job: what is sent, and times; the same on every rank but for the loopback's counter."""
+    views = shards.of(place.rank)
+    steps: dict[str, Turn] = {name: partial(step, _contender(name, shards.d), *views) for name in (OURS, TEXTBOOK)}
+    with place.group("costs"):
+        sent = {name: _sent(turn) for name, turn in steps.items()}
+        rest: dict[str, Turn] = {"floor": _floor(shards), "header": _header(*views)}
+        for turn in rest.values():
+            turn()  # the steps have run
+        times = interleave(steps | rest, rounds, seconds, _time_together)
     over_ours = ratios(times, OURS)
-    for name, record in records.items():
-        record.update(seconds=spread(times[name]), times_ours=over_ours[name])
     return {
-        "n": cell.n,
-        "d": cell.d,
-        "processes": dist.get_world_size(),
         "rounds": len(times[OURS]),
-        "contenders": records,
+        "contenders": {
+            name: {"sent": sent[name], "seconds": spread(times[name]), "times_ours": over_ours[name]} for name in steps
+        },
         "floor": {"seconds": spread(times["floor"]), "times_ours": over_ours["floor"]},
         "header": {"seconds": spread(times["header"])},
     }
 
 
-def _answer(name: str, cell: Cell, turn: Callable[[], Answer], right: Answer) -> Record:
-    """Errors of a contender and the bytes that a rank sends for it; raises where either is not what it must be."""
-    processes = dist.get_world_size()
-    factor = 1 if name == OURS else 1 / processes
-    with traffic.Collectives() as called:
-        answer = turn()
-    found = errors(_of_all_rows(answer, factor), right)
-    check(name, cell, found)
-    model = traffic.dual(cell, processes).sent
-    if name == OURS and abs(called.sent - model) > 0.5:
-        raise AssertionError(f"{name} at {cell}: expected {model:,.0f} bytes sent, counted {called.sent:,.0f}")
-    return {
-        "loss_error": found.loss,
-        "gradient_error": found.gradient,
-        "gradient_factor": factor,
-        "sent": {"collectives": called.sent, "loopback": _sent_over_loopback(turn)},
-    }
-
-
-def _own_rows(z: Tensor) -> Tensor:
-    return z.chunk(dist.get_world_size())[dist.get_rank()].clone()
-
-
-def _of_all_rows(answer: Answer, factor: float) -> Answer:
-    """The answer for the batch of all ranks, after DDP's mean of the gradients; those over ``factor``."""
-    scale = factor * dist.get_world_size()
-    return Answer(answer.loss, *(_gathered(gradient) / scale for gradient in answer[1:]))
-
-
-def _gathered(rows: Tensor) -> Tensor:
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows)
-    return torch.cat(parts)
-
-
-def _floor(cell: Cell) -> Turn:
-    a1, a2 = torch.randn(2, cell.n // dist.get_world_size(), cell.d)
-    m = torch.randn(cell.d, cell.d)
+def _floor(shards: Shards) -> Turn:
+    a1, a2 = torch.randn(2, shards.rows[0], shards.d)
+    m = torch.randn(shards.d, shards.d)
 
     def turn() -> None:
         dist.all_reduce(torch.mm(a1.T, a2))
@@ -140,15 +338,27 @@ def _time_together(turn: Turn, calls: int) -> float:
     return slowest.item()
 
 
-def _sent_over_loopback(turn: Turn) -> float | None:
-    """Bytes that a rank sends in a step by the interface's counter, less what passes in as much time of idleness."""
-    if traffic.loopback_bytes() is None:
-        return None
+def _sent(turn: Turn) -> Record:
+    """Bytes that a rank sends in a step: by the collectives called, and by the loopback's counter.
+
+    From the counter is taken what passes in as much time of idleness.
+    """
+    called = traffic.Collectives()
+
+    def steps() -> None:
+        with called:
+            for _ in range(COUNTED_STEPS):
+                turn()
+
     idle = _bytes_meanwhile(partial(time.sleep, IDLE_SECONDS)) / IDLE_SECONDS
     start = time.perf_counter()
-    busy = _bytes_meanwhile(lambda: [turn() for _ in range(COUNTED_STEPS)])
-    seconds = time.perf_counter() - start
-    return (busy - idle * seconds) / COUNTED_STEPS / dist.get_world_size()
+    busy = _bytes_meanwhile(steps)
+    others = idle * (time.perf_counter() - start)
+    by_counter = (busy - others) / COUNTED_STEPS / dist.get_world_size()
+    return {
+        "collectives": called.sent / COUNTED_STEPS,
+        "loopback": None if traffic.loopback_bytes() is None else by_counter,
+    }
 
 
 def _bytes_meanwhile(turn: Turn) -> int:
@@ -159,59 +369,26 @@ def _bytes_meanwhile(turn: Turn) -> int:
     return (traffic.loopback_bytes() or 0) - before
 
 
-def _on_rank(rank: int, processes: int, store: str, work: list[tuple[Cell, Answer]], *limits: Any) -> list[Record]:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes, timeout=TIMEOUT)
-    try:
-        records = []
-        for cell, right in work:
-            records.append(measure(cell, right, *limits))
-            if rank == 0:
-                print(table.distributed_line(records[-1]), flush=True)
-        return records
-    finally:
-        dist.destroy_process_group()
-
-
-def together(processes: int, cells: list[Cell], rounds: int, seconds: float) -> list[Record]:
-    """The records of rank 0; what a rank raises is raised here."""
-    work = [(cell, Answer(*(t.detach() for t in truth(*cell.views())))) for cell in cells]
-    with (
-        tempfile.TemporaryDirectory(prefix="barlow-loss-") as folder,
-        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
-    ):
-        store = str(Path(folder) / "store")
-        ranks = [pool.submit(_on_rank, rank, processes, store, work, rounds, seconds) for rank in range(processes)]
-        for done in as_completed(ranks):
-            done.result()
-        return ranks[0].result()
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time the loss over several processes; see the head of this file.")
-    parser.add_argument("--processes", nargs="+", type=int, choices=GRID, default=list(GRID))
-    parser.add_argument("--grid", nargs="+", type=Cell.parse, metavar="NxD", help="cells (default: all of them)")
-    parser.add_argument("--rounds", type=int, default=15, help="at most so many rounds for a cell (default: 15)")
-    parser.add_argument("--seconds", type=float, default=15, help="after that, stop at three rounds (default: 15)")
-    parser.add_argument("--update", action="store_true", help="keep what distributed.json says of other cells")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for distributed.json and distributed.md")
-    return parser.parse_args()
+def section(grid: dict[int, list[Cell]], rounds: int, seconds: float) -> Record:
+    """Cells and exactness for the numbers of processes in ``grid``, which gives the cells of each."""
+    preload("lightly.loss", "stable_pretraining.losses")
+    shares = [Shards(sum(rows), EXACTNESS_FEATURES, rows) for processes in grid for rows in SHARES[processes]]
+    cells = [Shards.even(cell, processes) for processes, cells in grid.items() for cell in cells]
+    return {
+        "cells": [measure(shards, rounds, seconds) for shards in cells],
+        "exactness": [exactness(shards) for shards in shares],
+    }
 
 
 def main() -> None:
-    arguments = _arguments()
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the ranks, from their start
-    results: Record = {"environment": environment(), "cells": []}
-    for processes in arguments.processes:
-        cells = arguments.grid or GRID[processes]
-        results["cells"] += together(processes, cells, arguments.rounds, arguments.seconds)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.update:
-        results = updated(json.loads((arguments.out / "distributed.json").read_text()), results)
-    (arguments.out / "distributed.json").write_text(json.dumps(results, indent=2) + "\n")
-    text = table.distributed_markdown(results)
-    (arguments.out / "distributed.md").write_text(text)
-    print(f"\n{text}\nWritten to {arguments.out / 'distributed'}.json and .md")
+    parser = argparse.ArgumentParser(description="Measure the loss over several processes; see the head of this file.")
+    parser.add_argument("--processes", nargs="+", type=int, choices=GRID, default=list(GRID))
+    parser.add_argument("--grid", nargs="+", type=Cell.parse, metavar="NxD", help="cells (default: 256x4096)")
+    parser.add_argument("--rounds", type=int, default=9, help="at most so many rounds for a cell (default: 9)")
+    parser.add_argument("--seconds", type=float, default=5, help="after that, stop at three rounds (default: 5)")
+    flags = parser.parse_args()
+    grid = {processes: flags.grid or GRID[processes] for processes in flags.processes}
+    print(json.dumps(section(grid, flags.rounds, flags.seconds), indent=2))
 
 
 if __name__ == "__main__":

@@ -40,10 +40,11 @@ import torch
 
 import barlow_loss
 import gpu_table
-from compare import RESULTS, interleave, ratios, spread
 from gpu_clock import Clock, Gpu, Host
 from gpu_contenders import OURS, allowed, build, missing, truth, views
 from gpu_model import AUTOCAST, COMPILED, CONTENDERS, EAGER, GRAPH, SETTINGS, TRITON, Setting
+from machine import RESULTS
+from timing import interleave, ratios, spread
 from workload import Answer, Cell, errors
 
 if TYPE_CHECKING:

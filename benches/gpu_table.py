@@ -23,7 +23,7 @@ from gpu_model import (
     least_bytes,
     predicted,
 )
-from table import _grid
+from table_format import grid
 from workload import Cell
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _times(setting: Setting, card: Chip, rows: list[tuple[Cell, str, Record, Rec
             alone = ["products of the dual alone", _plain(1e3 * 8 * cell.n**2 * cell.d / card.rate(setting))]
             rate = _plain(8 * cell.n**2 * cell.d / record["products"]["median"] / 1e12)
             lines.append([f"{cell.n} × {cell.d}", *alone, _spread(record["products"], 1e3), *[""] * 5, rate, ""])
-    return _grid(head, lines)
+    return grid(head, lines)
 
 
 def _memory(setting: Setting, rows: list[tuple[Cell, str, Record, Record]]) -> str:
@@ -158,7 +158,7 @@ def _memory(setting: Setting, rows: list[tuple[Cell, str, Record, Record]]) -> s
         row += [_plain((cost.working + gradients) / 1e6) if cost else "", _mb(peak)]
         row += [f"{found[key]:.1e}" if key in found else "" for key in ("loss_error", "gradient_error")]
         lines.append(row)
-    return _grid(head, lines)
+    return grid(head, lines)
 
 
 def _goals(card: Chip, cells: dict[Any, Record]) -> str:
@@ -196,7 +196,7 @@ def _goals(card: Chip, cells: dict[Any, Record]) -> str:
         rows.append(
             [title, f"≤ {bytes_allowed} MB", f"{with_gradients:.1f} MB", f"{found / 1e6:.1f} MB" if found else ""]
         )
-    return _grid(["what", "goal", "predicted", "measured"], rows)
+    return grid(["what", "goal", "predicted", "measured"], rows)
 
 
 def plot(results: Record, path: Path) -> bool:

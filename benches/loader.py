@@ -36,7 +36,8 @@ from torch.nn import functional
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from compare import RESULTS, environment, interleave, ratios, spread
+from machine import RESULTS, environment
+from timing import interleave, ratios, spread
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

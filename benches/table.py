@@ -1,287 +1,100 @@
-"""Turns the figures of compare.py and distributed.py into Markdown, and puts them into the README.
+"""Turns results into Markdown, and puts them into the README; or checks that they are what stands there.
 
-Each block of tables stands between two markers there. The figures come from results/compare.json and
-results/distributed.json; those of the block on bytes are a model's, traffic.py.
+Each block of the README stands between two markers. The figures are those of the newest file of results; those of the
+block on bytes are a model's, traffic.py. The tables are written by table_speed.py, table_growth.py, table_exactness.py
+and table_limits.py (one process) and table_steps.py (several, and training); the pictures are drawn by plots.py.
 
-    python benches/table.py                 rewrites them
-    python benches/table.py --check         fails if they are not what the figures say
+    python benches/table.py             takes over the newest results: the blocks, and the page and pictures beside them
+    python benches/table.py --check     writes nothing; names what is not as the newest results that git tracks say
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import traffic
-from baselines import COMPILED, LIGHTLY, OURS, TEXTBOOK
-from workload import Cell
+import plot_figures
+import table_exactness
+import table_growth
+import table_limits
+import table_speed
+import table_steps
+from baselines import OURS
+from committed import load, newest, tracked
+from machine import RESULTS
+from table_format import counted, error, ms, names, paragraphs, shape, times
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     Record = dict[str, Any]
 
-HERE = Path(__file__).parent
-TITLES = {OURS: "barlow_loss", TEXTBOOK: "textbook", COMPILED: "torch.compile of it", LIGHTLY: "lightly"}
-GPUS = (8, 16, 64, 256, 1024)
-GPU_CELLS = (Cell(2048, 8192), Cell(4096, 32768))
+README = Path(__file__).parents[1] / "README.md"
+PICTURES = {
+    plot_figures.COMPARISON: "Time and working memory of each contender over those of barlow_loss",
+    plot_figures.GROWTH: "Time against D and against N, and working memory against D, of each contender",
+}
 
 
-def line(record: Record) -> str:
-    """One cell of the comparison, for the terminal."""
-    ours = record["contenders"][OURS]
-    parts = [f"{record['n']}×{record['d']}, {_threads([record])}, {record['algorithm']}: {_ms(ours['seconds'])} ms"]
-    parts += [f"{TITLES[name]} {_times(c['times_ours'])}" for name, c in record["contenders"].items() if name != OURS]
-    parts.append(f"{record['gemms']['ours_over_gemms']['median']:.2f} of its GEMMs alone")
-    parts.append(f"errors {ours['loss_error']:.0e} {ours['gradient_error']:.0e}, {record['rounds']} rounds")
-    return "; ".join(parts)
-
-
-def summary(results: Record) -> str:
-    """The tables of the README."""
-    return "\n\n".join(filter(None, (_setting(results), _speed(results), _memory(results), _sentences(results))))
-
-
-def markdown(results: Record) -> str:
-    """The summary, and every figure with its spread."""
-    return f"{summary(results)}\n\n{_details(results)}\n"
-
-
-def _setting(results: Record) -> str:
-    machine = results["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+def line(cell: Record) -> str:
+    """One cell of compare.py, for the terminal."""
+    ours = cell["contenders"][OURS]
+    others = (
+        f"{name} {times(found['times_ours']['median'])}" for name, found in cell["contenders"].items() if name != OURS
+    )
     return (
-        f"Forward and backward, float32, on {machine['cpu']} ({machine['cores']} cores), "
-        f"{machine['system']}, Python {machine['python']}, {versions}."
+        f"{shape(cell)}, {counted(cell['threads'], 'thread')}, {cell['algorithm']}: {ms(ours['seconds'])} ms; "
+        f"{'; '.join(others)}; errors {error(ours['loss_error'])} {error(ours['gradient_error'])}; "
+        f"{counted(cell['rounds'], 'round')}"
     )
 
 
-def _speed(results: Record) -> str:
-    cells = _by_shape(results["cells"])
-    names = [name for name in _names(results["cells"]) if name != OURS]
-    threads = _threads(next(iter(cells.values())))
-    others = [f"{TITLES[name]}, × ours" for name in names]
-    head = ["N × D", "algorithm", f"ours, ms ({threads})", *others, "ours / its GEMMs alone"]
-    rows = []
-    for shape, records in cells.items():
-        row = [shape, records[0]["algorithm"], " / ".join(_ms(r["contenders"][OURS]["seconds"]) for r in records)]
-        row += [" / ".join(_times(r["contenders"][name]["times_ours"]) for r in records) for name in names]
-        row.append(" / ".join(f"{r['gemms']['ours_over_gemms']['median']:.2f}" for r in records))
-        rows.append(row)
-    return _grid(head, rows)
-
-
-def _memory(results: Record) -> str:
-    if not results["memory"]:
-        return ""
-    names = _names(results["memory"])
-    rows = []
-    for record in results["memory"]:
-        measured = [_bytes(record["contenders"][name]) for name in names]
-        rows.append([f"{record['n']} × {record['d']}", *(f"{size / 1e6:,.1f}" for size in measured)])
-    return _grid(["working memory, MB", *(TITLES[name] for name in names)], rows)
-
-
-def _bytes(contender: Record) -> int:
-    """Storages where they can be seen, else resident memory."""
-    live: int | None = contender["live_bytes"]
-    return contender["resident_bytes"] if live is None else live
-
-
-def _sentences(results: Record) -> str:
-    ours = [record["contenders"][OURS] for record in results["cells"]]
-    loss, gradient = (max(c[field] for c in ours) for field in ("loss_error", "gradient_error"))
-    sentences = [
-        "Medians of ratios taken round by round in one process.",
-        f"Largest distance of ours to float64 over the grid: loss {loss:.1e}, gradient {gradient:.1e}, relative.",
-    ]
-    for record in results["growth"]:
-        ours_grows, textbook_grows = (record["contenders"][name]["growth"]["median"] for name in (OURS, TEXTBOOK))
-        small, large = record["d"]
-        sentences.append(
-            f"From D = {small} to {large} at N = {record['n']} ({_threads([record])}) our time grows "
-            f"{ours_grows:.2f}-fold, the textbook's {textbook_grows:.2f}-fold."
-        )
-    if results["memory"]:
-        sentences.append(
-            "Working memory is what a step allocates beyond its inputs and gradients: bytes of live tensor storages; "
-            "for torch.compile, whose storages cannot be seen, the rise of the resident memory of a fresh process."
-        )
-    return "\n".join(sentences)
-
-
-def _details(results: Record) -> str:
-    head = [
-        "N × D",
-        "threads",
-        "rounds",
-        "what",
-        "ms (quartiles)",
-        "× ours (quartiles)",
-        "loss error",
-        "gradient error",
-    ]
-    rows = []
-    for record in results["cells"]:
-        where = [f"{record['n']} × {record['d']}", str(record["threads"]), str(record["rounds"])]
-        for name, c in record["contenders"].items():
-            found = [f"{c['loss_error']:.1e}", f"{c['gradient_error']:.1e}"]
-            rows.append([*where, TITLES[name], _spread(c["seconds"], 1e3), _spread(c["times_ours"]), *found])
-        shapes = ", ".join(record["gemms"]["shapes"])
-        rows.append([*where, f"torch.mm: {shapes}", _spread(record["gemms"]["seconds"], 1e3), "", "", ""])
-    return _grid(head, rows)
-
-
-def _names(records: list[Record]) -> list[str]:
-    return list(records[0]["contenders"])
-
-
-def _by_shape(records: Iterable[Record]) -> dict[str, list[Record]]:
-    shapes: dict[str, list[Record]] = {}
-    for record in records:
-        shapes.setdefault(f"{record['n']} × {record['d']}", []).append(record)
-    return shapes
-
-
-def _threads(records: list[Record]) -> str:
-    counts = [record["threads"] for record in records]
-    return f"{' / '.join(map(str, counts))} thread{'s' if counts[-1] > 1 else ''}"
-
-
-def _ms(seconds: Record) -> str:
-    return _plain(1e3 * seconds["median"])
-
-
-def _plain(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _times(ratio: Record) -> str:
-    return f"{_figure(ratio['median'])}×"
-
-
-def _figure(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}" if value < 1 else f"{value:.1f}"
-
-
-def _spread(values: Record, unit: float = 1) -> str:
-    median, q1, q3 = (f"{unit * values[key]:.4g}" for key in ("median", "q1", "q3"))
-    return f"{median} ({q1}–{q3})"
-
-
-def _grid(head: list[str], rows: list[list[str]]) -> str:
-    ruler = ["---", *("---:" for _ in head[1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ruler, *rows))
-
-
-def distributed_line(record: Record) -> str:
-    """One cell of distributed.py, for the terminal."""
-    ours, textbook = (record["contenders"][name] for name in (OURS, TEXTBOOK))
-    return (
-        f"{record['n']}×{record['d']}, {record['processes']} processes: {_ms(ours['seconds'])} ms; "
-        f"textbook {_times(textbook['times_ours'])}, its floor {_times(record['floor']['times_ours'])}; "
-        f"header {_ms(record['header']['seconds'])} ms; sent {_mb(ours)} and {_mb(textbook)} MB; "
-        f"errors {ours['loss_error']:.0e} {ours['gradient_error']:.0e}, {record['rounds']} rounds"
-    )
-
-
-def distributed_summary(results: Record) -> str:
-    """The table of distributed.py for the README."""
-    head = [
-        "N × D",
-        "processes",
-        "ours, ms",
-        "textbook, × ours",
-        "its products and all-reduce alone, × ours",
-        "a rank sends, MB: ours",
-        "textbook",
-    ]
-    rows = []
-    for r in results["cells"]:
-        ours, textbook = (r["contenders"][name] for name in (OURS, TEXTBOOK))
-        ratios = [_times(textbook["times_ours"]), _times(r["floor"]["times_ours"])]
-        sent = [_mb(ours), _mb(textbook)]
-        rows.append([f"{r['n']} × {r['d']}", str(r["processes"]), _ms(ours["seconds"]), *ratios, *sent])
-    return "\n\n".join((_setting(results), _grid(head, rows), _distributed_sentences(results["cells"])))
-
-
-def _distributed_sentences(records: list[Record]) -> str:
-    ours = [r["contenders"][OURS] for r in records]
-    loss, gradient = (max(c[field] for c in ours) for field in ("loss_error", "gradient_error"))
-    header = records[0]["header"]["seconds"]
-    sentences = [
-        "Each process has one thread; gloo over the loopback; the slowest rank's time; medians of per-round ratios.",
-        f"Largest distance of ours to float64 in one process: loss {loss:.1e}, gradient {gradient:.1e}, relative, "
-        "after DDP's mean over the ranks, which leaves the true gradient of ours, and 1/W of it of the textbook's.",
-        f"The header takes {_ms(header)} ms of a step at {records[0]['processes']} processes.",
-    ]
-    counters = [c["sent"]["loopback"] / c["sent"]["collectives"] for c in ours if c["sent"]["loopback"]]
-    if counters:
-        low, high = min(counters), max(counters)
-        sentences.append(
-            f"The loopback's own counter shows {low:.3f} to {high:.3f} times the bytes that stand here for ours."
-        )
-    return "\n".join(sentences)
-
-
-def distributed_markdown(results: Record) -> str:
-    """The summary, and every figure with its spread."""
-    head = ["N × D", "processes", "rounds", "what", "ms (quartiles)", "× ours (quartiles)"]
-    head += ["loss error", "gradient error", "gradient, × true", "MB sent: by the collectives", "by the loopback"]
-    rows = []
-    for r in results["cells"]:
-        where = [f"{r['n']} × {r['d']}", str(r["processes"]), str(r["rounds"])]
-        for name, c in r["contenders"].items():
-            found = [f"{c['loss_error']:.1e}", f"{c['gradient_error']:.1e}", f"{c['gradient_factor']:g}"]
-            sent = [_mb(c), _mb(c, "loopback")]
-            rows.append([*where, TITLES[name], _spread(c["seconds"], 1e3), _spread(c["times_ours"]), *found, *sent])
-        floor, nothing = r["floor"], [""] * 5
-        title = "textbook's products and all-reduce alone"
-        rows.append([*where, title, _spread(floor["seconds"], 1e3), _spread(floor["times_ours"]), *nothing])
-        rows.append([*where, "header of ours alone", _spread(r["header"]["seconds"], 1e3), "", *nothing])
-    return f"{distributed_summary(results)}\n\n{_grid(head, rows)}\n"
-
-
-def bytes_model() -> str:
-    """What a step costs each of many GPUs, for the README: the model of traffic.py."""
-    head = ["N × D", "GPUs", "all-reduce of C, MB", "ours, float32, MB", "ours, 16 bit, MB", "vectors in either, MB"]
-    rows = [_gpu_row(cell, count) for cell in GPU_CELLS for count in GPUS]
-    sentence = (
-        "What each of W GPUs sends in a step, forward and backward, by ring algorithms: W − 1 times what it gives to a "
-        "gather, 2 (W − 1)/W times a sum's size. It receives as much. The vectors of the textbook's batch norm are not "
-        "counted."
-    )
-    return f"{sentence}\n\n{_grid([*head, 'textbook, GFLOP', 'ours, GFLOP'], rows)}"
-
-
-def _gpu_row(cell: Cell, count: int) -> list[str]:
-    textbook, ours, half = traffic.textbook(cell, count), traffic.dual(cell, count), traffic.dual(cell, count, 2)
-    sent = [f"{cost.sent / 1e6:,.0f} ({100 * cost.sent / textbook.sent:.1f} %)" for cost in (ours, half)]
-    flops = [_plain(cost.flops / 1e9) for cost in (textbook, ours)]
-    shape = f"{cell.n} × {cell.d}"
-    return [shape, str(count), _plain(textbook.sent / 1e6), *sent, f"{half.vectors / 1e6:.1f}", *flops]
-
-
-def _mb(contender: Record, counted: str = "collectives") -> str:
-    size: float | None = contender["sent"][counted]
-    return "" if size is None else f"{size / 1e6:,.2f}"
-
-
-def blocks(results: Path) -> dict[str, str]:
-    """What stands in the README between the markers, by their name."""
-
-    def figures(name: str) -> Record:
-        record: Record = json.loads((results / f"{name}.json").read_text())
-        return record
-
-    return {
-        "bench": summary(figures("compare")),
-        "distributed": distributed_summary(figures("distributed")),
-        "bytes": bytes_model(),
+def blocks(results: Record, images: dict[str, str]) -> dict[str, str]:
+    """What stands in the README between the markers, by their name; ``images`` are what refers to the pictures."""
+    setting = table_speed.setting(results)
+    speed, memory = table_speed.speed(results), table_speed.memory(results)
+    measured = {
+        "bench": speed and paragraphs(setting, images.get(plot_figures.COMPARISON, ""), speed, memory),
+        "growth": (growth := table_growth.growth(results)) and paragraphs(images.get(plot_figures.GROWTH, ""), growth),
+        "exactness": table_exactness.exactness(results),
+        "limits": table_limits.limits(results),
+        "distributed": table_steps.distributed(results),
+        "training": table_steps.training(results),
     }
+    missing = f"Not among the results of {results['date']}."
+    return {name: text or missing for name, text in measured.items()} | {"bytes": table_steps.bytes_model()}
+
+
+def markdown(results: Record, results_path: Path) -> str:
+    """The page beside the results: all of them, with quartiles."""
+    sections = {
+        "Time": (table_speed.speed(results), table_speed.details(results)),
+        "Working memory": (table_speed.memory(results),),
+        "Growth": (_image(results, results_path, plot_figures.GROWTH), table_growth.growth_details(results)),
+        "Exactness": (table_exactness.exactness(results, names),),
+        "Limits": (table_limits.limits(results), table_limits.limit_details(results)),
+        "Several processes": (table_steps.distributed(results), table_steps.distributed_details(results)),
+        "Training": (table_steps.training(results), table_steps.training_details(results)),
+    }
+    written = [f"## {title}\n\n{text}" for title, texts in sections.items() if (text := paragraphs(*texts))]
+    head = ["# Benches", table_speed.setting(results), _image(results, results_path, plot_figures.COMPARISON)]
+    return f"{paragraphs(*head, *written)}\n"
+
+
+def _image(results: Record, results_path: Path, kind: str, folder: Path | None = None) -> str:
+    """The Markdown that shows a picture in a page of ``folder``, if these results have it."""
+    if kind not in plot_figures.pictures(results):
+        return ""
+    path = os.path.relpath(plot_figures.picture(results_path, kind), folder or results_path.parent)
+    return f"![{PICTURES[kind]}]({Path(path).as_posix()})"
+
+
+def readme_blocks(results: Record, results_path: Path, folder: Path) -> dict[str, str]:
+    """The blocks of a README in ``folder``."""
+    return blocks(results, {kind: _image(results, results_path, kind, folder) for kind in PICTURES})
 
 
 def insert(readme: str, name: str, text: str) -> str:
@@ -294,20 +107,59 @@ def insert(readme: str, name: str, text: str) -> str:
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
-def main() -> None:
+def stale(results_path: Path, readme: Path) -> list[str]:
+    """What does not say what the results say: blocks of the README, the page beside the results, the pictures."""
+    results, now = load(results_path), readme.read_text(encoding="utf-8")
+    found = [
+        f"{readme.name}: the block “{name}” does not hold the figures of {results_path.name}"
+        for name, text in readme_blocks(results, results_path, readme.parent).items()
+        if insert(now, name, text) != now
+    ]
+    page = results_path.with_suffix(".md")
+    if not page.exists() or page.read_text(encoding="utf-8") != markdown(results, results_path):
+        found.append(f"{page.name}: expected the figures of {results_path.name}")
+    return found + [
+        reason for kind in plot_figures.pictures(results) if (reason := _stale_picture(results, results_path, kind))
+    ]
+
+
+def _stale_picture(results: Record, results_path: Path, kind: str) -> str:
+    path = plot_figures.picture(results_path, kind)
+    if not path.exists():
+        return f"{path.name}: expected a picture of {results_path.name}, there is none"
+    if plot_figures.drawn_from(path) != plot_figures.digest(plot_figures.pictures(results)[kind]):
+        return f"{path.name}: drawn from other figures than those of {results_path.name}"
+    return ""
+
+
+def write(results_path: Path, readme: Path) -> None:
+    """Set right what is stale; a picture is drawn anew only where its figures have changed."""
+    results, now = load(results_path), readme.read_text(encoding="utf-8")
+    for name, text in readme_blocks(results, results_path, readme.parent).items():
+        now = insert(now, name, text)
+    readme.write_text(now, encoding="utf-8")
+    results_path.with_suffix(".md").write_text(markdown(results, results_path), encoding="utf-8")
+    if any(_stale_picture(results, results_path, kind) for kind in plot_figures.pictures(results)):
+        from plots import draw  # needs matplotlib, the check does not
+
+        draw(results, results_path)
+
+
+def main(flags: Sequence[str] | None = None) -> None:
+    """The program; ``flags`` in place of those of the command line."""
     parser = argparse.ArgumentParser(description="Put the figures of the benches into the README.")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="the folder of the figures")
-    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
-    arguments = parser.parse_args()
-    now = arguments.readme.read_text(encoding="utf-8")
-    wanted = now
-    for name, text in blocks(arguments.results).items():
-        wanted = insert(wanted, name, text)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the results; the newest are taken")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if something is out of date")
+    arguments = parser.parse_args(flags)
+    try:
+        results_path = (tracked if arguments.check else newest)(arguments.results)
+    except FileNotFoundError as reason:
+        sys.exit(str(reason))
     if not arguments.check:
-        arguments.readme.write_text(wanted, encoding="utf-8")
-    elif now != wanted:
-        sys.exit(f"{arguments.readme} does not hold the figures of {arguments.results}: run python benches/table.py")
+        write(results_path, arguments.readme)
+    elif found := stale(results_path, arguments.readme):
+        sys.exit("\n".join([*found, "Run python benches/table.py"]))
 
 
 if __name__ == "__main__":

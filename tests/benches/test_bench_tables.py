@@ -1,0 +1,247 @@
+"""The tables say what the figures say, the README holds them, and the check sees when it does not."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import fictitious
+import pytest
+from fictitious import Record
+
+import committed
+import plot_figures
+import table
+import table_exactness
+import table_growth
+import table_limits
+import table_speed
+import table_steps
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = ("bench", "growth", "exactness", "limits", "distributed", "training", "bytes")
+
+
+@pytest.fixture
+def results() -> Record:
+    return fictitious.results()
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The cells of a table's rows, by the first of them."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return {first: rest for first, *rest in cells}
+
+
+def test_readme_agrees_with_the_committed_results() -> None:
+    assert table.stale(committed.tracked(), ROOT / "README.md") == []
+
+
+def test_speed_is_ours_in_ms_and_the_others_over_it(results: Record) -> None:
+    found = rows(table_speed.speed(results))
+    assert found["N × D"] == ["algorithm", "ours, ms", "FFT relaxation", "textbook", "lightly", "solo-learn"]
+    assert found["100 × 1000"] == ["dual", "10", "0.50×", "5.0×", "6.0×", "20×"]
+    assert found["100 × 4000"] == ["dual", "40", "0.50×", "20×", "—", "—"]
+
+
+def test_several_thread_counts_have_a_column(results: Record) -> None:
+    results["cells"].append(fictitious.cell(300, 3000, threads=2))
+    assert rows(table_speed.speed(results))["300 × 3000"][:2] == ["2", "dual"]
+    assert "1 thread or 2 threads" in table_speed.setting(results)
+
+
+def test_a_cell_that_only_later_contenders_share_keeps_its_columns(results: Record) -> None:
+    results["cells"].insert(0, fictitious.cell(50, 500, but=("textbook",)))
+    assert rows(table_speed.speed(results))["100 × 1000"][2:5] == ["0.50×", "6.0×", "20×"]
+    assert rows(table_speed.speed(results))["50 × 500"][-1] == "—"
+
+
+def test_memory_is_in_millions_of_bytes(results: Record) -> None:
+    found = rows(table_speed.memory(results))
+    assert found["100 × 2000"] == ["4.0", "4.0", "64.0", "64.0", "64.0"]
+    assert found["100 × 4000"] == ["8.0", "8.0", "256", "—", "—"]
+
+
+def test_growth_gives_exponents_and_the_largest_d(results: Record) -> None:
+    text = table_growth.growth(results)
+    assert rows(text)["barlow_loss"] == ["D^1.00", "1000", "4000", "N^1.00", "100", "200", "800,000", "≈ 300,000"]
+    assert rows(text)["textbook"] == ["D^2.00", "1000", "2000", "—", "—", "—", "≈ 11,000", "≈ 10,900"]
+    assert "2.00 times as long with ours, 4.00 times with textbook and 2.00 times with FFT relaxation" in text
+    assert (
+        "2 GB of working memory hold a step of ours up to D = 800,000, of the others up to 11,000 (textbook)." in text
+    )
+
+
+def test_exactness_takes_the_largest_error_and_says_what_differs(results: Record) -> None:
+    results["cells"][1]["contenders"]["textbook"]["error_of_own"]["loss"] = 5e-7
+    text = table_exactness.exactness(results)
+    assert rows(text)["textbook"] == ["the paper's loss", "5.0e-07", "2.0e-07", "", ""]
+    assert rows(text)["FFT relaxation"] == ["relaxed sum", "1.0e-07", "2.0e-07", "8.0e-02", "2.5e+00"]
+    assert "of another value and gradient: FFT relaxation by up to 8 % and 250 %." in text
+
+
+def test_limits_say_where_a_step_goes(results: Record) -> None:
+    text = table_limits.limits(results)
+    found = rows(text)["100 × 1000"]
+    assert found[:6] == ["1", "dual", "10", "8", "1.25", "0.25"]
+    assert found[7:] == ["50", "60", "10", "8", "1.25", "60 %", "30 %", "10 %"]
+    assert (
+        "At 200 × 1000 a step takes 3.00 times its matrix products alone: elementwise 70 %, products 20 % and "
+        "rest 10 % of it." in text
+    )
+
+
+def test_processes_are_right_too_short_or_refuse(results: Record) -> None:
+    text = table_exactness.over_processes(results)
+    assert "Right everywhere (errors below 0.001): barlow_loss." in text
+    assert "right direction and a wrong length with textbook (1/W of it)." in text
+    assert "lightly refuses: “shards must be even \\| or else”." in text
+    assert rows(text)["textbook"] == ["1.0e-07 / 5.0e-01 / 1.0000", "1.0e-01 / 6.0e-01 / 0.9500"]
+    assert rows(text)["lightly"][1] == "refuses"
+
+
+def test_nobody_is_called_right_who_is_not(results: Record) -> None:
+    for setting in results["distributed"]["exactness"]:
+        setting["contenders"]["barlow_loss"] = {"loss_error": 0.1, "gradient_error": 0.1, "gradient_cosine": 0.9}
+    assert "Right everywhere (errors below 0.001): none." in table_exactness.over_processes(results)
+
+
+def test_distributed_gives_time_and_bytes(results: Record) -> None:
+    text = table_steps.distributed(results)
+    assert rows(text)["100 × 1000"] == ["2", "20", "16×", "5.0×", "4.00", "64.00"]
+    assert "The loopback's own counter shows 1.500 times" in text
+
+
+def test_training_before_and_after(results: Record) -> None:
+    text = table_steps.training(results)
+    assert rows(text)["projector alone"] == ["256", "3", "10", "9.2", "1.09×", "10 %", "2.2 %"]
+    assert "the loss takes 200 ms in place of 1,000 (5.0× as fast), 8 % of the step saved." in text
+    results["training"][0]["speed_up"] = 0.5
+    assert "the step 100 % longer." in table_steps.training(results)
+
+
+def test_who_was_not_measured_is_not_spoken_of(results: Record) -> None:
+    for cell in results["cells"]:
+        cell["contenders"].pop("solo-learn", None)
+        del cell["contenders"]["FFT relaxation"]
+    del results["growth"]["features"]["contenders"]["FFT relaxation"]
+    text = table.markdown(results, Path("2001-01-01-nowhere.json"))
+    assert "solo-learn" not in text
+    assert "FFT" not in text
+    assert "Another loss than the paper's" not in text
+
+
+@pytest.mark.parametrize("section", ["cells", "growth", "limits", "distributed", "training"])
+def test_a_section_that_is_missing_is_said(results: Record, section: str) -> None:
+    del results[section]
+    missing = [
+        name for name, text in table.blocks(results, {}).items() if text == "Not among the results of 2001-01-01."
+    ]
+    assert missing == {"cells": ["bench", "exactness"]}.get(section, [section])
+    table.markdown(results, Path("2001-01-01-nowhere.json"))
+
+
+def test_the_page_has_every_figure_with_its_quartiles(results: Record) -> None:
+    page = table.markdown(results, Path("2001-01-01-nowhere.json"))
+    assert "barlow_loss, primal" in page
+    assert "10 (9–11)" in page
+    assert (
+        "![Time and working memory of each contender over those of barlow_loss](2001-01-01-nowhere-comparison.png)"
+        in page
+    )
+
+
+def test_a_line_for_the_terminal(results: Record) -> None:
+    said = table.line(results["cells"][0])
+    assert said.startswith("100 × 1000, 1 thread, dual: 10 ms; FFT relaxation 0.50×; textbook 5.0×")
+    assert said.endswith("errors 1.0e-07 2.0e-07; 7 rounds")
+
+
+class Folder:
+    """A README and results in a folder of their own, with pictures that carry the digests of what they would show."""
+
+    def __init__(self, root: Path) -> None:
+        self.readme, self.results = root / "README.md", root / "benches" / "results" / "2001-01-01-nowhere.json"
+        self.results.parent.mkdir(parents=True)
+        self.readme.write_text("# A\n" + "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in BLOCKS))
+        figures = fictitious.results()
+        self.results.write_text(json.dumps(figures))
+        for kind, shown in plot_figures.pictures(figures).items():
+            plot_figures.picture(self.results, kind).write_bytes(
+                fictitious.png(plot_figures.KEYWORD, plot_figures.digest(shown))
+            )
+        self.flags = ["--results", str(self.results.parent), "--readme", str(self.readme)]
+        table.main(self.flags)
+
+    def change(self, figure: Callable[[Record], None]) -> None:
+        """Another figure in the JSON."""
+        figures = json.loads(self.results.read_text())
+        figure(figures)
+        self.results.write_text(json.dumps(figures))
+
+    def complaints(self) -> list[str]:
+        return table.stale(self.results, self.readme)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+def test_what_was_written_passes_the_check(folder: Folder) -> None:
+    assert folder.complaints() == []
+    before = folder.readme.read_text()
+    table.main([*folder.flags, "--check"])
+    assert folder.readme.read_text() == before
+    assert "(benches/results/2001-01-01-nowhere-growth.png)" in before
+    assert before.startswith("# A\n<!-- bench:begin -->\nForward and backward, float32, 1 thread, on Fictitious 9000")
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_that_was_edited_is_named(folder: Folder, name: str) -> None:
+    text = folder.readme.read_text()
+    block = re.compile(rf"(<!-- {name}:begin -->.*?)(\d)(?=[^\d].*?<!-- {name}:end -->)", re.DOTALL)
+    edited = block.sub(lambda found: found[1] + str((int(found[2]) + 1) % 10), text, count=1)
+    assert edited != text
+    folder.readme.write_text(edited)
+    assert folder.complaints() == [
+        f"README.md: the block “{name}” does not hold the figures of 2001-01-01-nowhere.json"
+    ]
+    with pytest.raises(SystemExit, match=f"(?s)“{name}”.*python benches/table.py"):
+        table.main([*folder.flags, "--check"])
+    assert folder.readme.read_text() == edited
+
+
+def test_a_figure_that_changed_is_named_everywhere(folder: Folder) -> None:
+    folder.change(lambda results: results["cells"][0]["contenders"]["textbook"].update(working_bytes=77_000_000))
+    assert folder.complaints() == [
+        "README.md: the block “bench” does not hold the figures of 2001-01-01-nowhere.json",
+        "2001-01-01-nowhere.md: expected the figures of 2001-01-01-nowhere.json",
+        "2001-01-01-nowhere-growth.png: drawn from other figures than those of 2001-01-01-nowhere.json",
+    ]
+
+
+def test_a_picture_that_is_missing_broken_or_another_is_named(folder: Folder) -> None:
+    picture = plot_figures.picture(folder.results, plot_figures.COMPARISON)
+    whole = picture.read_bytes()
+    for content in (b"", whole[:60], whole.replace(b"sha256\0", b"sha256\0f"), fictitious.png("Author", "nobody")):
+        picture.write_bytes(content)
+        assert folder.complaints() == [f"{picture.name}: drawn from other figures than those of {folder.results.name}"]
+    picture.unlink()
+    assert folder.complaints() == [f"{picture.name}: expected a picture of {folder.results.name}, there is none"]
+
+
+def test_a_missing_marker_is_named(folder: Folder) -> None:
+    folder.readme.write_text(folder.readme.read_text().replace("<!-- limits:end -->", ""))
+    with pytest.raises(SystemExit, match="<!-- limits:end -->"):
+        folder.complaints()
+
+
+def test_the_newest_results_are_taken(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="make bench"):
+        committed.newest(tmp_path)
+    for name in ("2025-12-31-zen.json", "2026-01-02-arm.json", "2026-01-01-zen.json", "loader.json", "2027-01-01-x.md"):
+        (tmp_path / name).touch()
+    assert committed.newest(tmp_path).name == "2026-01-02-arm.json"
+    with pytest.raises(SystemExit, match="make bench"):
+        table.main(["--results", str(tmp_path / "nowhere"), "--check"])

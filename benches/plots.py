@@ -98,11 +98,10 @@ def draw_growth(figures: Record) -> Figure:
 
 
 def _colours(figures: Record) -> dict[str, str]:
-    """A colour for each contender, the same in all panels; ours compiled shares its own."""
+    """A colour for each contender, the same in all panels."""
     found = (line.name for key in figures if " by " in key for line in figures[key])
-    others = [name for name in dict.fromkeys(found) if not _is_ours(name)]
-    colours = {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)}
-    return colours | dict.fromkeys((OURS, OURS_COMPILED), BLUE)
+    others = [name for name in dict.fromkeys(found) if name != OURS]
+    return {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)} | {OURS: BLUE}
 
 
 def _is_ours(name: str) -> bool:
@@ -129,11 +128,9 @@ def _draw_lines(axes: Axes, lines: list[Line], colours: dict[str, str], margin: 
 
 
 def _strength(name: str, number: int) -> dict[str, Any]:
-    """Ours stands out; compiled it is a thin companion; the others recede."""
+    """Ours stands out; the others recede."""
     if name == OURS:
         return {"linewidth": 3.4, "markersize": 6.5, "zorder": 5}
-    if _is_ours(name):
-        return {"linewidth": 1.3, "markersize": 3, "zorder": 4, "linestyle": DASHES[2]}
     return {"linewidth": 1.4, "markersize": 3, "zorder": 3, "alpha": 0.8, "linestyle": DASHES[number % len(DASHES)]}
 
 

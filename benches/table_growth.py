@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from baselines import OURS, OURS_COMPILED
-from table_format import NONE, grid, names, paragraphs, plain
+from table_format import NONE, grid, names, paragraphs, plain, spread
 from table_speed import FULL_ONLY, compact
 
 if TYPE_CHECKING:
@@ -95,10 +95,11 @@ def growth_details(results: Record) -> str:
     found = results.get("growth")
     if not found:
         return ""
-    head = ["what", "grows with", "at", "ms", "exponent"]
+    head = ["what", "grows with", "at", "ms", "exponent (quartiles)"]
     rows = []
     for line, axis in ((found["features"], "d"), (found["samples"], "n")):
         for name, fit in line["contenders"].items():
             sizes, seconds = (", ".join(map(str, fit[axis])), ", ".join(plain(1e3 * s) for s in fit["seconds"]))
-            rows.append([name, axis.upper(), sizes, seconds, f"{fit['exponent']:.3f}"])
+            exponent = spread(fit["exponents"]) if "exponents" in fit else f"{fit['exponent']:.3f}"
+            rows.append([name, axis.upper(), sizes, seconds, exponent])
     return paragraphs(growth(results, names), grid(head, rows))

@@ -34,7 +34,7 @@ from growth import BUDGET_BYTES, growth
 from limits import CELLS, limits
 from machine import RESULTS, device_name, environment, revision
 from plots import draw
-from promises import SECTIONS, promises
+from promised import SECTIONS, promises
 from workload import GRID, LARGE, SLOW, Cell
 
 if TYPE_CHECKING:

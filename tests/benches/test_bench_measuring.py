@@ -10,7 +10,7 @@ from growth import SAMPLES, growth
 from limits import gemms, limits, work
 from machine import device_name, environment
 from memory import watched_step
-from promises import promises
+from promised import promises
 from timing import TURN_SECONDS, interleave, ratios, spread
 from workload import Cell, step
 

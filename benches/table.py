@@ -42,14 +42,12 @@ PICTURES = {
 def line(cell: Record) -> str:
     """One cell of compare.py, for the terminal."""
     ours = cell["contenders"][OURS]
-    others = (
-        f"{name} {times(found['times_ours']['median'])}" for name, found in cell["contenders"].items() if name != OURS
-    )
-    return (
-        f"{shape(cell)}, {counted(cell['threads'], 'thread')}, {cell['algorithm']}: {ms(ours['seconds'])} ms; "
-        f"{'; '.join(others)}; errors {error(ours['loss_error'])} {error(ours['gradient_error'])}; "
-        f"{counted(cell['rounds'], 'round')}"
-    )
+    found = [f"{shape(cell)}, {counted(cell['threads'], 'thread')}, {cell['algorithm']}: {ms(ours['seconds'])} ms"]
+    for name, other in cell["contenders"].items():
+        if name != OURS:
+            found.append(f"{name} {times(other['times_ours']['median'])}")
+    found.append(f"errors {error(ours['loss_error'])} {error(ours['gradient_error'])}")
+    return "; ".join([*found, counted(cell["rounds"], "round")])
 
 
 def blocks(results: Record, images: dict[str, str]) -> dict[str, str]:

@@ -4,6 +4,7 @@
 backend. With TRITON_INTERPRET=1 in the environment, `--backend triton` runs them on the CPU, in triton's interpreter.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -79,3 +80,8 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+def pytest_collection_finish() -> None:
+    """No collection of garbage, of which torch.compiler.reset() makes many, searches what has been imported."""
+    gc.freeze()

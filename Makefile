@@ -1,8 +1,8 @@
 # Needs make and Python 3.10 or newer, nothing else. `make help` lists the targets.
 
 PYTHON        ?= python3
-VENV          ?= .venv
-VENV_MINIMAL  ?= .venv-minimal
+VENV          ?= .venv$(OTHER)
+VENV_MINIMAL  ?= .venv-minimal$(OTHER)
 TORCH_MINIMAL ?= torch==2.13.0
 DEMO_FLAGS    ?=
 EVALUATE_FLAGS ?=
@@ -11,21 +11,35 @@ BENCH_FLAGS   ?=
 CHECK_FLAGS   ?=
 FAULTS_FLAGS  ?=
 GPU_FLAGS     ?=
+MUTANTS_FLAGS ?=
 WORKERS       ?= 2
+# Each with a release of torch: the oldest that is supported, but for the newest Python that torch's newest was tried on.
+PYTHONS       ?= python3.10:2.11.0 python3.11:2.13.0 python3.12:2.11.0 python3.13:2.14.1 python3.14:2.11.0
 
+# Every other Python has environments of its own: .venv-python3.13
+OTHER       := $(addprefix -,$(filter-out python3,$(notdir $(PYTHON))))
 RUN         := $(VENV)/bin/python
 RUN_MINIMAL := $(VENV_MINIMAL)/bin/python
+# Where pyenv keeps the Pythons, python3.13 is found only if that version is active: all are, the present one first.
+export PYENV_VERSION := $(shell command -v pyenv >/dev/null && { pyenv version-name; pyenv versions --bare; } | paste -s -d :)
+
+# A process interprets triton's kernels or compiles them, never both.
+PYTEST      = $(RUN) -m pytest --numprocesses $(WORKERS)
+COMPILED    = $(PYTEST) --dist loadfile --ignore tests/kernels/interpreted
+INTERPRETED = TRITON_INTERPRET=1 $(PYTEST) --backend triton --hypothesis-profile
+# Both commands are run, whatever becomes of the first. pytest's status 5 says that TEST_FLAGS has selected no test.
+both = @$(1); first=$$?; $(2); case "$$first $$?" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo evaluate test test-minimal faults figures lint format bench bench-check gpu wheel clean
+.PHONY: help demo evaluate check test test-slow test-all test-gpu test-minimal test-pythons mutants faults figures lint format bench bench-check gpu wheel clean
 
 # Small batches on few cores: two OpenMP threads that wait for each other cost more than they bring.
-demo evaluate test test-minimal faults figures: export OMP_NUM_THREADS = 1
+demo evaluate check test test-slow test-minimal mutants faults figures: export OMP_NUM_THREADS = 1
 
-help:  ## list the targets
+help:  ## list the targets; times are those of two cores, without the first installation
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Settings, e.g. 'make demo PYTHON=python3.12 DEMO_FLAGS=\"--seed 1\"': PYTHON DEMO_FLAGS EVALUATE_FLAGS TEST_FLAGS FAULTS_FLAGS BENCH_FLAGS CHECK_FLAGS GPU_FLAGS WORKERS"
+	@echo "Settings, e.g. 'make demo PYTHON=python3.12 DEMO_FLAGS=\"--seed 1\"': PYTHON DEMO_FLAGS EVALUATE_FLAGS TEST_FLAGS FAULTS_FLAGS BENCH_FLAGS CHECK_FLAGS GPU_FLAGS MUTANTS_FLAGS WORKERS"
 
 demo: $(VENV)/.has-examples  ## pretrain on scikit-learn's digits and show what was learned (about a minute)
 	$(RUN) examples/imagenet_pretrain.py $(DEMO_FLAGS)
@@ -33,14 +47,33 @@ demo: $(VENV)/.has-examples  ## pretrain on scikit-learn's digits and show what 
 evaluate: $(VENV)/.has-examples  ## pretrain with three seeds on the built-in data, and show what it is worth (a quarter of an hour)
 	$(RUN) examples/evaluate_small.py $(EVALUATE_FLAGS)
 
-# A process interprets triton's kernels or compiles them, never both.
-test: $(VENV)/.has-test  ## run all tests
-	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/kernels/interpreted $(TEST_FLAGS)
-	TRITON_INTERPRET=1 $(RUN) -m pytest --numprocesses $(WORKERS) --backend triton --hypothesis-profile interpreted \
-		tests/kernels/interpreted tests/test_laws_*.py
+check: $(VENV)/.has-check  ## the library's own tests (about a minute)
+	$(PYTEST) --dist loadfile --ignore tests/examples --ignore tests/benches --ignore tests/kernels --ignore tests/mutants $(TEST_FLAGS)
 
-test-minimal: $(VENV_MINIMAL)/.has-test  ## run the tests on an older torch, without torchvision and triton
+test: $(VENV)/.has-test  ## all tests but the slow ones, kernels in triton's interpreter too (three minutes)
+	$(call both,$(COMPILED) $(TEST_FLAGS),$(INTERPRETED) interpreted tests/kernels/interpreted tests/test_laws_*.py $(TEST_FLAGS))
+
+test-slow: $(VENV)/.has-test  ## whole training runs, inductor, other chips, more examples of the laws (eight minutes)
+	$(call both,$(COMPILED) -m slow $(TEST_FLAGS),$(INTERPRETED) interpreted-more tests/test_laws_*.py $(TEST_FLAGS))
+
+test-all: $(VENV)/.has-test  ## both: every test that needs no GPU
+	$(call both,$(MAKE) test,$(MAKE) test-slow)
+
+# A machine with a GPU has its own torch, and often no network: nothing is installed.
+test-gpu:  ## the laws and tests/gpu on this machine's GPU, with the torch of PYTHON (four minutes)
+	@PYTHONPATH="$(CURDIR)" $(PYTHON) benches/gpu_steps.py --only laws tests sanitizer $(GPU_FLAGS)
+
+test-minimal: $(VENV_MINIMAL)/.has-test  ## the tests of library and benches without torchvision and triton (two minutes)
 	$(RUN_MINIMAL) -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/examples --ignore tests/kernels $(TEST_FLAGS)
+
+test-pythons:  ## test-minimal with every Python of PYTHONS that is here, each with its torch (ten minutes)
+	@failed=; for each in $(PYTHONS); do python=$${each%:*}; \
+		if ! $$python -c '' 2>/dev/null; then echo "left out: no $$python here"; continue; fi; \
+		$(MAKE) test-minimal PYTHON=$$python TORCH_MINIMAL=torch==$${each##*:} || failed="$$failed $$python"; \
+	done; [ -z "$$failed" ] || { echo "failed on$$failed"; exit 1; }
+
+mutants: $(VENV)/.has-test  ## plant the bugs of tests/mutants, one at a time: the tests must notice (half an hour)
+	$(RUN) tests/mutants/plant.py $(MUTANTS_FLAGS)
 
 faults: $(VENV)/.has-test  ## injure the example's training runs in every way of its table, and count (under ten minutes)
 	$(RUN) tests/faults/inject.py $(FAULTS_FLAGS)
@@ -48,37 +81,37 @@ faults: $(VENV)/.has-test  ## injure the example's training runs in every way of
 figures: $(VENV)/.has-test  ## train detectors on shapes, from pretrained and from random features (three minutes)
 	$(RUN) -m pytest -s -m figure tests/examples/test_example_detection_figure.py
 
-lint: $(VENV)/.has-dev  ## check style, format and types
+lint: $(VENV)/.has-dev  ## check style, format and types (half a minute)
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-format: $(VENV)/.has-dev  ## repair what ruff can repair
+format: $(VENV)/.has-dev  ## repair what ruff can repair (a second)
 	$(RUN) -m ruff check --fix-only
 	$(RUN) -m ruff format
 
 bench: $(VENV)/.has-bench  ## speed, memory and exactness against the others, on this CPU (ten minutes)
 	$(RUN) benches/bench.py $(BENCH_FLAGS)
 
-bench-check: $(VENV)/.has-bench  ## measure again, and name the ratios that are worse than the committed ones
+bench-check: $(VENV)/.has-bench  ## measure again, and name the ratios that are worse than the committed ones (seven minutes)
 	$(RUN) benches/check.py $(CHECK_FLAGS)
 
-# A machine with a GPU has its own torch, and often no network: nothing is installed.
 gpu:  ## test and time the loss on this machine's GPU, with the torch of PYTHON (under eight minutes)
 	@PYTHONPATH="$(CURDIR)" $(PYTHON) benches/gpu_steps.py $(GPU_FLAGS)
 
-wheel: $(VENV)/.has-dev  ## build the wheel and the source distribution into dist/
+wheel: $(VENV)/.has-dev  ## build the wheel and the source distribution into dist/ (half a minute)
 	rm -rf dist
 	$(RUN) -m build
 
-clean:  ## remove the environments, what was built and the caches; runs/ stays
-	rm -rf $(VENV) $(VENV_MINIMAL) dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+clean:  ## remove the environments, what was built and the caches; runs/ stays (a second)
+	rm -rf .venv .venv-* $(VENV) $(VENV_MINIMAL) dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is the last thing its recipe writes, so a half-finished installation is taken up again the next time.
 $(VENV)/.has-examples: EXTRAS = examples
 $(VENV)/.has-test: EXTRAS = examples,scale,transfer,test
+$(VENV)/.has-check: EXTRAS = test
 $(VENV)/.has-dev: EXTRAS = examples,scale,transfer,test,dev
 $(VENV)/.has-bench: EXTRAS = examples,bench
 

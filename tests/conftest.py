@@ -23,7 +23,8 @@ settings.register_profile(
     "search", deadline=None, max_examples=250, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 # In triton's interpreter an example takes a tenth of a second: pytest … --hypothesis-profile=interpreted
-settings.register_profile("interpreted", deadline=None, derandomize=True, max_examples=3, print_blob=True)
+settings.register_profile("interpreted", deadline=None, derandomize=True, max_examples=1, print_blob=True)
+settings.register_profile("interpreted-more", deadline=None, derandomize=True, max_examples=4, print_blob=True)
 settings.load_profile("ci")
 
 
@@ -78,6 +79,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def fresh_compiler() -> Iterator[None]:
     """No compiled graph of another test is reused, and none is left behind."""
     torch.compiler.reset()
+    gc.freeze()
     yield
     torch.compiler.reset()
 

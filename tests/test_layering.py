@@ -1,15 +1,14 @@
 """The architecture as a table: imports go down only, the oracle stands apart, importing costs next to nothing."""
 
 import ast
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import barlow_loss
+from programs import Nursery, Program, start
 
 PACKAGE = Path(barlow_loss.__file__).parent
 
@@ -119,26 +118,29 @@ def test_the_only_dependency_is_torch():
         assert imported <= allowed | ({"triton"} if module.startswith("_backends.triton") else set()), module
 
 
-def _run(code: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def with_torch():
+    """Starts programs in which ``import torch`` is already done."""
+    with Nursery("torch") as nursery:
+        yield nursery
 
 
-def test_importing_adds_no_other_library():
+def _run(program: Program) -> str:
+    with program:
+        assert program.wait() == 0, program.errors
+    return program.output
+
+
+def test_importing_adds_no_other_library(with_torch, tmp_path):
     """What `import barlow_loss` loads beyond `import torch` is itself and the standard library."""
-    new = _run(
-        "import sys, torch; before = set(sys.modules); import barlow_loss; print(*sorted(set(sys.modules) - before))"
-    ).split()
+    code = "import sys, torch; before = set(sys.modules); import barlow_loss; print(*sorted(set(sys.modules) - before))"
+    new = _run(with_torch.start(["-c", code], tmp_path)).split()
     assert "barlow_loss" in new
     assert {name.partition(".")[0] for name in new} <= {"barlow_loss", "torch"} | set(sys.stdlib_module_names)
 
 
-def test_works_where_triton_numpy_and_torchvision_cannot_be_imported():
-    out = _run(
+def test_works_where_triton_numpy_and_torchvision_cannot_be_imported(tmp_path):
+    code = (
         "import sys\n"
         "for name in ('triton', 'numpy', 'torchvision'):\n"
         "    sys.modules[name] = None\n"
@@ -149,29 +151,29 @@ def test_works_where_triton_numpy_and_torchvision_cannot_be_imported():
         "print(barlow_loss.collapse_report(z1.detach(), z2.detach()))\n"
         "print(bool(loss.isfinite()))\n"
     )
-    assert out.split()[-1] == "True"
+    assert _run(start([sys.executable, "-c", code], tmp_path)).split()[-1] == "True"
 
 
-def test_auto_never_imports_triton_for_cpu_tensors():
+def test_auto_never_imports_triton_for_cpu_tensors(with_torch, tmp_path):
     """Forward and backward, in both algorithms; torch itself does not load it either."""
-    out = _run(
+    code = (
         "import sys, torch, barlow_loss\n"
         "for algorithm in ('primal', 'dual'):\n"
         "    z1, z2 = torch.randn(2, 8, 32).requires_grad_()\n"
         "    barlow_loss.barlow_twins_loss(z1, z2, algorithm=algorithm).backward()\n"
         "print(*[name for name in sys.modules if name == 'triton' or name.startswith('barlow_loss._backends.triton')])"
     )
-    assert out.split() == []
+    assert _run(with_torch.start(["-c", code], tmp_path)).split() == []
 
 
-def test_import_time_over_torch():
-    """Below 50 ms of processor time, median of three fresh interpreters; printed with -s."""
+def test_import_time_over_torch(with_torch, tmp_path):
+    """Below 50 ms of processor time, median of five processes; printed with -s."""
     code = (
         "import time, torch\n"
         "start = time.process_time()\n"
         "import barlow_loss\n"
         "print(1e3 * (time.process_time() - start))"
     )
-    milliseconds = [float(_run(code)) for _ in range(3)]
+    milliseconds = [float(_run(with_torch.start(["-c", code], tmp_path))) for _ in range(5)]
     print(f"\nimport barlow_loss over import torch: {statistics.median(milliseconds):.1f} ms of {milliseconds}")
     assert statistics.median(milliseconds) < 50

@@ -30,9 +30,10 @@ class Died(Exception):
 
 
 class Pool:
-    """``run(job, world_size, *args)``; close() at the end."""
+    """``run(job, world_size, *args)``; close() at the end. The processes have imported ``modules`` when they start."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
+        self._modules = ["torch._dynamo", "barlow_loss", *modules]
         self._processes: list[tuple[Any, Any]] = []  # process, connection
         self._folder = tempfile.TemporaryDirectory(prefix="barlow-loss-stores-")
         self._jobs = 0
@@ -95,7 +96,7 @@ class Pool:
             return
         # Forks of one process that has imported torch: a start costs milliseconds instead of seconds.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "barlow_loss"])
+        context.set_forkserver_preload(self._modules)
         for rank in range(LARGEST):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, there), daemon=True)
@@ -115,8 +116,8 @@ class Pool:
 
 def _serve(rank: int, connection: Any) -> None:
     torch.set_num_threads(1)
-    gc.freeze()  # the modules of torch are not searched for garbage after every job: 88 ms of 90 ms per job and rank
     while True:
+        gc.freeze()  # or what has been imported is searched for garbage after every job: 88 ms of 90 ms per job and rank
         try:
             request = connection.recv_bytes()
         except (EOFError, ConnectionError):

@@ -17,7 +17,8 @@ needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))),
     reason="inductor needs a C++ compiler, and neither $CXX, g++ nor clang++ is here",
 )
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=needs_compiler)]
+INDUCTOR = [pytest.mark.slow, needs_compiler]
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=INDUCTOR)]
 D = {"primal": 9, "dual": 40}
 SLOW = {"job_timeout": 240.0, "group_timeout": 120.0, "strict": False, "debug": "INFO"}  # one rank compiles longer
 
@@ -43,7 +44,11 @@ def _loss(counts, dtype, algorithm, backend, subgroup):
 
 @pytest.mark.parametrize(
     ("backend", "subgroup"),
-    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", True, marks=needs_compiler)],
+    [
+        ("aot_eager", True),
+        pytest.param("aot_eager", False, marks=pytest.mark.slow),
+        pytest.param("inductor", True, marks=INDUCTOR),
+    ],
 )
 def test_the_compiled_loss_is_that_of_the_concatenated_batch(pool, algorithm, dtype, backend, subgroup):
     counts = (6, 6)
@@ -76,7 +81,7 @@ def _sizes(algorithm, dynamic):
     return max(distances)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True])
 def test_other_batch_sizes_do_not_recompile(pool, algorithm, dynamic):
     assert max(pool.run(_sizes, 2, algorithm, dynamic, **SLOW)) < 1e-10
 
@@ -97,7 +102,7 @@ def _uneven(algorithm, sizes, backend):
     [
         ((3, 6, 9), "aot_eager"),  # the middle one has the mean of all
         ((6, 0, 6), "aot_eager"),
-        pytest.param((3, 6, 9), "inductor", marks=needs_compiler),  # the assertion survives the lowering
+        pytest.param((3, 6, 9), "inductor", marks=INDUCTOR),  # the assertion survives the lowering
     ],
 )
 def test_uneven_shards_raise_on_every_rank(pool, algorithm, sizes, backend):

@@ -208,7 +208,9 @@ def _trained(counts, steps, distributed):
 STEPS = 120
 
 
-@pytest.mark.parametrize(("world_size", "counts"), [(2, (13, 7)), (4, (6, 3, 0, 11))])
+@pytest.mark.parametrize(
+    ("world_size", "counts"), [(2, (13, 7)), pytest.param(4, (6, 3, 0, 11), marks=pytest.mark.slow)]
+)
 def test_p33_training_is_the_same_on_any_number_of_processes(pool, world_size, counts):
     expected, weights = _trained((20,), STEPS, False)
     assert sum(expected[-10:]) < 0.85 * sum(expected[:10])  # it does train

@@ -1,13 +1,15 @@
 """The example's folder on the path, and the data that its tests share."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from outcomes import EXAMPLES
+
+from programs import Nursery
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -43,6 +45,25 @@ def run(
         return status, output, errors
 
     return call
+
+
+@pytest.fixture
+def few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes take a moment, and their accuracy is a matter of luck; no pictures are drawn."""
+    from pretraining import looking, probes
+
+    monkeypatch.setattr(probes, "DRAWS", 2)
+    monkeypatch.setattr(looking, "PICTURED_PAIRS", 64)
+    for draw in ("draw_curves", "draw_cross_correlation"):
+        monkeypatch.setattr(looking.pictures, draw, lambda *_, **__: None)
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Starts programs as forks of one process, which has imported what pretraining needs."""
+    modules = ("sklearn.linear_model", "matplotlib.pyplot", "torch._dynamo", "imagenet_pretrain", "pretraining.report")
+    with Nursery(*modules, path=[EXAMPLES]) as nursery:
+        yield nursery
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
-"""How the tests start the program, and how they read what it leaves."""
+"""Flags of short runs of the program, and how the tests read what it leaves."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -10,17 +9,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 PICTURES = {"cross_correlation.png", "curves.png", "report.html"}
 FILES = PICTURES | {"backbone.pt", "checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", ".lock"}
 SHORT_DIGITS = ("--epochs", 2, "--projector", "64-64")
-SMALL_RESNET = (
-    *("--arch", "resnet18", "--projector", "64-64-64", "--image-size", 32),
-    *("--batch-size", 8, "--epochs", 2, "--workers", 0, "--device", "cpu"),
-)
-
-
-def environment() -> dict[str, str]:
-    """Of a process that runs the program."""
-    paths = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    kept = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+SMALL = ("--batch-size", 8, "--epochs", 2, "--workers", 0, "--device", "cpu")
+SMALL_CNN = ("--arch", "small-cnn", "--projector", "64-64", "--image-size", 28, *SMALL)
+SMALL_RESNET = ("--arch", "resnet18", "--projector", "64-64-64", "--image-size", 32, *SMALL)
 
 
 def rows(folder: Path, kind: str) -> list[dict[str, float]]:

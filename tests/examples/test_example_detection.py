@@ -2,15 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from outcomes import EXAMPLES, differences, environment, rows, states
+from outcomes import EXAMPLES, differences, rows, states
+from together import launch
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("pycocotools")
@@ -20,6 +19,7 @@ import shapes
 from pretraining import checkpoint
 from pretraining.encoders import build_encoder
 from pretraining.weights import digest
+from programs import Nursery
 
 SMALL = (
     *("--short-side", 64, "--anchor-sizes", 16, 32, "--anchors-per-image", 16, "--rois-per-image", 8, "--roi-size", 4),
@@ -142,17 +142,16 @@ def test_the_results_name_the_weights(trees: dict[str, Path], detect: Detect) ->
     assert detect(*flags, "--out", "out", "--overwrite")[0] == 0
 
 
-def test_two_processes_share_the_images_unevenly_and_end(trees: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_share_the_images_unevenly_and_end(
+    trees: dict[str, Path], tmp_path: Path, nursery: Nursery
+) -> None:
     """Three images a step, three in the test: each process has one or two, with a batch norm over all of them."""
     flags = [*("--data", trees["coco"]), *RANDOM, *SMALL, *("--batch-size", 3, "--iterations", 2, "--out", "out")]
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    command = [sys.executable, *launcher, str(EXAMPLES / "transfer_detection.py"), *map(str, flags)]
-    done = subprocess.run(
-        command, check=False, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    assert "cpu in 2 processes" in done.stdout
-    assert done.stdout.count("average precision in percent") == 1
+    done = launch(nursery, tmp_path, 2, EXAMPLES / "transfer_detection.py", *flags)
+    assert done.status == 0, done.errors
+    assert "cpu in 2 processes" in done.output
+    assert done.output.count("average precision in percent") == 1
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["test"]["images"] == 3
     assert found["scores"]["mask"]["AP"] is not None

@@ -1,12 +1,13 @@
 """The figure: average precision on shapes, of a pretrained encoder that is fine-tuned, and of a random frozen one."""
 
 import json
-import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from outcomes import environment
+
+from programs import start
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("pycocotools")
@@ -30,15 +31,9 @@ def test_a_pretrained_encoder_detects_what_random_frozen_features_do_not(tmp_pat
     shapes.voc_tree(tmp_path / "voc", train=600, test=60)
     shapes.coco_tree(tmp_path / "coco", train=600, test=60)
     shapes.class_folder(tmp_path / "unlabelled", 512)
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), side, str(tmp_path)],
-            env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for side in SIDES
-    ]  # fmt: skip
-    outputs = [process.communicate()[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
+    with ExitStack() as stack:
+        runs = [stack.enter_context(start([sys.executable, PROGRAM, side, tmp_path], tmp_path)) for side in SIDES]
+        assert [run.wait(800) for run in runs] == [0, 0], "\n".join(run.output + run.errors for run in runs)
     pretrained, frozen = (json.loads((tmp_path / side / "scores.json").read_text()) for side in SIDES)
     print(json.dumps({"pretrained": pretrained, "frozen": frozen}))
     for layout, kind in (("voc", "box"), ("coco", "box"), ("coco", "mask")):

@@ -1,9 +1,8 @@
-"""The program under torchrun, in two real processes: the steps of one process, files and messages once, and no hang."""
+"""The program in two real processes: the steps of one process, files and messages once, and no hang."""
 
+import json
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -13,7 +12,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from outcomes import EXAMPLES, FILES, SMALL_RESNET, differences, environment, rows, states
+from outcomes import EXAMPLES, FILES, SMALL_CNN, differences, rows, states
+from together import Done, launch
 
 from pretraining import distributed
 from pretraining.augmentations import PAPER
@@ -21,45 +21,13 @@ from pretraining.data import Batch, PretrainingData
 from pretraining.digits import load_digits
 from pretraining.errors import UsageError
 from pretraining.images import load_images
+from programs import Nursery
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 
-PROGRAM, IN_FLOAT64 = EXAMPLES / "imagenet_pretrain.py", Path(__file__).with_name("in_float64.py")
+PROGRAM, CHANGED = EXAMPLES / "imagenet_pretrain.py", Path(__file__).parents[1] / "faults" / "start.py"
+IN_FLOAT64 = json.dumps([["quick"], ["in_float64"], ["saves"], ["threads"]])
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-class Done(NamedTuple):
-    status: int
-    output: str
-    errors: str
-
-    @property
-    def told(self) -> list[str]:
-        """What the program itself says went wrong; torchrun adds a page of its own."""
-        return [line for line in self.errors.splitlines() if line.startswith("error: ")]
-
-
-def start(folder: Path, processes: int, program: Path, *flags: object) -> "subprocess.Popen[str]":
-    launcher = TORCHRUN if processes == 2 else ()
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(program), *map(str, flags)],
-        cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def finish(process: "subprocess.Popen[str]", seconds: float) -> Done:
-    """Wait for the end; a hang is a failure."""
-    try:
-        output, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun then ends its processes, which a kill would leave behind
-        output, errors = process.communicate(timeout=60)
-        pytest.fail(f"not done after {seconds} seconds\n{output}\n{errors}")
-    return Done(process.returncode, output, errors)
-
-
-def launch(folder: Path, processes: int, program: Path, *flags: object, seconds: float = 120) -> Done:
-    return finish(start(folder, processes, program, *flags), seconds)
 
 
 class Both(NamedTuple):
@@ -69,13 +37,15 @@ class Both(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Both:
+def digits(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Both:
     """Two epochs of the default job, in one process and in two."""
     folder = tmp_path_factory.mktemp("digits")
-    done = (launch(folder, count, PROGRAM, "--epochs", 2, "--probe-every", 1, "--out", str(count)) for count in (1, 2))
+    flags = ("--epochs", 2, "--probe-every", 1, "--out")
+    done = (launch(nursery, folder, count, PROGRAM, *flags, str(count)) for count in (1, 2))
     return Both(folder, *done)
 
 
+@pytest.mark.slow
 def test_two_processes_leave_and_print_what_one_does(digits: Both) -> None:
     folder, alone, together = digits
     assert (together.status, together.told) == (0, []), together.errors
@@ -89,6 +59,7 @@ def test_two_processes_leave_and_print_what_one_does(digits: Both) -> None:
     assert without_numbers(together.output) == without_numbers(alone.output)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(digits: Both) -> None:
     """Rounding apart: within 20 steps the losses move by 4e-4, and by 1.5e-3 where the initial weights move by 6e-8."""
     for kind in ("settings", "step", "epoch", "report", "evaluation"):
@@ -106,26 +77,28 @@ def test_two_processes_learn_what_one_does(digits: Both) -> None:
         assert two[name] == pytest.approx(one[name], abs=2)
 
 
-def test_an_output_folder_that_holds_another_run_is_refused_once(digits: Both) -> None:
-    done = launch(digits.folder, 2, PROGRAM, "--out", "1", seconds=60)
+def test_an_output_folder_that_holds_another_run_is_refused_once(tmp_path: Path, nursery: Nursery) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "metrics.jsonl").write_text("{}\n")
+    done = launch(nursery, tmp_path, 2, PROGRAM, "--out", "1")
     assert done.status != 0
     assert done.told == ["error: --out 1: holds another run. Choose another folder, --overwrite or --resume"]
     assert done.output == ""
 
 
-FLAGS = ("--epochs", 1, "--log-every", 1, "--projector", "64-64", "--batch-size", 125)  # an odd batch
-STEPS = list(range(1, 11))
+FLAGS = ("--epochs", 1, "--log-every", 1, "--projector", "64-64", "--batch-size", 15)  # an odd batch
+STEPS = list(range(1, 12))
 exact = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
 
 
 @pytest.fixture(scope="module")
-def in_float64(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Call the program in float64 with one process or two, always in the same folder."""
+def in_float64(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Callable[..., Path]:
+    """Call the program on few digits in float64 with one process or two, always in the same folder."""
     folder = tmp_path_factory.mktemp("in_float64")
 
     def call(processes: int, out: str, *flags: object) -> Path:
         if not (folder / out).exists() or flags:
-            done = launch(folder, processes, IN_FLOAT64, *FLAGS, "--out", out, *flags)
+            done = launch(nursery, folder, processes, CHANGED, IN_FLOAT64, *FLAGS, "--out", out, *flags)
             assert done.status == 0, done.errors
             told = re.findall(r"^(?:saved|left) \S+", done.errors, re.MULTILINE)
             assert told == ["saved checkpoint.pt", "saved backbone.pt"]
@@ -164,26 +137,26 @@ def test_a_run_of_two_processes_resumes_bit_for_bit(in_float64: Callable[..., Pa
     assert differences(*states(parts, two)) == []
 
 
-def test_a_broken_file_is_counted_once(jpegs: Path, tmp_path: Path) -> None:
-    flags = ("--data", jpegs, *SMALL_RESNET, "--no-probe", "--epochs", 1, "--batch-size", 20)
+def test_a_broken_file_is_counted_once(jpegs: Path, tmp_path: Path, nursery: Nursery) -> None:
+    flags = ("--data", jpegs, *SMALL_CNN, "--no-probe", "--epochs", 1, "--batch-size", 20)
     flags += ("--seed", 1)  # with which rank 1 reads it
     for count in (1, 2):
-        done = launch(tmp_path, count, PROGRAM, *flags, "--out", str(count))
+        done = launch(nursery, tmp_path / "runs", count, PROGRAM, *flags, "--out", str(count))
         assert done.status == 0, done.errors
         assert done.output.count("1 unreadable image replaced") == 1
-    one, two = (rows(tmp_path / count, "step") for count in ("1", "2"))
+    one, two = (rows(tmp_path / "runs" / count, "step") for count in ("1", "2"))
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-3)
-    assert [row["unreadable"] for row in rows(tmp_path / "2", "epoch")] == [1]
+    assert [row["unreadable"] for row in rows(tmp_path / "runs" / "2", "epoch")] == [1]
 
 
-def test_a_mistake_gets_one_line_for_all_processes(tmp_path: Path) -> None:
-    done = launch(tmp_path, 2, PROGRAM, "--bogus", seconds=60)
+def test_a_mistake_gets_one_line_for_all_processes(tmp_path: Path, nursery: Nursery) -> None:
+    done = launch(nursery, tmp_path, 2, PROGRAM, "--bogus")
     assert done.status != 0
     assert done.told == ["error: unrecognized arguments: --bogus (--help lists the flags)"]
     assert not list(tmp_path.iterdir())
 
 
-def test_what_fails_on_one_rank_ends_the_others(tmp_path: Path) -> None:
+def test_what_fails_on_one_rank_ends_the_others(tmp_path: Path, nursery: Nursery) -> None:
     program = tmp_path / "program.py"
     program.write_text(f"""
 import sys
@@ -200,19 +173,19 @@ def totals_or_failure(numbers):
 program.distributed.totals = totals_or_failure
 sys.exit(program.main())
 """)
-    done = launch(tmp_path, 2, program, "--no-probe", "--out", "out", seconds=60)
+    done = launch(nursery, tmp_path, 2, program, "--no-probe", "--out", "out")
     assert done.status != 0
     assert done.told == ["error: the cable is loose; no checkpoint had been written"]
 
 
-def test_ctrl_c_gets_one_line_from_two_processes(tmp_path: Path) -> None:
-    process = start(tmp_path, 2, PROGRAM, "--no-probe", "--probe-every", 1, "--out", "out")
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith("epoch 1/"):
-            process.send_signal(signal.SIGINT)
-            break
-    (told,) = finish(process, seconds=60).told
+@pytest.mark.slow
+def test_ctrl_c_gets_one_line_from_two_processes_of_torchrun(tmp_path: Path, nursery: Nursery) -> None:
+    flags = ("--no-probe", "--probe-every", 1, "--out", "out")
+    with nursery.start([*TORCHRUN, PROGRAM, *flags], tmp_path) as process:
+        process.until(lambda: "epoch 1/" in process.output, "the end of an epoch")
+        process.send(signal.SIGINT)
+        process.wait()
+    (told,) = process.told
     assert re.fullmatch(
         r"error: stopped by SIGINT after step \d+, saved in out/checkpoint.pt: continue with --resume", told
     )
@@ -292,13 +265,13 @@ def test_each_process_takes_the_gpu_of_its_number(
 
 
 @pytest.mark.parametrize("what", ["flags", "checkpoint"])
-def test_ranks_that_do_not_agree_are_told(what: str, tmp_path: Path) -> None:
+def test_ranks_that_do_not_agree_are_told(what: str, tmp_path: Path, nursery: Nursery) -> None:
     """As after a torchrun that was typed by hand on each machine, or with checkpoints on their own disks."""
     for machine, steps in {"0": 2, "1": 3}.items():
         (tmp_path / machine).mkdir()
         if what == "checkpoint":
             flags = (*FLAGS, "--no-probe", "--limit-steps", steps, "--out", "old")
-            assert launch(tmp_path / machine, 1, PROGRAM, *flags).status == 0
+            assert launch(nursery, tmp_path / machine, 1, CHANGED, '[["quick"]]', *flags).status == 0
     program = tmp_path / "program.py"
     own = '["--seed", rank]' if what == "flags" else '["--resume", "old"]'
     program.write_text(f"""
@@ -310,7 +283,7 @@ rank = os.environ["RANK"]
 os.chdir(rank)
 sys.exit(program.main(sys.argv[1:] + {own}))
 """)
-    done = launch(tmp_path, 2, program, *FLAGS, "--no-probe", "--out", tmp_path / "new", seconds=60)
+    done = launch(nursery, tmp_path, 2, program, *FLAGS, "--no-probe", "--out", tmp_path / "new")
     assert done.status != 0
     differs = {
         "flags": "seed: 0 on rank 0, 1 on rank 1",

@@ -1,4 +1,4 @@
-"""The evaluation under torchrun, in two real processes in float64: the weights, losses and votes of one process."""
+"""The evaluation in two real processes in float64: the weights, losses and votes of one process."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from labelled_tree import SMALL, make_tree, spoil
 from outcomes import EXAMPLES, rows
-from test_example_distributed import Done, launch
+from together import Done, launch
+
+from programs import Nursery
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 
@@ -51,7 +53,7 @@ class Both(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
+def both(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Both:
     """Batches of four: the last of 21 images, and the last of 5 to fine-tune on, is one image, that one rank has.
 
     Of both parts of the tree one image cannot be read.
@@ -66,9 +68,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
     (folder / "program.py").write_text(PROGRAM)
     flags = ("--data", root, *SMALL, "--batch-size", 4, "--protocols", "linear", "knn", "semi-10", "--neighbours", 3)
     flags += ("--linear-epochs", 3, "--semi-epochs", 2, "--semi-lr-classifier", 0.05, "--list-10", "list.txt")
-    return Both(
-        folder, *(launch(folder, count, folder / "program.py", *flags, "--out", str(count)) for count in (1, 2))
-    )
+    program = folder / "program.py"
+    return Both(folder, *(launch(nursery, folder, count, program, *flags, "--out", str(count)) for count in (1, 2)))
 
 
 def test_two_processes_say_what_one_does(both: Both) -> None:

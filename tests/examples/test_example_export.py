@@ -4,7 +4,6 @@ import json
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from pretraining.encoders import build_encoder
 from pretraining.errors import Aborted
 from pretraining.models import resnets
 from pretraining.weights import digest
+from programs import run
 
 REPOSITORY = str(Path(__file__).parents[2])
 Export = Callable[..., tuple[int, str, str]]
@@ -288,8 +288,8 @@ assert not model.training
 print(pretraining.weights.__file__)
 """
     (tmp_path / "program.py").write_text(program)
-    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout == f"{tmp_path / 'pretraining' / 'weights.py'}\n", done.stderr
+    done = run([sys.executable, "program.py"], tmp_path)
+    assert done.output == f"{tmp_path / 'pretraining' / 'weights.py'}\n", done.errors
 
 
 def test_two_addresses_that_end_alike_are_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ def matching(saved: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize(("which", "parts"), [(1, {"backbone", "projector"}), (2, {"backbone"})])
+@pytest.mark.usefixtures("few_looks")
 def test_init(which: int, parts: set[str], official: tuple, run: Run, jpegs: Path, tmp_path: Path) -> None:
     flags = (*SMALL_RESNET, *STANDING, "--data", jpegs, "--out", "out", "--init", official[which])
     status, output, errors = run(*flags, "--limit-steps", 1)
@@ -48,6 +49,7 @@ def test_init(which: int, parts: set[str], official: tuple, run: Run, jpegs: Pat
     assert "untrained encoder" in baseline
 
 
+@pytest.mark.usefixtures("few_looks")
 def test_a_resumed_run_does_not_begin_again(official: tuple, run: Run, jpegs: Path, tmp_path: Path) -> None:
     first = tmp_path / "first.pth"
     first.write_bytes(official[1].read_bytes())
@@ -60,6 +62,7 @@ def test_a_resumed_run_does_not_begin_again(official: tuple, run: Run, jpegs: Pa
     assert "begins with" not in output
 
 
+@pytest.mark.usefixtures("few_looks")
 def test_the_official_run_is_resumed(official: tuple, run: Run, jpegs: Path, tmp_path: Path) -> None:
     """Epoch 2 of 2, by its momenta: with learning rates that stand still the weights are the file's."""
     flags = (*SMALL_RESNET, *STANDING, "--data", jpegs, "--no-probe", "--log-every", 1)

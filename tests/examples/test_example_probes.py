@@ -73,6 +73,7 @@ def test_the_linear_probe_is_scikit_learns(features: int, noise: float) -> None:
     assert probes.linear_accuracy(bank, labels, queries, truth) == pytest.approx(expected, abs=0.5)
 
 
+@pytest.mark.slow
 def test_the_linear_probe_separates_many_classes() -> None:
     """The gradient of a fit to hundreds of classes begins below the tolerance for ten."""
     generator = torch.Generator().manual_seed(0)

@@ -2,7 +2,6 @@
 
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,36 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from outcomes import EXAMPLES, FILES, SHORT_DIGITS, SMALL_RESNET, differences, environment, rows, states
+from outcomes import EXAMPLES, FILES, SHORT_DIGITS, SMALL_CNN, SMALL_RESNET, differences, rows, states
 
-from pretraining import looking, probes
+from pretraining import looking
+from programs import Nursery
+from programs import run as run_program
 
 Run = Callable[..., tuple[int, str, str]]
+PROGRAM = EXAMPLES / "imagenet_pretrain.py"
 
 
-@pytest.fixture
-def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shortens what the probes take; their accuracy is then a matter of luck."""
-    monkeypatch.setattr(probes, "DRAWS", 2)
-
-
+@pytest.mark.slow
 def test_the_command_without_torchvision_and_tensorboard_pretrains_on_digits(tmp_path: Path) -> None:
-    """A real process, in which neither can be imported."""
-    program = str(EXAMPLES / "imagenet_pretrain.py")
+    """A new interpreter, in which neither can be imported."""
     block = "import runpy, sys; sys.modules.update(torchvision=None, tensorboard=None); sys.argv = sys.argv[1:]; "
-    start = f"sys.path.insert(0, {str(EXAMPLES)!r}); runpy.run_path({program!r}, run_name='__main__')"
-    flags = [*map(str, SHORT_DIGITS), "--probe-every", "1"]
-    done = subprocess.run(
-        [sys.executable, "-c", block + start, program, *flags],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith("Results: runs/digits")
+    program = f"sys.path.insert(0, {str(EXAMPLES)!r}); runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
+    done = run_program([sys.executable, "-c", block + program, PROGRAM, *SHORT_DIGITS, "--probe-every", 1], tmp_path)
+    assert done.status == 0, done.errors
+    assert done.output.splitlines()[-1].endswith("Results: runs/digits")
     assert {path.name for path in (tmp_path / "runs" / "digits").iterdir()} == FILES
     for label in ("raw pixels", "untrained encoder", "pretrained encoder", "epoch 1/2", "epoch 2/2"):
-        assert label in done.stdout
+        assert label in done.output
 
 
+@pytest.mark.slow
 def test_a_short_run_learns_and_says_so(run: Run) -> None:
     """A quarter of the demo. Its promise, 15 points above untrained and 8 above pixels, is kept by then."""
     status, output, _ = run("--epochs", 15, "--out", "short")
@@ -59,7 +52,7 @@ def test_a_short_run_learns_and_says_so(run: Run) -> None:
     assert float(printed[1]) == pytest.approx(accuracy["pretrained encoder"], abs=0.05)
 
 
-@pytest.mark.usefixtures("few_draws")
+@pytest.mark.usefixtures("few_looks")
 def test_a_run_resumed_twice_ends_with_the_same_bits(run: Run) -> None:
     """After an epoch of ten steps, and in the middle of the next one."""
     assert run(*SHORT_DIGITS, "--out", "whole")[0] == 0
@@ -77,7 +70,8 @@ def test_a_run_resumed_twice_ends_with_the_same_bits(run: Run) -> None:
     assert {row["step"]: row["loss"] for row in rows(Path("parts"), "step") if row["step"] in logged} == logged
 
 
-@pytest.mark.usefixtures("few_draws")
+@pytest.mark.usefixtures("few_looks")
+@pytest.mark.slow
 def test_a_run_on_jpegs_survives_a_broken_file_and_resumes(run: Run, jpegs: Path) -> None:
     status, output, _ = run("--data", jpegs, *SMALL_RESNET, "--out", "whole")
     assert status == 0
@@ -97,15 +91,23 @@ def test_a_run_on_jpegs_survives_a_broken_file_and_resumes(run: Run, jpegs: Path
 
 WAYS: dict[str, tuple[str, ...]] = {
     "colours on the device": ("--augment-on", "device"),
-    "activations computed twice": ("--checkpoint-activations", "--channels-last", "--accumulate", "2"),
+    "activations computed twice": (
+        "--arch",
+        "resnet18",
+        "--checkpoint-activations",
+        "--channels-last",
+        "--accumulate",
+        "2",
+    ),
     "the preset for CIFAR, TensorBoard": ("--preset", "cifar", "--tensorboard"),
 }
 
 
+@pytest.mark.usefixtures("few_looks")
 @pytest.mark.parametrize("flags", WAYS.values(), ids=WAYS)
 def test_images_in_every_way(flags: tuple[str, ...], run: Run, jpegs: Path) -> None:
     """Two epochs of four steps, at once and in two parts."""
-    common = ("--data", jpegs, *SMALL_RESNET, "--no-probe", *flags)
+    common = ("--data", jpegs, *SMALL_CNN, "--no-probe", *flags)
     assert run(*common, "--out", "whole")[0] == 0
     assert run(*common, "--out", "parts", "--limit-steps", 5)[0] == 0
     assert run(*common, "--out", "parts", "--resume")[0] == 0
@@ -115,7 +117,7 @@ def test_images_in_every_way(flags: tuple[str, ...], run: Run, jpegs: Path) -> N
     assert len(events) == (2 if "--tensorboard" in flags else 0)
 
 
-@pytest.mark.usefixtures("few_draws")
+@pytest.mark.usefixtures("few_looks")
 def test_an_incompatible_resume_names_the_difference(run: Run) -> None:
     assert run(*SHORT_DIGITS, "--out", "first", "--limit-steps", 1)[0] == 0
     status, _, errors = run(*SHORT_DIGITS, "--projector", "32-32", "--resume", "first")
@@ -126,7 +128,7 @@ def test_an_incompatible_resume_names_the_difference(run: Run) -> None:
     assert differences(*states("first", "first")) == []
 
 
-@pytest.mark.usefixtures("few_draws")
+@pytest.mark.usefixtures("few_looks")
 def test_a_second_run_gets_its_own_folder(run: Run) -> None:
     """The first one died before its first checkpoint, and is begun again."""
     Path("runs/digits").mkdir(parents=True)
@@ -138,8 +140,7 @@ def test_a_second_run_gets_its_own_folder(run: Run) -> None:
     assert run(*SHORT_DIGITS, "--limit-steps", 1, "--out", "runs/digits")[0] == 2
 
 
-@pytest.mark.usefixtures("few_draws")
-@pytest.mark.usefixtures("few_draws")
+@pytest.mark.usefixtures("few_looks")
 def test_the_result_of_a_run_whose_checkpoints_were_removed_is_kept(run: Run) -> None:
     """The same command again, as a scheduler would give it."""
     assert run(*SHORT_DIGITS, "--limit-steps", 1, "--out", "out", "--resume")[0] == 0
@@ -165,6 +166,7 @@ def test_a_kill_while_looking_loses_nothing(run: Run, monkeypatch: pytest.Monkey
     assert "as if killed" in Path("out/report.html").read_text()
 
 
+@pytest.mark.usefixtures("few_looks")
 def test_a_loss_that_is_not_finite_is_not_applied_and_ends_the_run(run: Run) -> None:
     status, _, errors = run(*SHORT_DIGITS, "--learning-rate-weights", 1e30, "--warmup-epochs", 0, "--out", "out")
     assert status == 1
@@ -232,48 +234,36 @@ def test_a_process_that_nobody_numbered_is_told_how_to_start(run: Run, monkeypat
     assert errors.endswith("RANK expected, but not set): start them with torchrun\n")
 
 
-def begin(folder: Path, *flags: object) -> "subprocess.Popen[str]":
-    command = [sys.executable, str(EXAMPLES / "imagenet_pretrain.py"), *map(str, flags)]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+SIGNALS = [
+    (signal.SIGTERM, 143),
+    *(pytest.param(number, 128 + number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGUSR1)),
+]
 
 
-def after_line(process: "subprocess.Popen[str]", beginning: str) -> None:
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith(beginning):
-            return
-    pytest.fail(f"no line began with {beginning}")
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
-def test_a_signal_ends_the_run_after_its_step_and_saved(number: signal.Signals, status: int, tmp_path: Path) -> None:
-    process = begin(tmp_path, "--no-probe", "--probe-every", 1, "--out", "out")
-    after_line(process, "epoch 1/")
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == status
+@pytest.mark.parametrize(("number", "status"), SIGNALS)
+def test_a_signal_ends_the_run_after_its_step_and_saved(
+    number: signal.Signals, status: int, tmp_path: Path, nursery: Nursery
+) -> None:
+    with nursery.start([PROGRAM, "--no-probe", "--probe-every", 1, "--out", "out"], tmp_path) as process:
+        process.until(lambda: "epoch 1/" in process.output, "the end of an epoch")
+        process.send(number)
+        assert process.wait() == status
     told = re.fullmatch(
         rf"error: stopped by {number.name} after step (\d+), saved in out/checkpoint.pt: continue with --resume\n",
-        errors,
+        process.errors,
     )
     assert told
     assert states(tmp_path / "out")[0]["step"] == int(told[1]) > 10
     assert f"stopped by {number.name}" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_second_run_does_not_write_where_the_first_one_does(tmp_path: Path) -> None:
-    first = begin(tmp_path, "--no-probe", "--probe-every", 1, "--out", "out")
-    after_line(first, "epoch 1/")
-    second = begin(tmp_path, "--out", "out", "--resume", "--no-probe")
-    _, errors = second.communicate(timeout=60)
-    assert (second.returncode, errors) == (
-        2, "error: --out out: another run is writing there. Wait for its end, or end it\n"
-    )  # fmt: skip
-    assert first.poll() is None
-    first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=60)
+def test_a_second_run_does_not_write_where_the_first_one_does(tmp_path: Path, nursery: Nursery) -> None:
+    with nursery.start([PROGRAM, "--no-probe", "--out", "out"], tmp_path) as first:
+        first.until((tmp_path / "out" / "metrics.jsonl").exists, "its first line")
+        with nursery.start([PROGRAM, "--out", "out", "--resume", "--no-probe"], tmp_path) as second:
+            assert second.wait() == 2
+        assert second.errors == "error: --out out: another run is writing there. Wait for its end, or end it\n"
+        assert first.status is None
 
 
 def test_the_quickstart_learns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,25 +206,27 @@ def test_a_resumed_run_keeps_its_history_and_forgets_its_end(tmp_path: Path) -> 
     assert Metrics(None, resumed=tmp_path / "checkpoint.pt", step=2).rows == []
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file of this process may grow beyond 200 bytes."""
+    """No file of this process may grow beyond 200 bytes. Not a fixture: pytest, too, writes before it ends one."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_ends_the_run_and_not_its_history(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path)
-    for step in (0, 1, 2):
-        metrics.add("step", {"step": step, "loss": 1 / 3})
-    with pytest.raises(Aborted, match=r"cannot write .*metrics.jsonl: File too large"):
-        metrics.add("step", {"step": 3, "loss": 1 / 3})
-    for _ in range(2):  # also of what was then written again
-        kept = Metrics(tmp_path, resumed=tmp_path / "checkpoint.pt", step=3).rows
-        assert [row["step"] for row in kept] == [0, 1, 2]
+    with full_disk():
+        metrics = Metrics(tmp_path)
+        for step in (0, 1, 2):
+            metrics.add("step", {"step": step, "loss": 1 / 3})
+        with pytest.raises(Aborted, match=r"cannot write .*metrics.jsonl: File too large"):
+            metrics.add("step", {"step": 3, "loss": 1 / 3})
+        for _ in range(2):  # also of what was then written again
+            kept = Metrics(tmp_path, resumed=tmp_path / "checkpoint.pt", step=3).rows
+            assert [row["step"] for row in kept] == [0, 1, 2]
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

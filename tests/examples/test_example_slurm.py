@@ -9,14 +9,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from outcomes import EXAMPLES, FILES, differences, environment, rows, states
+from outcomes import EXAMPLES, FILES, differences, rows, states
+
+from programs import Program, children, start, until
 
 SLURM = EXAMPLES / "slurm"
 FLAGS = ("--epochs", "2", "--batch-size", "64", "--projector", "64-64", "--no-probe")
@@ -69,30 +71,6 @@ def has_taken_steps(out: Path) -> bool:
     return log.exists() and '"step": 11,' in log.read_text()
 
 
-def until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    end = time.monotonic() + 100
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "it has not come to that"
-        time.sleep(0.05)
-
-
-def children(parent: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            above = path.read_text().rpartition(")")[2].split()[1]
-        except OSError:  # it has ended
-            continue
-        if int(above) == parent:
-            found.append(int(path.parent.name))
-    return found
-
-
-def tree(root: int) -> list[int]:
-    return [root, *(process for child in children(root) for process in tree(child))]
-
-
 def free_port_id() -> int:
     """A job's number whose port nobody uses."""
     for number in range(os.getpid() % 10000, 20000):
@@ -109,7 +87,7 @@ class Job:
     folder: Path
     name: str = "job"
 
-    def start(self, *flags: str, **commands: str) -> "subprocess.Popen[str]":
+    def start(self, *flags: str, **commands: str) -> Program:
         (self.folder / "tasks").unlink(missing_ok=True)
         write_commands(self.folder / "bin", COMMANDS | commands)
         if not (self.folder / "examples").exists():
@@ -117,11 +95,7 @@ class Job:
         path = os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
         variables = {"SLURM_JOB_NODELIST": "localhost,another", "SLURM_NNODES": "2", "SLURM_JOB_NAME": self.name}
         variables |= {"SLURM_JOB_ID": str(free_port_id()), "PATH": path}
-        return subprocess.Popen(
-            ["bash", str(SLURM / "pretrain.sbatch"), *flags],
-            cwd=self.folder, env=environment() | variables,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        return start(["bash", SLURM / "pretrain.sbatch", *flags], self.folder, **variables)
 
     def lines(self, name: str) -> list[str]:
         path = self.folder / name
@@ -183,28 +157,27 @@ def test_only_a_job_that_got_a_signal_is_requeued(
 ) -> None:
     """The script's part, with a stand-in for torchrun; one that fails ends the other, as srun sees to."""
     job = Job(tmp_path)
-    process = job.start(*map(str, torchrun), torchrun=TORCHRUN)
-    if number is not None:
-        until(job.has_started, process)
-        told = [task for machine, task in zip("12", job.tasks, strict=True) if machine in machines]
-        for _ in range(3):
-            send(number, *told)
-        if len(told) == 1:
-            until(lambda: job.lines("told") != [], process)
-            send(signal.SIGKILL, *tree(job.tasks[0])[1:])
-    output, _ = process.communicate(timeout=60)
-    assert (process.returncode, len(job.lines("requeued"))) == expected, output
+    with job.start(*map(str, torchrun), torchrun=TORCHRUN) as process:
+        if number is not None:
+            process.until(job.has_started, "its start")
+            told = [task for machine, task in zip("12", job.tasks, strict=True) if machine in machines]
+            for _ in range(3):
+                send(number, *told)
+            if len(told) == 1:
+                process.until(lambda: job.lines("told"), "the signal")
+                send(signal.SIGKILL, *children(job.tasks[0], recursive=True))
+        assert (process.wait(), len(job.lines("requeued"))) == expected, process.output
     assert sorted(job.lines("told")) == list(machines)
 
 
 def test_cancelling_ends_the_script_before_it_can_requeue(tmp_path: Path) -> None:
     """SLURM then sends SIGTERM to this shell as well as to the tasks."""
     job = Job(tmp_path)
-    process = job.start("runs", "1", torchrun=TORCHRUN)
-    until(job.has_started, process)
-    send(signal.SIGTERM, process.pid, *job.tasks)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGTERM
+    with job.start("runs", "1", torchrun=TORCHRUN) as process:
+        process.until(job.has_started, "its start")
+        send(signal.SIGTERM, process.pid, *job.tasks)
+        assert process.wait() == -signal.SIGTERM
+        until(lambda: len(job.lines("told")) == 2, "the end of the tasks")
     assert sorted(job.lines("told")) == ["1", "2"]
     assert job.lines("requeued") == []
 
@@ -216,30 +189,30 @@ def preempted(tmp_path_factory: pytest.TempPathFactory) -> Job:
     SLURM may signal every process of a job, and does so twice at a preemption.
     """
     job = Job(tmp_path_factory.mktemp("preempted"))
-    process = job.start(*FLAGS)
-    until(lambda: has_taken_steps(job.out), process)
-    for _ in range(2):
-        send(signal.SIGTERM, *(number for task in job.tasks for number in tree(task)))
-        time.sleep(0.02)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 138, output
+    with job.start(*FLAGS) as process:
+        process.until(lambda: has_taken_steps(job.out), "a quarter of the steps")
+        for _ in range(2):
+            send(signal.SIGTERM, *(number for task in job.tasks for number in (task, *children(task, recursive=True))))
+            time.sleep(0.02)
+        assert process.wait() == 138, process.output
     assert len(job.lines("requeued")) == 1
-    assert "fp32 on cpu in 2 processes; results go to runs/job\n" in output
+    assert "fp32 on cpu in 2 processes; results go to runs/job\n" in process.output
     (saved,) = states(job.out)
     assert 11 <= saved["step"] < 44  # type: ignore[operator]
 
-    process = job.start(*FLAGS)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert f"continuing from runs/job/checkpoint.pt, after step {saved['step']}\n" in output
+    with job.start(*FLAGS) as process:
+        assert process.wait() == 0, process.output
+    assert f"continuing from runs/job/checkpoint.pt, after step {saved['step']}\n" in process.output
     return job
 
 
+@pytest.mark.slow
 def test_a_preempted_run_loses_no_step(preempted: Job) -> None:
     assert {path.name for path in preempted.out.iterdir()} == FILES
     assert [row["step"] for row in rows(preempted.out, "step")] == STEPS
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_is_not_requeued(preempted: Job) -> None:
     assert len(preempted.lines("requeued")) == 1
 
@@ -330,21 +303,17 @@ def test_a_job_requeues_itself_after_sigterm_only_if_slurm_lets_it_run(
 class LocalJob:
     """A job that submitit runs on this machine."""
 
-    process: "subprocess.Popen[str]"
+    process: Program
     controller: int
     output: Path
 
     @classmethod
-    def start(cls, folder: Path, tasks: int, *flags: str) -> "LocalJob":
+    @contextlib.contextmanager
+    def start(cls, folder: Path, tasks: int, *flags: str) -> Iterator["LocalJob"]:
         job = ("--local", "--gpus-per-node", "0", "--tasks", str(tasks), "--name", "job")
-        process = subprocess.Popen(
-            [sys.executable, str(SLURM / "submit.py"), *job, "--", *flags],
-            cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert process.stdout
-        told = re.fullmatch(r"job (\d+); its output: (.+)\n", process.stdout.readline())
-        assert told
-        return cls(process, int(told[1]), Path(told[2]))
+        with start([sys.executable, SLURM / "submit.py", *job, "--", *flags], folder) as process:
+            told = process.until(lambda: re.match(r"job (\d+); its output: (.+)\n", process.output), "its number")
+            yield cls(process, int(told[1]), Path(told[2]))
 
     def errors(self) -> str:
         """What the tasks themselves and submitit say."""
@@ -352,13 +321,13 @@ class LocalJob:
 
 
 @needs_submitit
+@pytest.mark.slow
 def test_submitit_requeues_a_run_that_was_saved(tmp_path: Path, preempted: Job) -> None:
-    job = LocalJob.start(tmp_path, 2, *FLAGS)
     out = tmp_path / "runs" / "job"
-    until(lambda: has_taken_steps(out), job.process)
-    send(signal.SIGUSR1, *children(job.controller))  # as the controller does before the time is over
-    _, errors = job.process.communicate(timeout=120)
-    assert (job.process.returncode, errors) == (0, ""), job.errors()
+    with LocalJob.start(tmp_path, 2, *FLAGS) as job:
+        job.process.until(lambda: has_taken_steps(out), "a quarter of the steps")
+        send(signal.SIGUSR1, *children(job.controller))  # as the controller does before the time is over
+        assert (job.process.wait(), job.process.errors) == (0, ""), job.errors()
     assert job.output.read_text().count("Requeued job") == 1
     assert re.findall(r"continuing from runs/job/checkpoint.pt, after step (\d+)", job.output.read_text()) == (
         re.findall(r"error: .* step (\d+)", job.errors())
@@ -370,9 +339,9 @@ def test_submitit_requeues_a_run_that_was_saved(tmp_path: Path, preempted: Job) 
 
 @needs_submitit
 def test_submitit_says_where_a_failure_is_told(tmp_path: Path) -> None:
-    job = LocalJob.start(tmp_path, 1, "--bogus")
-    _, errors = job.process.communicate(timeout=60)
+    with LocalJob.start(tmp_path, 1, "--bogus") as job:
+        status = job.process.wait()
     log = job.output.with_suffix(".err")
-    assert (job.process.returncode, errors) == (1, f"error: the job has failed, see {log}\n")
+    assert (status, job.process.errors) == (1, f"error: the job has failed, see {log}\n")
     assert job.errors().count("error: unrecognized arguments: --bogus") == 1
     assert "Requeued" not in job.output.read_text()

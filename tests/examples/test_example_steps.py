@@ -10,7 +10,6 @@ from outcomes import differences, rows, states
 from torch import Tensor, nn
 
 from barlow_loss import barlow_twins_loss
-from pretraining import looking, probes
 from pretraining.checkpoint import TrainingState
 from pretraining.data import Batch
 from pretraining.digits import load_digits
@@ -121,10 +120,8 @@ def test_autocast_gives_nearly_the_gradient_of_float32(precision: str, tolerance
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
+def quick(few_looks: None) -> tuple[object, ...]:
     """Five steps, and next to no looking at them."""
-    monkeypatch.setattr(probes, "DRAWS", 1)
-    monkeypatch.setattr(looking, "PICTURED_PAIRS", 64)
     return ("--epochs", 1, "--batch-size", 256, "--projector", "64-64", "--no-probe", "--log-every", 1)
 
 
@@ -159,6 +156,7 @@ def test_the_scale_of_fp16_is_part_of_a_checkpoint(quick: tuple[object, ...], ru
     assert states("out")[0]["scaler"]["scale"] == 2.0**16 / 2 ** len(rows(Path("out"), "event"))  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_a_compiled_network_takes_the_same_steps(quick: tuple[object, ...], run: Program) -> None:
     """Up to rounding; and its checkpoint is that of the plain network."""
     assert run(*quick, "--out", "plain")[0] == 0

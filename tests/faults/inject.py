@@ -25,7 +25,10 @@ import start
 import storage
 import torch
 from plan import Plan, References, Row
-from runs import Nursery
+from runs import IMPORTED, Trainings
+from start import EXAMPLES
+
+from programs import Nursery
 
 KINDS: dict[str, Callable[[Plan], Row]] = {
     "killed-rank": killing.killed_rank,
@@ -53,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: dict[str, Row] = {}
     with (
         tempfile.TemporaryDirectory(prefix="faults-") as folder,
-        Nursery([[bug] for bug in options.bug]) as nursery,
+        Nursery(*IMPORTED, path=[EXAMPLES]) as forks,
         ThreadPoolExecutor(2) as lanes,
     ):
+        nursery = Trainings(forks, [[bug] for bug in options.bug])
         references = References(nursery, Path(folder, "references"))
         plans = {
             kind: Plan(options.short, Random(f"{options.seed} {kind}"), Path(folder, kind), nursery, references)

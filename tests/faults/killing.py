@@ -7,10 +7,11 @@ from pathlib import Path
 import start
 import torch
 from plan import DIGITS, EPOCH, Plan, Row, on_jpegs
-from runs import Training, Wrong, expect, expect_same_end, expect_same_steps, send, state, until
+from runs import Training, expect, expect_same_end, expect_same_steps, send, state
 
 from pretraining import checkpoint
 from pretraining.errors import UsageError
+from programs import Wrong
 
 MOST_SECONDS = 20.0  # from the death of a rank to the end of the run
 
@@ -38,7 +39,7 @@ def _kill_a_saver(plan: Plan, name: str, *bugs: str) -> bool:
     folder = plan.folder / name
     path = folder / "checkpoint.pt"
     saver = plan.nursery.start(folder, changes=[*([bug] for bug in bugs), ["save_forever", str(path)]])
-    until(lambda: "saved 1\n" in saver.output or saver.ended(), 60, "the first save")
+    saver.until(lambda: "saved 1\n" in saver.output, "the first save")
     time.sleep(plan.random.uniform(0, 0.2))
     send(saver.pid, signal.SIGKILL)
     expect(saver.wait() == -signal.SIGKILL, f"ended by itself: {saver.errors[-500:]}")
@@ -104,7 +105,7 @@ def _kill_a_rank(plan: Plan, row: Row, launch: Training, rank: int, saved: int) 
         _expect_continued(launch, saved)
         time.sleep(plan.random.uniform(0, 0.05))
     killed = send(victim, signal.SIGKILL)
-    status = launch.wait(MOST_SECONDS)
+    status = launch.wait(plan.at_most(MOST_SECONDS))
     row.measure("s to the end", time.monotonic() - killed)
     expect(status == 1, f"torchrun ended with {status}, not 1")
     newest = launch.out / "checkpoint.pt"

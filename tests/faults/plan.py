@@ -8,7 +8,9 @@ from random import Random
 from threading import Lock
 
 import torch
-from runs import Nursery, Wrong
+from runs import Trainings
+
+from programs import Wrong
 
 # Two epochs, saved after every third step and after each epoch.
 EPOCH = 11
@@ -72,7 +74,7 @@ class Row:
 class References:
     """Runs on digits that nothing happens to, one for each number of processes, for all kinds."""
 
-    def __init__(self, nursery: Nursery, folder: Path) -> None:
+    def __init__(self, nursery: Trainings, folder: Path) -> None:
         self._nursery, self._folder, self._lock = nursery, folder, Lock()
 
     def of(self, size: int) -> Path:
@@ -92,11 +94,15 @@ class Plan:
     short: bool
     random: Random
     folder: Path  # this kind's own
-    nursery: Nursery
+    nursery: Trainings
     references: "References"
 
     def count(self, long: int, short: int) -> int:
         return short if self.short else long
+
+    def at_most(self, seconds: float) -> float:
+        """What is promised of a machine that does nothing else; the short form runs beside other tests."""
+        return 10 * seconds if self.short else seconds
 
     def jpegs(self, name: str = "jpegs", images: int = JPEGS) -> Path:
         """Small reddish and bluish photographs in one class folder: 00.jpg, 01.jpg, ..."""

@@ -4,29 +4,25 @@ import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import psutil
 import start
 import torch
-from nursery import children, kill_tree
-from outcomes import differences, environment
-from start import PROGRAM, Change
+from outcomes import differences
+from start import Change
 
-T = TypeVar("T")
-PATIENCE = 90.0  # seconds that anything may take on a busy machine, where the fault says nothing else
-TICK = 0.005  # seconds between two looks
+from programs import PATIENCE, Nursery, Program, Wrong, children, until
 
-
-class Wrong(Exception):
-    """Something is not as it must be."""
+# What a run imports late; each fork has it at once.
+IMPORTED = (
+    "PIL.Image", "jinja2", "matplotlib.pyplot", "sklearn.datasets", "sklearn.linear_model", "torch._dynamo",
+    "torch.distributed.run", "torchvision.datasets.folder", "torchvision.transforms.v2", "tqdm", "pretraining.report",
+)  # fmt: skip
 
 
 def expect(condition: object, otherwise: str) -> None:
@@ -34,39 +30,12 @@ def expect(condition: object, otherwise: str) -> None:
         raise Wrong(otherwise)
 
 
-def until(condition: Callable[[], T], seconds: float, what: str) -> T:
-    """Wait for a true value, and get it. A hang is wrong."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        expect(time.monotonic() < deadline, f"not within {seconds:g} seconds: {what}")
-        time.sleep(TICK)
-    return value
-
-
-class Training:
-    """A process that has been started in a folder; its results go to ``out`` there."""
-
-    def __init__(self, nursery: "Nursery", folder: Path, pid: int, output: Path, errors: Path) -> None:
-        self.nursery, self.folder, self.pid = nursery, folder, pid
-        self._output, self._errors = output, errors
-        self.status: int | None = None
+class Training(Program):
+    """A run of the program; its results go to ``out`` in its folder."""
 
     @property
     def out(self) -> Path:
         return self.folder / "out"
-
-    @property
-    def output(self) -> str:
-        return self._output.read_text()
-
-    @property
-    def errors(self) -> str:
-        return self._errors.read_text()
-
-    @property
-    def told(self) -> list[str]:
-        """What the program says of itself; torchrun adds a page of its own."""
-        return [line for line in self.errors.splitlines() if line.startswith(("error: ", "warning: "))]
 
     @property
     def step(self) -> int:
@@ -74,24 +43,12 @@ class Training:
         return max((row["step"] for row in rows(self.out, "step")), default=0)
 
     def ended(self) -> bool:
-        if self.status is None:
-            self.status = self.nursery.ask({"poll": self.pid})
         return self.status is not None
 
     def reach(self, step: int) -> None:
         """Wait until a step is logged, before the run's end."""
-        until(lambda: self.step >= step or self.ended(), PATIENCE, f"step {step}")
+        self.until(lambda: self.step >= step, f"step {step}")
         expect(not self.ended(), f"ended before the fault, with status {self.status}: {self.errors[-500:]}")
-
-    def wait(self, seconds: float = PATIENCE) -> int:
-        """Get the exit status."""
-        try:
-            until(self.ended, seconds, "its end")
-        except Wrong as hang:
-            kill_tree(self.pid)
-            raise Wrong(f"{hang}; it said {self.errors[-500:]!r}") from None
-        assert self.status is not None
-        return self.status
 
     def succeed(self) -> "Training":
         expect(self.wait() == 0, f"status {self.status}, not 0: {self.errors[-800:]}")
@@ -108,90 +65,48 @@ class Training:
 
     def workers(self, count: int) -> list[int]:
         """The processes that it has started."""
-        return until(lambda: found if len(found := children(self.pid)) == count else [], PATIENCE, f"{count} workers")
+        return until(lambda: found if len(found := children(self.pid)) == count else [], f"{count} workers")
 
     def rank(self, number: int) -> int:
         """Of torchrun, the process of a rank."""
-
-        def find() -> int | None:
-            expect(not self.ended(), f"torchrun has ended: {self.errors[-500:]}")
-            for pid in children(self.pid):
-                with suppress(OSError):
-                    if f"RANK={number}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                        return pid
-            return None
-
-        return until(find, PATIENCE, f"rank {number}") or 0
+        return self.until(lambda: rank_of(self.pid, number), f"rank {number}")
 
 
-class Nursery:
-    """Starts runs, in forks of one process; see nursery.py. ``changes`` are made in all of them."""
+class Trainings:
+    """Starts runs, in forks of one process. ``changes`` are made in all of them; see start.py."""
 
-    def __init__(self, changes: Sequence[Change] = ()) -> None:
+    def __init__(self, nursery: Nursery, changes: Sequence[Change] = ()) -> None:
+        self.nursery = nursery
         self.changes = list(changes)
-        self._lock = threading.Lock()
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("nursery.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), text=True,
-        )  # fmt: skip
-
-    def __enter__(self) -> "Nursery":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(60)
-
-    def ask(self, request: dict[str, Any]) -> Any:
-        assert self._process.stdin
-        assert self._process.stdout
-        with self._lock:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            return json.loads(self._process.stdout.readline())
 
     def start(
-        self,
-        folder: Path,
-        *flags: object,
-        changes: Sequence[Change] = (("quick",),),
-        program: str = str(PROGRAM),
-        variables: dict[str, str] | None = None,
+        self, folder: Path, *flags: object, changes: Sequence[Change] = (("quick",),), **variables: str
     ) -> Training:
-        """Start the program, or another one, in a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(folder.glob("*.stdout")))
-        output, errors = folder / f"{number}.stdout", folder / f"{number}.stderr"
-        output.touch()
-        errors.touch()
-        request = {
-            "folder": str(folder),
-            "output": str(output),
-            "errors": str(errors),
-            "environment": variables or {},
-            "changes": [*self.changes, *changes],
-            "program": program,
-            "flags": [*map(str, flags)],
-        }
-        return Training(self, folder, self.ask(request), output, errors)
+        """Start the program in a folder."""
+        return self.nursery.start(self._arguments(changes, flags), folder, Training, **variables)
 
-    def ranks(self, size: int, folder: Path, *flags: object, **options: Any) -> list[Training]:
+    def ranks(
+        self, size: int, folder: Path, *flags: object, changes: Sequence[Change] = (("quick",),)
+    ) -> list[Training]:
         """Start the processes of one run without torchrun, each with its number."""
-        if size == 1:
-            return [self.start(folder, *flags, **options)]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-        return [self.start(folder, *flags, variables=shared | number, **options) for number in numbers]
+        return self.nursery.ranks(size, self._arguments(changes, flags), folder, Training)
 
     def torchrun(self, folder: Path, *flags: object, launcher: Sequence[str] = ()) -> Training:
         """Start two processes as a user does."""
-        changes = json.dumps([*self.changes, ["quick"]])
-        arguments = ["--standalone", "--nproc-per-node", "2", *launcher, start.__file__, changes, *flags]
-        return self.start(folder, *arguments, changes=(), program="torch.distributed.run")
+        options = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *launcher)
+        return self.nursery.start([*options, *self._arguments([["quick"]], flags)], folder, Training)
+
+    def _arguments(self, changes: Sequence[Change], flags: Sequence[object]) -> list[object]:
+        return [start.__file__, json.dumps([*self.changes, *changes]), *flags]
+
+
+def rank_of(pid: int, number: int) -> int | None:
+    """The process of a rank that torchrun has started."""
+    for child in children(pid):
+        with suppress(psutil.Error):
+            if psutil.Process(child).environ().get("RANK") == f"{number}":
+                return child
+    return None
 
 
 def rows(out: Path, kind: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ The changes make runs cheap, watch them, injure them from within, or put a bug i
 find. They replace names in the modules of `pretraining`; the program itself is then run as ever.
 """
 
+import atexit
 import dataclasses
 import hashlib
 import json
@@ -20,7 +21,8 @@ import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROGRAM = EXAMPLES / "imagenet_pretrain.py"
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent / "tests" / "examples")]
+TESTS = EXAMPLES.parent / "tests"
+sys.path[:0] = [str(EXAMPLES), str(TESTS / "examples"), str(TESTS)]
 
 from pretraining import checkpoint, digits, distributed, images, looking, models, steps  # noqa: E402
 from pretraining.data import EpochBatches  # noqa: E402
@@ -29,15 +31,12 @@ FEW = 176  # digits
 Change = Sequence[Any]  # the name of a function below, and its arguments
 
 
-def begin(changes: Sequence[Change], program: str, flags: Sequence[str]) -> None:
-    """Run a file, or a module, as the interpreter does."""
+def begin(changes: Sequence[Change], flags: Sequence[str]) -> None:
+    """Change the program, and run it as the interpreter does."""
     for name, *arguments in changes:
         CHANGES[name](*arguments)
-    sys.argv = [program, *flags]
-    if program.endswith(".py"):
-        runpy.run_path(program, run_name="__main__")
-    else:
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    sys.argv = [str(PROGRAM), *flags]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 # To make runs cheap, or comparable.
@@ -59,12 +58,35 @@ def quick(pictures: bool = False) -> None:
 
 
 def in_float64() -> None:
+    """In float32 two exact runs part company within ten steps, since AdamW divides tiny gradients by their own size."""
     augment, build = digits.augment_digits, models.build_model
     digits.augment_digits = lambda images, generator: augment(images, generator).double()
     models.build_model = lambda *args: build(*args).double()
 
 
 # To watch them. Each rank appends to a file of its own.
+
+
+def saves() -> None:
+    """Tell of every file that is saved."""
+    save = checkpoint.save
+
+    def save_and_tell(path: Path, content: object, **options: bool) -> None:
+        save(path, content, **options)
+        print(f"saved {path.name}", file=sys.stderr)
+
+    checkpoint.save = save_and_tell
+
+
+def threads() -> None:
+    """At the end, tell of gloo's threads: one that is left may abort the process when the interpreter ends."""
+
+    def tell() -> None:
+        for path in Path("/proc/self/task").glob("*/comm"):  # on Linux
+            if "gloo" in (name := path.read_text()):
+                print(f"left {name}", file=sys.stderr)
+
+    atexit.register(tell)
 
 
 def samples(folder: str) -> None:
@@ -218,9 +240,10 @@ BUGS: dict[str, Callable[[], None]] = {
     )
 }  # fmt: skip
 CHANGES: dict[str, Callable[..., None]] = BUGS | {
-    change.__name__: change for change in (quick, in_float64, samples, weights, fails, small_files, save_forever)
+    change.__name__: change
+    for change in (quick, in_float64, saves, threads, samples, weights, fails, small_files, save_forever)
 }
 
 
 if __name__ == "__main__":
-    begin(json.loads(sys.argv[1]), str(PROGRAM), sys.argv[2:])
+    begin(json.loads(sys.argv[1]), sys.argv[2:])

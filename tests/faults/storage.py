@@ -15,9 +15,10 @@ from random import Random
 import torch
 from PIL import Image
 from plan import DIGITS, EPOCH, JPEGS, Plan, Row, on_jpegs
-from runs import PATIENCE, Training, expect, expect_same_end, rows, send, until
+from runs import Training, expect, expect_same_end, rows, send
 
 from pretraining import checkpoint
+from programs import until
 
 
 def flipped(data: bytes, random: Random) -> bytes:
@@ -248,11 +249,11 @@ def _is_readable(path: Path) -> bool:
 
 
 def lost_loader(plan: Plan) -> Row:
-    timeout = 3
-    soon = 3 if plan.short else 1  # seconds; beside other tests a core is not free at once
+    timeout, soon = 3, plan.at_most(1)  # seconds
     row = Row(
         "a loader process killed, or hung",
-        f"error ≤ {soon} s after it, or ≤ --loader-timeout ({timeout}) + {soon} s; ended 5 s later; status 1, one line",
+        f"error ≤ {soon:g} s after it, or ≤ --loader-timeout ({timeout}) + {soon:g} s; "
+        f"ended {plan.at_most(5):g} s later; status 1, one line",
     )
     # In the middle of an epoch of 50 steps: as one begins, the program allows more for what was fetched ahead.
     flags = (*on_jpegs(plan.jpegs(images=400), workers=2, epochs=50), "--loader-timeout", timeout)
@@ -263,11 +264,11 @@ def lost_loader(plan: Plan) -> Row:
                 run.reach(plan.random.randint(3, 20))
                 workers = run.workers(2)
                 began = send(plan.random.choice(workers), kind)
-                until(lambda run=run: run.told or run.ended(), PATIENCE, "an error")
+                until(lambda run=run: run.told or run.ended(), "an error")
                 seconds = time.monotonic() - began
                 row.measure(f"s to the error, {what}", seconds)
                 expect(seconds <= limit, f"the error came after {seconds:.2f} s: {run.told}")
-                run.fail(1, "has died" if what == "killed" else f"for {timeout} seconds", seconds=5)
+                run.fail(1, "has died" if what == "killed" else f"for {timeout} seconds", seconds=plan.at_most(5))
                 row.measure("s to the end", time.monotonic() - began - seconds)
                 left = [worker for worker in workers if Path(f"/proc/{worker}").exists()]
                 expect(not left, f"{len(left)} loaders are left")

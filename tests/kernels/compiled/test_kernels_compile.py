@@ -118,7 +118,13 @@ def _reports(chip: Chip) -> dict[tuple[str, str], Report]:
     return reports | dict([_gram(chip)])
 
 
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def _chips(prefix: str = "") -> list[Any]:
+    """All, or those whose names begin so; but for one, which stands for them, they are left to make test-all."""
+    marks = {name: () if name == "sm_90" else pytest.mark.slow for name in CHIPS if name.startswith(prefix)}
+    return [pytest.param(CHIPS[name], id=name, marks=mark) for name, mark in marks.items()]
+
+
+@pytest.mark.parametrize("chip", _chips())
 def test_compiles_fits_and_does_not_spill(chip):
     reports = _reports(chip)
     faults = {label: _faults(label, report) for label, report in reports.items()}
@@ -133,7 +139,7 @@ def test_compiles_fits_and_does_not_spill(chip):
     assert not found.others, "not worse, but other figures: write the table anew, see the head of this file"
 
 
-@pytest.mark.parametrize("chip", [chip for name, chip in CHIPS.items() if name.startswith("sm_")], ids=str)
+@pytest.mark.parametrize("chip", _chips("sm_"))
 def test_aligned_matrices_move_by_16_bytes(chip):
     """A thread loads and stores 128 bits at once wherever features are 16 bits or 32 and all is aligned."""
     for case in CASES:

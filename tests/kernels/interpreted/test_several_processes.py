@@ -25,7 +25,7 @@ F64, F32, F16 = torch.float64, torch.float32, torch.float16
 
 @pytest.fixture(scope="module")
 def pool():
-    pool = Pool()
+    pool = Pool("repaired_interpreter", "barlow_loss._backends.triton")
     yield pool
     pool.close()
 

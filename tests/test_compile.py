@@ -19,7 +19,7 @@ needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))),
     reason="inductor needs a C++ compiler, and neither $CXX, g++ nor clang++ is here",
 )
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=needs_compiler)]
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])]
 
 
 def _evaluate(loss, z1, z2):
@@ -97,6 +97,7 @@ def test_dynamic_shapes_compile_once(algorithm):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_dynamic_shapes_under_inductor():
     """The same with "auto", which adds one guard: on which side of N = D/2 the shape lies."""
     loss = _compiled("inductor", dynamic=True)

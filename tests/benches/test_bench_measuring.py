@@ -132,6 +132,7 @@ def test_exponents_and_the_largest_d_of_planted_laws() -> None:
     assert 0 < fft["working_bytes"] <= 10_000_000
 
 
+@pytest.mark.slow
 def test_a_measured_largest_d_fits_and_the_next_does_not() -> None:
     cells = [
         planted(SAMPLES, d, {OURS: (1.0, watched_step(build(OURS, d), *Cell(SAMPLES, d).views())[1])})

@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from pretraining.digits import load_digits
 from pretraining.errors import Aborted, UsageError
 from pretraining.folder import index_folder
 from pretraining.images import TwoViews, load_images
-from programs import run
+from programs import Nursery
 
 
 def test_a_seed_is_a_function_of_every_number_and_of_their_order() -> None:
@@ -343,13 +342,13 @@ except Aborted as error:
 
 
 @pytest.mark.parametrize(("fault", "part"), [("a stopped worker", "training"), ("a pipe", "probe")])
-def test_workers_that_hang_end_the_run_and_the_process(fault: str, part: str, tmp_path: Path) -> None:
+def test_workers_that_hang_end_the_run_and_the_process(fault: str, part: str, tmp_path: Path, nursery: Nursery) -> None:
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         for number in range(20):
             Image.effect_noise((16, 16), 50).save(tmp_path / name / f"{number}.png")
-    done = run([sys.executable, "-c", HANGING, tmp_path, fault, part], tmp_path)
-    assert done.status == 0, done.errors
+    with nursery.start(["-c", HANGING, tmp_path, fault, part], tmp_path) as done:
+        assert done.wait() == 0, done.errors
     message, waited, alive = done.output.splitlines()
     assert re.fullmatch(r"no image has come from the workers for 2 seconds.*--loader-timeout", message)
     assert 2 <= float(waited) < 60

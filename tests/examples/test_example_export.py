@@ -131,6 +131,7 @@ def test_the_code_on_the_card_runs(
     assert names["features"].shape == (2, 512)
 
 
+@pytest.mark.slow
 def test_an_encoder_that_no_library_has(export: Export, tmp_path: Path) -> None:
     for arch, stem, images in (("small-cnn", "imagenet", (2, 3, 28, 28)), ("resnet18", "cifar", (2, 3, 32, 32))):
         encoder, out = build_encoder(arch, stem), tmp_path / arch
@@ -210,6 +211,7 @@ def test_the_results_of_these_weights_are_taken(export: Export, tmp_path: Path) 
     assert export("--weights", tmp_path / "any.pth", "--evaluation", tmp_path)[0] == 0
 
 
+@pytest.mark.slow
 def test_the_records_of_a_run_that_was_cut_off(resnet_run: Path, export: Export, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(resnet_run, run)
@@ -273,6 +275,7 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert loss_fn.lambd == 0.1
 
 
+@pytest.mark.slow
 def test_the_hub_beside_a_project_with_modules_of_the_same_names(tmp_path: Path) -> None:
     torch.save(build_encoder("small-cnn").module.state_dict(), tmp_path / "any.pth")
     for name in ("pretraining", "examples"):

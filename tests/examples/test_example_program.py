@@ -101,10 +101,11 @@ WAYS: dict[str, tuple[str, ...]] = {
     ),
     "the preset for CIFAR, TensorBoard": ("--preset", "cifar", "--tensorboard"),
 }
+SLOW = {"activations computed twice": pytest.mark.slow}
 
 
 @pytest.mark.usefixtures("few_looks")
-@pytest.mark.parametrize("flags", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("flags", [pytest.param(flags, id=way, marks=SLOW.get(way, ())) for way, flags in WAYS.items()])
 def test_images_in_every_way(flags: tuple[str, ...], run: Run, jpegs: Path) -> None:
     """Two epochs of four steps, at once and in two parts."""
     common = ("--data", jpegs, *SMALL_CNN, "--no-probe", *flags)
@@ -266,6 +267,7 @@ def test_a_second_run_does_not_write_where_the_first_one_does(tmp_path: Path, nu
         assert first.status is None
 
 
+@pytest.mark.slow
 def test_the_quickstart_learns(capsys: pytest.CaptureFixture[str]) -> None:
     from quickstart import main
 

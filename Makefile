@@ -13,8 +13,8 @@ FAULTS_FLAGS  ?=
 GPU_FLAGS     ?=
 MUTANTS_FLAGS ?=
 WORKERS       ?= 2
-# Each with a release of torch: the oldest that is supported, but for the newest Python that torch's newest was tried on.
-PYTHONS       ?= python3.10:2.11.0 python3.11:2.13.0 python3.12:2.11.0 python3.13:2.14.1 python3.14:2.11.0
+# Each with a release of torch, the oldest that is supported or the newest that was tried.
+PYTHONS       ?= python3.10:2.11.0 python3.11:2.13.0 python3.12:2.11.0 python3.13:2.14.1 python3.14:2.14.1
 
 # Every other Python has environments of its own: .venv-python3.13
 OTHER       := $(addprefix -,$(filter-out python3,$(notdir $(PYTHON))))
@@ -32,7 +32,7 @@ both = @$(1); first=$$?; $(2); case "$$first $$?" in "0 0" | "0 5" | "5 0") ;; *
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo evaluate check test test-slow test-all test-gpu test-minimal test-pythons mutants faults figures lint format bench bench-check gpu wheel clean
+.PHONY: help demo evaluate check test test-slow test-all test-gpu test-minimal test-pythons mutants faults figures lint format bench bench-check gpu docs-check wheel clean
 
 # Small batches on few cores: two OpenMP threads that wait for each other cost more than they bring.
 demo evaluate check test test-slow test-minimal mutants faults figures: export OMP_NUM_THREADS = 1
@@ -56,7 +56,7 @@ test: $(VENV)/.has-test  ## all tests but the slow ones, kernels in triton's int
 test-slow: $(VENV)/.has-test  ## whole training runs, inductor, other chips, more examples of the laws (eight minutes)
 	$(call both,$(COMPILED) -m slow $(TEST_FLAGS),$(INTERPRETED) interpreted-more tests/test_laws_*.py $(TEST_FLAGS))
 
-test-all: $(VENV)/.has-test  ## both: every test that needs no GPU
+test-all: $(VENV)/.has-test  ## both: every test that needs no GPU (a quarter of an hour)
 	$(call both,$(MAKE) test,$(MAKE) test-slow)
 
 # A machine with a GPU has its own torch, and often no network: nothing is installed.
@@ -99,6 +99,12 @@ bench-check: $(VENV)/.has-bench  ## measure again, and name the ratios that are 
 
 gpu:  ## test and time the loss on this machine's GPU, with the torch of PYTHON (under eight minutes)
 	@PYTHONPATH="$(CURDIR)" $(PYTHON) benches/gpu_steps.py $(GPU_FLAGS)
+
+docs-check: $(VENV)/.has-test  ## the examples in the docstrings, and README's numbers against the results (half a minute)
+	$(RUN) -m pytest barlow_loss
+	$(RUN) benches/table.py --check
+	$(RUN) benches/gpu.py --check
+	$(RUN) examples/evaluate_small.py --check
 
 wheel: $(VENV)/.has-dev  ## build the wheel and the source distribution into dist/ (half a minute)
 	rm -rf dist

@@ -2,8 +2,6 @@
 
 import functools
 import importlib
-import os
-import shutil
 
 import pytest
 import torch
@@ -11,14 +9,11 @@ import torch
 from barlow_loss import BarlowTwinsLoss, _plan, barlow_twins_loss
 from barlow_loss._plan import choose_backend
 from comparison import Evaluation, assert_near, truth
+from inductor import needs_compiler
 from strategies import Batch
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))),
-    reason="inductor needs a C++ compiler, and neither $CXX, g++ nor clang++ is here",
-)
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])]
 
 

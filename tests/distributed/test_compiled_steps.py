@@ -1,8 +1,5 @@
 """torch.compile of the loss and of a training step on several processes: the collectives inside the graph."""
 
-import os
-import shutil
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,11 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm, barlow_twins_loss
 from comparison import assert_near, tolerance, truth
+from inductor import needs_compiler
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))),
-    reason="inductor needs a C++ compiler, and neither $CXX, g++ nor clang++ is here",
-)
 INDUCTOR = [pytest.mark.slow, needs_compiler]
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=INDUCTOR)]
 D = {"primal": 9, "dual": 40}

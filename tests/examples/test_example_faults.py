@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from programs import run
+from programs import start
 
 INJECT = Path(__file__).parents[1] / "faults" / "inject.py"
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1000),  # a minute and a half on a quiet machine
     pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc"),
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"),
 ]
@@ -20,9 +21,9 @@ pytestmark = [
 
 def inject(out: Path, *flags: str) -> tuple[int, list[dict[str, Any]], str]:
     """Get the exit status, what is written of each kind, and all that was printed."""
-    done = run([sys.executable, INJECT, "--short", "--out", out, *flags], out.parent)
-    assert done.status is not None
-    return done.status, json.loads((out / "results.json").read_text()), done.output + done.errors
+    with start([sys.executable, INJECT, "--short", "--out", out, *flags], out.parent) as done:
+        status = done.wait(900)
+    return status, json.loads((out / "results.json").read_text()), done.output + done.errors
 
 
 def test_every_kind_of_fault_is_survived(tmp_path: Path) -> None:

@@ -347,9 +347,9 @@ def _half_sum():
     return all_sum_matrix(Group(dist.get_world_size(), None), numbers).tolist()
 
 
-def _twice(counts, d, algorithm):
+def _twice(counts, dtype, d, algorithm):
     """Backward twice over one graph, and a second derivative, which raises on every rank."""
-    views = _views(counts, torch.float64, d)
+    views = _views(counts, dtype, d)
     loss = barlow_twins_loss(*views, algorithm=algorithm)
     first = torch.autograd.grad(loss, views, retain_graph=True)
     second = torch.autograd.grad(loss, views, retain_graph=True)
@@ -359,8 +359,9 @@ def _twice(counts, d, algorithm):
     return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_backward_twice_is_the_same_and_a_second_derivative_raises(pool, algorithm):
-    assert pool.run(_twice, 2, (3, 10), D[algorithm], algorithm) == [True, True]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_backward_twice_is_the_same_and_a_second_derivative_raises(pool, algorithm, dtype):
+    assert pool.run(_twice, 2, (3, 10), dtype, D[algorithm], algorithm) == [True, True]
 
 
 def _same_tensor(counts, d, algorithm):

@@ -55,6 +55,26 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And then its folder is, so that a crash of the machine leaves the old file or the new one."""
+    path, synced, sync = tmp_path / "checkpoint.pt", [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_size, path.exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    checkpoint.save(path, STATE)
+    assert synced[0] == (path.stat().st_size, False)
+    assert [named for _, named in synced] == [False, True]
+
+
+@pytest.mark.parametrize(("saved", "current"), [({}, {"seed": 1}), ({"seed": 1}, {})])
+def test_a_setting_that_only_one_side_knows_is_named(saved: dict[str, int], current: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match=f"seed was {saved.get('seed')} and is now {current.get('seed')}"):
+        checkpoint.check_settings(Path("c.pt"), saved, current)
+
+
 def test_it_is_a_file_of_torch(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, STATE)

@@ -1,0 +1,567 @@
+"""Bugs that a careful reviewer may miss, each of which the tests have to notice.
+
+None is equivalent to the code that it replaces: each changes a value, a message, what is sent or what is left behind.
+"""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """A bug: what replaces a text that stands once in its file, and the tests likely to notice, the best first."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    near: tuple[str, ...]
+
+
+def _in(file: str, near: tuple[str, ...], *bugs: tuple[str, str, str]) -> list[Mutant]:
+    return [Mutant(name, file, old, new, near) for name, old, new in bugs]
+
+
+LAWS = ("tests/test_laws_closed_forms.py", "tests/test_laws_exactness.py", "tests/test_laws_invariances.py")
+GRADIENTS = ("tests/test_laws_gradients.py", "tests/test_laws_exactness.py", "tests/test_gradients.py")
+EXTREMES = ("tests/test_contract.py",)
+SHARDS = ("tests/distributed/test_exactness.py",)
+HEADER = ("tests/distributed/test_header.py", "tests/distributed/test_exactness.py")
+NORMS = ("tests/test_normalization.py",)
+GLOBAL_NORMS = ("tests/distributed/test_normalization_global.py",)
+DIAGNOSTICS = ("tests/test_diagnostics.py", "barlow_loss/diagnostics.py")
+COLUMN_KERNELS = ("tests/kernels/interpreted/test_column_kernels.py",)
+MATRIX_KERNELS = ("tests/kernels/interpreted/test_matrix_kernels.py",)
+LAUNCHES = ("tests/kernels/compiled/test_launches.py",)
+CHECKPOINTS = ("tests/examples/test_example_checkpoint.py",)
+RESUMED = ("tests/examples/test_example_program.py::test_a_run_resumed_twice_ends_with_the_same_bits",)
+ORDER = ("tests/examples/test_example_data.py",)
+OPTIMIZATION = ("tests/examples/test_example_optimization.py",)
+STEPS = ("tests/examples/test_example_steps.py",)
+
+LOSS = [
+    *_in(
+        "barlow_loss/_penalty.py",
+        LAWS,
+        (
+            "off-diagonal-counts-the-diagonal",
+            "(off_diagonal - c.square().sum()).clamp_min(0)",
+            "off_diagonal.clamp_min(0)",
+        ),
+        ("off-diagonal-rounds-below-zero", "c.square().sum()).clamp_min(0)", "c.square().sum())"),
+        ("on-diagonal-takes-one-from-the-square", "(c - 1).square().sum(), squares", "(1 - c.square()).sum(), squares"),
+        ("lambda-weights-the-diagonal", "on_diagonal + lambd * off_diagonal,", "lambd * on_diagonal + off_diagonal,"),
+    ),
+    *_in(
+        "barlow_loss/_statistics.py",
+        LAWS,
+        ("eps-outside-the-root", "torch.rsqrt(v + eps) +", "1 / (v.sqrt() + eps) +"),
+        ("variance-unbiased", "moments.m2 / at_least_one(moments.n)", "moments.m2 / at_least_one(moments.n - 1)"),
+    ),
+    *_in(
+        "barlow_loss/_statistics.py",
+        EXTREMES,
+        ("infinite-variance-is-a-silent-zero", "torch.rsqrt(v + eps) + 0.0 * v", "torch.rsqrt(v + eps)"),
+        (
+            "pivot-dropped",
+            "(first + (rows - first).contiguous().mean(dim=-2, keepdim=True))",
+            "torch.zeros_like(first)",
+        ),
+        ("pivot-from-the-first-row-alone", "(first + (rows - first).contiguous().mean(dim=-2, keepdim=True))", "first"),
+        ("pivot-from-the-first-rows", "* (n - 1) // (_PIVOT_ROWS - 1)", "% max(n, 1)"),
+    ),
+    *_in(
+        "barlow_loss/_statistics.py",
+        SHARDS,
+        ("chan-correction-forgets-the-count", "shard.m2 + n * m.square()", "shard.m2 + m.square()"),
+        ("mean-of-a-shard-rounded-before-its-pivot-goes", "self.pivot - pivot + self.offset", "self.mean - pivot"),
+    ),
+    *_in(
+        "barlow_loss/_dual.py",
+        GRADIENTS,
+        (
+            "dual-projects-with-its-own-gram-matrix",
+            "(k2, u1) if view == 0 else (k1, u2)",
+            "(k1, u1) if view == 0 else (k2, u2)",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_primal.py",
+        GRADIENTS,
+        ("primal-gradient-not-transposed", "(u2, correlation.T)", "(u2, correlation)"),
+        ("primal-takes-row-sums-for-both-views", "(u1, correlation), columns", "(u1, correlation), rows"),
+        ("diagonal-of-a-copy-set-to-zero", "diagonal().zero_()", "diagonal().clone().zero_()"),
+    ),
+    *_in(
+        "barlow_loss/_backends/eager.py",
+        ("tests/test_gradients.py",),
+        ("upper-half-of-the-gram-matrix-not-mirrored", "    k[:half, half:] = k[half:, :half].T\n", ""),
+        (
+            "last-block-of-rows-dropped",
+            "for start in range(0, n, height)",
+            "for start in range(0, n - n % height, height)",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_backends/eager.py",
+        ("tests/test_float16_products.py", "tests/test_laws_low_precision.py"),
+        ("16-bit-squares-summed-in-16-bits", "return t.to(torch.promote_types(t.dtype, torch.float32))", "return t"),
+    ),
+    *_in(
+        "barlow_loss/_function.py",
+        SHARDS,
+        ("rho-from-the-rows-of-one-rank", "* shards.total**-0.5", "* max(n, 1) ** -0.5"),
+    ),
+    *_in(
+        "barlow_loss/_function.py",
+        ("tests/test_contract.py",),
+        ("statistics-under-autocast", "torch.no_grad(), autocast_disabled(z1.device.type):", "torch.no_grad():"),
+    ),
+    *_in(
+        "barlow_loss/loss.py",
+        ("tests/distributed/test_traffic.py", "tests/distributed/test_exactness.py"),
+        ("auto-decides-by-the-rows-of-one-rank", "n=shards.total,", "n=z1.shape[0],"),
+    ),
+]
+
+AUTOGRAD = [
+    *_in(
+        "barlow_loss/_function.py",
+        SHARDS,
+        (
+            "gradient-of-what-arrives-on-one-rank",
+            "a, b = all_sum(shards.group, *slopes(arriving))",
+            "a, b = slopes(arriving)",
+        ),
+        (
+            "gradient-one-over-world-size",
+            'if plan.grad_reduction == "sum":',
+            'if plan.grad_reduction in ("mean", "sum"):',
+        ),
+    ),
+    *_in(
+        "barlow_loss/_function.py",
+        GRADIENTS,
+        (
+            "second-derivative-silently-wrong",
+            "gradients = _gradients if torch.compiler.is_compiling() else _Gradients.apply",
+            "gradients = _gradients",
+        ),
+        (
+            "gradient-of-lambda-forgets-what-arrives",
+            "of_lambd = of_loss * off_diagonal if",
+            "of_lambd = off_diagonal.clone() if",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_penalty.py",
+        GRADIENTS,
+        ("slope-of-off-times-lambda", "arriving.lambd * of_loss + of_off", "arriving.lambd * (of_loss + of_off)"),
+    ),
+    *_in(
+        "barlow_loss/_backends/eager.py",
+        GRADIENTS,
+        ("diagonal-taken-off-half", "d = d - 2 * b * c", "d = d - b * c"),
+        (
+            "gradient-along-the-features-forgotten",
+            "torch.addcmul(_vector(gamma, block), weight, column_dot)",
+            "weight * column_dot",
+        ),
+        ("beta-of-the-other-view", "alpha[view], beta[view], gamma", "alpha[view], beta[1 - view], gamma"),
+        ("dots-of-a-block-taken-for-the-column", "if d < 2 * n and not whole_columns:", "if d < 2 * n:"),
+    ),
+    *_in(
+        "barlow_loss/_backends/eager.py",
+        SHARDS,
+        ("backward-writes-over-what-is-saved", "return _wide(factor).clone() if", "return _wide(factor) if"),
+    ),
+]
+
+NORMALISATION = [
+    *_in(
+        "barlow_loss/normalization.py",
+        NORMS,
+        ("running-variance-biased", "batch.m2 / at_least_one(batch.n - 1)", "batch.m2 / at_least_one(batch.n)"),
+        (
+            "cumulative-average-counts-one-too-many",
+            "self.num_batches_tracked.clamp_min(1).reciprocal()",
+            "(self.num_batches_tracked + 1).reciprocal()",
+        ),
+        ("one-value-per-channel-passes", "values is not None and values < 2", "values is not None and values < 1"),
+        ("convert-forgets-eps", "            old.eps,\n", "            1e-5,\n"),
+        ("convert-forgets-eval", "return new.train(old.training)", "return new"),
+        ("layer-used-twice-is-replaced-once", "named_modules(remove_duplicate=False)", "named_modules()"),
+    ),
+    *_in(
+        "barlow_loss/normalization.py",
+        GLOBAL_NORMS,
+        ("standardize-ignores-its-group", "None, None, eps, group)[0]", "None, None, eps, ALONE)[0]"),
+        ("eval-expects-its-peers", "self.process_group) if self.training else ALONE", "self.process_group)"),
+    ),
+    *_in(
+        "barlow_loss/_normalize.py",
+        NORMS,
+        (
+            "16-bit-batches-normalised-in-16-bits",
+            "return torch.promote_types(z.dtype, torch.float32)",
+            "return z.dtype",
+        ),
+        ("uncentred-features-in-the-gradient", "- offset * sum_g) * r", ") * r"),
+        (
+            "second-derivative-with-constant-statistics",
+            "if torch.is_grad_enabled():",
+            "if torch.is_grad_enabled() and weight is None:",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_normalize.py",
+        GLOBAL_NORMS,
+        (
+            "input-gradient-from-the-sums-of-one-rank",
+            "all_g, all_gz = all_sum(ctx.group, sum_g, sum_gz)",
+            "all_g, all_gz = sum_g, sum_gz",
+        ),
+        ("weight-gradient-summed-before-ddp-sums-it", "else sum_gz.to(weight.dtype)", "else all_gz.to(weight.dtype)"),
+    ),
+]
+
+PROCESSES = [
+    *_in(
+        "barlow_loss/_header.py",
+        HEADER,
+        ("only-rank-0-is-asked-for-errors", "if any(kinds):", "if kinds[0]:"),
+        (
+            "claims-of-the-first-and-last-rank-compared",
+            "len(set(fingerprints)) > 1",
+            "fingerprints[0] != fingerprints[-1]",
+        ),
+        ("own-count-of-rows-taken-for-all", "return Shards(group, counts)", "return Shards(group, (n,) * group.size)"),
+    ),
+    *_in(
+        "barlow_loss/loss.py",
+        HEADER,
+        ("eps-not-compared-among-ranks", '            "eps": float(eps),\n', ""),
+    ),
+    *_in(
+        "barlow_loss/_header.py",
+        SHARDS,
+        ("every-rank-needs-two-samples", "if shards.total >= 2:", "if min(shards.counts) >= 2:"),
+    ),
+    *_in(
+        "barlow_loss/loss.py",
+        SHARDS,
+        ("synchronize-ignored", "group_of(caller, process_group, synchronize)", "group_of(caller, process_group)"),
+    ),
+    *_in(
+        "barlow_loss/_statistics.py",
+        SHARDS,
+        (
+            "empty-shard-skips-a-collective",
+            "all_max(group, shard.pivot.detach() if shard.n else lowest)",
+            "all_max(group, shard.pivot.detach()) if shard.n else lowest",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_collectives.py",
+        SHARDS,
+        (
+            "filled-rows-cut-in-the-order-of-length",
+            "zip(parts, counts, strict=True)",
+            "zip(parts, sorted(counts), strict=True)",
+        ),
+        (
+            "correlations-added-in-16-bits",
+            "matrix.to(torch.promote_types(matrix.dtype, torch.float32))",
+            "matrix.clone()",
+        ),
+        ("sum-over-the-world-in-a-subgroup", "dist.all_reduce(packed, group=group.handle)", "dist.all_reduce(packed)"),
+    ),
+    *_in(
+        "barlow_loss/_collectives.py",
+        GLOBAL_NORMS,
+        (
+            "derivative-of-a-sum-stays-on-its-rank",
+            "return all_sum(ctx.group, grads[0])[0], None",
+            "return grads[0], None",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_collectives.py",
+        ("tests/distributed/test_compiled_steps.py",),
+        (
+            "uneven-shards-pass-in-a-compiled-graph",
+            "group.size * sums[1] == sums[0].square()",
+            "group.size * sums[1] >= sums[0].square()",
+        ),
+    ),
+]
+
+FACE = [
+    *_in(
+        "barlow_loss/_validation.py",
+        ("tests/test_contract.py",),
+        ("second-view-not-checked", '(("z1", z1), ("z2", z2))', '(("z1", z1),)'),
+        ("lambda-may-be-nan", "if not 0 <= lambd < math.inf:", "if lambd < 0 or lambd == math.inf:"),
+        ("eps-may-be-true", "if isinstance(eps, bool) or not", "if not"),
+    ),
+    *_in(
+        "barlow_loss/loss.py",
+        ("tests/distributed/test_wrappers.py",),
+        (
+            "module-forgets-grad-reduction",
+            "            grad_reduction=self.grad_reduction,\n            return_terms",
+            "            return_terms",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_plan.py",
+        ("tests/test_plan.py",),
+        ("primal-at-half-the-features", '"dual" if 2 * n <= d', '"dual" if 2 * n < d'),
+        ("float16-products-of-any-width", " and d <= _FLOAT16_MAX_FEATURES:", ":"),
+        ("asked-for-triton-falls-back", '    if backend == "auto":\n', '    if backend == "auto" or obstacle:\n'),
+    ),
+    *_in(
+        "barlow_loss/_plan.py",
+        LAWS,
+        (
+            "vectors-in-float32",
+            'return torch.float32 if device.type == "mps" else torch.float64',
+            "return torch.float32",
+        ),
+    ),
+    *_in(
+        "barlow_loss/projector.py",
+        ("tests/test_projector.py",),
+        (
+            "hidden-layers-with-a-bias",
+            "nn.Linear(width, hidden_features, bias=False)",
+            "nn.Linear(width, hidden_features)",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_checkpoints.py",
+        ("tests/test_projector.py",),
+        ("code-in-a-checkpoint-is-run", "weights_only=True)", "weights_only=False)"),
+    ),
+    *_in(
+        "barlow_loss/diagnostics.py",
+        DIAGNOSTICS,
+        ("noise-floor-over-n", "return d * (d - 1) / (n - 1)", "return d * (d - 1) / n"),
+        (
+            "rank-from-squared-singular-values",
+            "squares > resolution, squares, 0).sqrt()",
+            "squares > resolution, squares, 0)",
+        ),
+        ("feature-dead-in-both-views-counts-twice", "dead.any(dim=0).sum()", "dead.sum()"),
+    ),
+    *_in(
+        "barlow_loss/_report.py",
+        DIAGNOSTICS,
+        ("attainable-rank-without-the-centring", "min(self.n - 1, self.d)", "min(self.n, self.d)"),
+    ),
+]
+
+KERNELS = [
+    *_in(
+        "barlow_loss/_backends/triton/_standardize.py",
+        COLUMN_KERNELS,
+        ("rows-below-the-batch-in-the-sums", "return tl.where((rows < n)[:, None], x, 0.0)", "return x"),
+        ("maximum-drops-nan", "tl.where(m2 < 0, 0.0, m2) / n", "tl.maximum(m2, 0.0) / n"),
+        ("row-offsets-in-32-bits", "offsets = rows.to(tl.int64)[:, None]", "offsets = rows[:, None]"),
+        (
+            "padding-not-zero",
+            "tl.where(inside, x * scale[None, :] + shift[None, :], 0.0)",
+            "x * scale[None, :] + shift[None, :]",
+        ),
+        ("padding-rows-not-written", "inside = (rows < u_rows)[:, None]", "inside = (rows < n)[:, None]"),
+        (
+            "diagonal-from-the-rounded-features",
+            "c += u1 * u2",
+            "c += u1.to(u.dtype.element_ty).to(COMPUTE) * u2.to(u.dtype.element_ty).to(COMPUTE)",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_backends/triton/_frobenius.py",
+        MATRIX_KERNELS,
+        (
+            "mask-missing-at-the-last-block",
+            "tl.load(a + index, mask=index < elements, other=0.0)",
+            "tl.load(a + index)",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_backends/triton/_penalties.py",
+        MATRIX_KERNELS,
+        (
+            "features-beyond-the-last-one-cost-one-each",
+            "tl.where(index < d, (c_ii - 1) * (c_ii - 1), 0.0)",
+            "(c_ii - 1) * (c_ii - 1)",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_backends/triton/_backproject.py",
+        COLUMN_KERNELS,
+        (
+            "gradients-stored-below-the-batch",
+            "gradient.to(dz.dtype.element_ty), mask=inside)",
+            "gradient.to(dz.dtype.element_ty), mask=(cols < d)[None, :])",
+        ),
+        ("dots-of-the-last-tile-alone", "dots1 += x1 *", "dots1 = x1 *"),
+        ("second-view-at-an-offset-in-32-bits", "u + tl.cast(u_rows, tl.int64) * u_cols", "u + u_rows * u_cols"),
+        ("gradient-of-off-taken-for-that-of-on", "a = arrived + _given(of_on)", "a = arrived + _given(of_off)"),
+    ),
+    *_in(
+        "barlow_loss/_backends/triton/_symmetric_gram.py",
+        MATRIX_KERNELS,
+        ("mirror-image-not-transposed", "tl.trans(rounded), mask=mirrored", "rounded, mask=mirrored"),
+    ),
+    *_in(
+        "barlow_loss/_backends/triton/_penalties.py",
+        LAUNCHES,
+        ("compiled-anew-for-every-lambda", "d, n_parts, lambd: tl.float64,", "d, n_parts, lambd: tl.constexpr,"),
+    ),
+    *_in(
+        "barlow_loss/_backends/triton/_backproject.py",
+        LAUNCHES,
+        ("compiled-anew-for-every-batch-size", "n, d, p_cols, u_rows,", "n: tl.constexpr, d, p_cols, u_rows,"),
+    ),
+    *_in(
+        "barlow_loss/_backends/triton/_launch.py",
+        LAUNCHES,
+        ("launched-on-the-current-device", "return torch.cuda.device(tensor.device)", "return nullcontext()"),
+    ),
+]
+
+EXAMPLE_CHECKPOINT = [
+    *_in(
+        "examples/pretraining/checkpoint.py",
+        CHECKPOINTS,
+        ("checkpoint-not-synced-to-the-disk", "            os.fsync(file.fileno())\n", ""),
+        (
+            "checksum-not-compared",
+            "if hashlib.sha256(archive).hexdigest().encode() != comment[len(LABEL) :]:",
+            "if len(comment) != COMMENT:",
+        ),
+        (
+            "generation-before-not-kept",
+            "if keep_previous and path.exists():",
+            "if keep_previous and previous(path).exists():",
+        ),
+        ("half-a-file-left-on-a-full-disk", "temporary.unlink(missing_ok=True)", "pass"),
+        (
+            "settings-of-one-side-not-compared",
+            "sorted(saved.keys() | current.keys())",
+            "sorted(saved.keys() & current.keys())",
+        ),
+    ),
+    *_in(
+        "examples/pretraining/checkpoint.py",
+        RESUMED,
+        ("schedule-begins-anew-on-resume", '        self.schedule.load_state_dict(state["schedule"])\n', ""),
+    ),
+]
+
+EXAMPLE_IMAGES = [
+    *_in(
+        "examples/pretraining/data.py",
+        ORDER,
+        ("one-order-of-images-for-all-epochs", "seed_of(self.seed, self.epoch)", "seed_of(self.seed, 0)"),
+        (
+            "resume-one-step-off",
+            "range(self.first_step, len(self))",
+            "range(self.first_step + (self.first_step > 0), len(self))",
+        ),
+    ),
+    *_in(
+        "examples/pretraining/images.py",
+        ORDER,
+        (
+            "unreadable-image-replaced-at-random",
+            "(index + failures) % len(self.catalogue)",
+            "int(torch.randint(len(self.catalogue), ())) if failures else index",
+        ),
+        ("both-views-from-one-seed", "seed_of(self.seed, epoch, index, number)", "seed_of(self.seed, epoch, index)"),
+        ("held-out-images-pretrained-on", "pretraining = catalogue.subset(~held_out)", "pretraining = catalogue"),
+    ),
+    *_in(
+        "examples/pretraining/shards.py",
+        ("tests/examples/test_example_shards.py",),
+        ("images-in-the-order-of-the-archive", "entries = sorted(entry", "entries = list(entry"),
+        (
+            "shard-that-was-cut-off-passes",
+            "if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):",
+            'if file.read(tarfile.BLOCKSIZE).strip(b"\\0"):',
+        ),
+    ),
+    *_in(
+        "examples/pretraining/colors.py",
+        ("tests/examples/test_example_batched_views.py",),
+        (
+            "contrast-around-the-grey-of-the-batch",
+            "images.mean(dim=(-2, -1), keepdim=True)",
+            "images.mean(dim=(0, -2, -1), keepdim=True)",
+        ),
+    ),
+]
+
+EXAMPLE_STEPS = [
+    *_in(
+        "examples/pretraining/lars.py",
+        OPTIMIZATION,
+        ("zeros-never-move", "torch.where((p_norm > 0) & (d_norm > 0), q, 1.0)", "torch.where(d_norm > 0, q, 1.0)"),
+    ),
+    *_in(
+        "examples/pretraining/optimization.py",
+        OPTIMIZATION,
+        ("biases-decay", '"lr": lr_biases, "weight_decay": 0.0', '"lr": lr_biases, "weight_decay": weight_decay'),
+        ("warm-up-a-step-early", "return step / warmup_steps", "return (step + 1) / warmup_steps"),
+    ),
+    *_in(
+        "examples/pretraining/steps.py",
+        STEPS,
+        ("accumulated-gradients-not-averaged", "settings.scale_loss / settings.accumulate", "settings.scale_loss"),
+        (
+            "running-statistics-of-a-step-left-out-stay",
+            "torch._foreach_copy_(list(state.model.buffers()), now.buffers_before)",
+            "state.optimizer.zero_grad()",
+        ),
+    ),
+    *_in(
+        "examples/pretraining/steps.py",
+        ("tests/examples/test_example_distributed.py::test_uneven_shards_take_the_steps_of_one_process",),
+        (
+            "example-trains-with-one-over-world-size",
+            "BarlowTwinsLoss(settings.lambd, backend=settings.backend)",
+            'BarlowTwinsLoss(settings.lambd, backend=settings.backend, grad_reduction="sum")',
+        ),
+    ),
+    *_in(
+        "examples/pretraining/official.py",
+        ("tests/distributed/test_official_program.py",),
+        (
+            "official-momenta-of-vectors-as-they-are",
+            'PAPER["learning_rate_biases"] / learning_rate_biases if learning_rate_biases else 1.0)',
+            "1.0)",
+        ),
+    ),
+    *_in(
+        "examples/pretraining/probes.py",
+        ("tests/examples/test_example_probes.py",),
+        ("neighbours-vote-with-their-cosines", "(similarity / TEMPERATURE).exp()", "similarity"),
+    ),
+    *_in(
+        "examples/pretraining/weights.py",
+        ("tests/examples/test_example_weights.py",),
+        ("one-wrapper-taken-off", "while name.startswith(WRAPPERS):", "if name.startswith(WRAPPERS):"),
+    ),
+]
+
+MUTANTS = [
+    *LOSS,
+    *AUTOGRAD,
+    *NORMALISATION,
+    *PROCESSES,
+    *FACE,
+    *KERNELS,
+    *EXAMPLE_CHECKPOINT,
+    *EXAMPLE_IMAGES,
+    *EXAMPLE_STEPS,
+]

@@ -13,6 +13,7 @@ from inductor import needs_compiler
 
 INDUCTOR = [pytest.mark.slow, needs_compiler]
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=INDUCTOR)]
+BOTH = [pytest.param("primal", marks=pytest.mark.slow), "dual"]  # compiling takes seconds
 D = {"primal": 9, "dual": 40}
 SLOW = {"job_timeout": 240.0, "group_timeout": 120.0, "strict": False, "debug": "INFO"}  # one rank compiles longer
 
@@ -76,6 +77,7 @@ def _sizes(algorithm, dynamic):
 
 
 @pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("algorithm", BOTH)
 def test_other_batch_sizes_do_not_recompile(pool, algorithm, dynamic):
     assert max(pool.run(_sizes, 2, algorithm, dynamic, **SLOW)) < 1e-10
 
@@ -99,6 +101,7 @@ def _uneven(algorithm, sizes, backend):
         pytest.param((3, 6, 9), "inductor", marks=INDUCTOR),  # the assertion survives the lowering
     ],
 )
+@pytest.mark.parametrize("algorithm", BOTH)
 def test_uneven_shards_raise_on_every_rank(pool, algorithm, sizes, backend):
     for message in pool.run(_uneven, 3, algorithm, sizes, backend, **SLOW):
         assert message is not None

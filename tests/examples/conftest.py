@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from outcomes import EXAMPLES
+from outcomes import EXAMPLES, IMPORTED
 
 from programs import Nursery
 
@@ -61,8 +61,7 @@ def few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
     """Starts programs as forks of one process, which has imported what pretraining needs."""
-    modules = ("sklearn.linear_model", "matplotlib.pyplot", "torch._dynamo", "imagenet_pretrain", "pretraining.report")
-    with Nursery(*modules, path=[EXAMPLES]) as nursery:
+    with Nursery(*IMPORTED, path=[EXAMPLES]) as nursery:
         yield nursery
 
 

@@ -24,9 +24,9 @@ import promises
 import start
 import storage
 import torch
+from outcomes import EXAMPLES, IMPORTED
 from plan import Plan, References, Row
-from runs import IMPORTED, Trainings
-from start import EXAMPLES
+from runs import Trainings
 
 from programs import Nursery
 

@@ -18,12 +18,6 @@ from start import Change
 
 from programs import PATIENCE, Nursery, Program, Wrong, children, until
 
-# What a run imports late; each fork has it at once.
-IMPORTED = (
-    "PIL.Image", "jinja2", "matplotlib.pyplot", "sklearn.datasets", "sklearn.linear_model", "torch._dynamo",
-    "torch.distributed.run", "torchvision.datasets.folder", "torchvision.transforms.v2", "tqdm", "pretraining.report",
-)  # fmt: skip
-
 
 def expect(condition: object, otherwise: str) -> None:
     if not condition:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 LARGEST = 4
 # What a collective waits for its peers, and a job for all of its ranks.
-GROUP_TIMEOUT, JOB_TIMEOUT = 8.0, 60.0
+GROUP_TIMEOUT, JOB_TIMEOUT = 80.0, 200.0
 
 
 class Died(Exception):

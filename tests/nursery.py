@@ -54,7 +54,7 @@ def run(kind: str, *rest: str) -> None:
         sys.path[0], sys.argv = "", [kind, *rest]
         exec(code, {"__name__": "__main__"})
     elif kind == "-m":
-        sys.path[0], sys.argv = "", [*rest]
+        sys.path[0], sys.argv = str(Path.cwd()), [*rest]
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.path[0], sys.argv = str(Path(kind).parent.absolute()), [kind, *rest]

@@ -140,9 +140,14 @@ def start(command: Sequence[object], folder: Path, **variables: str) -> Program:
     with output.open("a") as out, errors.open("a") as err:
         process = subprocess.Popen(
             [*map(str, command)], cwd=folder, env=environment(**variables), start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            stdin=subprocess.DEVNULL, stdout=out, stderr=err, preexec_fn=_as_in_a_terminal,  # noqa: PLW1509
         )  # fmt: skip
     return Program(process.pid, process.poll, folder, output, errors)
+
+
+def _as_in_a_terminal() -> None:
+    """Ctrl-C arrives, though the tests may have been started in the background, where it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(command: Sequence[object], folder: Path, **variables: str) -> Program:

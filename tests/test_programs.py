@@ -70,11 +70,18 @@ def test_an_end_before_what_is_awaited_is_told(python, tmp_path):
     assert (program.wait(), program.told) == (1, ["error: why"])
 
 
-def test_a_signal_is_a_status(python, tmp_path):
-    with python(["-c", "import time; print(1, flush=True); time.sleep(3600)"], tmp_path) as program:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_a_status(number, python, tmp_path):
+    """Ctrl-C too, where the tests themselves do not hear it: in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        program = python(["-c", "import time; print(1, flush=True); time.sleep(3600)"], tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with program:
         program.until(lambda: program.output, "its output")
-        program.send(signal.SIGTERM)
-        assert program.wait() == -signal.SIGTERM
+        program.send(number)
+        assert program.wait() == -number
 
 
 @pytest.mark.parametrize("kind", ["-c", "-m", "file"])

@@ -53,20 +53,20 @@ evaluate: $(VENV)/.has-examples  ## pretrain with three seeds on the built-in da
 check: $(VENV)/.has-check  ## the library's own tests (about a minute)
 	$(PYTEST) --dist loadfile --ignore tests/examples --ignore tests/benches --ignore tests/kernels --ignore tests/mutants $(TEST_FLAGS)
 
-test: $(VENV)/.has-test  ## all tests but the slow ones, kernels in triton's interpreter too (three minutes)
+test: $(VENV)/.has-test  ## all tests but the slow ones, kernels in triton's interpreter too (four minutes)
 	$(call both,$(COMPILED) $(TEST_FLAGS),$(INTERPRETED) interpreted tests/kernels/interpreted tests/test_laws_*.py $(TEST_FLAGS))
 
-test-slow: $(VENV)/.has-test  ## whole training runs, inductor, other chips, more examples of the laws (eight minutes)
+test-slow: $(VENV)/.has-test  ## whole training runs, inductor, other chips, more examples of the laws (five minutes)
 	$(call both,$(COMPILED) -m slow $(TEST_FLAGS),$(INTERPRETED) interpreted-more tests/test_laws_*.py $(TEST_FLAGS))
 
-test-all: $(VENV)/.has-test  ## both: every test that needs no GPU (a quarter of an hour)
+test-all: $(VENV)/.has-test  ## both: every test that needs no GPU (nine minutes)
 	$(call both,$(MAKE) test,$(MAKE) test-slow)
 
 # A machine with a GPU has its own torch, and often no network: nothing is installed.
 test-gpu:  ## the laws and tests/gpu on this machine's GPU, with the torch of PYTHON (four minutes)
 	@PYTHONPATH="$(CURDIR)" $(PYTHON) benches/gpu_steps.py --only laws tests sanitizer $(GPU_FLAGS)
 
-test-minimal: $(VENV_MINIMAL)/.has-test  ## the tests of library and benches without torchvision and triton (two minutes)
+test-minimal: $(VENV_MINIMAL)/.has-test  ## the tests of library and benches without torchvision and triton (a minute and a half)
 	$(RUN_MINIMAL) -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/examples --ignore tests/kernels $(TEST_FLAGS)
 
 test-pythons:  ## test-minimal with every Python of PYTHONS that is here, each with its torch (ten minutes)
@@ -75,7 +75,7 @@ test-pythons:  ## test-minimal with every Python of PYTHONS that is here, each w
 		$(MAKE) test-minimal PYTHON=$$python TORCH_MINIMAL=torch==$${each##*:} || failed="$$failed $$python"; \
 	done; [ -z "$$failed" ] || { echo "failed on$$failed"; exit 1; }
 
-mutants: $(VENV)/.has-test  ## plant the bugs of tests/mutants, one at a time: the tests must notice (half an hour)
+mutants: $(VENV)/.has-test  ## plant the bugs of tests/mutants, one at a time: the tests must notice (twenty minutes)
 	$(RUN) tests/mutants/plant.py $(MUTANTS_FLAGS)
 
 faults: $(VENV)/.has-test  ## injure the example's training runs in every way of its table, and count (under ten minutes)

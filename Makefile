@@ -69,7 +69,7 @@ test-gpu:  ## the laws and tests/gpu on this machine's GPU, with the torch of PY
 test-minimal: $(VENV_MINIMAL)/.has-test  ## the tests of library and benches without torchvision and triton (a minute and a half)
 	$(RUN_MINIMAL) -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/examples --ignore tests/kernels $(TEST_FLAGS)
 
-test-pythons:  ## test-minimal with every Python of PYTHONS that is here, each with its torch (ten minutes)
+test-pythons:  ## test-minimal with every Python of PYTHONS that is here, each with its torch (seven minutes)
 	@failed=; for each in $(PYTHONS); do python=$${each%:*}; \
 		if ! $$python -c '' 2>/dev/null; then echo "left out: no $$python here"; continue; fi; \
 		$(MAKE) test-minimal PYTHON=$$python TORCH_MINIMAL=torch==$${each##*:} || failed="$$failed $$python"; \

@@ -92,12 +92,7 @@ def test_a_run_on_jpegs_survives_a_broken_file_and_resumes(run: Run, jpegs: Path
 WAYS: dict[str, tuple[str, ...]] = {
     "colours on the device": ("--augment-on", "device"),
     "activations computed twice": (
-        "--arch",
-        "resnet18",
-        "--checkpoint-activations",
-        "--channels-last",
-        "--accumulate",
-        "2",
+        *("--arch", "resnet18", "--checkpoint-activations", "--channels-last", "--accumulate", "2"),
     ),
     "the preset for CIFAR, TensorBoard": ("--preset", "cifar", "--tensorboard"),
 }

@@ -70,7 +70,7 @@ def _lost_in_place(plan: Plan) -> tuple[int, int]:
 def killed_rank(plan: Plan) -> Row:
     row = Row(
         "SIGKILL of one rank of two under torchrun",
-        f"end ≤ {MOST_SECONDS:.0f} s after it; 0 steps lost beyond the checkpoint; 0 differing bits",
+        f"end ≤ {plan.at_most(MOST_SECONDS):.0f} s after it; 0 steps lost beyond the checkpoint; 0 differing bits",
     )
     reference = plan.references.of(2)
     ranks = [number % 2 for number in range(plan.count(20, 2))]

@@ -73,11 +73,9 @@ class Trainings:
         self.nursery = nursery
         self.changes = list(changes)
 
-    def start(
-        self, folder: Path, *flags: object, changes: Sequence[Change] = (("quick",),), **variables: str
-    ) -> Training:
+    def start(self, folder: Path, *flags: object, changes: Sequence[Change] = (("quick",),)) -> Training:
         """Start the program in a folder."""
-        return self.nursery.start(self._arguments(changes, flags), folder, Training, **variables)
+        return self.nursery.start(self._arguments(changes, flags), folder, Training)
 
     def ranks(
         self, size: int, folder: Path, *flags: object, changes: Sequence[Change] = (("quick",),)

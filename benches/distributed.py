@@ -134,6 +134,7 @@ class Place(NamedTuple):
         store = f"file://{self.folder}/{name}"
         dist.init_process_group("gloo", store, rank=self.rank, world_size=self.processes, timeout=TIMEOUT)
         try:
+            dist.barrier()  # a rank that is refused at once must not leave while another still connects to it
             yield
         finally:
             dist.destroy_process_group()

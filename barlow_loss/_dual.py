@@ -9,27 +9,28 @@ The Frobenius identity is old (Tsai et al., arXiv 2104.13712, equation 4, for HS
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from barlow_loss._backends import Primitives, Product
     from barlow_loss._collectives import Shards
+    from barlow_loss._plan import Plan
 
-__all__ = ["HOLDS_DIAGONAL", "product", "value"]
+__all__ = ["HOLDS_DIAGONAL", "products", "value"]
 
 HOLDS_DIAGONAL = True  # ‖C‖² does, and so does C̃ = C
 
 
 def value(
-    ops: Primitives, shards: Shards, u: Tensor, diagonal: Tensor, needed: tuple[bool, bool]
+    ops: Any, plan: Plan, shards: Shards, u: Tensor, diagonal: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """C_ii, parts of ‖C‖², and the matrices that the gradient needs: K1, K2."""
-    k1, k2, squares = ops.grams(u, None)
+    k1, k2, squares = ops.grams(u, None, plan)
     return diagonal, squares, (k1, k2)
 
 
-def product(view: int, u1: Tensor, u2: Tensor, k1: Tensor, k2: Tensor) -> Product:
-    """The factors of P: K2 u1 for the first view, K1 u2 for the second; q comes out of P."""
-    return ((k2, u1) if view == 0 else (k1, u2)), None
+def products(needed: tuple[bool, bool], u: Tensor, k1: Tensor, k2: Tensor) -> tuple[Any, Any]:
+    """The factors of P, K2 u1 and K1 u2, and q, which comes out of P; None where no gradient is needed."""
+    u1, u2 = u.unbind()
+    return (k2, u1, None) if needed[0] else None, (k1, u2, None) if needed[1] else None

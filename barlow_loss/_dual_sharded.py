@@ -12,33 +12,34 @@ The collectives, all in the forward: U is gathered, in the dtype of the matrix p
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from barlow_loss._collectives import Shards, all_sum, gather_rows
 from barlow_loss._dual import HOLDS_DIAGONAL
+from barlow_loss._plan import Plan, vector_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from barlow_loss._backends import Primitives, Product
-
-__all__ = ["HOLDS_DIAGONAL", "product", "value"]
+__all__ = ["HOLDS_DIAGONAL", "products", "value"]
 
 
 def value(
-    ops: Primitives, shards: Shards, u: Tensor, diagonal: Tensor, needed: tuple[bool, bool]
+    ops: Any, plan: Plan, shards: Shards, u: Tensor, diagonal: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """C_ii, ‖C‖², and what the gradient needs: P and q of either view."""
-    every = gather_rows(shards, u[0]), gather_rows(shards, u[1])
-    k1, k2, squares = ops.grams(u, every)
-    p1, q1 = ops.project(k2, every[0], u[0]) if needed[0] else (u.new_empty(0), None)
-    p2, q2 = ops.project(k1, every[1], u[1]) if needed[1] else (u.new_empty(0), None)
-    nothing = diagonal.new_zeros(0)
-    q = (nothing if own is None else own.to(diagonal.dtype) for own in (q1, q2))
-    c, squared_norm, q1, q2 = all_sum(shards.group, diagonal, squares.sum(dtype=diagonal.dtype), *q)
+    u1, u2 = u.unbind()
+    every = gather_rows(shards, u1), gather_rows(shards, u2)
+    k1, k2, squares = ops.grams(u, every, plan)
+    nothing = u.new_empty(0), diagonal.new_zeros(0)
+    p1, q1 = ops.project(k2, every[0], u1, plan) if needed[0] else nothing
+    p2, q2 = ops.project(k1, every[1], u2, plan) if needed[1] else nothing
+    dtype = vector_dtype(u.device)
+    sums = (diagonal.to(dtype), squares.sum(dtype=dtype), q1.to(dtype), q2.to(dtype))
+    c, squared_norm, q1, q2 = all_sum(shards.group, *sums)
     return c, squared_norm, (p1, p2, q1, q2)
 
 
-def product(view: int, u1: Tensor, u2: Tensor, *kept: Tensor) -> Product:
-    """P itself, and q."""
-    return (kept[view],), kept[2 + view]
+def products(needed: tuple[bool, bool], u: Tensor, p1: Tensor, p2: Tensor, q1: Tensor, q2: Tensor) -> tuple[Any, Any]:
+    """P and q of either view, as they were kept."""
+    return (p1, None, q1) if needed[0] else None, (p2, None, q2) if needed[1] else None

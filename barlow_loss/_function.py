@@ -20,13 +20,13 @@ every rank has what the gradient of its rows needs. On each rank L is a function
 sums what arrives on all ranks: a = Σ_ranks a_r, b = Σ_ranks b_r, two numbers, the only collective of the backward. It
 is W times the gradient of one process where all a_r are alike, and DDP's mean over the ranks makes that the gradient.
 
-Saved: u of both views, the matrices of the algorithm, diag C and ρ. They are outputs of the operation, so that the
-intermediate values stay connected: a second derivative reaches them and raises, instead of being silently wrong.
+Saved: u of both views, the matrices of the algorithm, diag C and ρ. A second derivative reaches them through the graph
+and raises, instead of being silently wrong.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +36,6 @@ from barlow_loss._backends import resolve
 from barlow_loss._collectives import Shards, all_sum
 from barlow_loss._penalty import Arriving, slopes
 from barlow_loss._plan import Plan, autocast_disabled
-from barlow_loss._statistics import combine, moments_from_sums, pivot_of, reciprocal_std, sample_index
-
-if TYPE_CHECKING:
-    from types import ModuleType
-
-    from barlow_loss._backends import Primitives
 
 __all__ = ["loss_and_sums"]
 
@@ -55,35 +49,32 @@ def loss_and_sums(
     z1: Tensor, z2: Tensor, lambd: float | Tensor, eps: float, plan: Plan, shards: Shards
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L, Σ_i (C_ii − 1)² and Σ_{i≠j} C_ij² of the global batch, 0-d, in ``plan.compute_dtype``."""
-    needed = tuple(torch.is_grad_enabled() and z.requires_grad for z in (z1, z2))
+    recorded = torch.is_grad_enabled()
+    needed = (recorded and z1.requires_grad, recorded and z2.requires_grad)
     if isinstance(lambd, Tensor):
         lambd = lambd.to(z1.device, plan.compute_dtype)
-    loss, on_diagonal, off_diagonal, *_ = _Loss.apply(z1, z2, lambd, eps, plan, shards, needed)
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+    operation: Any = _TracedLoss if traced else _Loss
+    loss, on_diagonal, off_diagonal, *_ = operation.apply(z1, z2, lambd, eps, plan, shards, needed)
     return loss, on_diagonal, off_diagonal
 
 
-def _algorithm(plan: Plan, shards: Shards) -> ModuleType:
+def _algorithm(plan: Plan, shards: Shards) -> Any:
     if plan.algorithm == "primal":
         return _primal
     return _dual if shards.group.size == 1 else _dual_sharded
 
 
-def _standardized(
-    ops: Primitives, z1: Tensor, z2: Tensor, eps: float, plan: Plan, shards: Shards
-) -> tuple[Tensor, Tensor, Tensor]:
-    """u, this process's part of C_ii, and ρ."""
-    if shards.group.size == 1 and ops.whiten is not None:
-        return ops.whiten(z1, z2, eps, plan.matmul_dtype)
-    n, compute = z1.shape[0], plan.compute_dtype
-    rows = sample_index(n, z1.device)
-    pivot = pivot_of(torch.stack([z.index_select(0, rows) for z in (z1, z2)]), compute)
-    x, s1, s2 = ops.centre(z1, z2, pivot)
-    shard = moments_from_sums(n, pivot, s1, s2)
-    moments = combine(shard, shards.group)
-    rho = reciprocal_std(moments, eps) * shards.total**-0.5
-    shift = -moments.offset_from(shard.pivot) * rho
-    u, diagonal = ops.standardize(x, rho.to(compute), shift.to(compute), plan.matmul_dtype)
-    return u, diagonal.to(rho.dtype), rho
+def _value(
+    z1: Tensor, z2: Tensor, lambd: float | Tensor, eps: float, plan: Plan, shards: Shards, needed: tuple[bool, bool]
+) -> tuple[Tensor, ...]:
+    """The three terms, then what is saved."""
+    with autocast_disabled(z1.device.type):
+        ops, algorithm = resolve(plan.backend), _algorithm(plan, shards)
+        u, diagonal, rho = ops.standardize(z1, z2, eps, plan, shards)
+        c, squares, matrices = algorithm.value(ops, plan, shards, u, diagonal, needed)
+        terms = ops.penalties(c, squares, lambd, algorithm.HOLDS_DIAGONAL, plan)
+        return *terms, c, rho, u, *matrices
 
 
 def _gradients(
@@ -91,33 +82,74 @@ def _gradients(
     of_on: Tensor | None,
     of_off: Tensor | None,
     lambd: float | Tensor,
+    needed: tuple[bool, bool],
     plan: Plan,
     shards: Shards,
     n: int,
     dtype: torch.dtype,
-    needed: tuple[bool, bool],
-    *saved: Tensor,
+    c: Tensor,
+    rho: Tensor,
+    u: Tensor,
+    *matrices: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
-    c, rho, u, *matrices = saved
-    ops, algorithm = resolve(plan.backend), _algorithm(plan, shards)
-    products = [algorithm.product(view, u[0], u[1], *matrices) if needed[view] else None for view in (0, 1)]
-    with autocast_disabled(c.device.type):
-        arriving = _summed(Arriving(of_loss, of_on, of_off, lambd), plan, shards)
-        settings = arriving, algorithm.HOLDS_DIAGONAL, n, dtype
-        return ops.backproject((products[0], products[1]), u, c, rho, *settings)
+    with autocast_disabled(u.device.type):
+        if plan.on_host and torch.compiler.is_compiling():  # compiled autograd, of a forward that was not
+            plan = plan._replace(on_host=False)
+        ops, algorithm = resolve(plan.backend), _algorithm(plan, shards)
+        products = algorithm.products(needed, u, *matrices)
+        arriving = Arriving(of_loss, of_on, of_off, lambd)
+        if shards.group.size > 1:
+            arriving = _summed(arriving, plan, shards)
+        dz1, dz2 = ops.backproject(products, u, c, rho, arriving, algorithm.HOLDS_DIAGONAL, plan, n, dtype)
+    return dz1, dz2
 
 
 def _summed(arriving: Arriving, plan: Plan, shards: Shards) -> Arriving:
     """What arrives on all ranks, as gradients of the two sums."""
-    if shards.group.size == 1:
-        return arriving
-    a, b = all_sum(shards.group, *slopes(arriving))
+    given = next(gradient for gradient in arriving[:3] if gradient is not None)
+    own = (torch.zeros_like(given) + slope for slope in slopes(arriving, plan._replace(on_host=False)))
+    a, b = all_sum(shards.group, *own)
     if plan.grad_reduction == "sum":
         a, b = a / shards.group.size, b / shards.group.size
     return Arriving(None, a, b, arriving.lambd)
 
 
 class _Loss(torch.autograd.Function):
+    """The operation in plain eager mode: three outputs, and what is saved beside them."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _value(*inputs)
+        _save(ctx, inputs, output)
+        return output[:3]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        off_diagonal, *saved = ctx.saved_tensors
+        of_loss, of_on, of_off, *_ = grads
+        if of_loss is of_on is of_off is None:  # on another rank there may be one, and they are summed
+            of_loss = torch.zeros_like(off_diagonal)
+        lambd = saved.pop() if ctx.lambd is None else ctx.lambd
+        needed = ctx.needs_input_grad
+        settings = of_loss, of_on, of_off, lambd, needed[:2], *ctx.settings, *saved
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # which refuses it by itself
+        dz1, dz2 = _Gradients.apply(off_diagonal, *settings) if recorded else _gradients(*settings)
+        of_lambd = of_loss * off_diagonal if needed[2] and of_loss is not None else None
+        return dz1, dz2, of_lambd, None, None, None, None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z1, _, lambd, _, plan, shards, _ = inputs
+    weight = (lambd,) if isinstance(lambd, Tensor) else ()
+    ctx.set_materialize_grads(False)
+    ctx.lambd = None if weight else lambd
+    ctx.settings = plan, shards, z1.shape[0], z1.dtype
+    ctx.save_for_backward(*output[2:], *weight)
+
+
+class _TracedLoss(torch.autograd.Function):
+    """The same for compilers and torch.func, to which what is saved must be an output."""
+
     @staticmethod
     def forward(
         z1: Tensor,
@@ -129,40 +161,19 @@ class _Loss(torch.autograd.Function):
         needed: tuple[bool, bool],
     ) -> tuple[Tensor, ...]:
         # torch.export traces this with gradients on, which the backends, writing into buffers, do not support.
-        with torch.no_grad(), autocast_disabled(z1.device.type):
-            ops, algorithm = resolve(plan.backend), _algorithm(plan, shards)
-            u, diagonal, rho = _standardized(ops, z1, z2, eps, plan, shards)
-            c, squares, matrices = algorithm.value(ops, shards, u, diagonal, needed)
-            terms = ops.penalties(c, squares, lambd, algorithm.HOLDS_DIAGONAL, plan.compute_dtype)
-            return *terms, c, rho, u, *matrices
+        with torch.no_grad():
+            return _value(z1, z2, lambd, eps, plan, shards, needed)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        z1, _, lambd, _, plan, shards, _ = inputs
-        ctx.set_materialize_grads(False)
-        ctx.lambd = None if isinstance(lambd, Tensor) else lambd
-        weight = (lambd,) if isinstance(lambd, Tensor) else ()
-        ctx.save_for_backward(*output[2:], *weight)
-        ctx.plan, ctx.shards, ctx.n, ctx.dtype = plan, shards, z1.shape[0], z1.dtype
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        off_diagonal, *saved = ctx.saved_tensors
-        of_loss, of_on, of_off = grads[:3]
-        if of_loss is of_on is of_off is None:  # on another rank there may be one, and they are summed
-            of_loss = torch.zeros_like(off_diagonal)
-        lambd = saved.pop() if ctx.lambd is None else ctx.lambd
-        # A compiled graph refuses second derivatives by itself.
-        gradients = _gradients if torch.compiler.is_compiling() else _Gradients.apply
-        settings = lambd, ctx.plan, ctx.shards, ctx.n, ctx.dtype, ctx.needs_input_grad[:2]
-        of_lambd = of_loss * off_diagonal if ctx.needs_input_grad[2] and of_loss is not None else None
-        return *gradients(of_loss, of_on, of_off, *settings, *saved), of_lambd, None, None, None, None
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_Loss.backward)
 
 
 class _Gradients(torch.autograd.Function):
-    """The backward as an operation of its own, so that differentiating it raises."""
+    """The backward as an operation of its own, connected to the forward, so that differentiating it raises."""
 
-    forward = staticmethod(_gradients)
+    @staticmethod
+    def forward(of_forward: Tensor, *settings: Any) -> tuple[Tensor | None, Tensor | None]:
+        return _gradients(*settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:

@@ -7,12 +7,18 @@ a = ∂/∂on,  b = ∂/∂off  of whatever the caller differentiates:  a = g_L 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from ctypes import c_float
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Arriving", "penalties", "slopes"]
+if TYPE_CHECKING:
+    from barlow_loss._plan import Plan
+
+__all__ = ["Arriving", "Number", "number", "penalties", "slopes"]
+
+Number = float | Tensor
 
 
 class Arriving(NamedTuple):
@@ -24,24 +30,55 @@ class Arriving(NamedTuple):
     lambd: float | Tensor
 
 
+def number(t: Tensor, on_host: bool) -> Number:
+    """A 0-d tensor's value where reading it waits for nothing, else the tensor.
+
+    Arithmetic with floats costs nothing, where an operation on a 0-d tensor costs some µs.
+    """
+    if on_host:
+        try:
+            return t.item()
+        except RuntimeError:  # a fake tensor, or one that make_fx follows
+            pass
+    return t
+
+
 def penalties(
-    c: Tensor, squares: Tensor, lambd: float | Tensor, holds_diagonal: bool, dtype: torch.dtype
+    c: Tensor, squares: Tensor, lambd: float | Tensor, holds_diagonal: bool, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L, on and off, 0-d in ``dtype``, from C_ii, (D,), and parts of Σ C_ij², of any shape.
+    """L, on and off, 0-d in ``plan.compute_dtype``, from C_ii, (D,), and parts of Σ C_ij², of any shape.
 
     Where the parts hold the diagonal it is taken off: below 0 only by rounding, where nothing is left. The gradient
     knows nothing of that clamp.
     """
-    on_diagonal, off_diagonal = (c - 1).square().sum(), squares.sum()
+    e = c - 1
+    on, off = number(torch.dot(e, e), plan.on_host), number(squares.sum(), plan.on_host)
     if holds_diagonal:
-        off_diagonal = (off_diagonal - c.square().sum()).clamp_min(0)
-    # Copies: compiled by torch 2.11, an output of a .to() without effect loses its gradient without a word.
-    on_diagonal, off_diagonal = (total.to(dtype, copy=True) for total in (on_diagonal, off_diagonal))
-    return on_diagonal + lambd * off_diagonal, on_diagonal, off_diagonal
+        off = off - number(torch.dot(c, c), plan.on_host)
+        off = off.clamp_min(0) if isinstance(off, Tensor) else max(off, 0.0)  # in this order: NaN stays
+    dtype = plan.compute_dtype
+    if isinstance(lambd, Tensor) or isinstance(on, Tensor) or isinstance(off, Tensor):
+        on_diagonal, off_diagonal = _scalar(on, dtype), _scalar(off, dtype)
+        return on_diagonal + lambd * off_diagonal, on_diagonal, off_diagonal
+    if dtype == torch.float32:
+        # The bits that tensors would have: in double precision there is room to round a product or a sum once more.
+        on, off, lambd = c_float(on).value, c_float(off).value, c_float(lambd).value
+        weighted = c_float(lambd * off).value
+    else:
+        weighted = lambd * off
+    scalar = torch.scalar_tensor
+    return scalar(on + weighted, dtype=dtype), scalar(on, dtype=dtype), scalar(off, dtype=dtype)
 
 
-def slopes(arriving: Arriving) -> tuple[Tensor, Tensor]:
+def _scalar(value: Number, dtype: torch.dtype) -> Tensor:
+    # A copy: compiled by torch 2.11, an output of a .to() without effect loses its gradient without a word.
+    return value.to(dtype, copy=True) if isinstance(value, Tensor) else torch.scalar_tensor(value, dtype=dtype)
+
+
+def slopes(arriving: Arriving, plan: Plan) -> tuple[Number, Number]:
     """a and b."""
-    nothing = torch.zeros_like(next(gradient for gradient in arriving[:3] if gradient is not None))
-    of_loss, of_on, of_off = (nothing if gradient is None else gradient for gradient in arriving[:3])
-    return of_loss + of_on, arriving.lambd * of_loss + of_off
+    of_loss, of_on, of_off, lambd = (
+        number(given, plan.on_host) if isinstance(given, Tensor) else 0.0 if given is None else given
+        for given in arriving
+    )
+    return of_loss + of_on, lambd * of_loss + of_off

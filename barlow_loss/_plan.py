@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "ALGORITHMS",
@@ -22,6 +23,7 @@ __all__ = [
     "autocast_enabled",
     "choose_backend",
     "make_plan",
+    "plan_for",
     "vector_dtype",
 ]
 
@@ -39,6 +41,9 @@ _LEAST_NVIDIA_CAPABILITY = (8, 0)  # bfloat16 and the tensor cores that the kern
 _AMD_CHIPS_OF_AUTO = ("gfx942", "gfx950")  # likewise
 
 
+_AS_IT_IS = nullcontext()
+
+
 class Plan(NamedTuple):
     """Everything that is decided before the first number is read."""
 
@@ -47,6 +52,7 @@ class Plan(NamedTuple):
     compute_dtype: torch.dtype  # elementwise work, the diagonal, the returned loss
     matmul_dtype: torch.dtype  # operands of the matrix products, and what is gathered over processes
     grad_reduction: str = "mean"  # or "sum"
+    on_host: bool = False  # CPU tensors in plain eager mode: numbers may be read, work may go by blocks
 
 
 def make_plan(
@@ -79,6 +85,41 @@ def make_plan(
         _matmul_dtype(dtype, d, device_type, autocast),
         grad_reduction,
     )
+
+
+def plan_for(caller: str, algorithm: str, backend: str, grad_reduction: str, n: int, z: Tensor) -> Plan:
+    """``make_plan`` for a view of a global batch of n rows, remembered; raises as ``choose_backend`` does."""
+    device = z.device
+    settings = caller, algorithm, backend, grad_reduction, n, z.shape[1], z.dtype, device, autocast_enabled(device.type)
+    return _make_plan_for(*settings, False) if torch.compiler.is_compiling() else _remembered(*settings, z.is_cpu)
+
+
+def _make_plan_for(
+    caller: str,
+    algorithm: str,
+    backend: str,
+    grad_reduction: str,
+    n: int,
+    d: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    autocast: bool,
+    on_host: bool,
+) -> Plan:
+    plan = make_plan(
+        algorithm=algorithm,
+        backend=choose_backend(caller, backend, device),
+        n=n,
+        d=d,
+        dtype=dtype,
+        device_type=device.type,
+        autocast=autocast,
+        grad_reduction=grad_reduction,
+    )
+    return plan._replace(on_host=on_host)
+
+
+_remembered = functools.lru_cache(maxsize=256)(_make_plan_for)
 
 
 def _choose_algorithm(algorithm: str, n: int, d: int) -> str:
@@ -174,7 +215,7 @@ def autocast_enabled(device_type: str) -> bool:
 
 def autocast_disabled(device_type: str) -> AbstractContextManager[Any]:
     """Inside, every operation keeps the dtype that it was given."""
-    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+    return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else _AS_IT_IS
 
 
 def vector_dtype(device: torch.device) -> torch.dtype:

@@ -10,31 +10,39 @@ of n rows, and no communication in backward.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from barlow_loss._collectives import Shards, all_sum, all_sum_matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from barlow_loss._backends import Primitives, Product
+    from barlow_loss._plan import Plan
 
-__all__ = ["HOLDS_DIAGONAL", "product", "value"]
+__all__ = ["HOLDS_DIAGONAL", "products", "value"]
 
 HOLDS_DIAGONAL = False  # C̃ is C without it
 
 
 def value(
-    ops: Primitives, shards: Shards, u: Tensor, diagonal: Tensor, needed: tuple[bool, bool]
+    ops: Any, plan: Plan, shards: Shards, u: Tensor, diagonal: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """C_ii, parts of Σ_{i≠j} C_ij², and what the gradient needs: C̃ and its row and column sums of squares."""
     (c,) = all_sum(shards.group, diagonal)
-    correlation = all_sum_matrix(shards.group, ops.correlate(u[0], u[1]))
+    u1, u2 = u.unbind()
+    correlation = all_sum_matrix(shards.group, torch.mm(u1.t(), u2))
     correlation.diagonal().zero_()
-    rows, columns = ops.squared_sums(correlation)
-    return c, rows, (correlation, rows, columns)
+    squares = correlation.to(plan.compute_dtype).square()
+    rows = squares.sum(1)
+    return c, rows, (correlation, rows, squares.sum(0))
 
 
-def product(view: int, u1: Tensor, u2: Tensor, correlation: Tensor, rows: Tensor, columns: Tensor) -> Product:
-    """The factors of P, which is u2 C̃ᵀ for the first view and u1 C̃ for the second; and q."""
-    return ((u2, correlation.T), rows) if view == 0 else ((u1, correlation), columns)
+def products(
+    needed: tuple[bool, bool], u: Tensor, correlation: Tensor, rows: Tensor, columns: Tensor
+) -> tuple[Any, Any]:
+    """The factors of P, u2 C̃ᵀ for the first view and u1 C̃ for the second, and q."""
+    u1, u2 = u.unbind()
+    first = (u2, correlation.t(), rows) if needed[0] else None
+    return first, (u1, correlation, columns) if needed[1] else None

@@ -15,10 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from barlow_loss._collectives import Group, all_max, all_sum
+from barlow_loss._collectives import Group, Shards, all_max, all_sum
 from barlow_loss._plan import vector_dtype
 
-__all__ = ["Moments", "at_least_one", "combine", "moments_from_sums", "pivot_of", "reciprocal_std", "sample_index"]
+__all__ = [
+    "Moments",
+    "at_least_one",
+    "combine",
+    "moments_from_sums",
+    "pivot_of",
+    "reciprocal_std",
+    "sample_index",
+    "scale_and_shift",
+]
 
 _PIVOT_ROWS = 32
 
@@ -102,3 +111,13 @@ def reciprocal_std(moments: Moments, eps: float) -> Tensor:
     """
     v = moments.m2 / at_least_one(moments.n)
     return torch.rsqrt(v + eps) + 0.0 * v
+
+
+def scale_and_shift(shard: Moments, eps: float, shards: Shards) -> tuple[Tensor, Tensor]:
+    """ρ = r/√N and shift = −(μ − pivot)·ρ of the global batch, (…, D) float64.
+
+    u = (z − pivot)·ρ + shift, with the shard's own pivot.
+    """
+    moments = combine(shard, shards.group)
+    rho = reciprocal_std(moments, eps) * shards.total**-0.5
+    return rho, -moments.offset_from(shard.pivot) * rho

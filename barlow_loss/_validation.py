@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,6 +24,24 @@ def check_views(caller: str, *views: Any) -> tuple[Tensor, Tensor]:
         TypeError: not tensors, not floating, sparse, or of different dtypes.
         ValueError: wrong number of views, wrong or different shapes, different devices or D = 0.
     """
+    if len(views) == 2:
+        z1, z2 = views
+        if (
+            isinstance(z1, torch.Tensor)
+            and isinstance(z2, torch.Tensor)
+            and z1.shape == z2.shape
+            and z1.dtype is z2.dtype
+            and z1.device == z2.device
+            and z1.dtype in _DTYPES
+            and z1.layout is z2.layout is torch.strided
+            and z1.ndim == 2
+            and z1.shape[1] != 0
+        ):
+            return z1, z2
+    return _explain(caller, *views)
+
+
+def _explain(caller: str, *views: Any) -> NoReturn:
     if len(views) != 2:
         raise ValueError(
             f"{caller}: expected exactly two views, got {len(views)}. "
@@ -50,9 +68,7 @@ def check_views(caller: str, *views: Any) -> tuple[Tensor, Tensor]:
             f"{caller}: expected both views on one device, got z1 on {z1.device} and z2 on {z2.device}. "
             "Move one of them, for example z2.to(z1.device)."
         )
-    if z1.shape[1] == 0:
-        raise ValueError(f"{caller}: expected D ≥ 1 features, {shapes}. Check the projector's output width.")
-    return z1, z2
+    raise ValueError(f"{caller}: expected D ≥ 1 features, {shapes}. Check the projector's output width.")
 
 
 def check_tensor(caller: str, name: str, z: Any) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from barlow_loss._collectives import group_of
+from barlow_loss._collectives import Shards, group_of
 from barlow_loss._function import loss_and_sums
 from barlow_loss._header import Claims, agree, check_samples
-from barlow_loss._plan import ALGORITHMS, BACKENDS, Algorithm, Backend, autocast_enabled, choose_backend, make_plan
+from barlow_loss._plan import ALGORITHMS, BACKENDS, Algorithm, Backend, autocast_enabled, choose_backend, plan_for
 from barlow_loss._validation import check_choice, check_eps, check_lambd, check_views
 
 if TYPE_CHECKING:
@@ -170,38 +170,40 @@ def barlow_twins_loss(
     """
     caller = "barlow_twins_loss"
     group = group_of(caller, process_group, synchronize)
-
-    def check() -> tuple[int, Claims]:
+    settings = lambd, eps, algorithm, backend, grad_reduction
+    if group.size == 1:
         z1, z2 = check_views(caller, *views)
-        _check_settings(caller, lambd, eps, algorithm, backend, grad_reduction)
-        return z1.shape[0], {
-            "D": z1.shape[1],
-            "dtype": z1.dtype,
-            "device": z1.device.type,
-            "autocast": autocast_enabled(z1.device.type),
-            "views that need gradients": [torch.is_grad_enabled() and z.requires_grad for z in (z1, z2)],
-            "lambd": "a tensor" if isinstance(lambd, torch.Tensor) else float(lambd),
-            "eps": float(eps),
-            "algorithm": algorithm,
-            "backend": choose_backend(caller, backend, z1.device),
-            "grad_reduction": grad_reduction,
-        }
+        _check_settings(caller, *settings)
+        shards = Shards(group, (z1.shape[0],))
+    else:
+        shards = agree(caller, group, views[0] if views else None, lambda: _claims(caller, views, *settings))
+        z1, z2 = views
+    n = shards.total
+    if n < 2:
+        check_samples(caller, z1, shards)
+    plan = plan_for(caller, algorithm, backend, grad_reduction, n, z1)
+    terms = loss_and_sums(z1, z2, lambd, eps, plan, shards)
+    return BarlowTwinsTerms(*terms) if return_terms else terms[0]
 
-    shards = agree(caller, group, views[0] if views else None, check)
-    z1, z2 = views
-    check_samples(caller, z1, shards)
-    plan = make_plan(
-        algorithm=algorithm,
-        backend=choose_backend(caller, backend, z1.device),
-        n=shards.total,
-        d=z1.shape[1],
-        dtype=z1.dtype,
-        device_type=z1.device.type,
-        autocast=autocast_enabled(z1.device.type),
-        grad_reduction=grad_reduction,
-    )
-    terms = BarlowTwinsTerms(*loss_and_sums(z1, z2, lambd, eps, plan, shards))
-    return terms if return_terms else terms.loss
+
+def _claims(
+    caller: str, views: tuple[Tensor, ...], lambd: Any, eps: Any, algorithm: Any, backend: Any, grad_reduction: Any
+) -> tuple[int, Claims]:
+    """This rank's number of rows, and what every rank must have alike; raises what is wrong on this one."""
+    z1, z2 = check_views(caller, *views)
+    _check_settings(caller, lambd, eps, algorithm, backend, grad_reduction)
+    return z1.shape[0], {
+        "D": z1.shape[1],
+        "dtype": z1.dtype,
+        "device": z1.device.type,
+        "autocast": autocast_enabled(z1.device.type),
+        "views that need gradients": [torch.is_grad_enabled() and z.requires_grad for z in (z1, z2)],
+        "lambd": "a tensor" if isinstance(lambd, torch.Tensor) else float(lambd),
+        "eps": float(eps),
+        "algorithm": algorithm,
+        "backend": choose_backend(caller, backend, z1.device),
+        "grad_reduction": grad_reduction,
+    }
 
 
 def _check_settings(caller: str, lambd: Any, eps: Any, algorithm: Any, backend: Any, grad_reduction: Any) -> None:

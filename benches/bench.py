@@ -5,6 +5,7 @@ Writes ``<date>-<device>.json``, the same in Markdown, and two plots. Its sectio
 * ``cells`` (compare.py): time, working memory and distance to float64 over N×D, ours in four ways, and seven others.
 * ``growth`` (growth.py): how they grow with D and N, and the largest D in 2 GB. Follows from ``cells``.
 * ``limits`` (limits.py): ours against the machine's ceilings.
+* ``host`` (host.py): what a step costs the host where its numbers cost nothing.
 * ``distributed`` (distributed.py): several processes: time, bytes, and who computes the loss of the whole batch.
 * ``training`` (training_step.py): the loss's share of a training step, with the textbook's and with ours.
 
@@ -31,6 +32,7 @@ import training_step
 from baselines import COMPILED, OURS, OURS_COMPILED, PRIMAL, TEXTBOOK, contenders
 from compare import compare
 from growth import BUDGET_BYTES, growth
+from host import host
 from limits import CELLS, limits
 from machine import RESULTS, device_name, environment, revision
 from plots import draw
@@ -108,6 +110,7 @@ class Run:
             "cells": self._cells,
             "growth": self._growth,
             "limits": self._limits,
+            "host": self._host,
             "distributed": self._distributed,
             "training": self._training,
         }
@@ -147,6 +150,9 @@ class Run:
     def _limits(self) -> list[Record]:
         plan = self._plan
         return [limits(cell, threads, plan.rounds, plan.seconds) for cell in plan.limits for threads in plan.threads]
+
+    def _host(self) -> Record:
+        return host(self._plan.rounds, self._plan.seconds)
 
     def _distributed(self) -> Record:
         return distributed.section(self._plan.processes, self._plan.rounds, self._plan.seconds)

@@ -1,9 +1,10 @@
 """`make bench-check`: has anything become worse against the others than the committed results say?
 
 Compares ratios, never times: ours over every other contender and over its own matrix products, its working memory over
-the textbook's and the inputs', how its cost grows, what it sends, its share of a training step. Times differ between
-machines and hours, ratios taken in turns within one run much less. What comes out worse is measured once more, and
-named only if it is worse both times.
+the textbook's and the inputs', how its cost grows, what it costs the host, what it sends, its share of a training step.
+Times differ between machines and hours, ratios taken in turns within one run much less. What comes out worse is
+measured once more, and named only if it is worse both times. Counts, of the operations that a step dispatches, are the
+same everywhere: one more is named.
 
     python benches/check.py                    measures the cells of bench.py's plan "check"
     python benches/check.py NEW.json           compares a file of results with the newest committed ones
@@ -46,11 +47,15 @@ class Key(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A ratio. Exponents are told by the span of sizes that they were fitted over, D in a budget by ``larger``."""
+    """A ratio. Exponents are told by the span of sizes that they were fitted over, D in a budget by ``larger``.
+
+    A count is ``exact``: no tolerance is for it.
+    """
 
     value: float
     span: float | None = None
     larger_is_better: bool = False
+    exact: bool = False
 
     def worse_by(self, now: Figure) -> float:
         """By which part ``now`` is worse than this; negative where it is better.
@@ -80,6 +85,10 @@ class Change(NamedTuple):
     def worse_by(self) -> float:
         """Of two measurements the better one's."""
         return min(self.committed.worse_by(found) for found in (self.now, self.again) if found is not None)
+
+    def is_worse(self, tolerance: float) -> bool:
+        """By more than ``tolerance``, or at all where that is exact."""
+        return self.worse_by > (0 if self.committed.exact else tolerance)
 
 
 def figures(results: Record) -> Figures:
@@ -129,6 +138,15 @@ def _of_limits(cells: list[Record]) -> Iterator[tuple[Key, Figure]]:
         yield Key("limits", place, "time over its GEMMs alone"), Figure(cell["ours_over_gemms"]["median"])
 
 
+def _of_host(section: Record) -> Iterator[tuple[Key, Figure]]:
+    for found in section["steps"]:
+        place = f"{found['n']}×{found['d']}, {found['what']}"
+        yield Key("host", place, f"host time over {found['reference']}"), Figure(found["over_reference"]["median"])
+    for found in section["operations"]:
+        place = f"{found['n']}×{found['d']}, eager"
+        yield Key("host", place, "operations of a step"), Figure(found["operations"], exact=True)
+
+
 def _of_distributed(section: Record) -> Iterator[tuple[Key, Figure]]:
     for cell in section.get("cells", []):
         place = f"{cell['n']}×{cell['d']} on {cell['processes']} processes"
@@ -148,6 +166,7 @@ SECTIONS: dict[str, Callable[[Any], Iterator[tuple[Key, Figure]]]] = {
     "cells": _of_cells,
     "growth": _of_growth,
     "limits": _of_limits,
+    "host": _of_host,
     "distributed": _of_distributed,
     "training": _of_training,
 }
@@ -211,7 +230,7 @@ def compared(old: Record, new: Record) -> list[Change]:
 
 def once_more(changes: list[Change], tolerance: float, measure: Callable[[list[str]], Record]) -> list[Change]:
     """Measure the sections anew in which something is worse, and add what was found; the worst first again."""
-    worse = {change.key for change in changes if change.worse_by > tolerance}
+    worse = {change.key for change in changes if change.is_worse(tolerance)}
     if not worse:
         return changes
     again = figures(measure(_measured_by(worse)))
@@ -227,7 +246,8 @@ def _measured_by(keys: Iterable[Key]) -> list[str]:
 
 def report(old: Record, new: Record, changes: list[Change], tolerance: float) -> str:
     """What differs in the setting, the table, what could not be compared, and the verdict."""
-    worse = [change for change in changes if change.worse_by > tolerance]
+    changes = sorted(changes, key=lambda change: not change.is_worse(tolerance))
+    worse = [change for change in changes if change.is_worse(tolerance)]
     shown = changes[: max(len(worse), ROWS)]
     lines = [differences(old, new), _table(shown)]
     if rest := changes[len(shown) :]:
@@ -235,13 +255,23 @@ def report(old: Record, new: Record, changes: list[Change], tolerance: float) ->
     before, after = figures(old), figures(new)
     lines += [f"Committed, but not measured now: {what}." for what in absent(before, after)]
     lines += [f"Measured now, but not committed: {what}." for what in absent(after, before)]
-    named = "; ".join(f"{change.key} ({_percent(change.worse_by)})" for change in worse)
-    lines.append(
-        f"WORSE by more than {100 * tolerance:g} %: {named}."
-        if worse
-        else f"None of {counted(len(changes), 'ratio')} is worse by more than {100 * tolerance:g} %."
+    return "\n".join(filter(None, [*lines, *_verdict(changes, worse, tolerance)]))
+
+
+def _verdict(changes: list[Change], worse: list[Change], tolerance: float) -> list[str]:
+    """A line on the ratios, and one on the counts if one is larger."""
+    named = "; ".join(f"{change.key} ({_percent(change.worse_by)})" for change in worse if not change.committed.exact)
+    more = "; ".join(
+        f"{change.key} ({_value(change.committed)} → {_value(change.now)})"
+        for change in worse
+        if change.committed.exact
     )
-    return "\n".join(filter(None, lines))
+    return [
+        f"WORSE by more than {100 * tolerance:g} %: {named}."
+        if named
+        else f"None of {counted(len(changes), 'ratio')} is worse by more than {100 * tolerance:g} %.",
+        f"MORE than committed: {more}." if more else "",
+    ]
 
 
 def _table(changes: list[Change]) -> str:
@@ -255,7 +285,7 @@ def _table(changes: list[Change]) -> str:
 
 
 def _value(figure: Figure) -> str:
-    return f"{figure.value:,.0f}" if figure.larger_is_better else f"{figure.value:.3g}"
+    return f"{figure.value:,.0f}" if figure.larger_is_better or figure.exact else f"{figure.value:.3g}"
 
 
 def _percent(part: float) -> str:
@@ -286,7 +316,7 @@ def main(flags: Sequence[str] | None = None) -> None:
     if not arguments.new:
         changes = once_more(changes, arguments.tolerance, measured)
     print(report(old, new, changes, arguments.tolerance))
-    sys.exit(any(change.worse_by > arguments.tolerance for change in changes))
+    sys.exit(any(change.is_worse(arguments.tolerance) for change in changes))
 
 
 if __name__ == "__main__":

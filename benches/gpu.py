@@ -101,7 +101,7 @@ def _prepare(
     name: str, cell: Cell, setting: Setting, clock: Clock, right: Answer, *z: torch.Tensor
 ) -> tuple[Record, Turn | None]:
     """What is known of a contender before it is timed, and its turn if it is to be."""
-    reason = missing(name, setting, clock.device)
+    reason = missing(name, clock.device)
     if reason is not None:
         return {"left_out": reason}, None
     try:

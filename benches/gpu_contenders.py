@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from gpu_model import (
     FLOAT32,
     GRAPH,
     LIGHTLY,
-    SYMMETRIC,
     TEXTBOOK,
     TRITON,
     Setting,
@@ -35,7 +33,7 @@ if TYPE_CHECKING:
 
     Turn = Callable[[], Answer]
 
-OURS = (EAGER, TRITON, GRAPH, SYMMETRIC)
+OURS = (EAGER, TRITON, GRAPH)
 _WARM_UPS = 3
 
 
@@ -48,15 +46,13 @@ def views(cell: Cell, setting: Setting, device: torch.device) -> tuple[Tensor, T
     return z1.requires_grad_(), z2.requires_grad_()
 
 
-def missing(name: str, setting: Setting, device: torch.device) -> str | None:
+def missing(name: str, device: torch.device) -> str | None:
     """Why a contender cannot run here, or None."""
-    if name == SYMMETRIC and setting == FLOAT32:
-        return "for 16-bit products alone"
     if name == LIGHTLY and find_spec("lightly") is None:
         return "not installed"
-    if name in (TRITON, GRAPH, SYMMETRIC) and device.type == "cpu":
+    if name in (TRITON, GRAPH) and device.type == "cpu":
         return "needs a GPU"
-    if name in (TRITON, GRAPH, SYMMETRIC, COMPILED) and find_spec("triton") is None:
+    if name in (TRITON, GRAPH, COMPILED) and find_spec("triton") is None:
         return "triton is not installed"
     if name == GRAPH and not hasattr(torch.get_device_module(device), "CUDAGraph"):
         return f"no graphs on {device.type}"
@@ -70,19 +66,7 @@ def build(name: str, cell: Cell, setting: Setting, z1: Tensor, z2: Tensor) -> Tu
     def turn() -> Answer:
         return step(lambda *z: _under(setting, z1.device, loss, *z), z1, z2)
 
-    if name == SYMMETRIC:
-        return partial(_with_symmetric_grams, turn)
     return Graphed(turn, z1.device) if name == GRAPH else turn
-
-
-def _with_symmetric_grams(turn: Turn) -> Answer:
-    from barlow_loss._backends import triton as backend  # imports triton
-
-    usual, backend.SYMMETRIC_GRAM_FROM = backend.SYMMETRIC_GRAM_FROM, 0
-    try:
-        return turn()
-    finally:
-        backend.SYMMETRIC_GRAM_FROM = usual
 
 
 def _loss(name: str, cell: Cell) -> Any:

@@ -69,6 +69,8 @@ def markdown(results: Record | None) -> str:
         if rows:
             parts += [f"## {setting.name}", _times(setting, card, rows), _memory(setting, rows)]
     left_out = [] if results is None else [f"- {reason}" for reason in results["left_out"]]
+    names = dict.fromkeys(name for record in cells.values() for name in record["contenders"] if name not in CONTENDERS)
+    left_out += [f"- {name}: as it was measured; it is no contender any more" for name in names]
     return "\n\n".join([*parts, *left_out, _NOTES]) + "\n"
 
 
@@ -80,7 +82,8 @@ the L2 cache serves where they fit there. TFLOP/s: those of the contender's own 
 by the model. *Floor*: the larger of FLOPs of the dual over the rate of a large product and of views read once and
 gradients written once over the rate of a copy. Memory: the rise during a step beyond the views; *held* leaves out the
 returned gradients.
-Errors: relative distance to float64 on the same views, of the loss and of both gradients by norm."""
+Errors: relative distance to float64 on the same views, of the loss and of both gradients by norm. What was measured is
+the code of that day; predictions, and the bytes behind GB/s, are those of the model as it is now."""
 
 
 def _head(results: Record | None) -> str:

@@ -7,8 +7,8 @@ in the same run, the products in turn with the step.
 * FLOPs: those of the products that a step executes. The Gram matrices use their symmetry and need less than 2·N²·D.
 * Bytes: what all its other operators read and write, counted operator by operator. A block that is still in the cache
   when the next one reads it counts again, so the true traffic is lower, and a step may take less than this model.
-* Parts: a profile of the step: inside ``torch.mm``; inside other operators, which allocate as well; and neither: Python
-  and autograd.
+* Parts: a profile of the step: inside matrix products; inside other operators, which allocate as well; and neither:
+  Python and autograd.
 """
 
 from __future__ import annotations
@@ -99,11 +99,13 @@ def _copied_bytes_per_second() -> float:
     return 2 * COPIED_BYTES / spread([time_calls(turn) for _ in range(5)])["median"]
 
 
-_OTHER_PRODUCTS = tuple(getattr(torch.ops.aten, name) for name in ("addmm", "bmm", "baddbmm", "dot", "mv"))
+# By operator: where the two factors stand among its arguments.
+_PRODUCTS = {torch.ops.aten.mm: 0, torch.ops.aten.bmm: 0, torch.ops.aten.addmm: 1}
+_OTHER_PRODUCTS = tuple(getattr(torch.ops.aten, name) for name in ("addmv", "baddbmm", "mv"))
 
 
 def work(turn: Turn) -> Work:
-    """The FLOPs and the bytes of ``turn``."""
+    """The FLOPs, the bytes and the operations of ``turn``."""
     counted = Work()
     with counted:
         turn()
@@ -111,19 +113,24 @@ def work(turn: Turn) -> Work:
 
 
 class Work(TorchDispatchMode):
-    """Adds up the ``flops`` of products, and the ``bytes`` that all else but views and allocations reads and writes."""
+    """Adds up the ``flops`` of products, the ``bytes`` that all else but views and allocations reads and writes.
+
+    And counts all ``operations``, views and allocations too.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.bytes = 0
+        self.flops = self.bytes = self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
-        if packet is torch.ops.aten.mm:
-            self.flops += 2 * args[0].numel() * args[1].shape[1]
+        self.operations += 1
+        if packet in _PRODUCTS:
+            left, right = args[_PRODUCTS[packet] :][:2]
+            self.flops += 2 * left.numel() * right.shape[-1]
         elif packet in _OTHER_PRODUCTS:
-            raise NotImplementedError(f"work: expected torch.mm as the only product, got {packet}; count its FLOPs")
+            raise NotImplementedError(f"work: expected {', '.join(map(str, _PRODUCTS))}, got {packet}; count its FLOPs")
         elif not func.is_view and packet not in (torch.ops.aten.empty, torch.ops.aten.empty_like):
             self.bytes += sum(_elements_bytes(leaf) for leaf in tree_leaves((args, result)))
         return result
@@ -145,7 +152,7 @@ def _parts(turn: Turn, seconds: float) -> dict[str, float]:
         whole = PROFILED_STEPS * time_calls(turn, PROFILED_STEPS)
     products = elementwise = 0.0
     for operator in profiler.key_averages():
-        if operator.key == "aten::mm":
+        if operator.key in ("aten::mm", "aten::bmm", "aten::addmm"):
             products += operator.self_cpu_time_total / 1e6
         elif operator.key.startswith("aten::"):
             elementwise += operator.self_cpu_time_total / 1e6

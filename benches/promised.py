@@ -21,7 +21,7 @@ SHARE_OF_STEP = 0.03  # of the loss in a training step with its backbone
 
 
 SECONDS = 600  # of a usual run on two cores
-SECTIONS = ("cells", "growth", "limits", "distributed", "training")
+SECTIONS = ("cells", "growth", "limits", "host", "distributed", "training")
 
 
 class Promise(NamedTuple):

@@ -1,8 +1,9 @@
 """Turns results into Markdown, and puts them into the README; or checks that they are what stands there.
 
 Each block of the README stands between two markers. The figures are those of the newest file of results; those of the
-block on bytes are a model's, traffic.py. The tables are written by table_speed.py, table_growth.py, table_exactness.py
-and table_limits.py (one process) and table_steps.py (several, and training); the pictures are drawn by plots.py.
+block on bytes are a model's, traffic.py. The tables are written by table_speed.py, table_growth.py, table_exactness.py,
+table_limits.py and table_host.py (one process) and table_steps.py (several, and training); the pictures are drawn by
+plots.py. A block that the README has no markers for is left out, if the results have nothing for it.
 
     python benches/table.py             takes over the newest results: the blocks, and the page and pictures beside them
     python benches/table.py --check     writes nothing; names what is not as the newest results that git tracks say
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import plot_figures
 import table_exactness
 import table_growth
+import table_host
 import table_limits
 import table_speed
 import table_steps
@@ -59,11 +61,15 @@ def blocks(results: Record, images: dict[str, str]) -> dict[str, str]:
         "growth": (growth := table_growth.growth(results)) and paragraphs(images.get(plot_figures.GROWTH, ""), growth),
         "exactness": table_exactness.exactness(results),
         "limits": table_limits.limits(results),
+        "host": table_host.host(results),
         "distributed": table_steps.distributed(results),
         "training": table_steps.training(results),
     }
-    missing = f"Not among the results of {results['date']}."
-    return {name: text or missing for name, text in measured.items()} | {"bytes": table_steps.bytes_model()}
+    return {name: text or _missing(results) for name, text in measured.items()} | {"bytes": table_steps.bytes_model()}
+
+
+def _missing(results: Record) -> str:
+    return f"Not among the results of {results['date']}."
 
 
 def markdown(results: Record, results_path: Path) -> str:
@@ -74,6 +80,7 @@ def markdown(results: Record, results_path: Path) -> str:
         "Growth": (_image(results, results_path, plot_figures.GROWTH), table_growth.growth_details(results)),
         "Exactness": (table_exactness.exactness(results, names),),
         "Limits": (table_limits.limits(results), table_limits.limit_details(results)),
+        "Host": (table_host.host(results), table_host.host_details(results)),
         "Several processes": (table_steps.distributed(results), table_steps.distributed_details(results)),
         "Training": (table_steps.training(results), table_steps.training_details(results)),
     }
@@ -90,9 +97,12 @@ def _image(results: Record, results_path: Path, kind: str, folder: Path | None =
     return f"![{PICTURES[kind]}]({Path(path).as_posix()})"
 
 
-def readme_blocks(results: Record, results_path: Path, folder: Path) -> dict[str, str]:
-    """The blocks of a README in ``folder``."""
-    return blocks(results, {kind: _image(results, results_path, kind, folder) for kind in PICTURES})
+def readme_blocks(results: Record, results_path: Path, readme: Path) -> dict[str, str]:
+    """The blocks of a README; those without figures only where it has a place for them."""
+    images = {kind: _image(results, results_path, kind, readme.parent) for kind in PICTURES}
+    now, missing = readme.read_text(encoding="utf-8"), _missing(results)
+    found = blocks(results, images)
+    return {name: text for name, text in found.items() if text != missing or f"<!-- {name}:begin -->" in now}
 
 
 def insert(readme: str, name: str, text: str) -> str:
@@ -110,7 +120,7 @@ def stale(results_path: Path, readme: Path) -> list[str]:
     results, now = load(results_path), readme.read_text(encoding="utf-8")
     found = [
         f"{readme.name}: the block “{name}” does not hold the figures of {results_path.name}"
-        for name, text in readme_blocks(results, results_path, readme.parent).items()
+        for name, text in readme_blocks(results, results_path, readme).items()
         if insert(now, name, text) != now
     ]
     page = results_path.with_suffix(".md")
@@ -133,7 +143,7 @@ def _stale_picture(results: Record, results_path: Path, kind: str) -> str:
 def write(results_path: Path, readme: Path) -> None:
     """Set right what is stale; a picture is drawn anew only where its figures have changed."""
     results, now = load(results_path), readme.read_text(encoding="utf-8")
-    for name, text in readme_blocks(results, results_path, readme.parent).items():
+    for name, text in readme_blocks(results, results_path, readme).items():
         now = insert(now, name, text)
     readme.write_text(now, encoding="utf-8")
     results_path.with_suffix(".md").write_text(markdown(results, results_path), encoding="utf-8")

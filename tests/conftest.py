@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import barlow_loss.loss
 import strategies
+from barlow_loss import _plan
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25, print_blob=True)
 # Another seed on every run and ten times the examples: pytest tests/test_laws_*.py --hypothesis-profile=search
@@ -57,8 +57,8 @@ def interpret(config: pytest.Config) -> None:
 
 def take_for_auto(backend: str) -> None:
     """Make "auto" that backend, for tensors on the device of the laws."""
-    choose, laws_device = barlow_loss.loss.choose_backend, torch.device(strategies.DEVICE)
-    barlow_loss.loss.choose_backend = lambda caller, asked, device: (
+    choose, laws_device = _plan.choose_backend, torch.device(strategies.DEVICE)
+    _plan.choose_backend = lambda caller, asked, device: (
         backend if asked == "auto" and device.type == laws_device.type else choose(caller, asked, device)
     )
 

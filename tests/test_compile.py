@@ -217,3 +217,12 @@ def test_a_graph_takes_the_choice_of_the_backend_as_it_is(monkeypatch):
         return x + (choose_backend("f", "auto", torch.device("cuda", 0)) == "triton")
 
     assert chosen(torch.zeros(())) == 1
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_reduce_overhead_without_a_gpu(algorithm):
+    """The mode that captures CUDA graphs is plain inductor on a CPU, so one line serves both."""
+    z1, z2 = Batch(24, 70, 1, "trained").views(torch.float32)
+    loss_fn = torch.compile(BarlowTwinsLoss(algorithm=algorithm), mode="reduce-overhead")
+    _assert_true(_evaluate(lambda *views: tuple(loss_fn(*views, return_terms=True)), z1, z2), z1, z2)

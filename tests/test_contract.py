@@ -295,6 +295,16 @@ class TestModes:
         assert torch.equal(loss, expected.detach())
         assert torch.equal(barlow_twins_loss(*inference_views, algorithm=algorithm), expected.detach())
 
+    @pytest.mark.parametrize("lambd", [0.0051, 1 / 3, 0, 7, 1e-12, 1e6, torch.tensor(0.0051)], ids=str)
+    def test_the_loss_is_the_sum_of_its_terms_to_the_bit(self, algorithm, dtype, lambd):
+        """As a tensor would add them up, whether or not it was one that did."""
+        for n in range(3, 43):
+            loss, on, off = barlow_twins_loss(
+                *_views(n, dtype=dtype), lambd=lambd, algorithm=algorithm, return_terms=True
+            )
+            weight = lambd.to(dtype) if isinstance(lambd, torch.Tensor) else lambd
+            assert torch.equal(loss, on + weight * off)
+
     def test_needs_no_grad_when_no_view_does(self, algorithm):
         assert not barlow_twins_loss(*_views(), algorithm=algorithm).requires_grad
 

@@ -1,110 +1,106 @@
 """The primitives in plain torch, for every device, traceable by torch.compile and torch.export.
 
-On CPU the elementwise work goes block by block, so that a block stays in the cache between the passes over it. One
-thread of an EPYC (1 MB L2 a core), N = 256, D = 8192: 1.0 ms for the column sums of one view in blocks of 512 or 1024
-features, 1.5 ms in blocks of 2048; the four matrix products take 48 ms.
+Few operations, each over both views or all of one: at small sizes a step costs what its operations cost to start, 1 to
+3 µs each. u stands for the scaled standardised features ẑ/√N of both views, (2, N, D): C = u1ᵀ u2 and K = u uᵀ. Both
+backends offer the functions of ``__all__``; the docstrings here hold for both.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from barlow_loss._penalty import Arriving, penalties, slopes
+from barlow_loss._penalty import Arriving, Number, penalties, slopes
+from barlow_loss._plan import Plan, vector_dtype
+from barlow_loss._statistics import Moments, at_least_one, scale_and_shift
 
 if TYPE_CHECKING:
-    from barlow_loss._backends import Product
+    from barlow_loss._collectives import Shards
 
-__all__ = [
-    "backproject",
-    "centre",
-    "correlate",
-    "grams",
-    "penalties",
-    "project",
-    "squared_sums",
-    "standardize",
-    "whiten",
-]
+    Product = tuple[Tensor, Tensor | None, Tensor | None]
 
-whiten = None
+__all__ = ["backproject", "grams", "penalties", "project", "standardize"]
 
-_BLOCK_ELEMENTS = 2**18
-_BLOCK_MIN_LENGTH = 512  # a matrix product over fewer rows or features loses more than the cache wins
+_BLOCK_ELEMENTS = 2**17
 _GRAM_LEAF = 64
 
-_Block = tuple[slice, slice] | None  # rows and features; None is all of it
 
+def standardize(z1: Tensor, z2: Tensor, eps: float, plan: Plan, shards: Shards) -> tuple[Tensor, Tensor, Tensor]:
+    """u in the dtype of the products, this process's part of C_ii before that rounding, and ρ = r/√N, 2·D numbers.
 
-def _blocks(z: Tensor, *, whole_columns: bool = False) -> list[_Block]:
-    """Blocks of rows where they are short, of features where they are long or columns must stay whole."""
-    n, d = z.shape
-    if torch.compiler.is_compiling() or z.device.type != "cpu" or n * d <= _BLOCK_ELEMENTS:
-        return [None]
-    if d < 2 * n and not whole_columns:
-        height = max(_BLOCK_MIN_LENGTH, _BLOCK_ELEMENTS // d)
-        return [(slice(start, start + height), slice(None)) for start in range(0, n, height)]
-    width = max(_BLOCK_MIN_LENGTH, _BLOCK_ELEMENTS // n)
-    return [(slice(None), slice(start, start + width)) for start in range(0, d, width)]
-
-
-def _matrix(t: Tensor, block: _Block) -> Tensor:
-    return t if block is None else t[..., block[0], block[1]]
-
-
-def _vector(t: Tensor, block: _Block) -> Tensor:
-    return t if block is None else t[..., block[1]]
-
-
-def centre(z1: Tensor, z2: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x = torch.empty((2, *z1.shape), dtype=pivot.dtype, device=z1.device)
-    s1, s2 = torch.zeros_like(pivot), torch.zeros_like(pivot)
-    squares = None
-    for block in _blocks(z1):
-        part, p = _matrix(x, block), _vector(pivot, block)
-        torch.sub(_matrix(z1, block), p[0], out=part[0])
-        torch.sub(_matrix(z2, block), p[1], out=part[1])
-        squares = _multiply(part, part, squares)
-        _vector(s1, block).add_(part.sum(dim=1))
-        _vector(s2, block).add_(squares.sum(dim=1))
-    return x, s1, s2
-
-
-def _multiply(a: Tensor, b: Tensor, buffer: Tensor | None) -> Tensor:
-    """a∘b, over the product of the block before where that fits.
-
-    With glibc's malloc a fresh megabyte costs its page faults: at 256×2048 they made up two thirds of ``centre``.
+    A backend may fill up N and D of u, and of the matrices made from it, with zeros; vectors of D numbers it does not.
     """
-    return torch.mul(a, b, out=buffer if buffer is not None and buffer.shape == a.shape else None)
-
-
-def standardize(x: Tensor, scale: Tensor, shift: Tensor, matmul_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    diagonal = torch.zeros_like(scale[0])
-    scale, shift = scale.unsqueeze(1), shift.unsqueeze(1)
-    products = None
-    for block in _blocks(x[0]):
-        u = _matrix(x, block)
-        torch.addcmul(_vector(shift, block), u, _vector(scale, block), out=u)
-        products = _multiply(u[0], u[1], products)
-        _vector(diagonal, block).add_(products.sum(dim=0))
-    return x.to(matmul_dtype), diagonal
-
-
-def grams(u: Tensor, every: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-    if every is None:
-        k1, k2 = _gram(u[0]), _gram(u[1])
+    n, d = z1.shape
+    x = z1.new_empty((2, n, d), dtype=plan.compute_dtype)
+    # To write into what unbind returns ties a compiled graph to the sizes that it was traced with (torch 2.14).
+    x1, x2 = x.unbind() if plan.on_host else (x[0], x[1])
+    # The first row is within √(N − 1) standard deviations of the mean, and a constant feature becomes exactly 0.
+    first1, first2 = wide(z1[:1]), wide(z2[:1])
+    torch.sub(z1, first1, out=x1)
+    torch.sub(z2, first2, out=x2)
+    s1 = x.sum(1, keepdim=True)
+    if plan.on_host and n > 0:
+        x.sub_(s1, alpha=1 / n)  # centred twice, so that the variance is a sum of squares and no difference
     else:
-        k1, k2 = torch.mm(u[0], every[0].T), torch.mm(u[1], every[1].T)
-    return k1, k2, (_wide(k1) * _wide(k2)).sum()
+        x.sub_(s1 / at_least_one(n))
+    m2 = _column_dots(x, x, plan)
+    if shards.group.size == 1:
+        # In float32 the sum would shift every C_ii alike, by up to 1e-7. √/ is 1/√, and NaN where it is not finite.
+        total = m2.to(vector_dtype(z1.device)).add_(n * eps)
+        rho = torch.div(total.sqrt(), total).to(x.dtype)
+        x.mul_(rho)
+    else:
+        pivot = torch.stack([first.sum(0, keepdim=True) for first in (first1, first2)])  # 0 without a row
+        sums = pivot, s1 / at_least_one(n), m2
+        shard = Moments(n, *(vector.to(vector_dtype(z1.device)) for vector in sums))
+        rho, shift = scale_and_shift(shard, eps, shards)
+        shift = torch.addcmul(shift, shard.offset, rho)
+        torch.addcmul(shift.to(x.dtype), x, rho.to(x.dtype), out=x)
+    c = _column_dots(x1, x2, plan, keepdim=False)
+    return x if x.dtype == plan.matmul_dtype else x.to(plan.matmul_dtype), c.to(rho.dtype), rho
 
 
-def _gram(u: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or u.device.type != "cpu":
-        return torch.mm(u, u.T)
-    k = torch.empty((u.shape[0], u.shape[0]), dtype=u.dtype, device=u.device)
-    _gram_into(k, u)
+def _column_dots(a: Tensor, b: Tensor, plan: Plan, keepdim: bool = True) -> Tensor:
+    """Σₙ a ∘ b, (…, N, D) to (…, 1, D) or (…, D).
+
+    On CPU by blocks of rows that stay in the cache between the product and its sum.
+    """
+    n, d = a.shape[-2:]
+    if not plan.on_host or n * d <= _BLOCK_ELEMENTS:
+        return torch.mul(a, b).sum(-2, keepdim)
+    height = _BLOCK_ELEMENTS // d + 1
+    products = torch.mul(a[..., :height, :], b[..., :height, :])
+    total = products.sum(-2, keepdim)
+    for start in range(height, n, height):
+        rows = slice(start, start + height)
+        part = torch.mul(a[..., rows, :], b[..., rows, :], out=products[..., : min(height, n - start), :])
+        total.add_(part.sum(-2, keepdim))
+    return total
+
+
+def grams(u: Tensor, every: tuple[Tensor, Tensor] | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """This process's rows of K1 and K2, and ⟨K1, K2⟩ over them in parts, of any shape.
+
+    every: the rows of all processes, (N, D) of each view, in which K has (n, N); None: u has them all.
+    """
+    if every is None:
+        k1, k2 = _grams(u, plan).unbind()
+    else:
+        u1, u2 = u.unbind()
+        k1, k2 = torch.mm(u1, every[0].t()), torch.mm(u2, every[1].t())
+    return k1, k2, torch.mul(wide(k1), wide(k2))
+
+
+def _grams(u: Tensor, plan: Plan) -> Tensor:
+    n = u.shape[1]
+    if not plan.on_host or n < 2 * _GRAM_LEAF:
+        return torch.bmm(u, u.mT)
+    k = u.new_empty((2, n, n))
+    for view, of_view in zip(u, k, strict=True):
+        _gram_into(of_view, view)
     return k
 
 
@@ -115,45 +111,24 @@ def _gram_into(k: Tensor, u: Tensor) -> None:
     """
     n = u.shape[0]
     if n < 2 * _GRAM_LEAF:
-        torch.mm(u, u.T, out=k)
+        torch.mm(u, u.t(), out=k)
         return
     half = n // 2 // 16 * 16
     _gram_into(k[:half, :half], u[:half])
     _gram_into(k[half:, half:], u[half:])
-    torch.mm(u[half:], u[:half].T, out=k[half:, :half])
-    k[:half, half:] = k[half:, :half].T
+    torch.mm(u[half:], u[:half].t(), out=k[half:, :half])
+    k[:half, half:] = k[half:, :half].t()
 
 
-def project(k: Tensor, every: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+def project(k: Tensor, every: Tensor, own: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """P = K U from this process's rows of K, and Σₙ u_own ∘ P: (n, N), (N, D), (n, D) to (n, D), (D,)."""
     p = torch.mm(k, every)
-    column_dots = own.new_zeros(own.shape[1], dtype=torch.promote_types(own.dtype, torch.float32))
-    products = None
-    for block in _blocks(own):
-        products = _multiply(_wide(_matrix(own, block)), _wide(_matrix(p, block)), products)
-        _vector(column_dots, block).add_(products.sum(dim=0))
-    return p, column_dots
+    return p, _column_dots(wide(own), wide(p), plan, keepdim=False)
 
 
-def correlate(u1: Tensor, u2: Tensor) -> Tensor:
-    return torch.mm(u1.T, u2)
-
-
-def squared_sums(c: Tensor) -> tuple[Tensor, Tensor]:
-    squares = _wide(c).square()
-    return squares.sum(dim=1), squares.sum(dim=0)
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _product(factors: tuple[Tensor, ...], block: _Block, out: Tensor | None) -> Tensor:
-    """A block of the product, in float32 at least, not shared with the factors."""
-    if len(factors) == 1:
-        factor = _matrix(factors[0], block)
-        return _wide(factor).clone() if out is None else out.copy_(factor)
-    rows, features = block or (slice(None), slice(None))
-    return _wide(torch.mm(factors[0][rows], factors[1][:, features], out=out))
+def wide(t: Tensor) -> Tensor:
+    """In float32 at least, for sums."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 def backproject(
@@ -163,46 +138,47 @@ def backproject(
     rho: Tensor,
     arriving: Arriving,
     holds_diagonal: bool,
+    plan: Plan,
     n: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
-    a, b = slopes(arriving)
-    d = 2 * a * (c - 1)
-    if holds_diagonal:
-        d = d - 2 * b * c
-    beta = d * rho
-    alpha, beta, gamma = (vector.to(a.dtype) for vector in (2 * b * rho, beta, beta * c))
+    """ρ (2b P + d u_other − (2b q + d C_ii) u_own) of either view, (n, D) in ``dtype``; None where its product is None.
 
-    def gradient(view: int) -> Tensor | None:
-        product, own, other = products[view], u[view], u[1 - view]
-        return product and _backproject(*product, own, other, alpha[view], beta[view], gamma[view], dtype)
+    d = 2a (C_ii − 1), or 2a (C_ii − 1) − 2b C_ii where C̃ holds the diagonal. A product is the two factors of P, or P
+    and None; and q, where None stands for Σₙ u_own ∘ P.
+    """
+    a, b = (2 * slope for slope in slopes(arriving, plan))
+    if isinstance(b, float) and abs(b) > torch.finfo(plan.compute_dtype).max:
+        b *= math.inf  # addmm refuses a number that its dtype has no room for
+    d = c * (a - b if holds_diagonal else a) - a
+    u1, u2 = u.unbind()
+    rho1, rho2 = rho.unbind()
+    first = products[0] and _gradient(*products[0], u1, u2, b, c, d, rho1, plan)
+    second = products[1] and _gradient(*products[1], u2, u1, b, c, d, rho2, plan)
+    if dtype == plan.compute_dtype:
+        return first, second
+    return first if first is None else first.to(dtype), second if second is None else second.to(dtype)
 
-    return gradient(0), gradient(1)
 
-
-def _backproject(
-    factors: tuple[Tensor, ...],
+def _gradient(
+    left: Tensor,
+    right: Tensor | None,
     q: Tensor | None,
     own: Tensor,
     other: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    gamma: Tensor,
-    dtype: torch.dtype,
+    b: Number,
+    c: Tensor,
+    d: Tensor,
+    rho: Tensor,
+    plan: Plan,
 ) -> Tensor:
-    gradient = torch.empty(own.shape, dtype=dtype, device=own.device)
-    in_place = dtype == factors[0].dtype == alpha.dtype and not torch.compiler.is_compiling()
-    products = None
-    for block in _blocks(own, whole_columns=q is None):
-        target = _matrix(gradient, block)
-        p = _product(factors, block, target if in_place else None)
-        u, weight = _wide(_matrix(own, block)), _vector(alpha, block)
-        if q is None:
-            products = _multiply(u, p, products)
-            column_dot = products.sum(dim=0)
-        else:
-            column_dot = _vector(q, block).to(weight.dtype)
-        p.mul_(weight).addcmul_(_matrix(other, block), _vector(beta, block))
-        of_own = torch.addcmul(_vector(gamma, block), weight, column_dot)
-        torch.addcmul(p, u, of_own, value=-1, out=target)
-    return gradient
+    dtype, own, other = plan.compute_dtype, wide(own), wide(other)
+    of_own = None if q is None else (q * b + d * c).to(dtype)
+    if d.dtype != dtype:
+        d, rho = d.to(dtype), rho.to(dtype)
+    if isinstance(b, float) and right is not None:
+        g = torch.addmm(own, left, right, beta=0, alpha=b)
+    else:
+        g = wide(left if right is None else torch.mm(left, right)) * b
+    g.addcmul_(other, d)
+    return g.addcmul_(own, _column_dots(own, g, plan) if of_own is None else of_own, value=-1).mul_(rho)

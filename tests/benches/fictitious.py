@@ -31,6 +31,7 @@ def results() -> Record:
         "cells": [cell(100, 1000), cell(100, 2000), cell(200, 1000), cell(100, 4000, but=("lightly", "solo-learn"))],
         "growth": growth(),
         "limits": [limit(100, 1000, 1.25, (0.006, 0.003, 0.001)), limit(200, 1000, 3, (0.002, 0.007, 0.001))],
+        "host": host(),
         "distributed": {"cells": [distributed(100, 1000, 2)], "exactness": exactness()},
         "training": [training("ResNet-50 and projector", 64, 224), training("projector alone", 256, None)],
         "seconds": {"cells": 1.0},
@@ -91,6 +92,32 @@ def limit(n: int, d: int, over_gemms: float, parts: tuple[float, float, float]) 
         "bytes": 30_000_000,
         "model_seconds": 0.008,
         "parts": dict(zip(("products", "elementwise", "rest"), parts, strict=True)),
+    }
+
+
+def host() -> Record:
+    steps = [
+        host_step("eager", 4, 16, "float32", "textbook", 1e-4, 1.25e-4),
+        {
+            **host_step("Triton on a pretended GPU", 16, 32, "bfloat16", "an empty autograd.Function", 9e-5, 3e-5),
+            "launches": ["one_kernel", "another_kernel", "a_third_kernel"],
+        },
+    ]
+    counts = [{"n": 4, "d": 16, "operations": 50}, {"n": 64, "d": 2048, "operations": 60}]
+    return {"steps": steps, "left_out": {}, "operations": counts}
+
+
+def host_step(what: str, n: int, d: int, dtype: str, reference: str, own: float, other: float) -> Record:
+    return {
+        "what": what,
+        "n": n,
+        "d": d,
+        "dtype": dtype,
+        "reference": reference,
+        "rounds": 7,
+        "seconds": spread(own),
+        "reference_seconds": spread(other),
+        "over_reference": spread(own / other),
     }
 
 

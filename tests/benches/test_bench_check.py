@@ -77,6 +77,11 @@ def _far_from_gemms(results: Record) -> None:
     results["limits"][0]["ours_over_gemms"]["median"] *= 1.25
 
 
+def _slow_at_launching(results: Record) -> None:
+    for step in results["host"]["steps"]:
+        step["over_reference"]["median"] *= 1.25
+
+
 def _slow_together(results: Record) -> None:
     results["distributed"]["cells"][0]["contenders"]["textbook"]["times_ours"]["median"] /= 1.25
 
@@ -99,6 +104,13 @@ def _larger_share(results: Record) -> None:
         (_steeper, ["exponent of time in D, N = 100"]),
         (_smaller, ["largest D in 2 GB, N = 100"]),
         (_far_from_gemms, ["time over its GEMMs alone, 100×1000 on 1 thread"]),
+        (
+            _slow_at_launching,
+            [
+                "host time over an empty autograd.Function, 16×32, Triton on a pretended GPU",
+                "host time over textbook, 4×16, eager",
+            ],
+        ),
         (_slow_together, ["time over textbook, 100×1000 on 2 processes"]),
         (_more_sent, ["bytes sent over textbook, 100×1000 on 2 processes"]),
         (_larger_share, ["share of the loss, projector alone, batch 256"]),
@@ -111,6 +123,37 @@ def test_every_kind_of_ratio_is_watched(
     worse = [str(change.key) for change in check.compared(old, new) if change.worse_by > 0.2]
     assert sorted(worse) == sorted(named)
     assert verdict(new, old).startswith("None of")  # the way back is an improvement
+
+
+def test_one_operation_more_is_named_whatever_the_tolerance(old: Record, new: Record) -> None:
+    new["host"]["operations"][1]["operations"] += 1
+    for ratio in (cell["contenders"]["lightly"]["times_ours"] for cell in new["cells"][:3]):
+        ratio["median"] /= 1.1  # a larger part, within the tolerance
+    lines = compared(old, new).splitlines()
+    assert lines[1].split() == ["operations", "of", "a", "step,", "64×2048,", "eager", "60", "61", "+1.7", "%"]
+    assert lines[-2].startswith("None of")
+    assert lines[-1] == "MORE than committed: operations of a step, 64×2048, eager (60 → 61)."
+    assert verdict(new, old).startswith("None of")
+
+
+def test_one_operation_more_fails(old: Record, new: Record, tmp_path: Path) -> None:
+    new["host"]["operations"][0]["operations"] += 1
+    for name, results in (("old", old), ("new", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    with pytest.raises(SystemExit) as done:
+        check.main([str(tmp_path / "new.json"), "--against", str(tmp_path / "old.json")])
+    assert done.value.code == 1
+
+
+def test_older_results_know_nothing_of_the_host(old: Record, new: Record) -> None:
+    del old["host"]
+    assert "Measured now, but not committed: all of host." in compared(old, new)
+    assert verdict(old, new).startswith("None of")
+
+
+def test_without_triton_the_launches_are_said_to_be_missing(old: Record, new: Record) -> None:
+    del new["host"]["steps"][1]
+    assert "Committed, but not measured now: host at 16×32, Triton on a pretended GPU." in compared(old, new)
 
 
 def test_an_exponent_is_judged_over_the_sizes_that_both_were_fitted_to() -> None:

@@ -1,17 +1,20 @@
 """The measuring itself: turns, spreads, memory, work, fits and promises, on things whose answer is known."""
 
 import re
+import time
 
 import pytest
 import torch
 
+from barlow_loss import _plan
 from baselines import FFT, OURS, TEXTBOOK, build
 from growth import SAMPLES, growth
+from host import NOTHING, TRITON, host, obstacle, operations, pretended_gpu
 from limits import gemms, limits, work
 from machine import device_name, environment
 from memory import watched_step
 from promised import promises
-from timing import TURN_SECONDS, interleave, ratios, spread
+from timing import TURN_SECONDS, interleave, processor_time, ratios, spread
 from workload import Cell, step
 
 MEGABYTE = 2**20
@@ -103,6 +106,60 @@ def test_a_record_of_the_limits_adds_up() -> None:
     ceilings = record["ceilings"]
     floor = record["flops"] / ceilings["flops_per_second"] + record["bytes"] / ceilings["bytes_per_second"]
     assert record["model_seconds"] == pytest.approx(floor)
+
+
+def test_products_of_every_kind_are_counted() -> None:
+    a, b, both = torch.ones(3, 5), torch.ones(5, 7), torch.ones(2, 3, 5)
+
+    def turn():
+        return a @ b, torch.addmm(torch.ones(3, 7), a, b, beta=0), torch.bmm(both, both.mT), torch.mm(a.T, a)
+
+    assert work(turn).flops == 2 * 3 * 5 * 7 + 2 * 3 * 5 * 7 + 2 * 2 * 3 * 5 * 3 + 2 * 5 * 3 * 5
+    assert work(lambda: a.T.add(1).unsqueeze(0)).operations == 3
+
+
+def test_processor_time_leaves_out_waiting() -> None:
+    clock = time.perf_counter()
+    taken = processor_time(lambda: time.sleep(0.01), 3)
+    assert 0 < 10 * taken < time.perf_counter() - clock
+
+
+def test_the_host_beside_the_textbook_and_beside_nothing() -> None:
+    found = host(rounds=2, seconds=0.1)
+    own = {step["what"]: step for step in found["steps"]}
+    assert found["left_out"].keys() == ({TRITON} if obstacle() else set())
+    assert own.keys() | found["left_out"].keys() == {"eager", TRITON}
+    for record in own.values():
+        assert record["rounds"] == 2
+        assert record["over_reference"]["q1"] > 0
+    if TRITON in own:
+        kernels = ["fused_standardize_kernel", "frobenius_kernel", "penalties_kernel", "backproject_kernel"]
+        assert own[TRITON]["launches"] == kernels
+        assert own[TRITON]["reference"] == NOTHING
+        assert own[TRITON]["over_reference"]["median"] > 1
+
+
+def test_no_gpu_is_pretended_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("host.find_spec", lambda name: None)
+    assert obstacle() == "triton is not installed"
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert obstacle() is not None
+
+
+def test_a_pretended_gpu_leaves_nothing_behind() -> None:
+    if reason := obstacle():
+        pytest.skip(reason)
+    z = torch.ones(2, 4).bfloat16()
+    with pretended_gpu():
+        assert _plan.plan_for("it", "dual", "triton", "mean", 2, z).matmul_dtype == torch.float16
+    assert _plan.plan_for("it", "dual", "auto", "mean", 2, z).matmul_dtype == torch.float32
+    with pytest.raises(ValueError, match="expected CUDA"):
+        _plan.plan_for("it", "dual", "triton", "mean", 2, z)
+
+
+def test_a_step_dispatches_as_many_operations_at_every_time() -> None:
+    assert operations(Cell(4, 16)) == operations(Cell(4, 16)) > 20
 
 
 def planted(n: int, d: int, contenders: dict) -> dict:

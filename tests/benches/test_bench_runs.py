@@ -65,7 +65,7 @@ def test_a_run_writes_figures_tables_and_pictures(tmp_path: Path, capsys: pytest
     assert partial.exists()
     run.measure("cells")
     assert json.loads(partial.read_text()).keys() == {"date", "revision", "environment", "seconds", "cells"}
-    for section in ("growth", "limits"):
+    for section in ("growth", "limits", "host"):
         run.measure(section)
     files = run.report()
     assert not partial.exists()
@@ -74,6 +74,7 @@ def test_a_run_writes_figures_tables_and_pictures(tmp_path: Path, capsys: pytest
     assert list(results["cells"][0]["contenders"]) == [OURS, TEXTBOOK, FFT]
     assert [cell["algorithm"] for cell in results["cells"]] == ["dual", "primal"]
     assert results["cells"][0]["contenders"][OURS]["times_ours"]["median"] == 1
+    assert results["host"]["steps"][0]["what"] == "eager"
     assert files[1].read_text() == table.markdown(results, files[0])
     assert "32 × 128, 1 thread, dual" in capsys.readouterr().out
 

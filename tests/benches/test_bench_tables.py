@@ -14,12 +14,13 @@ import plot_figures
 import table
 import table_exactness
 import table_growth
+import table_host
 import table_limits
 import table_speed
 import table_steps
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = ("bench", "growth", "exactness", "limits", "distributed", "training", "bytes")
+BLOCKS = ("bench", "growth", "exactness", "limits", "host", "distributed", "training", "bytes")
 
 
 @pytest.fixture
@@ -91,6 +92,18 @@ def test_limits_say_where_a_step_goes(results: Record) -> None:
     )
 
 
+def test_the_host_is_told_by_what_it_stands_beside(results: Record) -> None:
+    text = table_host.host(results)
+    assert rows(text)["eager"] == ["4 × 16", "float32", "100", "textbook", "125", "0.80×"]
+    assert rows(text)["Triton on a pretended GPU"][3:] == ["an empty autograd.Function", "30", "3.0×"]
+    assert "dispatches 50 operations at 4 × 16 and 60 operations at 64 × 2048" in text
+    assert "executes none of the 3 launches" in text
+    results["host"]["left_out"] = {results["host"]["steps"].pop()["what"]: "triton is not installed"}
+    text = table_host.host(results)
+    assert "launches" not in text
+    assert text.endswith("Not measured: Triton on a pretended GPU, because triton is not installed.")
+
+
 def test_processes_are_right_too_short_or_refuse(results: Record) -> None:
     text = table_exactness.over_processes(results)
     assert "Right everywhere (errors below 0.001): barlow_loss." in text
@@ -131,7 +144,7 @@ def test_who_was_not_measured_is_not_spoken_of(results: Record) -> None:
     assert "Another loss than the paper's" not in text
 
 
-@pytest.mark.parametrize("section", ["cells", "growth", "limits", "distributed", "training"])
+@pytest.mark.parametrize("section", ["cells", "growth", "limits", "host", "distributed", "training"])
 def test_a_section_that_is_missing_is_said(results: Record, section: str) -> None:
     del results[section]
     missing = [
@@ -234,6 +247,16 @@ def test_a_picture_that_is_missing_broken_or_another_is_named(folder: Folder) ->
 def test_a_missing_marker_is_named(folder: Folder) -> None:
     folder.readme.write_text(folder.readme.read_text().replace("<!-- limits:end -->", ""))
     with pytest.raises(SystemExit, match="<!-- limits:end -->"):
+        folder.complaints()
+
+
+def test_a_block_without_figures_needs_no_place(folder: Folder) -> None:
+    folder.change(lambda results: results.pop("host"))
+    folder.readme.write_text(re.sub(r"<!-- host:.*?-->\n", "", folder.readme.read_text()))
+    table.main(folder.flags)
+    assert folder.complaints() == []
+    folder.change(lambda results: results.update(host=fictitious.host()))
+    with pytest.raises(SystemExit, match="<!-- host:begin -->"):
         folder.complaints()
 
 

@@ -91,6 +91,34 @@ def test_graph_of_a_training_step(backend, device):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("n", [64, 33])
+def test_a_graphed_callable_is_the_loss(backend, algorithm, device, n):
+    """torch.cuda.make_graphed_callables, as in the README: forward and backward are a replay each, on new views."""
+    loss_fn = BarlowTwinsLoss(backend=backend, algorithm=algorithm)
+    sample = tuple(view.requires_grad_() for view in on(device, FLOAT32, *draw(n, 129)))
+    step = torch.cuda.make_graphed_callables(loss_fn, sample)
+    for seed in (1, 2):
+        views = [view.requires_grad_() for view in on(device, FLOAT32, *draw(n, 129, seed=seed))]
+        loss = step(*views)
+        gradients = torch.autograd.grad(3 * loss, views)
+        right = barlow_twins_loss(*views, backend=backend, algorithm=algorithm)
+        assert torch.equal(loss, right)
+        for got, expected in zip(gradients, torch.autograd.grad(3 * right, views), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_reduce_overhead_is_the_loss(backend, algorithm, device):
+    """torch.compile(mode="reduce-overhead"), which captures after two warm-up calls."""
+    loss_fn = torch.compile(BarlowTwinsLoss(backend=backend, algorithm=algorithm), mode="reduce-overhead")
+    for seed in range(5):
+        views = [view.requires_grad_() for view in on(device, FLOAT32, *draw(48, 130, seed=seed))]
+        torch.compiler.cudagraph_mark_step_begin()
+        got = torch.autograd.grad(loss_fn(*views), views)
+        right = torch.autograd.grad(barlow_twins_loss(*views, backend=backend, algorithm=algorithm), views)
+        for one, other in zip(got, right, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("setting", [AUTOCAST, FLOAT32], ids=lambda setting: setting.name)
 @pytest.mark.parametrize("tensor", [False, True], ids=["λ a float", "λ a tensor"])
 def test_the_host_never_waits(setting, backend, algorithm, device, tensor):

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor
 
-from barlow_loss._backends.triton._launch import TL_DTYPES, column_tile, compute_dtype, on_device_of
+from barlow_loss._backends.triton._launch import Kernel, alignments, column_tile, operation
 from barlow_loss._backends.triton._penalties import load_lambd
 
 __all__ = ["backproject", "column_dots"]
@@ -123,21 +123,22 @@ def column_dots_kernel(a, b, q, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constex
     tl.store(q + cols, tl.sum(dots, 0).to(tl.float64), mask=cols < d)
 
 
-def _gradients(p1: Tensor | None, p2: Tensor | None, c: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+_backproject = Kernel(backproject_kernel)
+_column_dots = Kernel(column_dots_kernel)
+
+
+def _gradients(u: Tensor, p1: Tensor | None, p2: Tensor | None, n: int, d: int, dtype: torch.dtype) -> list[Tensor]:
     """The buffers, empty for a view that needs none: an operation returns tensors only."""
-    d = c.shape[0]
-    return c.new_empty((n if p1 is not None else 0, d), dtype=dtype), c.new_empty(
-        (n if p2 is not None else 0, d), dtype=dtype
-    )
+    return [u.new_empty((0 if p is None else n, d), dtype=dtype) for p in (p1, p2)]
 
 
-@library.custom_op("barlow_loss::backproject", mutates_args=())
+@operation("backproject")
 def backproject(
+    u: Tensor,
     p1: Tensor | None,
     p2: Tensor | None,
     q1: Tensor | None,
     q2: Tensor | None,
-    u: Tensor,
     c: Tensor,
     rho: Tensor,
     of_loss: Tensor | None,
@@ -150,38 +151,35 @@ def backproject(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """∂L/∂z of the views whose P, contiguous, is given, (n, D) in ``dtype``; q either for all of these or for none."""
-    dz1, dz2 = _gradients(p1, p2, c, n, dtype)
     d, given = c.shape[0], p1 if p1 is not None else p2
+    dz1, dz2 = _gradients(u, p1, p2, n, d, dtype)
     if given is None:
         return dz1, dz2
     tile = column_tile(d, u.dtype)
-    with on_device_of(u):
-        backproject_kernel[tile.grid(d)](
-            p1, p2, q1, q2, u, c, rho, of_loss, of_on, of_off, weight, dz1, dz2, n, d, given.shape[1], *u.shape[1:],
-            lambd, HOLDS_DIAGONAL=holds_diagonal, HAS_Q=q1 is not None or q2 is not None,
-            BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, COMPUTE=TL_DTYPES[compute_dtype(u.dtype)],
-            num_warps=tile.warps,
-        )  # fmt: skip
+    p_cols, (_, u_rows, u_cols) = given.shape[1], u.shape
+    needs = p1 is not None, p2 is not None
+    key = u.dtype, dtype, d, p_cols, holds_diagonal, *needs, *alignments(q1, q2, of_loss, of_on, of_off, weight)
+    tensors = p1, p2, q1, q2, u, c, rho, of_loss, of_on, of_off, weight, dz1, dz2
+    args = *tensors, n, d, p_cols, u_rows, u_cols, lambd
+    constants = holds_diagonal, q1 is not None or q2 is not None, *tile[:3]
+    _backproject.launch(u, tile.programs(d), key, args, constants, num_warps=tile.warps)
     return dz1, dz2
 
 
 @backproject.register_fake
-def _(p1: Tensor | None, p2: Tensor | None, q1: object, q2: object, u: Tensor, c: Tensor, *rest: Any) -> Any:
+def _(u: Tensor, p1: Tensor | None, p2: Tensor | None, q1: object, q2: object, c: Tensor, *rest: Any) -> Any:
     n, dtype = rest[-2:]
-    return _gradients(p1, p2, c, n, dtype)
+    return tuple(_gradients(u, p1, p2, n, c.shape[0], dtype))
 
 
-@library.custom_op("barlow_loss::column_dots", mutates_args=())
+@operation("column_dots")
 def column_dots(a: Tensor, b: Tensor) -> Tensor:
     """Σₙ a ∘ b of two contiguous matrices of one shape, (D,) float64."""
     n, d = a.shape
     q = a.new_empty(d, dtype=torch.float64)
     tile = column_tile(d, a.dtype)
-    with on_device_of(a):
-        column_dots_kernel[tile.grid(d)](
-            a, b, q, n, d, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, COMPUTE=TL_DTYPES[compute_dtype(a.dtype)],
-            num_warps=tile.warps,
-        )  # fmt: skip
+    key = a.dtype, d
+    _column_dots.launch(a, tile.programs(d), key, (a, b, q, n, d), tile[:3], num_warps=tile.warps)
     return q
 
 

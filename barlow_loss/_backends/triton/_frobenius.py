@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor
 
-from barlow_loss._backends.triton._launch import TL_DTYPES, compute_dtype, on_device_of
+from barlow_loss._backends.triton._launch import TL_DTYPES, Kernel, compute_dtype, operation
 
 __all__ = ["frobenius"]
 
@@ -32,19 +32,26 @@ def frobenius_kernel(a, b, parts, elements, BLOCK: tl.constexpr, COMPUTE: tl.con
     tl.store(parts + tl.program_id(0), tl.sum(total, 0))
 
 
+_frobenius = Kernel(frobenius_kernel)
+
+
 def _parts(a: Tensor) -> Tensor:
     """A number for each program: two at least, since a compiled graph for any size must not ask whether it is one."""
     blocks = (a.numel() + _BLOCK - 1) // _BLOCK
-    programs = torch.sym_max(2, torch.sym_min(blocks, _MOST_PROGRAMS))
+    if isinstance(blocks, int):
+        programs = max(2, min(blocks, _MOST_PROGRAMS))
+    else:
+        programs = torch.sym_max(2, torch.sym_min(blocks, _MOST_PROGRAMS))
     return a.new_empty((programs,), dtype=compute_dtype(a.dtype))
 
 
-@library.custom_op("barlow_loss::frobenius", mutates_args=())
+@operation("frobenius")
 def frobenius(a: Tensor, b: Tensor) -> Tensor:
     """⟨A, B⟩ of two contiguous matrices of one shape, as the parts of a sum, (P,)."""
     parts = _parts(a)
-    with on_device_of(a):
-        frobenius_kernel[parts.shape](a, b, parts, a.numel(), BLOCK=_BLOCK, COMPUTE=TL_DTYPES[parts.dtype], num_warps=8)
+    elements = a.numel()
+    key = a.dtype, elements
+    _frobenius.launch(a, len(parts), key, (a, b, parts, elements), (_BLOCK, TL_DTYPES[parts.dtype]), num_warps=8)
     return parts
 
 

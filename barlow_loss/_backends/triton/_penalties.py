@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import torch
+import torch  # noqa: TC002  (torch.library reads the annotations)
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor  # noqa: TC002
 
-from barlow_loss._backends.triton._launch import TL_DTYPES, on_device_of
+from barlow_loss._backends.triton._launch import TL_DTYPES, Kernel, alignments, operation
 
 __all__ = ["penalties"]
 
@@ -52,22 +52,25 @@ def penalties_kernel(
     tl.store(loss, rounded_on + load_lambd(weight, lambd).to(COMPUTE) * rounded_off)
 
 
+_penalties = Kernel(penalties_kernel)
+
+
 def _scalars(c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return c.new_empty((), dtype=dtype), c.new_empty((), dtype=dtype), c.new_empty((), dtype=dtype)
 
 
-@library.custom_op("barlow_loss::penalties", mutates_args=())
+@operation("penalties")
 def penalties(
     c: Tensor, parts: Tensor, weight: Tensor | None, lambd: float, holds_diagonal: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L, on and off, 0-d in ``dtype``; λ is ``weight`` if there is one."""
-    loss, on_diagonal, off_diagonal = terms = _scalars(c, dtype)
-    with on_device_of(c):
-        penalties_kernel[(1,)](
-            c, parts, weight, loss, on_diagonal, off_diagonal, c.numel(), parts.numel(), lambd,
-            HOLDS_DIAGONAL=holds_diagonal, BLOCK=_BLOCK, COMPUTE=TL_DTYPES[dtype], num_warps=4,
-            enable_fp_fusion=False,  # so that on + λ·off rounds twice, and is the loss to the last bit
-        )  # fmt: skip
+    terms = _scalars(c, dtype)
+    d = c.numel()
+    args = c, parts, weight, *terms, d, parts.numel(), lambd
+    constants = holds_diagonal, _BLOCK, TL_DTYPES[dtype]
+    key = d, holds_diagonal, dtype, *alignments(parts, weight)
+    # Without fusion, so that on + λ·off rounds twice, and is the loss to the last bit.
+    _penalties.launch(c, 1, key, args, constants, num_warps=4, enable_fp_fusion=False)
     return terms
 
 

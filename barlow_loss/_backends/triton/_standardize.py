@@ -16,18 +16,17 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor
 
 from barlow_loss._backends.triton._launch import (
-    TL_DTYPES,
+    Kernel,
     column_tile,
-    compute_dtype,
     in_contiguous_layout,
-    on_device_of,
+    operation,
     padded,
 )
 
-__all__ = ["column_sums", "standardize", "whiten"]
+__all__ = ["column_sums", "fused_standardize", "standardize"]
 
 
 @triton.jit
@@ -124,7 +123,7 @@ def _finish(s1, s2, rho, cols, n, d, eps, COMPUTE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n", "u_rows"])
-def whiten_kernel(
+def fused_standardize_kernel(
     z1, z2, u, c, rho, n, d, z1_row, z2_row, u_rows, u_cols, eps: tl.float64,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -175,46 +174,49 @@ def standardize_kernel(
     tl.store(c + cols, diagonal, mask=inside)
 
 
+_fused_standardize = Kernel(fused_standardize_kernel)
+_column_sums = Kernel(column_sums_kernel)
+_standardize = Kernel(standardize_kernel)
+
+
 def _vectors(z: Tensor, *shape: int) -> Tensor:
     return z.new_empty(shape, dtype=torch.float64)
 
 
-@library.custom_op("barlow_loss::whiten", mutates_args=())
-def whiten(z1: Tensor, z2: Tensor, eps: float, matmul_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+@operation("fused_standardize")
+def fused_standardize(z1: Tensor, z2: Tensor, eps: float, matmul_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """u in ``matmul_dtype``, filled up to multiples of 16 with zeros, C_ii and ρ, float64."""
     n, d = z1.shape
-    u = z1.new_empty((2, padded(n), padded(d)), dtype=matmul_dtype)
+    rows, cols = padded(n), padded(d)
+    u = z1.new_empty((2, rows, cols), dtype=matmul_dtype)
     c, rho = _vectors(z1, d), _vectors(z1, 2, d)
     tile = column_tile(d, z1.dtype)
     z1, z2 = in_contiguous_layout(z1), in_contiguous_layout(z2)
-    with on_device_of(z1):
-        whiten_kernel[tile.grid(u.shape[2])](
-            z1, z2, u, c, rho, n, d, z1.stride(0), z2.stride(0), u.shape[1], u.shape[2], eps,
-            BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, COMPUTE=TL_DTYPES[compute_dtype(z1.dtype)],
-            num_warps=tile.warps,
-        )  # fmt: skip
+    row1, row2 = z1.stride(0), z2.stride(0)
+    key = z1.dtype, matmul_dtype, d, row1, row2
+    args = z1, z2, u, c, rho, n, d, row1, row2, rows, cols, float(eps)
+    _fused_standardize.launch(z1, tile.programs(cols), key, args, tile[:3], num_warps=tile.warps)
     return u, c, rho
 
 
-@whiten.register_fake
+@fused_standardize.register_fake
 def _(z1: Tensor, z2: Tensor, eps: float, matmul_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     n, d = z1.shape
     u = z1.new_empty((2, padded(n), padded(d)), dtype=matmul_dtype)
     return u, _vectors(z1, d), _vectors(z1, 2, d)
 
 
-@library.custom_op("barlow_loss::column_sums", mutates_args=())
+@operation("column_sums")
 def column_sums(z1: Tensor, z2: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor]:
     """Σₙ x and Σₙ x² of x = z − pivot, (2, D) float64."""
     n, d = z1.shape
     s1, s2 = _vectors(z1, 2, d), _vectors(z1, 2, d)
     tile = column_tile(d, z1.dtype)
     z1, z2 = in_contiguous_layout(z1), in_contiguous_layout(z2)
-    with on_device_of(z1):
-        column_sums_kernel[tile.grid(d)](
-            z1, z2, pivot, s1, s2, n, d, z1.stride(0), z2.stride(0),
-            BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, COMPUTE=TL_DTYPES[pivot.dtype], num_warps=tile.warps,
-        )  # fmt: skip
+    row1, row2 = z1.stride(0), z2.stride(0)
+    key = z1.dtype, d, row1, row2
+    args = z1, z2, pivot, s1, s2, n, d, row1, row2
+    _column_sums.launch(z1, tile.programs(d), key, args, tile[:3], num_warps=tile.warps)
     return s1, s2
 
 
@@ -224,21 +226,21 @@ def _(z1: Tensor, z2: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor]:
     return _vectors(z1, 2, d), _vectors(z1, 2, d)
 
 
-@library.custom_op("barlow_loss::standardize", mutates_args=())
+@operation("standardize")
 def standardize(
     z1: Tensor, z2: Tensor, pivot: Tensor, scale: Tensor, shift: Tensor, matmul_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """u in ``matmul_dtype``, D filled up to a multiple of 16 with zeros, and this process's part of C_ii, float64."""
     n, d = z1.shape
-    u = z1.new_empty((2, n, padded(d)), dtype=matmul_dtype)
+    cols = padded(d)
+    u = z1.new_empty((2, n, cols), dtype=matmul_dtype)
     c = _vectors(z1, d)
     tile = column_tile(d, z1.dtype)
     z1, z2 = in_contiguous_layout(z1), in_contiguous_layout(z2)
-    with on_device_of(z1):
-        standardize_kernel[tile.grid(u.shape[2])](
-            z1, z2, pivot, scale, shift, u, c, n, d, z1.stride(0), z2.stride(0), n, u.shape[2],
-            BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, COMPUTE=TL_DTYPES[pivot.dtype], num_warps=tile.warps,
-        )  # fmt: skip
+    row1, row2 = z1.stride(0), z2.stride(0)
+    key = z1.dtype, matmul_dtype, d, row1, row2
+    args = z1, z2, pivot, scale, shift, u, c, n, d, row1, row2, n, cols
+    _standardize.launch(z1, tile.programs(cols), key, args, tile[:3], num_warps=tile.warps)
     return u, c
 
 

@@ -78,6 +78,9 @@ class PretendedGpu:
 
         def launch(x: int, y: int, z: int, *args: Any) -> None:
             # stream, function, packed metadata, launch metadata, two hooks; then the kernel's arguments
+            for hook in args[4:6]:
+                if hook is not None and args[3] is not None:
+                    hook(args[3])
             arguments = dict(zip(source.fn.arg_names, args[6:], strict=True))
             options = metadata.num_warps, metadata.num_stages, metadata.shared
             self.launches.append(Launch(source.fn.__name__, (x, y, z), *options, specialization, arguments))
@@ -124,6 +127,9 @@ class _Uncompiled:
 
     def launch_metadata(self, *_: Any) -> None:
         return None
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *args: self.run(*grid, 0, None, None, None, None, None, *args)
 
 
 class _Metadata(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from chips import CHIPS, Chip, Report, compiled
 from figures_table import Table, changes
 
-from barlow_loss._backends.triton import _backproject, _frobenius, _penalties, _standardize, _symmetric_gram
+from barlow_loss._backends.triton import _backproject, _frobenius, _penalties, _standardize
 from barlow_loss._backends.triton._launch import TL_DTYPES, column_tile, compute_dtype
 
 FIGURES = Path(__file__).parent / "figures.md"
@@ -73,7 +73,7 @@ def _cases() -> list[Case]:
     primal = {**ABSENT, "HOLDS_DIAGONAL": False, "HAS_Q": True}
     for z, u, d in ((BF16, F16, 8192), (F32, F16, 8192), (F32, F32, 8192), (F64, F64, 8192), (BF16, F16, 2048)):
         for aligned in (True, False) if d == 8192 else (True,):
-            found.append(_column_case(_standardize.whiten_kernel, z, u, d, aligned))
+            found.append(_column_case(_standardize.fused_standardize_kernel, z, u, d, aligned))
             found.append(_column_case(_backproject.backproject_kernel, z, u, d, aligned, **dual))
     for aligned in (True, False):
         found.append(_column_case(_standardize.column_sums_kernel, BF16, F16, 8192, aligned))
@@ -92,30 +92,19 @@ def _cases() -> list[Case]:
 CASES = _cases()
 
 
-def _gram(chip: Chip) -> tuple[tuple[str, str], Report]:
-    """The kernel with a dot, in the configuration that the chip gets; its sizes are ours, and multiples of 16."""
-    config = _symmetric_gram.config(chip.shared)
-    case = Case(
-        _symmetric_gram.symmetric_grams_kernel, F16, F16, True,
-        {"BLOCK": config.block, "BLOCK_K": config.block_k}, config.warps, f"tiles of {config.block}",
-    )  # fmt: skip
-    return (case.kernel.__name__, case.label), case.on(chip, num_stages=config.stages)
-
-
 def _options(case: Case) -> dict[str, Any]:
     return {"enable_fp_fusion": False} if case.kernel is _penalties.penalties_kernel else {}
 
 
 def _faults(label: tuple[str, str], report: Report) -> list[str]:
     """A ragged case, whose loads are narrow, may spill: 8 bytes at most by triton 3.8, 268 by 3.6 (sm_80)."""
-    dot = label[0] == "symmetric_grams_kernel"
-    return report.faults(tensor_cores=dot, spills=300 if label[1].endswith("ragged") else 0)
+    return report.faults(spills=300 if label[1].endswith("ragged") else 0)
 
 
 def _reports(chip: Chip) -> dict[tuple[str, str], Report]:
     reports = {(case.kernel.__name__, case.label): case.on(chip, **_options(case)) for case in CASES}
     assert len(reports) == len(CASES), "two cases have one label"
-    return reports | dict([_gram(chip)])
+    return reports
 
 
 def _chips(prefix: str = "") -> list[Any]:
@@ -148,7 +137,7 @@ def test_aligned_matrices_move_by_16_bytes(chip):
             assert report.loads[128] > 0, case.label
             assert report.loads[16] == 0, case.label
             assert report.stores[16] == 0, case.label
-            if case.kernel in (_standardize.whiten_kernel, _backproject.backproject_kernel):
+            if case.kernel in (_standardize.fused_standardize_kernel, _backproject.backproject_kernel):
                 assert report.stores[128] + report.stores[64] > 0, case.label  # triton 3.6 stores 64 on sm_120
 
 

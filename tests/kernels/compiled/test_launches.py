@@ -1,25 +1,42 @@
 """The real launch code on a pretended GPU: what is launched, how often it is compiled, and that nobody waits for it."""
 
 import collections
+import contextlib
 import inspect
+import itertools
+import random
+import types
 
 import pytest
 import torch
+import triton as triton_package
 from chips import CHIPS
 from fake_driver import pretended
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import barlow_loss
 from barlow_loss import _plan, barlow_twins_loss
-from barlow_loss._backends import triton
-from barlow_loss._backends.triton._launch import column_tile, on_device_of
+from barlow_loss._backends import eager, triton
+from barlow_loss._backends.triton import _backproject, _frobenius, _penalties, _standardize
+from barlow_loss._backends.triton._launch import Kernel, column_tile
 from barlow_loss._collectives import ALONE, Shards
 from barlow_loss._function import loss_and_sums
 from barlow_loss._plan import Plan
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-OWN = ["whiten_kernel", "frobenius_kernel", "penalties_kernel", "backproject_kernel"]
+OWN = ["fused_standardize_kernel", "frobenius_kernel", "penalties_kernel", "backproject_kernel"]
+OPERATIONS = [
+    _standardize.fused_standardize,
+    _frobenius.frobenius,
+    _penalties.penalties,
+    _backproject.backproject,
+]
+LAUNCHERS = [
+    (_standardize, "_fused_standardize"),
+    (_frobenius, "_frobenius"),
+    (_penalties, "_penalties"),
+    (_backproject, "_backproject"),
+]
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "copy_", "lift_fresh"}
 TENSORS = {"z1", "z2", "u", "c", "rho", "parts", "a", "b", "weight", "loss", "on_diagonal", "off_diagonal"} | {
     *("p1", "p2", "q1", "q2", "dz1", "dz2", "of_loss")
@@ -37,6 +54,7 @@ FREE = {
     "unsqueeze",
     "expand",
     "permute",
+    "unbind",
     "diagonal",
 }
 
@@ -71,16 +89,9 @@ class TestTheDual:
     @pytest.mark.parametrize("lambd", [0.0051, torch.tensor(0.0051)], ids=["number", "tensor"])
     def test_is_eight_launches(self, pretended_h100, lambd):
         forward, backward = step(256, 8192, lambd=lambd)
-        assert forward == ["whiten", "mm", "mm", "frobenius", "penalties"]
+        assert forward == ["fused_standardize", "mm", "mm", "frobenius", "penalties"]
         assert backward == ["mm", "mm", "backproject"]
         assert [launch.kernel for launch in pretended_h100.launches] == OWN
-
-    def test_is_seven_with_the_symmetric_gram(self, pretended_h100, monkeypatch):
-        monkeypatch.setattr(triton, "SYMMETRIC_GRAM_FROM", 1)
-        forward, backward = step(256, 8192)
-        assert forward == ["whiten", "symmetric_grams", "frobenius", "penalties"]
-        assert backward == ["mm", "mm", "backproject"]
-        assert len(pretended_h100.launches) == 5
 
     def test_of_one_detached_view_is_seven(self, pretended_h100):
         _, backward = step(64, 2048, needed=(False, True))
@@ -91,7 +102,7 @@ class TestTheDual:
 def test_the_primal_launches(pretended_h100):
     """Not made for few launches: N is large there."""
     forward, backward = step(512, 128, "primal")
-    assert forward[:2] == ["whiten", "mm"]
+    assert forward[:2] == ["fused_standardize", "mm"]
     assert forward[-1] == "penalties"
     assert backward == ["mm", "mm", "backproject"]
     assert [launch.kernel for launch in pretended_h100.launches] == [name for name in OWN if name != "frobenius_kernel"]
@@ -113,7 +124,7 @@ def test_few_compilations_over_batch_sizes(pretended_h100, algorithm):
     for n in range(2, 301):
         step(n, 96, algorithm)
     counts = collections.Counter(compilation.kernel for compilation in pretended_h100.compilations)
-    assert set(counts) >= {"whiten_kernel", "penalties_kernel", "backproject_kernel"}
+    assert set(counts) >= {"fused_standardize_kernel", "penalties_kernel", "backproject_kernel"}
     assert max(counts.values()) <= 3, counts
 
 
@@ -149,14 +160,15 @@ def test_a_layout_has_the_machine_code_of_its_contiguous_copy(pretended_h100, la
     before = view.clone(), view.stride()
     pivot = torch.zeros(2, d, dtype=torch.promote_types(dtype, F32))
     for z in (view, view.clone(memory_format=torch.contiguous_format)):
-        triton.whiten(z, contiguous, 1e-5, F32)
-        triton.standardize(triton.centre(z, contiguous, pivot)[0], pivot, pivot, F32)
+        _standardize.fused_standardize(z, contiguous, 1e-5, F32)
+        _standardize.column_sums(z, contiguous, pivot)
+        _standardize.standardize(z, contiguous, pivot, pivot, pivot, F32)
     codes = collections.defaultdict(set)
     for launch in pretended_h100.launches:
         codes[launch.kernel].add(launch.specialization)
         assert torch.equal(launch.arguments["z1"], before[0]), "the kernel was given other numbers"
     assert {kernel: len(different) for kernel, different in codes.items()} == dict.fromkeys(codes, 1)
-    assert set(codes) == {"whiten_kernel", "column_sums_kernel", "standardize_kernel"}
+    assert set(codes) == {"fused_standardize_kernel", "column_sums_kernel", "standardize_kernel"}
     assert torch.equal(view, before[0])
     assert view.stride() == before[1]
 
@@ -165,7 +177,7 @@ def test_aligned_rows_apart_are_not_copied(pretended_h100):
     """The two halves of one forward over both views, and z[:, 0] of (N, 2, D)."""
     both = torch.zeros(40, 2, 96, dtype=BF16)
     for z in (both[:, 0], both.view(80, 96)[40:]):
-        triton.whiten(z, z, 1e-5, F16)
+        _standardize.fused_standardize(z, z, 1e-5, F16)
     assert [launch.arguments["z1"].data_ptr() for launch in pretended_h100.launches] == [
         both.data_ptr(),
         both.view(80, 96)[40:].data_ptr(),
@@ -177,7 +189,11 @@ def test_grids_cover_the_features(pretended_h100, d, dtype):
     step(40, d, z=dtype, u=dtype if dtype.itemsize > 2 else F16)
     grids = {launch.kernel: launch.grid for launch in pretended_h100.launches}
     width = column_tile(d, dtype).block_d
-    assert grids["whiten_kernel"] == (-(-(-(-d // 16) * 16) // width), 1, 1)  # the padding is written as well
+    assert grids["fused_standardize_kernel"] == (
+        -(-(-(-d // 16) * 16) // width),
+        1,
+        1,
+    )  # the padding is written as well
     assert grids["backproject_kernel"] == (-(-d // width), 1, 1)
     assert grids["penalties_kernel"] == (1, 1, 1)
 
@@ -185,14 +201,13 @@ def test_grids_cover_the_features(pretended_h100, d, dtype):
 @pytest.mark.parametrize("n", [2, 100, 4096])
 def test_at_most_1024_parts_are_added_up_by_one_program(pretended_h100, n):
     k = torch.empty(n, n, dtype=F16)
-    assert len(triton.frobenius(k, k)) == min(max(2, -(-n * n // 4096)), 1024)
+    assert len(_frobenius.frobenius(k, k)) == min(max(2, -(-n * n // 4096)), 1024)
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_120", "gfx942"])
 @pytest.mark.parametrize(("z", "u", "d"), [(BF16, F16, 512), (F32, F32, 100)], ids=str)
-def test_the_whole_step_compiles_as_it_is_launched(monkeypatch, chip, z, u, d):
+def test_the_whole_step_compiles_as_it_is_launched(chip, z, u, d):
     """The types, the alignment and the options of real launches, not those of a table."""
-    monkeypatch.setattr(triton, "SYMMETRIC_GRAM_FROM", 1)
     with pretended(CHIPS[chip], compiled=True) as gpu:
         step(32, d, z=z, u=u)
         step(32, d, "primal", z=z, u=u, lambd=torch.tensor(0.1))
@@ -217,7 +232,7 @@ class TestOnFakeCudaTensors:
         with FakeTensorMode(), Operations() as operations:
             views = [torch.empty(n, d, dtype=dtype, device="cuda").requires_grad_() for _ in range(2)]
             loss = barlow_twins_loss(*views)
-        assert {"whiten", "penalties"} <= set(operations.names)
+        assert {"fused_standardize", "penalties"} <= set(operations.names)
         assert ("frobenius" in operations.names) == (algorithm == "dual")
         assert loss.dtype == torch.promote_types(dtype, F32)
         assert loss.device.type == "cuda"
@@ -226,24 +241,130 @@ class TestOnFakeCudaTensors:
         with FakeTensorMode(), Operations() as operations:
             views = [torch.empty(16, 64, device="cuda").requires_grad_() for _ in range(2)]
             barlow_twins_loss(*views, backend="eager")
-        assert "whiten" not in operations.names
-
-    def test_launches_go_to_the_tensor_s_own_device(self):
-        with FakeTensorMode():
-            guard = on_device_of(torch.empty(2, device="cuda:1"))
-        assert isinstance(guard, torch.cuda.device)
-        assert guard.idx == 1
+        assert "fused_standardize" not in operations.names
 
 
-def test_the_backend_offers_every_primitive():
-    """With the arguments that the Protocol names."""
-    protocol = barlow_loss._backends.Primitives
-    names = [name for name in vars(protocol) if not name.startswith("_")]
-    assert len(names) >= 8
-    for name in names:
-        assert hasattr(triton, name), name
-        if name not in ("whiten", "standardize"):
-            wanted = [
-                parameter for parameter in inspect.signature(getattr(protocol, name)).parameters if parameter != "self"
-            ]
-            assert list(inspect.signature(getattr(triton, name)).parameters) == wanted, name
+def test_launches_go_to_the_tensor_s_own_device(monkeypatch):
+    """Triton launches on the current device."""
+    current, launched_on = [0], []
+
+    @contextlib.contextmanager
+    def device_index(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    class Compiler:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched_on.append(current[-1])
+
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: current[-1])
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    kernel = Kernel(Compiler())
+    for index in (1, 0):
+        kernel.launch(types.SimpleNamespace(get_device=lambda index=index: index), 1, (), (), ())
+    assert launched_on == [1, 0]
+    assert current == [0]
+
+
+def test_both_backends_offer_the_same_functions():
+    """With the same arguments."""
+    assert triton.__all__ == eager.__all__
+    for name in eager.__all__:
+        wanted, found = (list(inspect.signature(getattr(backend, name)).parameters) for backend in (eager, triton))
+        assert found == wanted, name
+
+
+class TestTheHost:
+    """What a step costs before the GPU is asked, in the plain loop."""
+
+    def test_no_operation_is_called_for_a_kernel(self, pretended_h100, monkeypatch):
+        """torch.library takes 20 µs for each; see benches for the time."""
+        for operation in OPERATIONS:
+            monkeypatch.setattr(operation, "operation", None)
+        views = [torch.empty(16, 32, dtype=BF16).requires_grad_() for _ in range(2)]
+        loss_and_sums(*views, 0.1, 1e-5, Plan("dual", "triton", F32, F16), Shards(ALONE, (16,)))[0].backward()
+        assert [launch.kernel for launch in pretended_h100.launches] == OWN
+
+    def test_a_mode_sees_the_operations(self, pretended_h100, monkeypatch):
+        """Also one that is entered between forward and backward; and a subclass of Tensor does without a mode."""
+        for operation in OPERATIONS:
+            monkeypatch.setattr(operation, "launch", None)
+        forward, backward = step(16, 32)
+        assert "fused_standardize" in forward
+        assert "backproject" in backward
+        with FakeTensorMode() as mode:
+            fake = mode.from_tensor(torch.empty(16, 32))
+        assert _standardize.fused_standardize(fake, fake, 1e-5, F16)[0].shape == (2, 16, 32)
+
+    def test_a_second_step_finds_its_kernels_in_the_cache(self, pretended_h100, monkeypatch):
+        """For another batch size too."""
+        views = [torch.empty(n, 32, dtype=BF16).requires_grad_() for n in (16, 16, 40, 40)]
+        for number, pair in enumerate((views[:2], views[2:], views[:2])):
+            if number == 2:
+                for module, name in LAUNCHERS:
+                    monkeypatch.setattr(getattr(module, name), "_kernel", None)
+            plan, shards = Plan("dual", "triton", F32, F16), Shards(ALONE, (len(pair[0]),))
+            loss_and_sums(*pair, 0.1 + number, 1e-5, plan, shards)[0].backward()
+        assert [launch.kernel for launch in pretended_h100.launches] == OWN * 3
+
+    @pytest.mark.parametrize("version", ["3.5.1", "4.0.0"])
+    def test_an_unknown_triton_finds_its_kernels_itself(self, version, pretended_h100, monkeypatch):
+        monkeypatch.setattr(triton_package, "__version__", version)
+        kernel = Kernel(_frobenius.frobenius_kernel)
+        k = torch.empty(16, 16)
+        for _ in range(2):
+            kernel.launch(k, 1, (), (k, k, k, 256), (4096, triton_package.language.float32), num_warps=8)
+        assert len(pretended_h100.launches) == 2
+        assert not kernel._compiled
+
+    def test_hooks_of_profilers_see_every_launch(self):
+        """Those from the cache too, which triton's own compiled kernel launches."""
+        seen, hooks = [], triton_package.knobs.runtime.launch_enter_hook
+
+        def hook(metadata):
+            seen.append(metadata.get()["name"])
+
+        kernel, k = Kernel(_frobenius.frobenius_kernel), torch.empty(16, 16)
+        with pretended(CHIPS["sm_90"], compiled=True):
+            for _ in range(3):
+                kernel.launch(k, 1, (), (k, k, k, 256), (4096, triton_package.language.float32), num_warps=8)
+                hooks.add(hook)
+        hooks.remove(hook)
+        assert seen == ["frobenius_kernel"] * 2
+        assert len(kernel._compiled) == 1
+
+    def test_a_kernel_from_the_cache_is_the_one_that_triton_takes(self, pretended_h100, monkeypatch):
+        """Whatever came before: sizes, dtypes, layouts, algorithms, what is needed, pointers that are not aligned."""
+        sizes = [(40, 96), (48, 100), (17, 33), (32, 1)]
+        dtypes = [(BF16, F16), (F16, F16), (F32, F16), (F32, F32), (F64, F64)]
+        cases = list(itertools.product(sizes, dtypes, range(60)))
+
+        def specializations(case):
+            pretended_h100.launches.clear()
+            self.a_step(*case)
+            return [launch.specialization for launch in pretended_h100.launches]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Kernel, "_find", lambda self, device, key: None)
+            right = [specializations(case) for case in cases]
+        assert len(set(itertools.chain(*right))) > 200
+        for number in random.Random(0).sample(range(len(cases)), len(cases)):
+            assert specializations(cases[number]) == right[number], cases[number]
+
+    def a_step(self, size, dtypes, number):
+        """Forward and backward of what the number says: layouts, algorithm, views, terms, λ as a number or a tensor."""
+        draw = random.Random(number)
+        (z, u), compute = dtypes, torch.promote_types(dtypes[0], F32)
+        layouts = draw.choices(list(LAYOUTS.values()), k=2)
+        views = [layout(torch.zeros(size, dtype=z)).detach() for layout in layouts]
+        for view in draw.choice([views, views[:1], views[1:]]):
+            view.requires_grad_()
+        scalars = torch.ones(4, dtype=compute)  # of which one is aligned
+        lambd = draw.choice([0.0051, scalars[0], scalars[1]])
+        plan = Plan(draw.choice(["dual", "primal"]), "triton", compute, u)
+        terms = loss_and_sums(*views, lambd, 1e-5, plan, Shards(ALONE, size[:1]))
+        arriving = [(term, scalars[draw.randrange(4)]) for term in terms if draw.random() < 0.6] or [
+            (terms[0], scalars[1])
+        ]
+        torch.autograd.backward(*zip(*arriving, strict=True))

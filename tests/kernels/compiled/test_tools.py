@@ -181,18 +181,21 @@ class TestTable:
 
     def test_comes_back_from_its_text(self) -> None:
         report = Report("sm_90", 40, 0, 1024, 0, 8, False, {}, {})
-        table = Table.of({("whiten", "bf16, ragged"): [report, report._replace(chip="sm_80")]})
+        table = Table.of({("fused_standardize", "bf16, ragged"): [report, report._replace(chip="sm_80")]})
         assert Table.read(table.written()) == table
-        assert "| whiten | bf16, ragged | sm_90 | 40 | 1024 | 0 |\n" in table.written()
+        assert "| fused_standardize | bf16, ragged | sm_90 | 40 | 1024 | 0 |\n" in table.written()
 
     @pytest.mark.parametrize(
         ("now", "regression"),
         [((44, 512, 0), False), ((45, 512, 0), True), ((30, 0, 0), False), ((40, 513, 0), True), ((40, 512, 4), True)],
     )
     def test_says_what_changed(self, now: tuple[int, int, int], regression: bool) -> None:
-        found = changes(self.table(whiten=(40, 512, 0), same=(1, 1, 1)), self.table(whiten=now, same=(1, 1, 1)))
+        found = changes(
+            self.table(fused_standardize=(40, 512, 0), same=(1, 1, 1)),
+            self.table(fused_standardize=now, same=(1, 1, 1)),
+        )
         line = (
-            "whiten aligned sm_90: 40 registers, 512 bytes shared, 0 spills →"
+            "fused_standardize aligned sm_90: 40 registers, 512 bytes shared, 0 spills →"
             f" {now[0]} registers, {now[1]} bytes shared, {now[2]} spills"
         )
         assert found == (([line], []) if regression else ([], [line]))

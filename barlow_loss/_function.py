@@ -35,7 +35,7 @@ from barlow_loss import _dual, _dual_sharded, _primal
 from barlow_loss._backends import resolve
 from barlow_loss._collectives import Shards, all_sum
 from barlow_loss._penalty import Arriving, slopes
-from barlow_loss._plan import Plan, autocast_disabled
+from barlow_loss._plan import Plan, autocast_disabled, is_traced
 
 __all__ = ["loss_and_sums"]
 
@@ -53,8 +53,7 @@ def loss_and_sums(
     needed = (recorded and z1.requires_grad, recorded and z2.requires_grad)
     if isinstance(lambd, Tensor):
         lambd = lambd.to(z1.device, plan.compute_dtype)
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
-    operation: Any = _TracedLoss if traced else _Loss
+    operation: Any = _TracedLoss if is_traced(z1) else _Loss
     loss, on_diagonal, off_diagonal, *_ = operation.apply(z1, z2, lambd, eps, plan, shards, needed)
     return loss, on_diagonal, off_diagonal
 
@@ -148,7 +147,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 class _TracedLoss(torch.autograd.Function):
-    """The same for compilers and torch.func, to which what is saved must be an output."""
+    """The same where it is traced: what is saved must be an output there."""
 
     @staticmethod
     def forward(

@@ -35,12 +35,7 @@ def number(t: Tensor, on_host: bool) -> Number:
 
     Arithmetic with floats costs nothing, where an operation on a 0-d tensor costs some µs.
     """
-    if on_host:
-        try:
-            return t.item()
-        except RuntimeError:  # a fake tensor, or one that make_fx follows
-            pass
-    return t
+    return t.item() if on_host else t
 
 
 def penalties(
@@ -56,7 +51,7 @@ def penalties(
     if holds_diagonal:
         off = off - number(torch.dot(c, c), plan.on_host)
         off = off.clamp_min(0) if isinstance(off, Tensor) else max(off, 0.0)  # in this order: NaN stays
-    dtype = plan.compute_dtype
+    dtype, scalar = plan.compute_dtype, torch.scalar_tensor
     if isinstance(lambd, Tensor) or isinstance(on, Tensor) or isinstance(off, Tensor):
         on_diagonal, off_diagonal = _scalar(on, dtype), _scalar(off, dtype)
         return on_diagonal + lambd * off_diagonal, on_diagonal, off_diagonal
@@ -66,7 +61,6 @@ def penalties(
         weighted = c_float(lambd * off).value
     else:
         weighted = lambd * off
-    scalar = torch.scalar_tensor
     return scalar(on + weighted, dtype=dtype), scalar(on, dtype=dtype), scalar(off, dtype=dtype)
 
 

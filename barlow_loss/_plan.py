@@ -22,6 +22,7 @@ __all__ = [
     "autocast_disabled",
     "autocast_enabled",
     "choose_backend",
+    "is_traced",
     "make_plan",
     "plan_for",
     "vector_dtype",
@@ -65,6 +66,7 @@ def make_plan(
     device_type: str,
     autocast: bool,
     grad_reduction: str = "mean",
+    on_host: bool = False,
 ) -> Plan:
     """Resolve what depends on the batch. An explicit choice is kept as it is.
 
@@ -77,49 +79,47 @@ def make_plan(
         device_type: such as "cpu" or "cuda".
         autocast: whether the caller runs under autocast on that device.
         grad_reduction: "mean" or "sum", kept as it is.
+        on_host: kept as it is.
     """
+    matmul_dtype = _matmul_dtype(dtype, d, device_type, autocast)
     return Plan(
-        _choose_algorithm(algorithm, n, d),
-        backend,
-        _compute_dtype(dtype),
-        _matmul_dtype(dtype, d, device_type, autocast),
-        grad_reduction,
+        _choose_algorithm(algorithm, n, d), backend, _compute_dtype(dtype), matmul_dtype, grad_reduction, on_host
     )
+
+
+_remembered = functools.lru_cache(maxsize=256)(make_plan)
 
 
 def plan_for(caller: str, algorithm: str, backend: str, grad_reduction: str, n: int, z: Tensor) -> Plan:
     """``make_plan`` for a view of a global batch of n rows, remembered; raises as ``choose_backend`` does."""
-    device = z.device
-    settings = caller, algorithm, backend, grad_reduction, n, z.shape[1], z.dtype, device, autocast_enabled(device.type)
-    return _make_plan_for(*settings, False) if torch.compiler.is_compiling() else _remembered(*settings, z.is_cpu)
-
-
-def _make_plan_for(
-    caller: str,
-    algorithm: str,
-    backend: str,
-    grad_reduction: str,
-    n: int,
-    d: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    autocast: bool,
-    on_host: bool,
-) -> Plan:
-    plan = make_plan(
+    traced, device = is_traced(z), z.device
+    return (make_plan if traced else _remembered)(
         algorithm=algorithm,
         backend=choose_backend(caller, backend, device),
         n=n,
-        d=d,
-        dtype=dtype,
+        d=z.shape[1],
+        dtype=z.dtype,
         device_type=device.type,
-        autocast=autocast,
+        autocast=autocast_enabled(device.type),
         grad_reduction=grad_reduction,
+        on_host=z.is_cpu and not traced,
     )
-    return plan._replace(on_host=on_host)
 
 
-_remembered = functools.lru_cache(maxsize=256)(_make_plan_for)
+def is_traced(z: Tensor) -> bool:
+    """Whether operations on z are followed rather than done: by a compiler, torch.func, make_fx, for fake tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or _functorch()
+        or type(z) not in _PLAIN
+        or (_modes() > 0 and any(_mode(number).is_infra_mode() for number in range(_modes())))
+    )
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+_functorch = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
+_modes = torch._C._len_torch_dispatch_stack  # pyright: ignore[reportPrivateUsage]
+_mode = torch._C._get_dispatch_stack_at  # pyright: ignore[reportPrivateUsage]
 
 
 def _choose_algorithm(algorithm: str, n: int, d: int) -> str:

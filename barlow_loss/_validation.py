@@ -24,19 +24,10 @@ def check_views(caller: str, *views: Any) -> tuple[Tensor, Tensor]:
         TypeError: not tensors, not floating, sparse, or of different dtypes.
         ValueError: wrong number of views, wrong or different shapes, different devices or D = 0.
     """
-    if len(views) == 2:
+    if len(views) == 2 and isinstance(views[0], torch.Tensor) and isinstance(views[1], torch.Tensor):
         z1, z2 = views
-        if (
-            isinstance(z1, torch.Tensor)
-            and isinstance(z2, torch.Tensor)
-            and z1.shape == z2.shape
-            and z1.dtype is z2.dtype
-            and z1.device == z2.device
-            and z1.dtype in _DTYPES
-            and z1.layout is z2.layout is torch.strided
-            and z1.ndim == 2
-            and z1.shape[1] != 0
-        ):
+        alike = z1.shape == z2.shape and z1.dtype == z2.dtype and z1.device == z2.device and z1.layout == z2.layout
+        if alike and z1.layout == torch.strided and z1.dtype in _DTYPES and z1.ndim == 2 and z1.shape[1] != 0:
             return z1, z2
     return _explain(caller, *views)
 

@@ -186,12 +186,11 @@ def barlow_twins_loss(
     return BarlowTwinsTerms(*terms) if return_terms else terms[0]
 
 
-def _claims(
-    caller: str, views: tuple[Tensor, ...], lambd: Any, eps: Any, algorithm: Any, backend: Any, grad_reduction: Any
-) -> tuple[int, Claims]:
+def _claims(caller: str, views: tuple[Tensor, ...], *settings: Any) -> tuple[int, Claims]:
     """This rank's number of rows, and what every rank must have alike; raises what is wrong on this one."""
     z1, z2 = check_views(caller, *views)
-    _check_settings(caller, lambd, eps, algorithm, backend, grad_reduction)
+    _check_settings(caller, *settings)
+    lambd, eps, algorithm, backend, grad_reduction = settings
     return z1.shape[0], {
         "D": z1.shape[1],
         "dtype": z1.dtype,

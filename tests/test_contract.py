@@ -271,6 +271,18 @@ class TestExtremes:
             budget = expected.gradient_budget(view, 1e-5, torch.float32)
             assert_near(got.gradients[view], expected.gradients[view], budget, f"gradient of z{view + 1}")
 
+    def test_rounding_does_not_shift_the_diagonal(self, algorithm):
+        """Near the optimum a shift of every C_ii by 6e-8, as from M₂ + N ε in float32, is 1 % of Σ (C_ii − 1)²."""
+        shifts = []
+        for seed in range(8):
+            generator = torch.Generator().manual_seed(seed)
+            signal, *noise = torch.randn(3, 300, 40, generator=generator, dtype=torch.float64)
+            signal = (signal - signal.mean(0)) / signal.std(0, unbiased=False)
+            views = [(signal + 1e-3 * part).float() for part in noise]
+            got = barlow_twins_loss(*views, algorithm=algorithm, return_terms=True).on_diagonal
+            shifts.append(float(got / truth(*views).on_diagonal) - 1)
+        assert abs(sum(shifts) / 8) < 2e-3
+
     def test_eps_zero_is_allowed_and_a_dead_feature_is_then_nan(self, algorithm):
         """0/0 has no value; it is not turned into one."""
         assert barlow_twins_loss(*_views(kind="gaussian"), eps=0, algorithm=algorithm).isfinite()

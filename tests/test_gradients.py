@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import strategies
 from barlow_loss import barlow_twins_loss, reference
@@ -9,7 +11,7 @@ from comparison import LAMBD, assert_near, evaluate, truth
 from strategies import Batch
 
 # Sizes that a block, a leaf of a recursion or a vector lane does not divide, on either side of N = D/2 and N = D.
-# Elementwise work goes in blocks from 2¹⁸ elements on, in rows where D < 2N and in features elsewhere.
+# Column sums of products go in blocks of rows from 2¹⁷ elements on.
 SHAPES = [
     (2, 1),  # the smallest legal input
     (2, 3),  # two samples: rank one, every |C_ij| near 1
@@ -22,7 +24,7 @@ SHAPES = [
     (67, 31),  # N > D, primes
     (129, 40),  # one row above twice a leaf of 64 rows: the Gram matrix is put together from blocks, oddly split
     (257, 300),  # one row above four leaves
-    (130, 2050),  # blocks of features, the last one short
+    (130, 2050),  # blocks of rows, the last one short
     (1030, 260),  # blocks of rows, the last one short
     (520, 515),  # blocks of rows, and of features in the dual's back-projection
 ]
@@ -264,3 +266,36 @@ def test_checkpointing_gives_the_same_gradients(algorithm):
         loss.backward()
         for leaf, gradient in zip(leaves, expected, strict=True):
             assert torch.equal(leaf.grad, gradient)
+
+
+def test_a_slope_beyond_float32_is_no_error(algorithm):
+    """λ times what arrives may overflow; then the gradient is not finite, as arithmetic has it."""
+    views = [view.requires_grad_() for view in Batch(6, 20, 1, "trained").views(torch.float32)]
+    loss = barlow_twins_loss(*views, lambd=1e30, algorithm=algorithm)
+    (finite,) = torch.autograd.grad(loss, views[0], retain_graph=True)
+    assert finite.isfinite().all()
+    (gradient,) = torch.autograd.grad(loss, views[0], torch.tensor(1e30))
+    assert not gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_records_no_number(algorithm, mode):
+    """Numbers are read in plain eager mode alone: what make_fx has recorded holds for other views."""
+
+    def gradient(z1, z2):
+        return torch.autograd.grad(barlow_twins_loss(z1, z2, algorithm=algorithm), (z1, z2))
+
+    first, second = _leaves(5, 8), [view.detach().mul(3).add(1).requires_grad_() for view in _leaves(5, 8)[::-1]]
+    recorded = make_fx(gradient, tracing_mode=mode)(*first)
+    with torch.no_grad():  # it holds operations that write into a buffer
+        answer = recorded(*second)
+    for got, expected in zip(answer, gradient(*second), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_fake_tensors_have_no_numbers_to_read(algorithm):
+    with FakeTensorMode() as mode:
+        views = [mode.from_tensor(view) for view in Batch(5, 8, 1, "trained").views()]
+        leaves = [view.requires_grad_() for view in views]
+        gradients = torch.autograd.grad(barlow_twins_loss(*leaves, algorithm=algorithm), leaves)
+    assert [gradient.shape for gradient in gradients] == [view.shape for view in views]

@@ -21,6 +21,7 @@ CASE = {
     "device_type": "cpu",
     "autocast": False,
     "grad_reduction": "mean",
+    "on_host": False,
 }
 
 

@@ -117,12 +117,12 @@ LOSS = [
         LAWS,
         ("eps-not-times-n", "add_(n * eps)", "add_(eps)"),
         ("variance-about-the-first-row", "x.sub_(s1, alpha=1 / n)", "x.sub_(s1, alpha=0)"),
-        ("float32-under-the-root", "m2.to(vector_dtype(z1.device)).add_(n * eps)", "m2.add(n * eps)"),
     ),
     *_in(
         "barlow_loss/_backends/eager.py",
         EXTREMES,
         ("infinite-variance-is-a-silent-zero-in-the-loss", "torch.div(total.sqrt(), total)", "torch.rsqrt(total)"),
+        ("float32-under-the-root", "m2.to(vector_dtype(z1.device)).add_(n * eps)", "m2.add(n * eps)"),
         ("no-pivot", "wide(z1[:1]), wide(z2[:1])", "wide(z1[:1]) * 0, wide(z2[:1]) * 0"),
     ),
     *_in(
@@ -272,7 +272,7 @@ PROCESSES = [
     ),
     *_in(
         "barlow_loss/_header.py",
-        SHARDS,
+        GLOBAL_NORMS,
         ("every-rank-needs-two-samples", "if shards.total >= 2:", "if min(shards.counts) >= 2:"),
     ),
     *_in(

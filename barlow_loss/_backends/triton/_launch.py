@@ -136,36 +136,27 @@ class Kernel:
         constants: tuple[Any, ...],
         **options: Any,
     ) -> None:
-        """One launch of so many programs, on the device of a tensor.
+        """One launch of so many programs, on the device of ``of``, with the kernel's arguments and constexprs.
 
-        Args:
-            of: the tensor.
-            programs: how many.
-            key: all that triton compiles for: dtypes, integers that it may specialise, what is None, constants and
-                options that vary, and ``alignments`` of what is neither aligned nor a fresh buffer of our own.
-            args: the kernel's arguments.
-            constants: its constexprs.
-            options: triton's.
+        The key holds all that triton compiles for: dtypes, integers that it may specialise, what is None, constants and
+        options that vary, and ``alignments`` of what is neither aligned nor a fresh buffer of our own.
         """
         device: Any = of.get_device()
         if device < 0:  # the interpreter, or a test that pretends a GPU
             device = triton.runtime.driver.active.get_current_device() if self._caches else None
         elif device != torch.accelerator.current_device_index():  # where triton launches
             with torch.accelerator.device_index(device):
-                return self.launch(of, programs, key, args, constants, **options)
-        compiled = self._find(device, key)
-        if compiled is not None:
+                self.launch(of, programs, key, args, constants, **options)
+            return
+        compiled = self._compiled.get((device, key))
+        if compiled is None:
+            compiled = self._kernel[programs, 1, 1](*args, *constants, **options)
+            if self._caches:
+                if len(self._compiled) >= self.MOST:
+                    self._compiled.clear()
+                self._compiled[device, key] = compiled
+        else:
             compiled[programs, 1, 1](*args, *constants)
-            return None
-        compiled = self._kernel[programs, 1, 1](*args, *constants, **options)
-        if self._caches:
-            if len(self._compiled) >= self.MOST:
-                self._compiled.clear()
-            self._compiled[device, key] = compiled
-        return None
-
-    def _find(self, device: Any, key: tuple[Any, ...]) -> Any:
-        return self._compiled.get((device, key))
 
 
 def alignments(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -18,13 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from barlow_loss._backends.triton._launch import (
-    Kernel,
-    column_tile,
-    in_contiguous_layout,
-    operation,
-    padded,
-)
+from barlow_loss._backends.triton._launch import Kernel, column_tile, in_contiguous_layout, operation, padded
 
 __all__ = ["column_sums", "fused_standardize", "standardize"]
 

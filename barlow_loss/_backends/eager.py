@@ -181,4 +181,6 @@ def _gradient(
     else:
         g = wide(left if right is None else torch.mm(left, right)) * b
     g.addcmul_(other, d)
-    return g.addcmul_(own, _column_dots(own, g, plan) if of_own is None else of_own, value=-1).mul_(rho)
+    if of_own is None:
+        of_own = _column_dots(own, g, plan)  # 2b q and d C_ii at once
+    return g.addcmul_(own, of_own, value=-1).mul_(rho)

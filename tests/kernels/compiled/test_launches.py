@@ -362,7 +362,7 @@ class TestTheHost:
         for view in draw.choice([views, views[:1], views[1:]]):
             view.requires_grad_()
         scalars = torch.ones(4, dtype=compute)  # of which one is aligned
-        lambd = draw.choice([0.0051, scalars[0], scalars[1]])
+        lambd = draw.choice([0.0051, 0.1, scalars[0], scalars[1]])
         plan = Plan(draw.choice(["dual", "primal"]), "triton", compute, u)
         terms = loss_and_sums(*views, lambd, 1e-5, plan, Shards(ALONE, size[:1]))
         arriving = [(term, scalars[draw.randrange(4)]) for term in terms if draw.random() < 0.6] or [

@@ -175,9 +175,10 @@ def matrices(n, d, dtype):
     generator = torch.Generator().manual_seed(n + d)
     u = torch.randn(2, n, d, generator=generator, dtype=F64) / n**0.5
     p = torch.randn(2, n, d, generator=generator, dtype=F64)
-    c = torch.rand(d, generator=generator, dtype=F64)
     rho = 0.1 + torch.rand(2, d, generator=generator, dtype=F64)
-    return u.to(dtype), p.to(dtype), c, rho
+    u = u.to(dtype)
+    c = (u[0].double() * u[1].double()).sum(0)  # eager takes q and C_ii out of one sum
+    return u, p.to(dtype), c, rho
 
 
 def padded(matrix):
@@ -212,6 +213,7 @@ def test_backproject(n, d, dtype, out, has_q, holds_diagonal):
     eager_products = tuple((p[v], None, None if q is None else q[v]) for v in (0, 1))
     rivals = eager.backproject(eager_products, u, c, rho, *settings)
     for own, rival, expected in zip(got, rivals, right, strict=True):
+        assert error(rival, expected) <= 0.01 * float(expected.norm())
         assert own.shape == (n, d)
         assert own.dtype == out
         assert_no_worse(own, rival, expected, torch.promote_types(out, compute) if out == compute else out, "gradient")

@@ -53,7 +53,7 @@ def loss_and_sums(
     needed = (recorded and z1.requires_grad, recorded and z2.requires_grad)
     if isinstance(lambd, Tensor):
         lambd = lambd.to(z1.device, plan.compute_dtype)
-    operation: Any = _TracedLoss if is_traced(z1) else _Loss
+    operation: Any = _TracedLoss if is_traced(z1, z2) else _Loss
     loss, on_diagonal, off_diagonal, *_ = operation.apply(z1, z2, lambd, eps, plan, shards, needed)
     return loss, on_diagonal, off_diagonal
 
@@ -92,8 +92,8 @@ def _gradients(
     *matrices: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     with autocast_disabled(u.device.type):
-        if plan.on_host and torch.compiler.is_compiling():  # compiled autograd, of a forward that was not
-            plan = plan._replace(on_host=False)
+        if plan.on_host and is_traced(*(given for given in (of_loss, of_on, of_off) if given is not None)):
+            plan = plan._replace(on_host=False)  # of a forward that was not, as in compiled autograd
         ops, algorithm = resolve(plan.backend), _algorithm(plan, shards)
         products = algorithm.products(needed, u, *matrices)
         arriving = Arriving(of_loss, of_on, of_off, lambd)
@@ -150,15 +150,7 @@ class _TracedLoss(torch.autograd.Function):
     """The same where it is traced: what is saved must be an output there."""
 
     @staticmethod
-    def forward(
-        z1: Tensor,
-        z2: Tensor,
-        lambd: float | Tensor,
-        eps: float,
-        plan: Plan,
-        shards: Shards,
-        needed: tuple[bool, bool],
-    ) -> tuple[Tensor, ...]:
+    def forward(z1: Tensor, z2: Tensor, lambd: Any, eps: float, plan: Plan, shards: Shards, needed: Any) -> Any:
         # torch.export traces this with gradients on, which the backends, writing into buffers, do not support.
         with torch.no_grad():
             return _value(z1, z2, lambd, eps, plan, shards, needed)

@@ -7,11 +7,14 @@ a = ∂/∂on,  b = ∂/∂off  of whatever the caller differentiates:  a = g_L 
 
 from __future__ import annotations
 
+import functools
 from ctypes import c_float
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from barlow_loss._plan import vector_dtype
 
 if TYPE_CHECKING:
     from barlow_loss._plan import Plan
@@ -46,14 +49,20 @@ def penalties(
     Where the parts hold the diagonal it is taken off: below 0 only by rounding, where nothing is left. The gradient
     knows nothing of that clamp.
     """
+    if not plan.on_host or c.numel() > 4096:  # in float32 a million squares lose two digits
+        c = c.to(vector_dtype(c.device))
     e = c - 1
     on, off = number(torch.dot(e, e), plan.on_host), number(squares.sum(), plan.on_host)
     if holds_diagonal:
         off = off - number(torch.dot(c, c), plan.on_host)
         off = off.clamp_min(0) if isinstance(off, Tensor) else max(off, 0.0)  # in this order: NaN stays
-    dtype, scalar = plan.compute_dtype, torch.scalar_tensor
+    dtype = plan.compute_dtype
+    scalar = functools.partial(torch.scalar_tensor, dtype=dtype, device=c.device)
     if isinstance(lambd, Tensor) or isinstance(on, Tensor) or isinstance(off, Tensor):
-        on_diagonal, off_diagonal = _scalar(on, dtype), _scalar(off, dtype)
+        # Copies: compiled by torch 2.11, an output of a .to() without effect loses its gradient without a word.
+        on_diagonal, off_diagonal = (
+            total.to(dtype, copy=True) if isinstance(total, Tensor) else scalar(total) for total in (on, off)
+        )
         return on_diagonal + lambd * off_diagonal, on_diagonal, off_diagonal
     if dtype == torch.float32:
         # The bits that tensors would have: in double precision there is room to round a product or a sum once more.
@@ -61,12 +70,7 @@ def penalties(
         weighted = c_float(lambd * off).value
     else:
         weighted = lambd * off
-    return scalar(on + weighted, dtype=dtype), scalar(on, dtype=dtype), scalar(off, dtype=dtype)
-
-
-def _scalar(value: Number, dtype: torch.dtype) -> Tensor:
-    # A copy: compiled by torch 2.11, an output of a .to() without effect loses its gradient without a word.
-    return value.to(dtype, copy=True) if isinstance(value, Tensor) else torch.scalar_tensor(value, dtype=dtype)
+    return scalar(on + weighted), scalar(on), scalar(off)
 
 
 def slopes(arriving: Arriving, plan: Plan) -> tuple[Number, Number]:

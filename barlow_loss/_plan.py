@@ -90,9 +90,9 @@ def make_plan(
 _remembered = functools.lru_cache(maxsize=256)(make_plan)
 
 
-def plan_for(caller: str, algorithm: str, backend: str, grad_reduction: str, n: int, z: Tensor) -> Plan:
-    """``make_plan`` for a view of a global batch of n rows, remembered; raises as ``choose_backend`` does."""
-    traced, device = is_traced(z), z.device
+def plan_for(caller: str, algorithm: str, backend: str, grad_reduction: str, n: int, z: Tensor, other: Tensor) -> Plan:
+    """``make_plan`` for the views of a global batch of n rows, remembered; raises as ``choose_backend`` does."""
+    traced, device = is_traced(z, other), z.device
     return (make_plan if traced else _remembered)(
         algorithm=algorithm,
         backend=choose_backend(caller, backend, device),
@@ -106,20 +106,23 @@ def plan_for(caller: str, algorithm: str, backend: str, grad_reduction: str, n: 
     )
 
 
-def is_traced(z: Tensor) -> bool:
-    """Whether operations on z are followed rather than done: by a compiler, torch.func, make_fx, for fake tensors."""
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether operations on them are followed, not done: by a compiler, torch.func, make_fx, for fake tensors."""
     return (
         torch.compiler.is_compiling()
         or _functorch()
-        or type(z) not in _PLAIN
+        or not _PLAIN.issuperset(map(type, tensors))
         or (_modes() > 0 and any(_mode(number).is_infra_mode() for number in range(_modes())))
+        or _keyed(_PRE_DISPATCH)
     )
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # pyright: ignore[reportPrivateUsage]
 _functorch = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
 _modes = torch._C._len_torch_dispatch_stack  # pyright: ignore[reportPrivateUsage]
 _mode = torch._C._get_dispatch_stack_at  # pyright: ignore[reportPrivateUsage]
+_keyed = torch._C._dispatch_tls_is_dispatch_key_included  # pyright: ignore[reportPrivateUsage]
 
 
 def _choose_algorithm(algorithm: str, n: int, d: int) -> str:

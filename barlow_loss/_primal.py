@@ -39,10 +39,7 @@ def value(
     return c, rows, (correlation, rows, squares.sum(0))
 
 
-def products(
-    needed: tuple[bool, bool], u: Tensor, correlation: Tensor, rows: Tensor, columns: Tensor
-) -> tuple[Any, Any]:
+def products(needed: tuple[bool, bool], u: Tensor, c: Tensor, rows: Tensor, columns: Tensor) -> tuple[Any, Any]:
     """The factors of P, u2 C̃ᵀ for the first view and u1 C̃ for the second, and q."""
     u1, u2 = u.unbind()
-    first = (u2, correlation.t(), rows) if needed[0] else None
-    return first, (u1, correlation, columns) if needed[1] else None
+    return (u2, c.t(), rows) if needed[0] else None, (u1, c, columns) if needed[1] else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +29,6 @@ def check_views(caller: str, *views: Any) -> tuple[Tensor, Tensor]:
         alike = z1.shape == z2.shape and z1.dtype == z2.dtype and z1.device == z2.device and z1.layout == z2.layout
         if alike and z1.layout == torch.strided and z1.dtype in _DTYPES and z1.ndim == 2 and z1.shape[1] != 0:
             return z1, z2
-    return _explain(caller, *views)
-
-
-def _explain(caller: str, *views: Any) -> NoReturn:
     if len(views) != 2:
         raise ValueError(
             f"{caller}: expected exactly two views, got {len(views)}. "

@@ -181,7 +181,7 @@ def barlow_twins_loss(
     n = shards.total
     if n < 2:
         check_samples(caller, z1, shards)
-    plan = plan_for(caller, algorithm, backend, grad_reduction, n, z1)
+    plan = plan_for(caller, algorithm, backend, grad_reduction, n, z1, z2)
     terms = loss_and_sums(z1, z2, lambd, eps, plan, shards)
     return BarlowTwinsTerms(*terms) if return_terms else terms[0]
 

@@ -20,8 +20,9 @@ Moved, per contender. A pass is over all e elements of both views, or over a D×
   K1, K2; the products of the backward read K1, K2 and u, write P; the back-projection reads P and u, writes the
   gradient (view). e·(2·view + 6·product) + 2N²·3·product. Again: z, P and u once more, e·(view + 2·product). 8
   launches: standardise, 2 products, Frobenius, penalties, 2 products, back-projection.
-* dual, eager: one operation per pass, float32 (c = 4) between products. Standardise: z to x, its sum, centred, its
-  square, the sum of that, scaled, diagonal: view + 11c, and c + product for the cast where the products have 16 bits.
+* dual, eager: one operation per pass, float32 (c = 4) between products. Standardise: z to x, both views put together,
+  its sum, centred, its square, the sum of that, scaled, diagonal: view + 13c, and c + product for the cast where the
+  products have 16 bits; 32 rows of each view for the pivots.
   Four products: e·3·product, 2N²·2·product. Frobenius: 2N²·2c, and 2N²·(product + c) for the casts, in 16 bits.
   Back-projection: of either view P scaled, twice another term added, a product and its sum, scaled: 14c; in 16 bits
   the casts of P, of u twice and of the gradient besides: 4c + 3·product + view. Some 70 float32 vectors.
@@ -150,15 +151,19 @@ def dual_eager(cell: Cell, setting: Setting) -> Cost:
     n, e = cell.n, 2 * cell.n * cell.d
     view, product, c = setting.view, setting.product, _ACCUMULATOR
     half = product < c
-    standardize = view + 11 * c + half * (c + product)
+    standardize = view + 13 * c + half * (c + product)
+    pivot = 64 * cell.d * (4 * view + 5 * c)  # 32 rows of each view
     backproject = 14 * c + half * (4 * c + 3 * product + view)
     frobenius = 4 * c + half * 2 * (product + c)
     return Cost(
         flops=8 * n**2 * cell.d,
-        moved=e * (standardize + 3 * product + backproject) + n**2 * (4 * product + frobenius) + 70 * c * cell.d,
+        moved=e * (standardize + 3 * product + backproject)
+        + n**2 * (4 * product + frobenius)
+        + 70 * c * cell.d
+        + pivot,
         again=0,
         working=e * (product + (8 if half else 2)) + 2 * n**2 * product,
-        launches=63 if half else 50,
+        launches=73 if half else 60,
     )
 
 

@@ -283,6 +283,29 @@ class TestExtremes:
             shifts.append(float(got / truth(*views).on_diagonal) - 1)
         assert abs(sum(shifts) / 8) < 2e-3
 
+    def test_any_finite_eps_has_its_loss(self, algorithm, dtype):
+        """N ε may overflow: every feature is constant beside it, and L = D."""
+        for eps in (1e300, 1e307, 1.7e308):
+            assert barlow_twins_loss(*_views(64, 4, dtype), eps=eps, algorithm=algorithm) == 4
+
+    def test_a_million_features_add_up(self):
+        """Σ (C_ii − 1)² in float32 would be off by 2e-6."""
+        generator = torch.Generator().manual_seed(0)
+        z1, z2 = (torch.randn(4, 2**20, generator=generator) for _ in range(2))
+        got = barlow_twins_loss(z1, z2, lambd=0.0)
+        right = barlow_twins_loss(z1.double(), z2.double(), lambd=0.0)
+        assert_near(got, right, 3e-7 * float(right))
+
+    @pytest.mark.parametrize("row", [0, -1])
+    def test_one_row_far_away_in_a_large_batch(self, algorithm, row):
+        """Its distance is the spread of every feature; the gradients of the others keep their digits."""
+        z1, z2 = _views(256, 600)
+        z1[row], z2[row] = z1[row] + 1000, z2[row] + 1000
+        expected, got = truth(z1, z2), evaluate(z1, z2, algorithm=algorithm)
+        for view in (0, 1):
+            budget = 2.5e-5 * float(expected.gradients[view].norm())
+            assert_near(got.gradients[view], expected.gradients[view], budget, f"gradient of z{view + 1}")
+
     def test_eps_zero_is_allowed_and_a_dead_feature_is_then_nan(self, algorithm):
         """0/0 has no value; it is not turned into one."""
         assert barlow_twins_loss(*_views(kind="gaussian"), eps=0, algorithm=algorithm).isfinite()
@@ -316,6 +339,15 @@ class TestModes:
             )
             weight = lambd.to(dtype) if isinstance(lambd, torch.Tensor) else lambd
             assert torch.equal(loss, on + weight * off)
+
+    def test_under_a_default_device_the_loss_stays_with_its_views(self, algorithm):
+        z1, z2 = _views()
+        expected = barlow_twins_loss(z1, z2, algorithm=algorithm)
+        for lambd in (0.0051, torch.tensor(0.0051)):
+            with torch.device("meta"):
+                loss = barlow_twins_loss(z1.requires_grad_(), z2, lambd=lambd, algorithm=algorithm)
+                loss.backward()
+            torch.testing.assert_close(loss.detach(), expected)
 
     def test_needs_no_grad_when_no_view_does(self, algorithm):
         assert not barlow_twins_loss(*_views(), algorithm=algorithm).requires_grad

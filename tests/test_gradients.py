@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 
 import strategies
 from barlow_loss import barlow_twins_loss, reference
@@ -278,15 +279,18 @@ def test_a_slope_beyond_float32_is_no_error(algorithm):
     assert not gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("pre_dispatch", [False, True])
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-def test_make_fx_records_no_number(algorithm, mode):
+def test_make_fx_records_no_number(algorithm, mode, pre_dispatch):
     """Numbers are read in plain eager mode alone: what make_fx has recorded holds for other views."""
 
     def gradient(z1, z2):
-        return torch.autograd.grad(barlow_twins_loss(z1, z2, algorithm=algorithm), (z1, z2))
+        loss = barlow_twins_loss(z1, z2, algorithm=algorithm)
+        return (loss,) if pre_dispatch else torch.autograd.grad(loss, (z1, z2))
 
     first, second = _leaves(5, 8), [view.detach().mul(3).add(1).requires_grad_() for view in _leaves(5, 8)[::-1]]
-    recorded = make_fx(gradient, tracing_mode=mode)(*first)
+    inputs = [view.detach() for view in first] if pre_dispatch else first
+    recorded = make_fx(gradient, tracing_mode=mode, pre_dispatch=pre_dispatch)(*inputs)
     with torch.no_grad():  # it holds operations that write into a buffer
         answer = recorded(*second)
     for got, expected in zip(answer, gradient(*second), strict=True):
@@ -299,3 +303,30 @@ def test_fake_tensors_have_no_numbers_to_read(algorithm):
         leaves = [view.requires_grad_() for view in views]
         gradients = torch.autograd.grad(barlow_twins_loss(*leaves, algorithm=algorithm), leaves)
     assert [gradient.shape for gradient in gradients] == [view.shape for view in views]
+
+
+def test_a_backward_that_is_traced_alone(algorithm):
+    """The forward was not."""
+    z1, z2 = _leaves(5, 8)
+    loss = barlow_twins_loss(z1, z2, algorithm=algorithm)
+
+    def backward(slope):
+        return torch.autograd.grad(loss, z1, slope, retain_graph=True)[0]
+
+    recorded = make_fx(backward)(torch.tensor(1.0, dtype=torch.float64))
+    three = torch.tensor(3.0, dtype=torch.float64)
+    torch.testing.assert_close(recorded(three), backward(three))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert torch.autograd.grad(loss, z1)[0].shape == z1.shape
+
+
+@pytest.mark.parametrize("of", [(0,), (1,), (0, 1)], ids=str)
+def test_a_tensor_of_another_kind_is_not_looked_into(algorithm, of):
+    """Not even where it is the second view alone."""
+    views, halves = _leaves(5, 8), [[view.detach(), 2 * view.detach() + 1] for view in _leaves(5, 8)[::-1]]
+    both = [TwoTensor(*halves[view]) if view in of else views[view].detach() for view in (0, 1)]
+    got = barlow_twins_loss(*both, algorithm=algorithm)
+    for half, part in (("a", 0), ("b", 1)):
+        alone = [halves[view][part] if view in of else views[view].detach() for view in (0, 1)]
+        right = barlow_twins_loss(*alone, algorithm=algorithm)
+        torch.testing.assert_close(getattr(got, half), right, rtol=1e-12, atol=1e-12)

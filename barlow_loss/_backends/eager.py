@@ -8,6 +8,7 @@ backends offer the functions of ``__all__``; the docstrings here hold for both.
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from barlow_loss._penalty import Arriving, Number, penalties, slopes
 from barlow_loss._plan import Plan, vector_dtype
-from barlow_loss._statistics import Moments, at_least_one, scale_and_shift
+from barlow_loss._statistics import Moments, at_least_one, pivots_of, scale_and_shift
 
 if TYPE_CHECKING:
     from barlow_loss._collectives import Shards
@@ -34,13 +35,19 @@ def standardize(z1: Tensor, z2: Tensor, eps: float, plan: Plan, shards: Shards) 
     A backend may fill up N and D of u, and of the matrices made from it, with zeros; vectors of D numbers it does not.
     """
     n, d = z1.shape
-    x = z1.new_empty((2, n, d), dtype=plan.compute_dtype)
-    # To write into what unbind returns ties a compiled graph to the sizes that it was traced with (torch 2.14).
-    x1, x2 = x.unbind() if plan.on_host else (x[0], x[1])
-    # The first row is within √(N − 1) standard deviations of the mean, and a constant feature becomes exactly 0.
-    first1, first2 = wide(z1[:1]), wide(z2[:1])
-    torch.sub(z1, first1, out=x1)
-    torch.sub(z2, first2, out=x2)
+    if plan.on_host and 0 < n * d <= _BLOCK_ELEMENTS:
+        # The first row is within √(N − 1) standard deviations of the mean. A constant feature is exactly 0 with either.
+        pivot1, pivot2 = wide(z1[:1]), wide(z2[:1])
+    else:
+        pivot1, pivot2 = pivots_of(z1, z2, plan.compute_dtype).unsqueeze(1)
+    if plan.on_host:
+        x = z1.new_empty((2, n, d), dtype=plan.compute_dtype)
+        x1, x2 = x.unbind()
+        torch.sub(z1, pivot1, out=x1)
+        torch.sub(z2, pivot2, out=x2)
+    else:
+        x = torch.stack((z1 - pivot1, z2 - pivot2))
+        x1, x2 = x.unbind()
     s1 = x.sum(1, keepdim=True)
     if plan.on_host and n > 0:
         x.sub_(s1, alpha=1 / n)  # centred twice, so that the variance is a sum of squares and no difference
@@ -48,13 +55,12 @@ def standardize(z1: Tensor, z2: Tensor, eps: float, plan: Plan, shards: Shards) 
         x.sub_(s1 / at_least_one(n))
     m2 = _column_dots(x, x, plan)
     if shards.group.size == 1:
-        # In float32 the sum would shift every C_ii alike, by up to 1e-7. √/ is 1/√, and NaN where it is not finite.
-        total = m2.to(vector_dtype(z1.device)).add_(n * eps)
+        # In float32 the sum would shift every C_ii alike, by up to 1e-7. √t/t is 1/√t, and NaN where t is not finite.
+        total = m2.to(vector_dtype(z1.device)).add_(min(n * eps, sys.float_info.max) if plan.on_host else n * eps)
         rho = torch.div(total.sqrt(), total).to(x.dtype)
         x.mul_(rho)
     else:
-        pivot = torch.stack([first.sum(0, keepdim=True) for first in (first1, first2)])  # 0 without a row
-        sums = pivot, s1 / at_least_one(n), m2
+        sums = torch.stack((pivot1, pivot2)), s1 / at_least_one(n), m2
         shard = Moments(n, *(vector.to(vector_dtype(z1.device)) for vector in sums))
         rho, shift = scale_and_shift(shard, eps, shards)
         shift = torch.addcmul(shift, shard.offset, rho)
@@ -153,11 +159,8 @@ def backproject(
     d = c * (a - b if holds_diagonal else a) - a
     u1, u2 = u.unbind()
     rho1, rho2 = rho.unbind()
-    first = products[0] and _gradient(*products[0], u1, u2, b, c, d, rho1, plan)
-    second = products[1] and _gradient(*products[1], u2, u1, b, c, d, rho2, plan)
-    if dtype == plan.compute_dtype:
-        return first, second
-    return first if first is None else first.to(dtype), second if second is None else second.to(dtype)
+    first = products[0] and _gradient(*products[0], u1, u2, b, c, d, rho1, plan, dtype)
+    return first, products[1] and _gradient(*products[1], u2, u1, b, c, d, rho2, plan, dtype)
 
 
 def _gradient(
@@ -171,11 +174,12 @@ def _gradient(
     d: Tensor,
     rho: Tensor,
     plan: Plan,
+    dtype: torch.dtype,
 ) -> Tensor:
-    dtype, own, other = plan.compute_dtype, wide(own), wide(other)
-    of_own = None if q is None else (q * b + d * c).to(dtype)
-    if d.dtype != dtype:
-        d, rho = d.to(dtype), rho.to(dtype)
+    compute, own, other = plan.compute_dtype, wide(own), wide(other)
+    of_own = None if q is None else (q * b + d * c).to(compute)
+    if d.dtype != compute:
+        d, rho = d.to(compute), rho.to(compute)
     if isinstance(b, float) and right is not None:
         g = torch.addmm(own, left, right, beta=0, alpha=b)
     else:
@@ -183,4 +187,5 @@ def _gradient(
     g.addcmul_(other, d)
     if of_own is None:
         of_own = _column_dots(own, g, plan)  # 2b q and d C_ii at once
-    return g.addcmul_(own, of_own, value=-1).mul_(rho)
+    g.addcmul_(own, of_own, value=-1).mul_(rho)
+    return g if g.dtype == dtype else g.to(dtype)

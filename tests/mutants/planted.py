@@ -54,6 +54,8 @@ LOSS = [
     *_in(
         "barlow_loss/_penalty.py",
         EXTREMES,
+        ("loss-on-the-default-device", "dtype=dtype, device=c.device)", "dtype=dtype)"),
+        ("many-features-added-in-float32", "c.numel() > 4096", "False"),
         ("loss-in-double-precision", "weighted = c_float(lambd * off).value", "weighted = lambd * off"),
     ),
     *_in(
@@ -97,8 +99,8 @@ LOSS = [
     *_in(
         "barlow_loss/_primal.py",
         GRADIENTS,
-        ("primal-gradient-not-transposed", "(u2, correlation.t(), rows)", "(u2, correlation, rows)"),
-        ("primal-takes-row-sums-for-both-views", "(u1, correlation, columns)", "(u1, correlation, rows)"),
+        ("primal-gradient-not-transposed", "(u2, c.t(), rows)", "(u2, c, rows)"),
+        ("primal-takes-row-sums-for-both-views", "(u1, c, columns)", "(u1, c, rows)"),
         ("diagonal-of-a-copy-set-to-zero", "diagonal().zero_()", "diagonal().clone().zero_()"),
     ),
     *_in(
@@ -115,14 +117,16 @@ LOSS = [
     *_in(
         "barlow_loss/_backends/eager.py",
         LAWS,
-        ("eps-not-times-n", "add_(n * eps)", "add_(eps)"),
+        ("eps-not-times-n", "add_(min(n * eps,", "add_(min(eps,"),
         ("variance-about-the-first-row", "x.sub_(s1, alpha=1 / n)", "x.sub_(s1, alpha=0)"),
     ),
     *_in(
         "barlow_loss/_backends/eager.py",
         EXTREMES,
         ("infinite-variance-is-a-silent-zero-in-the-loss", "torch.div(total.sqrt(), total)", "torch.rsqrt(total)"),
-        ("float32-under-the-root", "m2.to(vector_dtype(z1.device)).add_(n * eps)", "m2.add(n * eps)"),
+        ("float32-under-the-root", "m2.to(vector_dtype(z1.device)).add_(", "m2.add("),
+        ("an-eps-too-large-is-nan", "min(n * eps, sys.float_info.max)", "n * eps"),
+        ("large-batches-centred-on-their-first-row", "0 < n * d <= _BLOCK_ELEMENTS", "n > 0"),
         ("no-pivot", "wide(z1[:1]), wide(z2[:1])", "wide(z1[:1]) * 0, wide(z2[:1]) * 0"),
     ),
     *_in(
@@ -148,7 +152,7 @@ LOSS = [
     *_in(
         "barlow_loss/loss.py",
         ("tests/distributed/test_traffic.py", "tests/distributed/test_exactness.py"),
-        ("auto-decides-by-the-rows-of-one-rank", "grad_reduction, n, z1)", "grad_reduction, z1.shape[0], z1)"),
+        ("auto-decides-by-the-rows-of-one-rank", "grad_reduction, n, z1, z2)", "grad_reduction, z1.shape[0], z1, z2)"),
     ),
 ]
 
@@ -191,7 +195,7 @@ AUTOGRAD = [
         GRADIENTS,
         ("diagonal-taken-off-half", "a - b if holds_diagonal else a)", "a - b / 2 if holds_diagonal else a)"),
         ("gradient-along-the-features-forgotten", "(q * b + d * c)", "(q * b)"),
-        ("rho-of-the-other-view", "u2, u1, b, c, d, rho2, plan)", "u2, u1, b, c, d, rho1, plan)"),
+        ("rho-of-the-other-view", "u2, u1, b, c, d, rho2, plan, dtype)", "u2, u1, b, c, d, rho1, plan, dtype)"),
         ("too-large-a-slope-is-refused", "b *= math.inf", "pass"),
     ),
     *_in(
@@ -447,13 +451,14 @@ KERNELS = [
     *_in(
         "barlow_loss/_backends/triton/_backproject.py",
         LAUNCHES,
+        ("a-saved-tensor-taken-for-aligned", "*alignments(*tensors[:-2])", "*alignments(*tensors[:4], *tensors[7:-2])"),
         ("compiled-anew-for-every-batch-size", "    n, d, p_cols, u_rows,", "    n: tl.constexpr, d, p_cols, u_rows,"),
     ),
     *_in(
         "barlow_loss/_backends/triton/_launch.py",
         LAUNCHES,
         ("launched-on-the-current-device", "with torch.accelerator.device_index(device):", "if True:"),
-        ("an-operation-hidden-from-modes", "is_compiling() or _modes() or", "is_compiling() or"),
+        ("an-operation-hidden-from-modes", "is_traced(of) or _modes()", "is_traced(of)"),
         ("an-unknown-triton-is-trusted", "triton.__version__.startswith(self.KNOWN)", "True"),
         ("kernels-found-anew-in-every-step", "self._compiled[device, key] = compiled", "pass"),
     ),

@@ -157,9 +157,8 @@ def backproject(
         return dz1, dz2
     tile = column_tile(d, u.dtype)
     p_cols, (_, u_rows, u_cols) = given.shape[1], u.shape
-    needs = p1 is not None, p2 is not None
-    key = u.dtype, dtype, d, p_cols, holds_diagonal, *needs, *alignments(q1, q2, of_loss, of_on, of_off, weight)
     tensors = p1, p2, q1, q2, u, c, rho, of_loss, of_on, of_off, weight, dz1, dz2
+    key = dtype, d, p_cols, holds_diagonal, *alignments(*tensors[:-2])  # those saved may come back from elsewhere
     args = *tensors, n, d, p_cols, u_rows, u_cols, lambd
     constants = holds_diagonal, q1 is not None or q2 is not None, *tile[:3]
     _backproject.launch(u, tile.programs(d), key, args, constants, num_warps=tile.warps)

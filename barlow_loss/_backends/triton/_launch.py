@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
+from barlow_loss._plan import is_traced
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -86,7 +88,6 @@ def in_contiguous_layout(z: Tensor) -> Tensor:
     return z.clone(memory_format=torch.contiguous_format)
 
 
-_TENSORS = {Tensor, torch.nn.Parameter}
 _modes = torch._C._len_torch_dispatch_stack  # pyright: ignore[reportPrivateUsage]
 
 
@@ -100,7 +101,7 @@ class _Operation:
         self.__doc__ = launch.__doc__
 
     def __call__(self, of: Tensor, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _modes() or type(of) not in _TENSORS:
+        if is_traced(of) or _modes():
             return self.operation(of, *args)
         return self.launch(of, *args)
 

@@ -24,7 +24,6 @@ __all__ = [
     "combine",
     "moments_from_sums",
     "pivot_of",
-    "pivots_of",
     "reciprocal_std",
     "sample_index",
     "scale_and_shift",
@@ -71,12 +70,6 @@ def pivot_of(rows: Tensor, dtype: torch.dtype) -> Tensor:
     first = rows[..., :1, :]
     # The copy fixes the order of the sum: a strided view must give the same bits as its contiguous copy.
     return (first + (rows - first).contiguous().mean(dim=-2, keepdim=True)).squeeze(-2)
-
-
-def pivots_of(z1: Tensor, z2: Tensor, dtype: torch.dtype) -> Tensor:
-    """The pivots of two (N, D) views, (2, D), from rows spread over all of the batch."""
-    rows = sample_index(z1.shape[0], z1.device)
-    return pivot_of(torch.stack([z.index_select(0, rows) for z in (z1, z2)]), dtype)
 
 
 def at_least_one(n: int | Tensor) -> int | Tensor:

@@ -12,7 +12,7 @@ from comparison import LAMBD, assert_near, evaluate, truth
 from strategies import Batch
 
 # Sizes that a block, a leaf of a recursion or a vector lane does not divide, on either side of N = D/2 and N = D.
-# Column sums of products go in blocks of rows from 2¹⁷ elements on.
+# Column sums of products go in blocks of rows from 2¹⁹ elements on.
 SHAPES = [
     (2, 1),  # the smallest legal input
     (2, 3),  # two samples: rank one, every |C_ij| near 1
@@ -25,9 +25,9 @@ SHAPES = [
     (67, 31),  # N > D, primes
     (129, 40),  # one row above twice a leaf of 64 rows: the Gram matrix is put together from blocks, oddly split
     (257, 300),  # one row above four leaves
-    (130, 2050),  # blocks of rows, the last one short
-    (1030, 260),  # blocks of rows, the last one short
-    (520, 515),  # blocks of rows, and of features in the dual's back-projection
+    (300, 1800),  # blocks of rows, the last one short
+    (1030, 560),  # blocks of rows, the last one short
+    (730, 727),  # blocks of rows, N just above D
 ]
 
 

@@ -126,7 +126,7 @@ LOSS = [
         ("infinite-variance-is-a-silent-zero-in-the-loss", "torch.div(total.sqrt(), total)", "torch.rsqrt(total)"),
         ("float32-under-the-root", "m2.to(vector_dtype(z1.device)).add_(", "m2.add("),
         ("an-eps-too-large-is-nan", "min(n * eps, sys.float_info.max)", "n * eps"),
-        ("large-batches-centred-on-their-first-row", "0 < n * d <= _BLOCK_ELEMENTS", "n > 0"),
+        ("large-batches-centred-on-their-first-row", "0 < n * d <= _SMALL_ELEMENTS", "n > 0"),
         ("no-pivot", "wide(z1[:1]), wide(z2[:1])", "wide(z1[:1]) * 0, wide(z2[:1]) * 0"),
     ),
     *_in(

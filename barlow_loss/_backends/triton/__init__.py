@@ -17,7 +17,7 @@ from torch import Tensor
 from barlow_loss._backends.triton import _backproject, _penalties, _standardize
 from barlow_loss._backends.triton._backproject import column_dots
 from barlow_loss._backends.triton._frobenius import frobenius
-from barlow_loss._statistics import moments_from_sums, pivots_of, scale_and_shift
+from barlow_loss._statistics import moments_from_sums, pivot_of, sample_index, scale_and_shift
 
 if TYPE_CHECKING:
     from barlow_loss._backends.eager import Product
@@ -31,8 +31,10 @@ __all__ = ["backproject", "grams", "penalties", "project", "standardize"]
 def standardize(z1: Tensor, z2: Tensor, eps: float, plan: Plan, shards: Shards) -> tuple[Tensor, Tensor, Tensor]:
     if shards.group.size == 1:
         return _standardize.fused_standardize(z1, z2, eps, plan.matmul_dtype)
-    pivot = pivots_of(z1, z2, plan.compute_dtype)
-    shard = moments_from_sums(z1.shape[0], pivot, *_standardize.column_sums(z1, z2, pivot))
+    n = z1.shape[0]
+    rows = sample_index(n, z1.device)
+    pivot = pivot_of(torch.stack([z.index_select(0, rows) for z in (z1, z2)]), plan.compute_dtype)
+    shard = moments_from_sums(n, pivot, *_standardize.column_sums(z1, z2, pivot))
     rho, shift = scale_and_shift(shard, eps, shards)
     vectors = pivot, rho.to(pivot.dtype), shift.to(pivot.dtype)
     u, diagonal = _standardize.standardize(z1, z2, *vectors, plan.matmul_dtype)

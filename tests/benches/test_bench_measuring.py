@@ -152,10 +152,10 @@ def test_a_pretended_gpu_leaves_nothing_behind() -> None:
         pytest.skip(reason)
     z = torch.ones(2, 4).bfloat16()
     with pretended_gpu():
-        assert _plan.plan_for("it", "dual", "triton", "mean", 2, z).matmul_dtype == torch.float16
-    assert _plan.plan_for("it", "dual", "auto", "mean", 2, z).matmul_dtype == torch.float32
+        assert _plan.plan_for("it", "dual", "triton", "mean", 2, z, z).matmul_dtype == torch.float16
+    assert _plan.plan_for("it", "dual", "auto", "mean", 2, z, z).matmul_dtype == torch.float32
     with pytest.raises(ValueError, match="expected CUDA"):
-        _plan.plan_for("it", "dual", "triton", "mean", 2, z)
+        _plan.plan_for("it", "dual", "triton", "mean", 2, z, z)
 
 
 def test_a_step_dispatches_as_many_operations_at_every_time() -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "gather_rows",
     "gather_texts",
     "group_of",
+    "once_even",
 ]
 
 
@@ -37,10 +38,11 @@ ALONE = Group(1, None)
 
 
 class Shards(NamedTuple):
-    """A batch, by rows per rank."""
+    """A batch, by rows per rank; in a graph Σ n and Σ n² over the ranks too, for ``once_even``."""
 
     group: Group
     counts: tuple[int, ...]
+    sums: Tensor | None = None
 
     @property
     def total(self) -> int:
@@ -141,7 +143,7 @@ def gather_rows(shards: Shards, rows: Tensor) -> Tensor:
 
     The collective takes equal shapes only, so shorter shards are filled up on the way.
     """
-    group, counts = shards
+    group, counts, _ = shards
     if group.size == 1:
         return rows
     most = max(counts)
@@ -180,9 +182,26 @@ def _device_of_small_things(group: Group, z: Any) -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def assert_equal_on_all_ranks(group: Group, number: int, device: torch.device, message: str) -> None:
+def assert_equal_on_all_ranks(group: Group, number: int, device: torch.device, message: str) -> Tensor:
     """The same verdict on every rank, W Σ n² = (Σ n)², reached on the device; where it fails, all of them raise."""
     own = torch.full((1,), number, dtype=torch.int64, device=device)  # no copy from the host, which a capture forbids
     sums = torch.cat([own, own * own])
     dist.all_reduce(sums, group=group.handle)
-    torch._assert_async(group.size * sums[1] == sums[0].square(), message)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    _assert_even(sums, group.size, message)
+    return sums
+
+
+def _assert_even(sums: Tensor, size: int, message: str) -> None:
+    torch._assert_async(size * sums[1] == sums[0].square(), message)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+
+@torch.library.custom_op("barlow_loss::once_even", mutates_args=())
+def once_even(t: Tensor, sums: Tensor, size: int, message: str) -> Tensor:
+    """A copy of t. A compiler may move an assertion behind a gather of uneven rows, which hangs, but not this."""
+    _assert_even(sums, size, message)
+    return t.clone()
+
+
+@once_even.register_fake
+def _(t: Tensor, sums: Tensor, size: int, message: str) -> Tensor:
+    return torch.empty_like(t)

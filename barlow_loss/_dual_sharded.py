@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from barlow_loss._collectives import Shards, all_sum, gather_rows
+from barlow_loss._collectives import Shards, all_sum, gather_rows, once_even
 from barlow_loss._dual import HOLDS_DIAGONAL
+from barlow_loss._header import UNEVEN
 from barlow_loss._plan import Plan, vector_dtype
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def value(
     ops: Any, plan: Plan, shards: Shards, u: Tensor, diagonal: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """C_ii, ‖C‖², and what the gradient needs: P and q of either view."""
+    if shards.sums is not None:
+        u = once_even(u, shards.sums, shards.group.size, f"barlow_twins_loss: {UNEVEN}")
     u1, u2 = u.unbind()
     every = gather_rows(shards, u1), gather_rows(shards, u2)
     k1, k2, squares = ops.grams(u, every, plan)

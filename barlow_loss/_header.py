@@ -18,7 +18,7 @@ from barlow_loss._collectives import Group, Shards, assert_equal_on_all_ranks, g
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["Claims", "agree", "can_wait", "check_samples"]
+__all__ = ["UNEVEN", "Claims", "agree", "can_wait", "check_samples"]
 
 Claims = dict[str, Any]  # by name, what every rank must have alike
 
@@ -26,7 +26,7 @@ Claims = dict[str, Any]  # by name, what every rank must have alike
 _ERRORS: tuple[type[Exception], ...] = (RuntimeError, TypeError, ValueError, NotImplementedError)
 _MOST_LISTED = 8
 _SHAPE_CLAIMS = ("D =", "C =", "dtype =")
-_UNEVEN = (
+UNEVEN = (
     "expected as many rows on every rank under torch.compile and in a CUDA graph. Use drop_last=True in the data "
     "loader, or eager mode, which takes shards of any sizes."
 )
@@ -52,9 +52,9 @@ def agree(caller: str, group: Group, z: Any, check: Callable[[], tuple[int, Clai
         return Shards(group, (check()[0],))
     if not can_wait(z):
         n, _ = check()
-        assert_equal_on_all_ranks(group, n, z.device, f"{caller}: {_UNEVEN}")
+        sums = assert_equal_on_all_ranks(group, n, z.device, f"{caller}: {UNEVEN}")
         # An empty shard must reach the assertion, not a check of the sizes that it alone would fail.
-        return Shards(group, (n or 1,) * group.size)
+        return Shards(group, (n or 1,) * group.size, sums)
     failure, n = None, 0
     try:
         n, named = check()

@@ -202,6 +202,6 @@ def once_even(t: Tensor, sums: Tensor, size: int, message: str) -> Tensor:
     return t.clone()
 
 
-@once_even.register_fake
+@once_even.register_fake  # pyright: ignore[reportUnknownMemberType]
 def _(t: Tensor, sums: Tensor, size: int, message: str) -> Tensor:
     return torch.empty_like(t)

@@ -364,7 +364,9 @@ class TestTheHost:
         scalars = torch.ones(4, dtype=compute)  # of which one is aligned
         lambd = draw.choice([0.0051, 0.1, scalars[0], scalars[1]])
         plan = Plan(draw.choice(["dual", "primal"]), "triton", compute, u)
-        terms = loss_and_sums(*views, lambd, 1e-5, plan, Shards(ALONE, size[:1]))
+        unpack = draw.choice([lambda t: t, lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)])
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            terms = loss_and_sums(*views, lambd, 1e-5, plan, Shards(ALONE, size[:1]))
         arriving = [(term, scalars[draw.randrange(4)]) for term in terms if draw.random() < 0.6] or [
             (terms[0], scalars[1])
         ]

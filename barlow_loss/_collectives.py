@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, library
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -195,7 +195,7 @@ def _assert_even(sums: Tensor, size: int, message: str) -> None:
     torch._assert_async(size * sums[1] == sums[0].square(), message)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
 
-@torch.library.custom_op("barlow_loss::once_even", mutates_args=())
+@library.custom_op("barlow_loss::once_even", mutates_args=())
 def once_even(t: Tensor, sums: Tensor, size: int, message: str) -> Tensor:
     """A copy of t. A compiler may move an assertion behind a gather of uneven rows, which hangs, but not this."""
     _assert_even(sums, size, message)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import torch  # noqa: TC002  (torch.library reads the annotations)
+import torch  # noqa: TC002  (the schema of the operation is read off the annotations)
 import triton
 import triton.language as tl
 from torch import Tensor  # noqa: TC002

@@ -279,7 +279,7 @@ class TestTheHost:
     """What a step costs before the GPU is asked, in the plain loop."""
 
     def test_no_operation_is_called_for_a_kernel(self, pretended_h100, monkeypatch):
-        """torch.library takes 20 µs for each; see benches for the time."""
+        """A call through the dispatcher takes 20 µs; see benches for the time."""
         for operation in OPERATIONS:
             monkeypatch.setattr(operation, "operation", None)
         views = [torch.empty(16, 32, dtype=BF16).requires_grad_() for _ in range(2)]

@@ -10,8 +10,6 @@ They need torch alone; encoders need torchvision, safetensors files safetensors.
 
 import hashlib
 import sys
-from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,27 +18,14 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-FOLDER = Path(__file__).parent
-PARTS = "barlow_loss_pretraining"  # the example's, here: a project may have a module "pretraining" of its own
-
-
-def _import_parts() -> None:
-    path = FOLDER / "examples" / "pretraining" / "__init__.py"
-    spec: Any = spec_from_file_location(PARTS, path, submodule_search_locations=[str(path.parent)])
-    sys.modules[PARTS] = module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[PARTS])
-
-
 # torch.hub has this folder on its path only while it loads this file.
-sys.path.insert(0, str(FOLDER))
+PATHS = [str(Path(__file__).parent), str(Path(__file__).parent / "examples")]
+sys.path[:0] = PATHS
 try:
     from barlow_loss import BarlowTwinsLoss, Projector
-
-    if PARTS not in sys.modules:
-        _import_parts()
-    load_encoder = import_module(f"{PARTS}.weights").load_encoder
+    from barlow_recipes.weights import load_encoder
 finally:
-    sys.path.remove(str(FOLDER))
+    del sys.path[: len(PATHS)]
 
 dependencies = ["torch"]
 

@@ -1,9 +1,9 @@
 """Times what a loader's worker does to an image: decode it, make two random views of it. One thread.
 
 The official pipeline is that of facebookresearch/barlowtwins: Pillow decodes, torchvision's transforms work on Pillow's
-images. Ours is ``examples/pretraining``. They take turns, round by round; each ratio is taken within a round, and the
-median over the rounds is reported with its quartiles. The time is the thread's CPU time. Before anything is timed, both
-must agree: pixel by pixel after the same decisions, and in the statistics of the views where each draws its own.
+images. Ours is ``examples/barlow_recipes``. They take turns, round by round; each ratio is taken within a round, and
+the median over the rounds is reported with its quartiles. The time is the thread's CPU time. Before anything is timed,
+both must agree: pixel by pixel after the same decisions, and in the statistics of the views where each draws its own.
 
 The images are made here, 500×375 like ImageNet's usual ones: noise with a spectrum that falls as that of photographs
 does, three colours that vary mostly together, saved as JPEG of quality 85.
@@ -19,7 +19,6 @@ import io
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from functools import partial
@@ -36,12 +35,7 @@ from torch.nn import functional
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from machine import RESULTS, environment
-from timing import interleave, ratios, spread
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from pretraining.augmentations import (
+from barlow_recipes.augmentations import (
     MEAN,
     ORDERS,
     PAPER,
@@ -55,7 +49,9 @@ from pretraining.augmentations import (
     image_view,
     normalized,
 )
-from pretraining.decoding import decode
+from barlow_recipes.decoding import decode
+from machine import RESULTS, environment
+from timing import interleave, ratios, spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,24 +24,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from barlow_recipes.models import build_model
+from barlow_recipes.optimization import build_optimizer
 from baselines import OURS, TEXTBOOK, build
 from machine import all_cores
 from timing import interleave, ratios, spread, time_calls
 from workload import Cell, check, errors, step, truth
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from pretraining.models import build_model
-from pretraining.optimization import build_optimizer
 
 if TYPE_CHECKING:
     from timing import Turn

@@ -30,16 +30,16 @@ from typing import Any
 import torch
 
 import imagenet_pretrain
-from evaluation.small import methods, plots, tables
-from evaluation.small.data import COLUMNS, DIGITS, FASHION, MOST, TASKS, load
-from evaluation.small.jobs import Job, Result, run_jobs
-from pretraining import checkpoint
-from pretraining.errors import Aborted, Interrupted, Stopped, UsageError, require
-from pretraining.fashion_mnist import INSTALLED, NAME, PACKAGE, is_fashion_mnist
-from pretraining.flags import Flags, at_least, find_device, own_cores
-from pretraining.lock import locked
-from pretraining.program import exit_status, start
-from pretraining.reporting import BACKBONE, replacing
+from barlow_recipes import checkpoint
+from barlow_recipes.errors import Aborted, Interrupted, Stopped, UsageError, require
+from barlow_recipes.fashion_mnist import INSTALLED, NAME, PACKAGE, is_fashion_mnist
+from barlow_recipes.flags import Flags, at_least, find_device, own_cores
+from barlow_recipes.lock import locked
+from barlow_recipes.program import exit_status, start
+from barlow_recipes.reporting import BACKBONE, replacing
+from barlow_recipes.small import methods, plots, tables
+from barlow_recipes.small.data import COLUMNS, DIGITS, FASHION, MOST, TASKS, load
+from barlow_recipes.small.jobs import Job, Result, run_jobs
 
 EPOCHS = {DIGITS: 25, FASHION: 2}
 QUICK: dict[str, Any] = {"epochs": {DIGITS: 5}, "seeds": 2, "effort": 0.1}
@@ -76,7 +76,7 @@ class Plan:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; its exit status is that of :func:`~pretraining.program.exit_status`."""
+    """Run the program; its exit status is that of :func:`~barlow_recipes.program.exit_status`."""
     return exit_status(lambda: run(argv))
 
 

@@ -13,12 +13,12 @@ Any weights can be exported, also those of others; the card then says less.
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretraining.errors import UsageError
-from pretraining.exporting import CARD, check, file_names, write_files
-from pretraining.flags import Flags
-from pretraining.model_card import check_evaluations, read_record, write_card
-from pretraining.program import exit_status, start
-from pretraining.weights import load_encoder
+from barlow_recipes.errors import UsageError
+from barlow_recipes.exporting import CARD, check, file_names, write_files
+from barlow_recipes.flags import Flags
+from barlow_recipes.model_card import check_evaluations, read_record, write_card
+from barlow_recipes.program import exit_status, start
+from barlow_recipes.weights import load_encoder
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Settings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; its exit status is that of :func:`~pretraining.program.exit_status`."""
+    """Run the program; its exit status is that of :func:`~barlow_recipes.program.exit_status`."""
     return exit_status(lambda: run(read_settings(argv)))
 
 

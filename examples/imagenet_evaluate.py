@@ -22,17 +22,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evaluation import labels, runs, training
-from evaluation.neighbours import NEIGHBOURS, nearest
-from evaluation.options import add_options, read_options
-from evaluation.recipes import LINEAR, PUBLISHED, SEMI_SUPERVISED, Recipe
-from evaluation.runs import Result, Run
-from evaluation.tables import results_table
-from evaluation.training import Protocol
-from evaluation.trees import Tree, centres, load_tree
-from pretraining.distributed import from_main
-from pretraining.flags import Flags, at_least
-from pretraining.program import exit_status, start
+from barlow_recipes import evaluation as runs
+from barlow_recipes import labels
+from barlow_recipes import protocols as training
+from barlow_recipes.distributed import from_main
+from barlow_recipes.evaluation import Result, Run
+from barlow_recipes.flags import Flags, at_least
+from barlow_recipes.labelled import Tree, centres, load_tree
+from barlow_recipes.neighbours import NEIGHBOURS, nearest
+from barlow_recipes.options import add_options, read_options
+from barlow_recipes.program import exit_status, start
+from barlow_recipes.protocols import Protocol
+from barlow_recipes.published import LINEAR, PUBLISHED, SEMI_SUPERVISED, Recipe
+from barlow_recipes.results import results_table
 
 PERCENT = {"semi-1": 1, "semi-10": 10}
 COLUMNS = {"top1": "top-1", "top5": "top-5"}
@@ -40,7 +42,7 @@ PROTOCOLS = ("linear", "knn", *PERCENT)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; its exit status is that of :func:`~pretraining.program.exit_status`."""
+    """Run the program; its exit status is that of :func:`~barlow_recipes.program.exit_status`."""
     return exit_status(lambda: run(argv), runs.OUT_OF_MEMORY)
 
 

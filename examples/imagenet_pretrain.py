@@ -29,33 +29,33 @@ from typing import Any
 import torch
 
 from barlow_loss import CollapseReport, collapse_report
-from pretraining import checkpoint, distributed, looking, reporting
-from pretraining.checkpoint import TrainingState
-from pretraining.data import PretrainingData
-from pretraining.digits import load_digits
-from pretraining.distributed import from_main, is_main
-from pretraining.errors import Aborted, Interrupted, Stopped, UsageError, first_line, require
-from pretraining.fashion_mnist import is_fashion_mnist, load_fashion_mnist
-from pretraining.images import ImagePairs, load_images
-from pretraining.lock import locked
-from pretraining.models import BarlowTwins, build_model, checkpoint_activations
-from pretraining.official import find_official, go_on, initialize
-from pretraining.optimization import build_optimizer, build_schedule
-from pretraining.program import exit_status, start
-from pretraining.report import versions
-from pretraining.run import Accuracies, Run
-from pretraining.settings import Settings, read_settings
-from pretraining.signals import StopRequests, arrived, stop_requests
-from pretraining.steps import Step, apply, check_health, gradients
-from pretraining.tensorboard import TensorBoard
-from pretraining.timing import WARM_UP, Stopwatch, loader_bound
-from pretraining.weights import Weights
+from barlow_recipes import checkpoint, distributed, looking, reporting
+from barlow_recipes.checkpoint import TrainingState
+from barlow_recipes.data import PretrainingData
+from barlow_recipes.digits import load_digits
+from barlow_recipes.distributed import from_main, is_main
+from barlow_recipes.errors import Aborted, Interrupted, Stopped, UsageError, first_line, require
+from barlow_recipes.fashion_mnist import is_fashion_mnist, load_fashion_mnist
+from barlow_recipes.images import ImagePairs, load_images
+from barlow_recipes.lock import locked
+from barlow_recipes.models import BarlowTwins, build_model, checkpoint_activations
+from barlow_recipes.official import find_official, go_on, initialize
+from barlow_recipes.optimization import build_optimizer, build_schedule
+from barlow_recipes.program import exit_status, start
+from barlow_recipes.report import versions
+from barlow_recipes.run import Accuracies, Run
+from barlow_recipes.settings import Settings, read_settings
+from barlow_recipes.signals import StopRequests, arrived, stop_requests
+from barlow_recipes.steps import Step, apply, check_health, gradients
+from barlow_recipes.tensorboard import TensorBoard
+from barlow_recipes.timing import WARM_UP, Stopwatch, loader_bound
+from barlow_recipes.weights import Weights
 
 QUIET = 60  # seconds; a longer epoch is told also where no progress bar shows that the run goes on
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; its exit status is that of :func:`~pretraining.program.exit_status`."""
+    """Run the program; its exit status is that of :func:`~barlow_recipes.program.exit_status`."""
     return exit_status(lambda: run(read_settings(argv, __doc__ or "")))
 
 

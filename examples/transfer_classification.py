@@ -17,23 +17,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evaluation import runs, training
-from evaluation.options import add_options, read_options
-from evaluation.recipes import INATURALIST18, LINEAR, PLACES205, PUBLISHED_TRANSFER, Recipe
-from evaluation.tables import results_table
-from evaluation.training import Protocol
-from evaluation.trees import load_tree
-from pretraining.distributed import from_main
-from pretraining.errors import UsageError
-from pretraining.flags import Flags, at_least
-from pretraining.program import exit_status, start
+from barlow_recipes import evaluation as runs
+from barlow_recipes import protocols as training
+from barlow_recipes.distributed import from_main
+from barlow_recipes.errors import UsageError
+from barlow_recipes.flags import Flags, at_least
+from barlow_recipes.labelled import load_tree
+from barlow_recipes.options import add_options, read_options
+from barlow_recipes.program import exit_status, start
+from barlow_recipes.protocols import Protocol
+from barlow_recipes.published import INATURALIST18, LINEAR, PLACES205, PUBLISHED_TRANSFER, Recipe
+from barlow_recipes.results import results_table
 
 PRESETS = {"linear": LINEAR, "places205": PLACES205, "inaturalist18": INATURALIST18}
 COLUMNS = {"top1": "top-1", "mean_per_class": "mean per class"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; its exit status is that of :func:`~pretraining.program.exit_status`."""
+    """Run the program; its exit status is that of :func:`~barlow_recipes.program.exit_status`."""
     return exit_status(lambda: run(argv), runs.OUT_OF_MEMORY)
 
 

@@ -15,7 +15,7 @@ The output folder gets ``results.json``, ``model.pt``, ``metrics.jsonl`` and ``c
 The scores of the last iteration are the result: the best of several would be chosen on the test set.
 
 Sources: Zbontar et al. (2021), arXiv 2103.03230; He et al. (2019), arXiv 1911.05722; see
-``evaluation/detection/recipes.py``.
+``recipes/detection/recipes.py``.
 """
 
 import contextlib
@@ -31,13 +31,15 @@ import torch
 from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from evaluation.detection import scores
-from evaluation.detection.annotations import DetectionData, told
-from evaluation.detection.data import load_data
-from evaluation.detection.images import TrainingBatches, test_batches
-from evaluation.detection.models import DetectorOptions, build_detector
-from evaluation.detection.settings import Settings, read_settings
-from evaluation.detection.training import (
+from barlow_recipes import checkpoint, distributed, reporting
+from barlow_recipes.checkpoint import TrainingState
+from barlow_recipes.detection import scores
+from barlow_recipes.detection.annotations import DetectionData, told
+from barlow_recipes.detection.data import load_data
+from barlow_recipes.detection.images import TrainingBatches, test_batches
+from barlow_recipes.detection.models import DetectorOptions, build_detector
+from barlow_recipes.detection.settings import Settings, read_settings
+from barlow_recipes.detection.training import (
     buffers_kept,
     build_optimizer,
     build_schedule,
@@ -45,16 +47,14 @@ from evaluation.detection.training import (
     measure_norms,
     take_step,
 )
-from evaluation.runs import output_folder
-from pretraining import checkpoint, distributed, reporting
-from pretraining.checkpoint import TrainingState
-from pretraining.distributed import from_main, is_main
-from pretraining.encoders import Encoder, build_encoder
-from pretraining.errors import Stopped, require
-from pretraining.lock import locked
-from pretraining.program import exit_status, start
-from pretraining.signals import StopRequests, arrived, stop_requests
-from pretraining.weights import digest, load_encoder
+from barlow_recipes.distributed import from_main, is_main
+from barlow_recipes.encoders import Encoder, build_encoder
+from barlow_recipes.errors import Stopped, require
+from barlow_recipes.evaluation import output_folder
+from barlow_recipes.lock import locked
+from barlow_recipes.program import exit_status, start
+from barlow_recipes.signals import StopRequests, arrived, stop_requests
+from barlow_recipes.weights import digest, load_encoder
 
 MODEL = "model.pt"
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --short-side or --rois-per-image, or more processes"
@@ -82,7 +82,7 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; its exit status is that of :func:`~pretraining.program.exit_status`."""
+    """Run the program; its exit status is that of :func:`~barlow_recipes.program.exit_status`."""
     return exit_status(lambda: run(read_settings(argv, __doc__ or "")), OUT_OF_MEMORY)
 
 

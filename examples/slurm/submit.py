@@ -20,7 +20,7 @@ from typing import NoReturn
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
-from pretraining.errors import UsageError, first_line, require  # noqa: E402
+from barlow_recipes.errors import UsageError, first_line, require  # noqa: E402
 
 NOTICE = 120  # seconds from the signal to the end of the time
 MOST_TIMEOUTS = 1000  # jobs of one run; submitit's own limit is 3

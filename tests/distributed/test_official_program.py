@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from pretraining.checkpoint import TrainingState
-from pretraining.models import BarlowTwins
-from pretraining.official import find_official, go_on
-from pretraining.optimization import build_optimizer, build_schedule
-from pretraining.presets import PAPER, WORLD_SIZE_OF_THE_OFFICIAL_RUN, official, preset
+from barlow_recipes.checkpoint import TrainingState
+from barlow_recipes.models import BarlowTwins
+from barlow_recipes.official import find_official, go_on
+from barlow_recipes.optimization import build_optimizer, build_schedule
+from barlow_recipes.presets import PAPER, WORLD_SIZE_OF_THE_OFFICIAL_RUN, official, preset
 
 WORLD_SIZE, BATCH_SIZE, STEPS, WARMUP_STEPS = 2, 32, 12, 4
 # Large enough to see: with the published weight decay of 1e-6 the comparison could not tell W from 1.

@@ -1,6 +1,5 @@
 """The example's folder on the path, and the data that its tests share."""
 
-import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,8 +9,6 @@ import torch
 from outcomes import EXAMPLES, IMPORTED
 
 from programs import Nursery
-
-sys.path.insert(0, str(EXAMPLES))
 
 # Without the example's packages (pip install 'barlow-loss[examples]') there is nothing to test here.
 NEEDED = (
@@ -50,7 +47,7 @@ def run(
 @pytest.fixture
 def few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes take a moment, and their accuracy is a matter of luck; no pictures are drawn."""
-    from pretraining import looking, probes
+    from barlow_recipes import looking, probes
 
     monkeypatch.setattr(probes, "DRAWS", 2)
     monkeypatch.setattr(looking, "PICTURED_PAIRS", 64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision import transforms
 
-from pretraining.augmentations import (
+from barlow_recipes.augmentations import (
     MEAN,
     PAPER,
     STD,

@@ -10,9 +10,9 @@ from torch.utils.data import default_collate
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
-from pretraining import colors
-from pretraining.augmentations import ORDERS, PAPER, Colors, ViewRecipe, as_float, colored, draw_colors, image_view
-from pretraining.batched_views import (
+from barlow_recipes import colors
+from barlow_recipes.augmentations import ORDERS, PAPER, Colors, ViewRecipe, as_float, colored, draw_colors, image_view
+from barlow_recipes.batched_views import (
     Boxes,
     UnfinishedView,
     crop_boxes,

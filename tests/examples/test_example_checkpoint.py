@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretraining import checkpoint
-from pretraining.errors import Aborted, UsageError
+from barlow_recipes import checkpoint
+from barlow_recipes.errors import Aborted, UsageError
 
 STATE = {
     "settings": {"arch": "resnet18"},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.classifier import (
+from barlow_recipes.classifier import (
     INITIAL_STD,
     Classifier,
     accuracy,
@@ -17,8 +17,8 @@ from evaluation.classifier import (
     build_schedule,
     train_epoch,
 )  # fmt: skip
-from evaluation.recipes import INATURALIST18, LINEAR, PLACES205, SEMI_SUPERVISED, Recipe
-from pretraining.encoders import Encoder
+from barlow_recipes.encoders import Encoder
+from barlow_recipes.published import INATURALIST18, LINEAR, PLACES205, SEMI_SUPERVISED, Recipe
 
 CPU = torch.device("cpu")
 IMAGES, FEATURES, CLASSES = 45, 7, 6

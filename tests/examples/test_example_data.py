@@ -18,14 +18,14 @@ from outcomes import EXAMPLES
 from PIL import Image
 from torch import Tensor
 
-from pretraining.augmentations import PAPER
-from pretraining.batched_views import UnfinishedView
-from pretraining.data import EpochBatches, PretrainingData, hold_out, seed_of
-from pretraining.decoding import decode
-from pretraining.digits import load_digits
-from pretraining.errors import Aborted, UsageError
-from pretraining.folder import index_folder
-from pretraining.images import TwoViews, load_images
+from barlow_recipes.augmentations import PAPER
+from barlow_recipes.batched_views import UnfinishedView
+from barlow_recipes.data import EpochBatches, PretrainingData, hold_out, seed_of
+from barlow_recipes.decoding import decode
+from barlow_recipes.digits import load_digits
+from barlow_recipes.errors import Aborted, UsageError
+from barlow_recipes.folder import index_folder
+from barlow_recipes.images import TwoViews, load_images
 from programs import Nursery
 
 
@@ -311,9 +311,9 @@ HANGING = f"""
 import multiprocessing, os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(EXAMPLES)!r})
-from pretraining.augmentations import PAPER
-from pretraining.errors import Aborted
-from pretraining.images import load_images
+from barlow_recipes.augmentations import PAPER
+from barlow_recipes.errors import Aborted
+from barlow_recipes.images import load_images
 from torch.utils.data import _utils
 
 _utils.MP_STATUS_CHECK_INTERVAL = 3600.0  # torch waits as long for every worker that is alive, Python without end

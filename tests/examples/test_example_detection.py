@@ -16,9 +16,9 @@ pytest.importorskip("pycocotools")
 
 import shapes
 
-from pretraining import checkpoint
-from pretraining.encoders import build_encoder
-from pretraining.weights import digest
+from barlow_recipes import checkpoint
+from barlow_recipes.encoders import build_encoder
+from barlow_recipes.weights import digest
 from programs import Nursery
 
 SMALL = (

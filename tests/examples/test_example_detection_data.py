@@ -16,13 +16,13 @@ pytest.importorskip("pycocotools")
 
 import shapes
 
-from evaluation.detection.annotations import DetectionData, Split, Unusable, check_segmentation, clipped, decoded
-from evaluation.detection.coco import read_coco
-from evaluation.detection.data import find_layout
-from evaluation.detection.images import TestImages, TrainingBatches, TrainingImages, flipped
-from evaluation.detection.images import test_batches as batches_of_test
-from evaluation.detection.voc import CLASSES, read_voc
-from pretraining.errors import Aborted, UsageError
+from barlow_recipes.detection.annotations import DetectionData, Split, Unusable, check_segmentation, clipped, decoded
+from barlow_recipes.detection.coco import read_coco
+from barlow_recipes.detection.data import find_layout
+from barlow_recipes.detection.images import TestImages, TrainingBatches, TrainingImages, flipped
+from barlow_recipes.detection.images import test_batches as batches_of_test
+from barlow_recipes.detection.voc import CLASSES, read_voc
+from barlow_recipes.errors import Aborted, UsageError
 
 NAN, INF = float("nan"), float("inf")
 LOADING = {"workers": 0, "timeout": 60, "pin_memory": False}

@@ -11,11 +11,11 @@ from torch import nn
 pytest.importorskip("torchmetrics")
 pytest.importorskip("pycocotools")
 
-from evaluation.detection import scores
-from evaluation.detection.models import AlignedPool, C4Heads, DetectorOptions, build_detector
-from evaluation.detection.recipes import COCO, VOC, learning_rate_factor
-from pretraining.encoders import build_encoder
-from pretraining.errors import UsageError
+from barlow_recipes.detection import scores
+from barlow_recipes.detection.models import AlignedPool, C4Heads, DetectorOptions, build_detector
+from barlow_recipes.detection.recipes import COCO, VOC, learning_rate_factor
+from barlow_recipes.encoders import build_encoder
+from barlow_recipes.errors import UsageError
 
 OPTIONS = {
     "classes": 2, "masks": True, "neck": "c4", "frozen": False, "short_side": (64,), "max_side": 128,

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from outcomes import EXAMPLES, FILES, SMALL_CNN, differences, rows, states
 from together import Done, launch
 
-from pretraining import distributed
-from pretraining.augmentations import PAPER
-from pretraining.data import Batch, PretrainingData
-from pretraining.digits import load_digits
-from pretraining.errors import UsageError
-from pretraining.images import load_images
+from barlow_recipes import distributed
+from barlow_recipes.augmentations import PAPER
+from barlow_recipes.data import Batch, PretrainingData
+from barlow_recipes.digits import load_digits
+from barlow_recipes.errors import UsageError
+from barlow_recipes.images import load_images
 from programs import Nursery
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
@@ -162,8 +162,8 @@ def test_what_fails_on_one_rank_ends_the_others(tmp_path: Path, nursery: Nursery
 import sys
 sys.path.insert(0, {str(EXAMPLES)!r})
 import imagenet_pretrain as program
-from pretraining.distributed import rank, totals
-from pretraining.errors import Aborted
+from barlow_recipes.distributed import rank, totals
+from barlow_recipes.errors import Aborted
 
 def totals_or_failure(numbers):
     if rank() == 1:

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import imagenet_evaluate as program
-from evaluation import neighbours, runs, training
-from evaluation.trees import Reading, centres, load_tree
-from pretraining import checkpoint, probes
-from pretraining.encoders import build_encoder
+from barlow_recipes import checkpoint, neighbours, probes
+from barlow_recipes import evaluation as runs
+from barlow_recipes import protocols as training
+from barlow_recipes.encoders import build_encoder
+from barlow_recipes.labelled import Reading, centres, load_tree
 
 Call = Callable[..., tuple[int, str, str]]
 FILES = {".lock", "checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "results.json"}

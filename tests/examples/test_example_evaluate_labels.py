@@ -7,8 +7,9 @@ import torch
 from labelled_tree import make_tree, spoil
 from torch import Tensor
 
-from evaluation.labels import from_list, stratified
-from evaluation.trees import (
+from barlow_recipes import distributed
+from barlow_recipes.errors import UsageError
+from barlow_recipes.labelled import (
     Augmented,
     EveryImage,
     Reading,
@@ -19,8 +20,7 @@ from evaluation.trees import (
     load_tree,
     training_view,
 )
-from pretraining import distributed
-from pretraining.errors import UsageError
+from barlow_recipes.labels import from_list, stratified
 
 READING = Reading(image_size=16, batch_size=8, workers=0, timeout=60, pin_memory=False)
 

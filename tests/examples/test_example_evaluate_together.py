@@ -20,8 +20,8 @@ import sys
 sys.path.insert(0, {str(EXAMPLES)!r})
 import torch
 import imagenet_evaluate as program
-from evaluation import neighbours, training
-from pretraining.distributed import is_main
+from barlow_recipes import neighbours, protocols as training
+from barlow_recipes.distributed import is_main
 
 class Double(torch.nn.Module):
     def forward(self, images):

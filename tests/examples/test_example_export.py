@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
+from barlow_recipes import exporting, model_card
+from barlow_recipes.encoders import build_encoder
+from barlow_recipes.errors import Aborted
+from barlow_recipes.models import resnets
+from barlow_recipes.weights import digest
 from export_backbone import main
-from pretraining import exporting, model_card
-from pretraining.encoders import build_encoder
-from pretraining.errors import Aborted
-from pretraining.models import resnets
-from pretraining.weights import digest
 from programs import run
 
 REPOSITORY = str(Path(__file__).parents[2])
@@ -278,21 +278,21 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_the_hub_beside_a_project_with_modules_of_the_same_names(tmp_path: Path) -> None:
     torch.save(build_encoder("small-cnn").module.state_dict(), tmp_path / "any.pth")
-    for name in ("pretraining", "examples"):
+    for name in ("recipes", "examples"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
-    (tmp_path / "pretraining" / "weights.py").touch()
     program = f"""
 import torch
+import examples
 for _ in range(2):
     model = torch.hub.load({REPOSITORY!r}, "encoder", "any.pth", source="local")
-    import pretraining.weights
+    import recipes
 assert not model.training
-print(pretraining.weights.__file__)
+print(recipes.__file__)
 """
     (tmp_path / "program.py").write_text(program)
     done = run([sys.executable, "program.py"], tmp_path)
-    assert done.output == f"{tmp_path / 'pretraining' / 'weights.py'}\n", done.errors
+    assert done.output == f"{tmp_path / 'recipes' / '__init__.py'}\n", done.errors
 
 
 def test_two_addresses_that_end_alike_are_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,14 @@
-"""The programs stand on evaluation, evaluation on pretraining, pretraining on the library; nothing goes in a circle."""
+"""The programs stand on one package, and the package on the library; nothing goes in a circle."""
 
 import ast
 import graphlib
-from pathlib import Path
 
 import pytest
 from outcomes import EXAMPLES
 
-PACKAGES = ("evaluation", "pretraining")  # from top to bottom
 MODULES = {
     ".".join(path.relative_to(EXAMPLES).with_suffix("").parts).removesuffix(".__init__"): path
-    for package in PACKAGES
-    for path in sorted((EXAMPLES / package).rglob("*.py"))
+    for path in sorted((EXAMPLES / "barlow_recipes").rglob("*.py"))
 }
 
 
@@ -31,18 +28,14 @@ def imports_of(module: str) -> set[str]:
 
 
 def test_the_reader_sees_the_imports() -> None:
-    assert {"pretraining.checkpoint", "pretraining.errors", "pretraining.encoders"} <= imports_of("pretraining.weights")
-    assert "evaluation.recipes" in imports_of("evaluation.classifier")
-
-
-@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pretraining")])
-def test_pretraining_knows_nothing_of_evaluation(module: str) -> None:
-    assert not [name for name in imports_of(module) if name.startswith("evaluation")]
+    assert {"barlow_recipes.checkpoint", "barlow_recipes.errors", "barlow_recipes.encoders"} <= imports_of(
+        "barlow_recipes.weights"
+    )
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_the_parts_know_nothing_of_the_programs(module: str) -> None:
-    assert not imports_of(module) & {path.stem for path in Path(EXAMPLES).glob("*.py")}
+def test_the_package_knows_nothing_of_the_programs(module: str) -> None:
+    assert not imports_of(module) & {path.stem for path in EXAMPLES.glob("*.py")}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretraining.errors import UsageError
-from pretraining.models import build_model, checkpoint_activations, parse_projector
+from barlow_recipes.errors import UsageError
+from barlow_recipes.models import build_model, checkpoint_activations, parse_projector
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from outcomes import SMALL_RESNET, rows
 from torch import nn
 from torchvision import models
 
-from pretraining.models import build_model
-from pretraining.official import initialize
+from barlow_recipes.models import build_model
+from barlow_recipes.official import initialize
 
 Run = Callable[..., tuple[int, str, str]]
 STANDING = ("--learning-rate-weights", 0, "--learning-rate-biases", 0)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretraining.lars import LARS
-from pretraining.optimization import (
+from barlow_recipes.lars import LARS
+from barlow_recipes.optimization import (
     PUBLISHED_LEARNING_RATES,
     build_optimizer,
     build_schedule,

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretraining import probes
-from pretraining.data import Probe
+from barlow_recipes import probes
+from barlow_recipes.data import Probe
 
 CPU = torch.device("cpu")
 

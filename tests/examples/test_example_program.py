@@ -11,7 +11,7 @@ import torch
 import torchvision
 from outcomes import EXAMPLES, FILES, SHORT_DIGITS, SMALL_CNN, SMALL_RESNET, differences, rows, states
 
-from pretraining import looking
+from barlow_recipes import looking
 from programs import Nursery
 from programs import run as run_program
 

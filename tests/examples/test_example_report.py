@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from barlow_loss import collapse_report
-from pretraining import pictures
-from pretraining.errors import Aborted
-from pretraining.report import MOST_EVENTS, versions, write_report
+from barlow_recipes import pictures
+from barlow_recipes.errors import Aborted
+from barlow_recipes.report import MOST_EVENTS, versions, write_report
 
 GENERATOR = torch.Generator().manual_seed(0)
 HEALTHY = collapse_report(

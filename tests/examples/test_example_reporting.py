@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from pretraining import pictures, reporting
-from pretraining.errors import Aborted, UsageError
-from pretraining.reporting import (
+from barlow_recipes import pictures, reporting
+from barlow_recipes.errors import Aborted, UsageError
+from barlow_recipes.reporting import (
     Metrics,
     accuracy_table,
     clear,
@@ -264,7 +264,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_shows_the_metrics_and_no_step_twice_after_a_resume(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    from pretraining.tensorboard import TensorBoard
+    from barlow_recipes.tensorboard import TensorBoard
 
     folder = tmp_path / "tensorboard"
     metrics = Metrics(None, mirrors=[TensorBoard(folder)])

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pretraining.errors import UsageError
-from pretraining.presets import PRESETS, preset
-from pretraining.settings import Settings, read_settings
+from barlow_recipes.errors import UsageError
+from barlow_recipes.presets import PRESETS, preset
+from barlow_recipes.settings import Settings, read_settings
 
 
 def settings(line: str = "") -> Settings:

@@ -17,14 +17,14 @@ from outcomes import EXAMPLES
 from torch import Tensor
 
 import evaluate_small
-from evaluation.small import data as small_data
-from evaluation.small import methods, tables
-from evaluation.small.data import DIGITS, FASHION, KNN, MOST, TASKS, DataSet, Labelled, load
-from evaluation.small.jobs import Job, run_jobs
-from evaluation.small.supervised import Trained, recipe_for, train_with_labels
-from pretraining.augmentations import MEAN, STD
-from pretraining.encoders import build_encoder
-from pretraining.errors import Aborted, Stopped
+from barlow_recipes.augmentations import MEAN, STD
+from barlow_recipes.encoders import build_encoder
+from barlow_recipes.errors import Aborted, Stopped
+from barlow_recipes.small import data as small_data
+from barlow_recipes.small import methods, tables
+from barlow_recipes.small.data import DIGITS, FASHION, KNN, MOST, TASKS, DataSet, Labelled, load
+from barlow_recipes.small.jobs import Job, run_jobs
+from barlow_recipes.small.supervised import Trained, recipe_for, train_with_labels
 from programs import start
 
 CPU = torch.device("cpu")

@@ -10,16 +10,16 @@ from outcomes import differences, rows, states
 from torch import Tensor, nn
 
 from barlow_loss import barlow_twins_loss
-from pretraining.checkpoint import TrainingState
-from pretraining.data import Batch
-from pretraining.digits import load_digits
-from pretraining.models import build_model
-from pretraining.optimization import build_optimizer, build_schedule
-from pretraining.reporting import Metrics
-from pretraining.run import Run
-from pretraining.settings import read_settings
-from pretraining.steps import apply, gradients
-from pretraining.timing import Stopwatch
+from barlow_recipes.checkpoint import TrainingState
+from barlow_recipes.data import Batch
+from barlow_recipes.digits import load_digits
+from barlow_recipes.models import build_model
+from barlow_recipes.optimization import build_optimizer, build_schedule
+from barlow_recipes.reporting import Metrics
+from barlow_recipes.run import Run
+from barlow_recipes.settings import read_settings
+from barlow_recipes.steps import apply, gradients
+from barlow_recipes.timing import Stopwatch
 
 Program = Callable[..., tuple[int, str, str]]
 

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from pretraining import timing
-from pretraining.timing import PARTS, Profile, Stopwatch, loader_bound
+from barlow_recipes import timing
+from barlow_recipes.timing import PARTS, Profile, Stopwatch, loader_bound
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TAKES = {"data": 0.004, "forward": 0.008, "loss": 0.002, "backward": 0.006, "optimizer": 0.002}  # seconds

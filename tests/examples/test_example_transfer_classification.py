@@ -10,9 +10,9 @@ from labelled_tree import SMALL, make_tree
 from outcomes import rows
 
 import transfer_classification as program
-from evaluation import training
-from evaluation.recipes import INATURALIST18, LINEAR, PLACES205, Recipe
-from pretraining.errors import UsageError
+from barlow_recipes import protocols as training
+from barlow_recipes.errors import UsageError
+from barlow_recipes.published import INATURALIST18, LINEAR, PLACES205, Recipe
 
 Call = Callable[..., tuple[int, str, str]]
 

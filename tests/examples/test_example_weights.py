@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
 
-from pretraining import checkpoint
-from pretraining.encoders import build_encoder
-from pretraining.errors import UsageError
-from pretraining.models import build_model
-from pretraining.weights import load_encoder, read_weights
+from barlow_recipes import checkpoint
+from barlow_recipes.encoders import build_encoder
+from barlow_recipes.errors import UsageError
+from barlow_recipes.models import build_model
+from barlow_recipes.weights import load_encoder, read_weights
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -9,8 +9,8 @@ import torch
 from plan import DIGITS, EPOCH, Plan, Row, on_jpegs
 from runs import Training, expect, expect_same_end, expect_same_steps, send, state
 
-from pretraining import checkpoint
-from pretraining.errors import UsageError
+from barlow_recipes import checkpoint
+from barlow_recipes.errors import UsageError
 from programs import Wrong
 
 MOST_SECONDS = 20.0  # from the death of a rank to the end of the run

@@ -24,8 +24,8 @@ PROGRAM = EXAMPLES / "imagenet_pretrain.py"
 TESTS = EXAMPLES.parent / "tests"
 sys.path[:0] = [str(EXAMPLES), str(TESTS / "examples"), str(TESTS)]
 
-from pretraining import checkpoint, digits, distributed, images, looking, models, steps  # noqa: E402
-from pretraining.data import EpochBatches  # noqa: E402
+from barlow_recipes import checkpoint, digits, distributed, images, looking, models, steps  # noqa: E402
+from barlow_recipes.data import EpochBatches  # noqa: E402
 
 FEW = 176  # digits
 Change = Sequence[Any]  # the name of a function below, and its arguments

@@ -17,7 +17,7 @@ from PIL import Image
 from plan import DIGITS, EPOCH, JPEGS, Plan, Row, on_jpegs
 from runs import Training, expect, expect_same_end, rows, send
 
-from pretraining import checkpoint
+from barlow_recipes import checkpoint
 from programs import until
 
 

@@ -466,7 +466,7 @@ KERNELS = [
 
 EXAMPLE_CHECKPOINT = [
     *_in(
-        "examples/pretraining/checkpoint.py",
+        "examples/barlow_recipes/checkpoint.py",
         CHECKPOINTS,
         ("checkpoint-not-synced-to-the-disk", "            os.fsync(file.fileno())\n", ""),
         (
@@ -487,7 +487,7 @@ EXAMPLE_CHECKPOINT = [
         ),
     ),
     *_in(
-        "examples/pretraining/checkpoint.py",
+        "examples/barlow_recipes/checkpoint.py",
         RESUMED,
         ("schedule-begins-anew-on-resume", '        self.schedule.load_state_dict(state["schedule"])\n', ""),
     ),
@@ -495,7 +495,7 @@ EXAMPLE_CHECKPOINT = [
 
 EXAMPLE_IMAGES = [
     *_in(
-        "examples/pretraining/data.py",
+        "examples/barlow_recipes/data.py",
         ORDER,
         ("one-order-of-images-for-all-epochs", "seed_of(self.seed, self.epoch)", "seed_of(self.seed, 0)"),
         (
@@ -505,7 +505,7 @@ EXAMPLE_IMAGES = [
         ),
     ),
     *_in(
-        "examples/pretraining/images.py",
+        "examples/barlow_recipes/images.py",
         ORDER,
         (
             "unreadable-image-replaced-at-random",
@@ -516,7 +516,7 @@ EXAMPLE_IMAGES = [
         ("held-out-images-pretrained-on", "pretraining = catalogue.subset(~held_out)", "pretraining = catalogue"),
     ),
     *_in(
-        "examples/pretraining/shards.py",
+        "examples/barlow_recipes/shards.py",
         ("tests/examples/test_example_shards.py",),
         ("images-in-the-order-of-the-archive", "entries = sorted(entry", "entries = list(entry"),
         (
@@ -526,7 +526,7 @@ EXAMPLE_IMAGES = [
         ),
     ),
     *_in(
-        "examples/pretraining/colors.py",
+        "examples/barlow_recipes/colors.py",
         ("tests/examples/test_example_batched_views.py",),
         (
             "contrast-around-the-grey-of-the-batch",
@@ -538,18 +538,18 @@ EXAMPLE_IMAGES = [
 
 EXAMPLE_STEPS = [
     *_in(
-        "examples/pretraining/lars.py",
+        "examples/barlow_recipes/lars.py",
         OPTIMIZATION,
         ("zeros-never-move", "torch.where((p_norm > 0) & (d_norm > 0), q, 1.0)", "torch.where(d_norm > 0, q, 1.0)"),
     ),
     *_in(
-        "examples/pretraining/optimization.py",
+        "examples/barlow_recipes/optimization.py",
         OPTIMIZATION,
         ("biases-decay", '"lr": lr_biases, "weight_decay": 0.0', '"lr": lr_biases, "weight_decay": weight_decay'),
         ("warm-up-a-step-early", "return step / warmup_steps", "return (step + 1) / warmup_steps"),
     ),
     *_in(
-        "examples/pretraining/steps.py",
+        "examples/barlow_recipes/steps.py",
         STEPS,
         ("accumulated-gradients-not-averaged", "settings.scale_loss / settings.accumulate", "settings.scale_loss"),
         (
@@ -559,7 +559,7 @@ EXAMPLE_STEPS = [
         ),
     ),
     *_in(
-        "examples/pretraining/steps.py",
+        "examples/barlow_recipes/steps.py",
         ("tests/examples/test_example_distributed.py::test_uneven_shards_take_the_steps_of_one_process",),
         (
             "example-trains-with-one-over-world-size",
@@ -568,7 +568,7 @@ EXAMPLE_STEPS = [
         ),
     ),
     *_in(
-        "examples/pretraining/official.py",
+        "examples/barlow_recipes/official.py",
         ("tests/distributed/test_official_program.py",),
         (
             "official-momenta-of-vectors-as-they-are",
@@ -577,12 +577,12 @@ EXAMPLE_STEPS = [
         ),
     ),
     *_in(
-        "examples/pretraining/probes.py",
+        "examples/barlow_recipes/probes.py",
         ("tests/examples/test_example_probes.py",),
         ("neighbours-vote-with-their-cosines", "(similarity / TEMPERATURE).exp()", "similarity"),
     ),
     *_in(
-        "examples/pretraining/weights.py",
+        "examples/barlow_recipes/weights.py",
         ("tests/examples/test_example_weights.py",),
         ("one-wrapper-taken-off", "while name.startswith(WRAPPERS):", "if name.startswith(WRAPPERS):"),
     ),

@@ -1,0 +1,73 @@
+"""scikit-learn's digits: 1,797 real handwritten digits of 8×8 pixels, which come with the package."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from barlow_recipes.augmentations import augment_digits
+from barlow_recipes.data import WHOLE, Batch, EpochBatches, PretrainingData, Probe, hold_out, seed_of
+from barlow_recipes.errors import UsageError, require
+
+SPLIT_SEED = 0  # the split is the same for every --seed, so that runs can be compared
+
+
+class DigitPairs:
+    """Two views of every digit: batches are augmented whole, whichever rows of them are wanted."""
+
+    def __init__(self, images: Tensor, batch_size: int, seed: int, rows: slice) -> None:
+        self.images, self.seed, self.rows = images, seed, rows
+        self.order = EpochBatches(len(images), batch_size, seed)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        self.order.epoch, self.order.first_step = epoch, first_step
+        for step, keys in enumerate(self.order, start=first_step):
+            images = self.images[[index for _, index in keys]]
+            generators = (torch.Generator().manual_seed(seed_of(self.seed, epoch, step, view)) for view in (1, 2))
+            view1, view2 = (augment_digits(images, generator) for generator in generators)
+            yield Batch((view1[self.rows], view2[self.rows]), unreadable=0)
+
+
+def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) -> PretrainingData:
+    """Split the digits, before anything is learned: a fifth for the final evaluation, a tenth of the rest to watch.
+
+    Raises:
+        UsageError: scikit-learn is missing, or the batch is larger than the pretraining part.
+    """
+    digits = require("sklearn.datasets", "the digits run").load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # (1797, 1, 8, 8), values in [0, 1]
+    labels = torch.tensor(digits.target)
+    test = hold_out(labels, 1 / 5, SPLIT_SEED)
+    train_images, train_labels = images[~test], labels[~test]
+    watched = hold_out(train_labels, 1 / 10 if monitor else 0, SPLIT_SEED)
+    pretraining = train_images[~watched]
+    if batch_size > len(pretraining):
+        raise UsageError(f"--batch-size {batch_size} is more than the {len(pretraining)} digits to pretrain on")
+    return PretrainingData(
+        name="digits",
+        images=len(pretraining),
+        pairs=DigitPairs(pretraining, batch_size, seed, rows),
+        monitor=Probe(
+            bank=_batches(pretraining, train_labels[~watched]),
+            queries=_batches(train_images[watched], train_labels[watched]),
+            linear=False,
+            labels_per_class=(1,),
+        )
+        if monitor
+        else None,
+        final=Probe(
+            bank=_batches(train_images, train_labels),
+            queries=_batches(images[test], labels[test]),
+            linear=True,
+            labels_per_class=(1, 5),
+        ),
+    )
+
+
+def _batches(images: Tensor, labels: Tensor) -> DataLoader[tuple[Tensor, ...]]:
+    # Its own generator: a loader without one draws from torch's, and looking at images would change the run.
+    return DataLoader(TensorDataset(images, labels), batch_size=512, generator=torch.Generator())

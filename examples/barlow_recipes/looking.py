@@ -1,0 +1,117 @@
+"""Looking at a run: what its representations are worth, and what its embeddings correlate."""
+
+import copy
+from itertools import islice
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from barlow_loss import CollapseReport, collapse_report, cross_correlation
+from barlow_loss.diagnostics import noise_floor
+from barlow_recipes import pictures, probes
+from barlow_recipes.batched_views import finished
+from barlow_recipes.data import Probe
+from barlow_recipes.distributed import is_main, world_size
+from barlow_recipes.models import build_backbone
+from barlow_recipes.report import write_report
+from barlow_recipes.reporting import CROSS_CORRELATION, CURVES, REPORT
+from barlow_recipes.run import Accuracies, Run
+
+PICTURED_PAIRS, PICTURED_FEATURES = 1024, 128
+LOGGED_PAIRS = 256  # of a process: with thousands the effective rank, in float64, takes as long as a step
+
+
+def baselines(now: Run, name: Literal["monitor", "final"]) -> Accuracies:
+    """What the images of a probe are worth without pretraining: as pixels, and behind the initial weights.
+
+    A resumed run finds them in its metrics: for ImageNet they take minutes.
+    """
+    probe = now.data.final if name == "final" else now.data.monitor
+    rows = [row for row in now.metrics.of_kind("baseline") if row["probe"] == name]
+    if probe is None or rows:
+        return {row["representation"]: row["accuracies"] for row in rows}
+    device = now.settings.device
+    untrained = probes.untrained(random_backbone(now), probe.bank, device)
+    found = {
+        "raw pixels": probes.evaluate(probes.raw_pixels, probe, device),
+        "untrained encoder": probes.evaluate(untrained, probe, device),
+    }
+    for representation, values in found.items():
+        row = {"step": 0, "probe": name, "representation": representation, "accuracies": values}
+        now.metrics.add("baseline", row)
+    return found
+
+
+def random_backbone(now: Run) -> nn.Module:
+    """The encoder as it begins, or of a run that begins with other weights one with random weights."""
+    if now.begun is None:
+        return now.state.model.backbone
+    with torch.random.fork_rng(devices=[]):
+        backbone, _ = build_backbone(now.settings.arch, now.settings.stem)
+    return backbone.to(now.settings.device)
+
+
+def accuracies(now: Run, probe: Probe | None) -> dict[str, float]:
+    """What the encoder is worth now."""
+    return probes.evaluate(now.state.model.backbone.eval(), probe, now.settings.device) if probe else {}
+
+
+@torch.no_grad()
+def embeddings(now: Run) -> tuple[Tensor, Tensor]:
+    """Both views of the first pairs, (N, D) each, as the loss sees them: with batch statistics."""
+    model = copy.deepcopy(now.state.model).train()
+    z1: list[Tensor] = []
+    z2: list[Tensor] = []
+    for batch in islice(now.data.pairs.batches(epoch=0), -(-PICTURED_PAIRS // now.settings.micro_batch_size)):
+        for z, view in zip((z1, z2), batch.views, strict=True):
+            z.append(model(finished(view, now.settings.device)))
+    return torch.cat(z1), torch.cat(z2)
+
+
+def pictured_correlation(z1: Tensor, z2: Tensor) -> Tensor:
+    """C of the first features: of thousands a picture shows none."""
+    return cross_correlation(z1[:, :PICTURED_FEATURES], z2[:, :PICTURED_FEATURES])
+
+
+def draw(now: Run) -> CollapseReport:
+    """The curves and the correlation matrix as they are now; all processes take part."""
+    settings, step = now.settings, now.state.step
+    z1, z2 = embeddings(now)
+    report, after = collapse_report(z1, z2, lambd=settings.lambd), pictured_correlation(z1, z2)
+    now.collapse = report
+    if is_main() and now.before is not None:
+        n, d = settings.micro_batch_size, z1.shape[1]
+        pictures.draw_cross_correlation(now.out / CROSS_CORRELATION, now.before, after, step)
+        pictures.draw_curves(
+            now.out / CURVES,
+            now.metrics.of_kind("step"),
+            now.metrics.of_kind("epoch"),
+            lambd=settings.lambd,
+            noise_floor=noise_floor(n, d),
+            attainable_rank=min(n - 1, LOGGED_PAIRS * world_size() - 1, d),
+            baselines=now.watched,
+        )
+    return report
+
+
+def tell(now: Run, status: str) -> None:
+    """The page that shows the run, with "running", "done" or what has stopped it."""
+    if not is_main():
+        return
+    (settings,) = now.metrics.of_kind("settings")
+    write_report(
+        now.out / REPORT,
+        title=f"{now.data.name}, {now.settings.arch}",
+        status=status,
+        last_step=now.last_step,
+        settings={name: value for name, value in settings.items() if name != "kind"},
+        rows=now.metrics.rows,
+        pictures={
+            "Loss, its two terms, effective rank and accuracy over the steps": now.out / CURVES,
+            "Cross-correlation of the first features: the aim is 1 on the diagonal and 0 beside it": now.out
+            / CROSS_CORRELATION,
+        },
+        accuracies=now.accuracies,
+        collapse=now.collapse,
+    )

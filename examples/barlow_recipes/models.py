@@ -1,0 +1,129 @@
+"""The encoder, and the projector that is thrown away after pretraining."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import cast
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from barlow_loss import Projector
+from barlow_recipes.errors import UsageError, require
+
+SMALL_ARCHS = ("digits-cnn", "small-cnn")  # for the digits of 8 pixels, and for Fashion-MNIST
+STEMS = ("imagenet", "cifar")
+
+
+class BarlowTwins(nn.Module):
+    """backbone: images to representations, which one keeps; projector: representations to embeddings, for the loss."""
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.projector = backbone, projector
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast("Tensor", self.projector(self.backbone(images)))
+
+
+def build_model(arch: str, projector: str, stem: str = "imagenet") -> BarlowTwins:
+    """Build an encoder by name and a projector by its layers, such as "8192-8192-8192".
+
+    Raises:
+        UsageError: an unknown ``arch``, or torchvision is needed and missing.
+    """
+    backbone, features = build_backbone(arch, stem)
+    *hidden, out_features = parse_projector(projector)
+    hidden_features = hidden[0] if hidden else out_features
+    return BarlowTwins(backbone, Projector(features, hidden_features, out_features, num_layers=len(hidden) + 1))
+
+
+def build_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
+    """The encoder alone, with random weights, and the width of its features.
+
+    Raises:
+        UsageError: an unknown ``arch``, or torchvision is needed and missing.
+    """
+    return _small_encoder(arch) if arch in SMALL_ARCHS else _resnet(arch, stem)
+
+
+def parse_projector(layers: str) -> list[int]:
+    """Read "2048-2048-512": the layers' widths, the hidden ones equal."""
+    try:
+        widths = [int(width) for width in layers.split("-")]
+    except ValueError:
+        widths = []
+    if not widths or min(widths) < 1 or len(set(widths[:-1])) > 1:
+        raise UsageError(
+            f"--projector {layers}: expected widths such as 2048-2048-512, the hidden layers of one width, all positive"
+        )
+    return widths
+
+
+def _small_encoder(arch: str) -> tuple[nn.Module, int]:
+    """Four 3×3 convolutions and a pooling, for 1×8×8 images, or for 3×28×28, of which they see every second pixel."""
+    channels, stride, widths = (1, 1, (24, 48, 96, 96)) if arch == "digits-cnn" else (3, 2, (16, 32, 64, 128))
+    layers: list[nn.Module] = []
+    for number, width in enumerate(widths):
+        layers += [nn.MaxPool2d(2)] if number == 2 else []
+        convolution = nn.Conv2d(channels, width, 3, 1 if layers else stride, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
+
+
+def resnets() -> list[str]:
+    """The names of torchvision's ResNet family."""
+    models = require("torchvision.models", "--arch")
+    return [name for name in models.list_models(module=models) if "resne" in name]
+
+
+def _resnet(arch: str, stem: str) -> tuple[nn.Module, int]:
+    """torchvision's ResNet family without the classifier; residual branches start at 0 (``zero_init_residual``).
+
+    The "cifar" stem is one 3×3 convolution of stride 1 without pooling, for images of 32 pixels.
+    """
+    models = require("torchvision.models", f"--arch {arch}")
+    if arch not in (known := resnets()):
+        raise UsageError(f"--arch {arch}: expected one of {', '.join(known)}")
+    backbone = models.get_model(arch, weights=None, zero_init_residual=True)
+    features = backbone.fc.in_features
+    backbone.fc = nn.Identity()
+    if stem == "cifar":
+        backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+        backbone.maxpool = nn.Identity()
+    return backbone, features
+
+
+def checkpoint_activations(backbone: nn.Module) -> None:
+    """Keep of every residual block its input alone, and compute the rest again in the backward.
+
+    Raises:
+        UsageError: the encoder has no residual blocks.
+    """
+    blocks = [block for layer in ("layer1", "layer2", "layer3", "layer4") for block in getattr(backbone, layer, ())]
+    if not blocks:
+        raise UsageError("--checkpoint-activations: expected a ResNet, whose residual blocks are computed twice")
+    for block in blocks:
+        contexts = partial(_first_and_second_pass, block)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+def _first_and_second_pass(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _running_statistics_kept(block)
+
+
+@contextmanager
+def _running_statistics_kept(block: nn.Module) -> Iterator[None]:
+    """A second pass over the same images is no second look at them: what batch norms keep must not move again."""
+    kept = [
+        (module, name, buffer) for module in block.modules() for name, buffer in module.named_buffers(recurse=False)
+    ]
+    for module, name, buffer in kept:
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, name, buffer in kept:
+            setattr(module, name, buffer)

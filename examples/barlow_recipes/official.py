@@ -1,0 +1,93 @@
+"""Beginning from a file of weights, and going on from a checkpoint of facebookresearch/barlowtwins."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from barlow_recipes import checkpoint
+from barlow_recipes.checkpoint import TrainingState
+from barlow_recipes.errors import UsageError
+from barlow_recipes.lars import LARS
+from barlow_recipes.models import BarlowTwins
+from barlow_recipes.presets import PAPER
+from barlow_recipes.weights import OFFICIAL, Weights, fill, misfit, read_weights, shapes, without
+
+
+def initialize(model: BarlowTwins, path: Path) -> str:
+    """Put the weights of a file into the model, into the projector as well if the file has them.
+
+    Returns:
+        In words, what came from where.
+
+    Raises:
+        UsageError: the file cannot be read, or its weights do not fit.
+    """
+    weights = read_weights(path)
+    _load(model, weights)
+    what = "encoder and projector" if weights.projector else "the encoder (the projector has random weights)"
+    return f"begins with {what} of {weights.path}, {weights.layout}"
+
+
+def find_official(path: Path) -> Weights | None:
+    """What is in the file, if it is a checkpoint of the official program."""
+    if not path.is_file() or checkpoint.is_ours(path):
+        return None
+    try:
+        weights = read_weights(path)
+    except UsageError:
+        return None
+    return weights if weights.layout == OFFICIAL else None
+
+
+def go_on(weights: Weights, state: TrainingState, learning_rate_biases: float, steps_per_epoch: int) -> str:
+    """Take over model, momenta and epoch of the official program's checkpoint.
+
+    Both step by LARS, with μ ← 0.9 μ + d and p ← p − lr·μ, and number the parameters alike: first the matrices, then
+    the vectors. Here another learning rate of the vectors may belong to the same updates, since the official gradient
+    is 1/W of the true one (see :func:`.presets.official`), and with it another μ: lr·μ stays what it was.
+
+    Returns:
+        In words, what is continued.
+
+    Raises:
+        UsageError: the weights do not fit the model, or the optimiser is another one.
+    """
+    epoch = int(weights.content["epoch"])
+    if not isinstance(state.optimizer, LARS):
+        raise UsageError(f"--resume {weights.path}: that run was optimised by LARS, expected --optimizer lars")
+    _load(state.model, weights)
+    factors = (1.0, PAPER["learning_rate_biases"] / learning_rate_biases if learning_rate_biases else 1.0)
+    momenta = _momenta(weights, state, factors)
+    state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": momenta})
+    state.step = epoch * steps_per_epoch
+    _advance(state, state.step)
+    return f"continues {weights.path}, {weights.layout}, after its epoch {epoch}"
+
+
+def _load(model: BarlowTwins, weights: Weights) -> None:
+    backbone = without(weights.backbone, ("fc",))
+    fill(model.backbone, backbone, f"weights {weights.path}: expected those of this encoder (--arch, --stem)")
+    if weights.projector:
+        fill(model.projector, weights.projector, f"weights {weights.path}: expected those of this --projector")
+
+
+def _momenta(weights: Weights, state: TrainingState, factors: tuple[float, float]) -> dict[int, dict[str, Tensor]]:
+    """The official optimiser's μ by the number of its parameter, those of a group times its factor."""
+    saved = weights.content["optimizer"].get("state", {})
+    found = {str(number): values["mu"] for number, values in saved.items() if "mu" in values}
+    groups = zip(state.optimizer.param_groups, factors, strict=True)
+    ours = [(parameter, factor) for group, factor in groups for parameter in group["params"]]
+    if problem := misfit(shapes({str(number): parameter for number, (parameter, _) in enumerate(ours)}), shapes(found)):
+        raise UsageError(
+            f"--resume {weights.path}: its optimizer is not of this model: of the momenta by number, {problem}"
+        )
+    return {number: {"mu": found[str(number)] * factor} for number, (_, factor) in enumerate(ours)}
+
+
+def _advance(state: TrainingState, step: int) -> None:
+    """Set the schedule, and with it the learning rates, to a step."""
+    schedule = state.schedule
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule.load_state_dict(schedule.state_dict() | {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates})

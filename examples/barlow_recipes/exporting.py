@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from barlow_recipes import checkpoint
-from barlow_recipes.encoders import TIMM, Encoder
+from barlow_recipes.encoders import SMALL_ARCHS, TIMM, Encoder, resnets
 from barlow_recipes.errors import Aborted, require
-from barlow_recipes.models import SMALL_ARCHS, resnets
 from barlow_recipes.reporting import replacing
 from barlow_recipes.weights import load_encoder
 

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from barlow_loss import Projector
-from barlow_recipes.errors import UsageError, require
-
-SMALL_ARCHS = ("digits-cnn", "small-cnn")  # for the digits of 8 pixels, and for Fashion-MNIST
-STEMS = ("imagenet", "cifar")
+from barlow_recipes.encoders import build_backbone
+from barlow_recipes.errors import UsageError
 
 
 class BarlowTwins(nn.Module):
@@ -38,15 +36,6 @@ def build_model(arch: str, projector: str, stem: str = "imagenet") -> BarlowTwin
     return BarlowTwins(backbone, Projector(features, hidden_features, out_features, num_layers=len(hidden) + 1))
 
 
-def build_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
-    """The encoder alone, with random weights, and the width of its features.
-
-    Raises:
-        UsageError: an unknown ``arch``, or torchvision is needed and missing.
-    """
-    return _small_encoder(arch) if arch in SMALL_ARCHS else _resnet(arch, stem)
-
-
 def parse_projector(layers: str) -> list[int]:
     """Read "2048-2048-512": the layers' widths, the hidden ones equal."""
     try:
@@ -58,42 +47,6 @@ def parse_projector(layers: str) -> list[int]:
             f"--projector {layers}: expected widths such as 2048-2048-512, the hidden layers of one width, all positive"
         )
     return widths
-
-
-def _small_encoder(arch: str) -> tuple[nn.Module, int]:
-    """Four 3×3 convolutions and a pooling, for 1×8×8 images, or for 3×28×28, of which they see every second pixel."""
-    channels, stride, widths = (1, 1, (24, 48, 96, 96)) if arch == "digits-cnn" else (3, 2, (16, 32, 64, 128))
-    layers: list[nn.Module] = []
-    for number, width in enumerate(widths):
-        layers += [nn.MaxPool2d(2)] if number == 2 else []
-        convolution = nn.Conv2d(channels, width, 3, 1 if layers else stride, padding=1, bias=False)
-        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-        channels = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
-
-
-def resnets() -> list[str]:
-    """The names of torchvision's ResNet family."""
-    models = require("torchvision.models", "--arch")
-    return [name for name in models.list_models(module=models) if "resne" in name]
-
-
-def _resnet(arch: str, stem: str) -> tuple[nn.Module, int]:
-    """torchvision's ResNet family without the classifier; residual branches start at 0 (``zero_init_residual``).
-
-    The "cifar" stem is one 3×3 convolution of stride 1 without pooling, for images of 32 pixels.
-    """
-    models = require("torchvision.models", f"--arch {arch}")
-    if arch not in (known := resnets()):
-        raise UsageError(f"--arch {arch}: expected one of {', '.join(known)}")
-    backbone = models.get_model(arch, weights=None, zero_init_residual=True)
-    features = backbone.fc.in_features
-    backbone.fc = nn.Identity()
-    if stem == "cifar":
-        backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
-        backbone.maxpool = nn.Identity()
-    return backbone, features
 
 
 def checkpoint_activations(backbone: nn.Module) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from barlow_recipes import distributed
+from barlow_recipes.encoders import STEMS
 from barlow_recipes.errors import UsageError
 from barlow_recipes.flags import Flags, at_least, find_device, own_cores
 from barlow_recipes.labelled import Reading
-from barlow_recipes.models import STEMS
 
 PRECISIONS = ("fp32", "bf16")
 RANDOM = "random"  # in the place of a file of weights

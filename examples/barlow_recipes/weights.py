@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from barlow_recipes import checkpoint
-from barlow_recipes.encoders import Encoder, build_encoder
+from barlow_recipes.encoders import SMALL_ARCHS, STEMS, Encoder, build_encoder, resnets
 from barlow_recipes.errors import UsageError, first_line, require
-from barlow_recipes.models import SMALL_ARCHS, STEMS, resnets
 from barlow_recipes.reporting import BACKBONE, CHECKPOINT
 
 OURS, SAFETENSORS = "a checkpoint of this program", "safetensors"

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from barlow_recipes import exporting, model_card
-from barlow_recipes.encoders import build_encoder
+from barlow_recipes.encoders import build_encoder, resnets
 from barlow_recipes.errors import Aborted
-from barlow_recipes.models import resnets
 from barlow_recipes.weights import digest
 from export_backbone import main
 from programs import run

@@ -22,9 +22,9 @@ from barlow_recipes.detection.recipes import (
     VOC,
     DetectionRecipe,
 )
+from barlow_recipes.encoders import STEMS
 from barlow_recipes.errors import UsageError
 from barlow_recipes.flags import Flags, at_least, find_device, own_cores
-from barlow_recipes.models import STEMS
 
 CHOICES = {"neck": NECKS, "precision": ("fp32", "bf16"), "stem": (*STEMS, None)}
 ROI_SIZES = {"c4": 14, "fpn": 7}

@@ -1,0 +1,214 @@
+"""Settings of a program: a dataclass of which every field is a flag, with its help and its default, read by tyro.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        epochs: Positive = 100
+        "passes over the images"
+
+``--settings FILE`` takes the values of a YAML file, such as the settings.yaml of a run; flags beside it count more.
+"""
+
+import contextlib
+import io
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import torch
+import tyro
+import yaml
+from tyro.constructors import PrimitiveConstructorSpec
+
+from barlow_recipes import distributed
+from barlow_recipes.errors import UsageError, first_line
+
+S = TypeVar("S")
+OF_A_FILE = "\n\n--settings FILE takes the flags that are not given from a YAML file, such as a run's settings.yaml."
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of a number, in an annotation; :func:`read` refuses what lies outside or is not finite."""
+
+    low: float
+    high: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and abs(value) < 2**63
+
+    def __str__(self) -> str:
+        return f"≥ {self.low:g}" if math.isinf(self.high) else f"from {self.low:g} to {self.high:g}"
+
+
+Whole = Annotated[int, Bounds(0)]
+Positive = Annotated[int, Bounds(1)]
+Side = Annotated[int, Bounds(8)]  # in pixels
+Real = Annotated[float, Bounds(0)]
+Share = Annotated[float, Bounds(0, 1)]
+
+
+def optional_value(kind: type, without: Any) -> PrimitiveConstructorSpec[Any]:
+    """In an annotation: a flag that may lack its value, and then means ``without``."""
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"[{kind.__name__.upper()}]",
+        instance_from_str=lambda values: kind(*values) if values else without,
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+Resume = Annotated[str | None, optional_value(str, "auto")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What every program that trains or evaluates can be told about its run."""
+
+    device: str | None = None
+    "cpu, cuda, cuda:1, ...; without it the accelerator, if there is one"
+    workers: Whole = field(default_factory=lambda: min(8, own_cores()))
+    "processes that decode for each that trains"
+    loader_timeout: Positive = 120
+    "seconds that a batch may take to be read"
+    seed: Whole = 0
+    "of weights, order and views"
+    out: Path | None = None
+    "folder for the results; without it runs/NAME, numbered if taken"
+    overwrite: bool = False
+    "replace the run in that folder"
+    resume: Resume = None
+    "continue from a checkpoint; 'auto' or nothing: from the one in the output folder, if there is one"
+
+
+def read(kind: type[S], argv: Sequence[str] | None, description: str, default: S | None = None) -> S:
+    """Read the command line, ``sys.argv`` if None.
+
+    Args:
+        kind: the dataclass.
+        argv: the flags.
+        description: for ``--help``.
+        default: has the values of the flags that are not given; None: the dataclass's own.
+
+    Raises:
+        UsageError: a flag is unknown or has a bad value, or the file of ``--settings`` cannot be used.
+    """
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    with _told_in_one_line():
+        settings = tyro.cli(kind, args=with_file(argv), description=description + OF_A_FILE, **given)
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        value, bounds = getattr(settings, name), _bounds(hint)
+        values = value if isinstance(value, tuple) else (value,)
+        outside = [each for each in values if bounds and each is not None and each not in bounds]
+        if outside:
+            whole = "whole " * all(isinstance(each, int) for each in values)
+            raise UsageError(f"{flag(name)} {outside[0]}: expected a {whole}number {bounds}")
+    return settings
+
+
+def peek(kind: type[S], argv: Sequence[str] | None) -> S:
+    """Read the flags of this dataclass alone, and leave the others for :func:`read`."""
+    with _told_in_one_line():
+        return tyro.cli(kind, args=with_file(argv), return_unknown_args=True, add_help=False)[0]
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _bounds(hint: Any) -> Bounds | None:
+    """Of an annotation or, of a tuple or an optional one, of what it is made of."""
+    if isinstance(hint, Bounds):
+        return hint
+    return next(filter(None, map(_bounds, get_args(hint))), None)
+
+
+@contextlib.contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """Tyro prints a page in a frame: its first paragraph says what is wrong."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            yield
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        _, *lines = (line.strip("│ ") for line in told.getvalue().splitlines())
+        ends = [number for number, line in enumerate(lines) if not line or line[0] in "─╰"]
+        raise UsageError(f"{' '.join(lines[: ends[0]])} (--help lists the flags)") from None
+
+
+def with_file(argv: Sequence[str] | None) -> list[str]:
+    """The flags, those of a file before the others.
+
+    Raises:
+        UsageError: the file is not there, or no YAML of names and values.
+    """
+    flags = [*(sys.argv[1:] if argv is None else argv)]
+    if "--settings" not in flags:
+        return flags
+    place = flags.index("--settings")
+    _, *names = flags[place : place + 2]
+    path = Path(*names)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--settings {path}: cannot be read ({first_line(error)})") from None
+    if not isinstance(values, Mapping):
+        raise UsageError(f"--settings {path}: expected names and values, such as 'epochs: 100'")
+    return [*as_flags(values), *flags[:place], *flags[place + 2 :]]
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """What to write on a command line for these values; None is left out."""
+    flags: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            flags.append(flag(name if value else f"no_{name}"))
+        elif value is not None:
+            flags += [flag(name), *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return flags
+
+
+def plain(settings: Any, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields of a dataclass as they stand in JSON and YAML, apart from some."""
+    as_text = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in as_text.items()
+        if name not in without
+    }
+
+
+def own_cores() -> int:
+    """The cores for each process that torchrun has started on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def find_device(name: str | None, prefer_cpu: bool = False) -> torch.device:
+    """The device called ``name``, or without a name the accelerator, if there is one and the CPU is not preferred.
+
+    Raises:
+        UsageError: there is no such device, or it does not work.
+    """
+    if name is None:
+        accelerator = None if prefer_cpu else torch.accelerator.current_accelerator(check_available=True)
+        return distributed.own_device(accelerator or torch.device("cpu"))
+    try:
+        device = distributed.own_device(torch.device(name))
+        torch.zeros(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # each backend has its own way to say no
+        raise UsageError(f"--device {name}: {first_line(error)}") from None
+    return device
+
+
+def best_precision(device: torch.device) -> str:
+    """What --precision is when it is not given: bf16 where the hardware has it."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "fp32" if device.type == "cpu" else "bf16"

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from barlow_recipes.augmentations import as_float, normalized
-from barlow_recipes.catalogue import Catalogue
 from barlow_recipes.data import EpochBatches, seed_of
 from barlow_recipes.decoding import decode
 from barlow_recipes.distributed import own_rows
 from barlow_recipes.errors import UsageError, require
-from barlow_recipes.folder import index_folder
+from barlow_recipes.files import Catalogue, class_folders, index_folder
 from barlow_recipes.images import Labelled, Loader
+from barlow_recipes.pixels import as_float, normalized
 
 RESIZE = 8 / 7  # of the shorter side before the centre is cut: 256 for 224 pixels
 
@@ -57,7 +56,7 @@ def load_tree(root: Path, validation: Sequence[str] = ("val",)) -> Tree:
     if not root.is_dir():
         raise UsageError(f"--data {root}: no such folder")
     train, held_out = (_part(root, names) for names in (["train"], validation))
-    classes, others = (sorted(entry.name for entry in part.iterdir() if entry.is_dir()) for part in (train, held_out))
+    classes, others = map(class_folders, (train, held_out))
     if classes and not others:
         raise UsageError(
             f"--data {held_out}: no class folders. Sort its images into class folders, as in {train.name}/"

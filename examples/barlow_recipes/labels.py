@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from barlow_recipes.catalogue import Catalogue
 from barlow_recipes.data import hold_out
 from barlow_recipes.errors import UsageError, first_line
+from barlow_recipes.files import Catalogue
 
 SPLIT_SEED = 0  # the same images for every --seed, so that runs can be compared
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from barlow_loss import CollapseReport, collapse_report, cross_correlation
 from barlow_loss.diagnostics import noise_floor
 from barlow_recipes import pictures, probes
-from barlow_recipes.batched_views import finished
 from barlow_recipes.data import Probe
 from barlow_recipes.distributed import is_main, world_size
 from barlow_recipes.encoders import build_backbone
 from barlow_recipes.report import write_report
 from barlow_recipes.reporting import CROSS_CORRELATION, CURVES, REPORT
 from barlow_recipes.run import Accuracies, Run
+from barlow_recipes.views import finished
 
 PICTURED_PAIRS, PICTURED_FEATURES = 1024, 128
 LOGGED_PAIRS = 256  # of a process: with thousands the effective rank, in float64, takes as long as a step
@@ -65,7 +65,7 @@ def embeddings(now: Run) -> tuple[Tensor, Tensor]:
     z2: list[Tensor] = []
     for batch in islice(now.data.pairs.batches(epoch=0), -(-PICTURED_PAIRS // now.settings.micro_batch_size)):
         for z, view in zip((z1, z2), batch.views, strict=True):
-            z.append(model(finished(view, now.settings.device)))
+            z.append(model(finished(view, now.settings.device, now.data.pixels)))
     return torch.cat(z1), torch.cat(z2)
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from barlow_recipes import distributed
-from barlow_recipes.catalogue import Catalogue
 from barlow_recipes.classifier import (
     Accuracy,
     accuracy,
@@ -25,6 +24,7 @@ from barlow_recipes.data import seed_of
 from barlow_recipes.distributed import from_main, is_main
 from barlow_recipes.errors import Aborted, require
 from barlow_recipes.evaluation import Result, Run
+from barlow_recipes.files import Catalogue
 from barlow_recipes.labelled import TrainingImages, centres
 from barlow_recipes.published import Recipe
 

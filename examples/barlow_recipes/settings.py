@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 from barlow_recipes import distributed
-from barlow_recipes.augmentations import PAPER as PUBLISHED_VIEWS
-from barlow_recipes.augmentations import ViewRecipe
 from barlow_recipes.encoders import STEMS
 from barlow_recipes.errors import UsageError
 from barlow_recipes.fashion_mnist import is_fashion_mnist
@@ -18,6 +16,8 @@ from barlow_recipes.flags import YES_OR_NO, Flags, at_least, best_precision, fin
 from barlow_recipes.models import parse_projector
 from barlow_recipes.optimization import OPTIMIZERS, published_learning_rate
 from barlow_recipes.presets import PAPER, PRESETS, preset
+from barlow_recipes.views import PAPER as PUBLISHED_VIEWS
+from barlow_recipes.views import ViewRecipe
 
 CHOICES = {
     "optimizer": OPTIMIZERS,

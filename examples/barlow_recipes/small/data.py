@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from barlow_recipes.augmentations import PAPER, ViewRecipe, as_float, augment_digits, colored, normalized
-from barlow_recipes.batched_views import COLORS, crop_small, draw, small_views
-from barlow_recipes.colors import grayscale
 from barlow_recipes.data import hold_out, seed_of
-from barlow_recipes.digits import load_digits
+from barlow_recipes.digits import augment_digits, load_digits
 from barlow_recipes.fashion_mnist import FINAL_BANK_PER_CLASS, NAME, SIDE, load_fashion_mnist
+from barlow_recipes.pixels import as_float, normalized
 from barlow_recipes.presets import PRESETS
 from barlow_recipes.settings import read_settings
+from barlow_recipes.views import PAPER, ViewRecipe, colored, crop_small, draw, grayscale, small_views
 
 if TYPE_CHECKING:
     from barlow_recipes.data import Probe
@@ -147,7 +146,7 @@ def _fashion_as_digits(pixels: Tensor) -> Tensor:
 
 def _augmented_fashion_as_digits(images: Tensor, generator: torch.Generator) -> Tensor:
     decisions = _decisions(len(images), generator)
-    return _fashion_as_digits(colored(crop_small(as_float(images), decisions), decisions[:, -COLORS:]))
+    return _fashion_as_digits(colored(crop_small(as_float(images), decisions), decisions))
 
 
 def _digits_as_fashion(pixels: Tensor) -> Tensor:

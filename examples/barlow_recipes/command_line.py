@@ -38,7 +38,7 @@ class Bounds:
     high: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high and abs(value) < 2**63
+        return self.low <= value <= self.high and value < (2**63 if isinstance(value, int) else math.inf)
 
     def __str__(self) -> str:
         return f"≥ {self.low:g}" if math.isinf(self.high) else f"from {self.low:g} to {self.high:g}"

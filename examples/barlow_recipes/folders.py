@@ -71,7 +71,7 @@ def opened(
     unit: str = "step",
     agreed: Mapping[str, object] | None = None,
     told: Mapping[str, object] | None = None,
-    mirror: Callable[[Path, int | None], Mirror] | None = None,
+    mirrors: Callable[[Path, int | None], list[Mirror]] = lambda folder, step: [],
 ) -> Iterator[Opened]:
     """Make or go back to the output folder, and hold it until the end.
 
@@ -85,7 +85,7 @@ def opened(
         unit: what ``step`` counts, in words.
         agreed: what must be the same on all processes, beside ``shaping``; "the checkpoint" is the words for it.
         told: goes into the metrics, beside ``shaping``.
-        mirror: makes a second place for the metrics, of the folder and the step that a run goes on from.
+        mirrors: makes other places for the metrics, of the folder and the step that a run goes on from.
 
     Raises:
         UsageError: the processes, or run and checkpoint, do not agree; the folder is taken or cannot be written.
@@ -104,8 +104,7 @@ def opened(
             if not continues:
                 clear(out)
             _write_settings(out, settings)
-        mirrors = [mirror(out, step)] if mirror and is_main() else []
-        metrics = Metrics(out, resumed, step or 0, mirrors) if is_main() else Metrics(None)
+        metrics = Metrics(out, resumed, step or 0, mirrors(out, step)) if is_main() else Metrics(None)
         place = {"command": sys.argv[1:], "processes": distributed.world_size(), "torch": torch.__version__}
         metrics.add("settings", {**shaping, **place, **(told or {})})
         if resumed and asked:
@@ -126,7 +125,7 @@ def _tell_of_damage(metrics: Metrics, asked: Path, resumed: Path, step: int | No
 
 def _write_settings(out: Path, settings: RunSettings) -> None:
     if isinstance(settings, RunSettings):
-        flags = plain(settings, ("out", "overwrite", "resume"))
+        flags = plain(settings, without=("device", "out", "overwrite", "resume"))
         with reporting.replacing(out / SETTINGS) as temporary:
             temporary.write_text(yaml.safe_dump(flags, sort_keys=False, allow_unicode=True), encoding="utf-8")
 

@@ -17,9 +17,9 @@ from barlow_recipes.errors import UsageError
 class BarlowTwins(nn.Module):
     """backbone: images to representations, which one keeps; projector: representations to embeddings, for the loss.
 
-    With ``chunks`` > 1 the images pass through the backbone in so many parts, one after the other. Of each part only the
-    features are kept, and the rest is computed again in the backward. Gradients are those of the whole batch for a
-    backbone that treats images one by one (layer, group or frozen batch norms); another batch norm sees a part.
+    With ``chunks`` > 1 the images pass through the backbone in so many parts, one after the other. Of each part the
+    features alone are kept, and the rest is computed again in the backward. Gradients are those of the whole batch for
+    a backbone that treats images one by one (layer, group or frozen batch norms); another batch norm sees a part.
     """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, chunks: int = 1) -> None:
@@ -49,10 +49,9 @@ def build_model(arch: str, projector: str, stem: str = "imagenet") -> BarlowTwin
     return BarlowTwins(backbone, Projector(features, hidden_features, out_features, num_layers=len(hidden) + 1))
 
 
-def sees_whole_batches(backbone: nn.Module) -> bool:
-    """Whether a batch norm of the backbone that learns makes an image's features depend on the others."""
-    norms = (module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._NormBase))
-    return any(norm.training or not norm.track_running_stats for norm in norms)
+def has_batch_norms(backbone: nn.Module) -> bool:
+    """Whether an image's features depend, in training, on the other images of its batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in backbone.modules())
 
 
 def parse_projector(layers: str) -> list[int]:

@@ -96,4 +96,3 @@ PRESETS: dict[str, dict[str, Any]] = {
         "blur": (0.0, 0.0),
     },
 }
-

@@ -36,7 +36,6 @@ FREE = {
     "wandb", "checkpoint_activations", "deterministic", "probe_every", "log_every", "report_every", "save_every",
     "profile", "out", "overwrite", "resume", "limit_steps", "evaluation",
 }  # fmt: skip
-OF_ONE_RUN = ("device", "out", "overwrite", "resume")  # and not of its settings.yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +191,6 @@ class Settings(
         """The settings that a continued run must share with its checkpoint."""
         return plain(self, without=FREE)
 
-    def of_any_run(self) -> dict[str, Any]:
-        """What another run can be given by --settings."""
-        return plain(self, without=OF_ONE_RUN)
-
 
 @dataclass(frozen=True, kw_only=True)
 class First:
@@ -204,8 +199,8 @@ class First:
     data: str | None = None
     preset: str | None = None
     device: Device = None
-    batch_size: int | None = None
-    epochs: int | None = None
+    batch_size: int = 0  # not given
+    epochs: int = 0
 
 
 def read_settings(argv: Sequence[str] | None, description: str) -> Settings:
@@ -229,7 +224,7 @@ def _defaults(first: First, name: str, *, prefer_cpu: bool) -> Settings:
     numbers = {"channels_last": device.type == "cuda", "precision": best_precision(device)} | PRESETS[name]
     if PRESETS[name].get("arch") == "digits-cnn":
         numbers |= {"channels": 1}
-    numbers |= {key: value for key in ("batch_size", "epochs") if (value := getattr(first, key)) is not None}
+    numbers |= {key: value for key in ("batch_size", "epochs") if (value := getattr(first, key))}
     default = Settings(preset=name, device=device, **numbers)
     if name == "one-gpu":
         default = replace(default, learning_rate_weights=published_learning_rate(max(1, default.batch_size)))
@@ -240,7 +235,9 @@ def _check(settings: Settings) -> None:
     if not settings.warmup_epochs < settings.epochs:
         raise UsageError(f"--warmup-epochs {settings.warmup_epochs:g}: expected less than --epochs {settings.epochs}")
     if settings.color_jitter[3] > 0.5:
-        raise UsageError(f"--color-jitter: expected a hue of at most 0.5, half a turn, got {settings.color_jitter[3]:g}")
+        raise UsageError(
+            f"--color-jitter: expected a hue of at most 0.5, half a turn, got {settings.color_jitter[3]:g}"
+        )
     if settings.data is None and settings.preset != "digits":
         raise UsageError(f"--preset {settings.preset}: expected --data, whose images it is for")
     if settings.compile and (settings.checkpoint_activations or settings.chunk_size):
@@ -250,7 +247,9 @@ def _check(settings: Settings) -> None:
         raise UsageError(f"--arch {settings.arch}: digits-cnn goes with the digits, every other encoder with --data")
     pairs, rest = divmod(settings.batch_size, settings.accumulate)
     if rest:
-        raise UsageError(f"--accumulate {settings.accumulate}: expected a divisor of --batch-size {settings.batch_size}")
+        raise UsageError(
+            f"--accumulate {settings.accumulate}: expected a divisor of --batch-size {settings.batch_size}"
+        )
     if pairs < (least := max(2, distributed.world_size())):
         needed = least * settings.accumulate
         raise UsageError(f"--batch-size {settings.batch_size}: expected {needed} or more, a pair for each process")

@@ -9,14 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from outcomes import EXAMPLES, FILES, differences, rows, states
+from outcomes import EXAMPLES, FILES, rows, states
 
 from programs import Program, children, start, until
 

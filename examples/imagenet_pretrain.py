@@ -134,6 +134,7 @@ def load_data(settings: Settings) -> PretrainingData:
     return load_images(
         settings.data,
         recipes=settings.recipes(),
+        pixels=settings,
         image_size=settings.image_size,
         batch_size=size,
         seed=seed,

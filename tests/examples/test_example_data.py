@@ -18,14 +18,13 @@ from outcomes import EXAMPLES
 from PIL import Image
 from torch import Tensor
 
-from barlow_recipes.augmentations import PAPER
-from barlow_recipes.batched_views import UnfinishedView
 from barlow_recipes.data import EpochBatches, PretrainingData, hold_out, seed_of
 from barlow_recipes.decoding import decode
 from barlow_recipes.digits import load_digits
 from barlow_recipes.errors import Aborted, UsageError
-from barlow_recipes.folder import index_folder
+from barlow_recipes.files import index_folder
 from barlow_recipes.images import TwoViews, load_images
+from barlow_recipes.views import PAPER, UnfinishedView
 from programs import Nursery
 
 
@@ -311,7 +310,7 @@ HANGING = f"""
 import multiprocessing, os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(EXAMPLES)!r})
-from barlow_recipes.augmentations import PAPER
+from barlow_recipes.views import PAPER
 from barlow_recipes.errors import Aborted
 from barlow_recipes.images import load_images
 from torch.utils.data import _utils

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from barlow_recipes.augmentations import PAPER
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.errors import UsageError
 from barlow_recipes.images import load_images
 from barlow_recipes.shards import find_shards, index_shards
+from barlow_recipes.views import PAPER
 
 webdataset = pytest.importorskip("webdataset", reason="pip install webdataset")
 

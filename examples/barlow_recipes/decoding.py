@@ -127,4 +127,4 @@ def _scaled(image: Tensor, name: str, pixels: PixelSettings) -> Tensor:
         raise UnfitError(
             f"{name}: values from {least:g} to {most:g}, expected {low:g} to {high:g}: give --value-range LOW HIGH"
         )
-    return values.sub_(low).div_(high - low)
+    return (values - low) / (high - low)

@@ -72,9 +72,10 @@ def from_hugging_face(path: Path, parquet: Sequence[Path] = ()) -> Items:
             )
         found = found["train"]
     columns = found.features
-    images = [name for name, feature in columns.items() if isinstance(feature, hugging_face.Image)]
-    images += [
-        name for name, feature in columns.items() if {"bytes", "path"} == {*(isinstance(feature, dict) and feature)}
+    images = [
+        name
+        for name, feature in columns.items()
+        if isinstance(feature, hugging_face.Image) or (isinstance(feature, dict) and {*feature} == {"bytes", "path"})
     ]
     if not images:
         raise UsageError(f"--data {path}: no column of images among {', '.join(columns)}")

@@ -68,7 +68,8 @@ def _opened(content: bytes, name: str, pixels: PixelSettings, pillow: Any) -> "I
             raise UnfitError(
                 f"{name}: of its 16 bits Pillow reads 8, too few for --value-range: save it as TIFF or .npy"
             )
-        if not (tiff and (deep or pixels.channels > len("RGBA"))):
+        pages = getattr(image, "n_frames", 1)
+        if not (tiff and (deep or pages > 1 or pixels.channels > len("RGBA"))):
             return image
     except pillow.UnidentifiedImageError:
         if not tiff:

@@ -158,6 +158,7 @@ def npy(values: Any) -> bytes:
 
 RAMP = np.linspace(0, 1, 320).reshape(16, 20)
 BANDS = np.stack([RAMP * (band + 1) / 13 for band in range(13)])  # (C, H, W)
+COLORS = (65535 * BANDS[:3]).astype("u2").transpose(1, 2, 0).copy()
 DEEP: dict[str, tuple[bytes, Any, dict[str, Any]]] = {
     "uint16": (tiff((65535 * RAMP).astype("<u2")), RAMP, {}),
     "uint16, big-endian": (tiff((65535 * RAMP).astype(">u2"), byteorder=">"), RAMP, {}),
@@ -166,7 +167,7 @@ DEEP: dict[str, tuple[bytes, Any, dict[str, Any]]] = {
     "float32": (tiff(RAMP.astype("f4")), RAMP, {}),
     "float64": (tiff(RAMP), RAMP, {}),
     "float32, of temperatures": (tiff((40 * RAMP + 270).astype("f4")), RAMP, {"value_range": (270, 310)}),
-    "uint16 in colours": (tiff((65535 * BANDS[:3]).astype("u2").transpose(1, 2, 0).copy(), photometric="rgb"), BANDS[:3], {"channels": 3}),
+    "uint16 in colours": (tiff(COLORS, photometric="rgb"), BANDS[:3], {}),
     "bands in planes": (tiff((65535 * BANDS).astype("u2"), planarconfig="separate"), BANDS, {"channels": 13}),
     "pages": (tiff((65535 * BANDS).astype("u2")), BANDS, {"channels": 13}),
     "(C, H, W)": (npy((4095 * BANDS).astype("u2")), BANDS, {"channels": 13, "value_range": (0, 4095)}),

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from barlow_recipes import images
+from barlow_recipes.command_line import read
 from barlow_recipes.data import PretrainingData
+from barlow_recipes.decoding import decode
 from barlow_recipes.errors import UsageError
 from barlow_recipes.files import index_folder
 from barlow_recipes.images import find_images, load_images
@@ -309,3 +311,29 @@ def test_a_platform_without_child_signals_runs(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(images, "signal", SimpleNamespace(**without))
     assert seen(load(fill(tmp_path, 8), workers=0)) == 8
     assert seen(load(tmp_path, workers=1)) == 8
+
+
+def test_a_command_describes_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its last line goes to the other programs: what is normalised by it has the mean 0 and the deviation 1."""
+    from describe_images import main
+
+    random = np.random.default_rng(0)
+    for number in range(20):
+        image = (random.normal(size=(4, 12, 10)) * 50 + np.arange(4)[:, None, None] * 400 - 300).astype("i2")
+        np.save(tmp_path / f"{number:02}.npy", image)
+    (tmp_path / "20.npy").write_bytes(b"nothing")
+    assert main(["--data", str(tmp_path), "--channels", "4"]) == 0
+    *told, flags = capsys.readouterr().out.splitlines()
+    assert f"{tmp_path}: 21 images, 21 read" in told
+    assert any(line.startswith("1 cannot be read, the first: ") and "20.npy" in line for line in told)
+    assert "width×height: 10×12 (20)" in told
+    assert "type: int16 (20)" in told
+    assert flags.startswith("--channels 4 --mean ")
+    pixels = read(PixelSettings, flags.split(), "")
+    (tmp_path / "20.npy").unlink()
+    values = [decode((tmp_path / f"{n:02}.npy").read_bytes(), "", pixels) for n in range(20)]
+    views = pixels.normalized(torch.stack(values))
+    torch.testing.assert_close(views.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=2e-3)
+    torch.testing.assert_close(views.std(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=2e-3)
+    assert main(["--data", str(fill(tmp_path / "png", 200))]) == 0
+    assert "--value-range" not in capsys.readouterr().out

@@ -134,15 +134,15 @@ class Loader(DataLoader[Any]):
             for worker in workers:
                 worker.kill()
 
-        if workers:
-            threading.Thread(target=watch, daemon=True).start()
         try:
+            if workers:
+                threading.Thread(target=watch, daemon=True).start()
             yield
-        except Exception as error:
+        except BaseException as error:
             if isinstance(error, (OSError, EOFError)):  # a dying process closes its pipes before it is known dead
                 for worker in workers:
                     worker.join(1 if worker.sentinel in connection.wait([worker.sentinel], timeout=0.1) else 0)
-            died = isinstance(error, Aborted) or any(worker.exitcode for worker in workers)
+            died = isinstance(error, Exception) and any(worker.exitcode for worker in workers)
             kill_workers()
             if late.is_set():
                 raise Aborted(

@@ -38,6 +38,7 @@ from barlow_recipes.errors import Aborted, Interrupted, Stopped, UsageError, fir
 from barlow_recipes.fashion_mnist import is_fashion_mnist, load_fashion_mnist
 from barlow_recipes.images import ImagePairs, load_images
 from barlow_recipes.lock import locked
+from barlow_recipes.metrics import Metrics, Mirror, TensorBoard, WeightsAndBiases
 from barlow_recipes.models import BarlowTwins, build_model, checkpoint_activations
 from barlow_recipes.official import find_official, go_on, initialize
 from barlow_recipes.optimization import build_optimizer, build_schedule
@@ -47,7 +48,7 @@ from barlow_recipes.run import Accuracies, Run
 from barlow_recipes.settings import Settings, read_settings
 from barlow_recipes.signals import StopRequests, arrived, stop_requests
 from barlow_recipes.steps import Step, apply, check_health, gradients
-from barlow_recipes.tensorboard import TensorBoard
+from barlow_recipes.tables import BAR, accuracy_table, epoch_line, progress
 from barlow_recipes.timing import WARM_UP, Stopwatch, loader_bound
 from barlow_recipes.weights import Weights
 
@@ -190,11 +191,15 @@ def introduction(now: Run) -> str:
     return "\n".join(lines + [f"note: {note}" for note in notes])
 
 
-def open_metrics(settings: Settings, out: Path, resumed: Path | None, step: int | None) -> reporting.Metrics:
+def open_metrics(settings: Settings, out: Path, resumed: Path | None, step: int | None) -> Metrics:
     if not is_main():
-        return reporting.Metrics(None)
-    mirrors = [TensorBoard(out / reporting.TENSORBOARD, step)] if settings.tensorboard else []
-    return reporting.Metrics(out, resumed, step or 0, mirrors)
+        return Metrics(None)
+    mirrors: list[Mirror] = []
+    if settings.tensorboard:
+        mirrors.append(TensorBoard(out / reporting.TENSORBOARD, step))
+    if settings.wandb:
+        mirrors.append(WeightsAndBiases(out, step))
+    return Metrics(out, resumed, step or 0, mirrors)
 
 
 def environment(settings: Settings) -> dict[str, Any]:
@@ -266,7 +271,7 @@ def train(now: Run, requests: StopRequests) -> None:
         unit="step",
         disable=hidden,
         dynamic_ncols=True,
-        bar_format=reporting.BAR,
+        bar_format=BAR,
     ) as bar:
         while state.step < now.last_step:
             epoch, first = divmod(state.step, now.steps_per_epoch)
@@ -310,7 +315,7 @@ def log(now: Run, done: Step, bar: Any) -> None:
         row |= {"dead_features": report.dead_features, "gradient_norm": done.gradient_norm.item()}
         row |= {"learning_rate": done.learning_rate, "images_per_second": watch.images_per_second}
         now.metrics.add("step", row)
-        bar.set_postfix_str(reporting.progress(row))
+        bar.set_postfix_str(progress(row))
     if reported:
         now.metrics.add("collapse", {"step": state.step, **report.as_dict()})
     bar.update()
@@ -333,7 +338,7 @@ def finish_epoch(now: Run, epoch: int, unreadable: int, bar: Any) -> None:
         looking.draw(now)
         looking.tell(now, "running")
     if due or unreadable or (bar.disable and now.watch.seconds > QUIET):
-        bar.write(reporting.epoch_line(row, settings.epochs))
+        bar.write(epoch_line(row, settings.epochs))
     if due and bound:
         now.tell(bound)
         bar.write(f"note: {bound}")
@@ -348,7 +353,7 @@ def evaluate(now: Run, compared: Accuracies, report: CollapseReport) -> None:
         now.accuracies = compared | {"pretrained encoder": looking.accuracies(now, now.data.final)}
         for name, accuracies in now.accuracies.items():
             now.metrics.add("evaluation", {"step": now.state.step, "representation": name, **accuracies})
-        print(reporting.accuracy_table(now.accuracies), end="\n\n")
+        print(accuracy_table(now.accuracies), end="\n\n")
     looking.tell(now, "done")
 
 

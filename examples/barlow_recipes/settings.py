@@ -31,7 +31,7 @@ CHOICES = {
 FREE = {
     "preset", "data", "device", "backend", "workers", "loader_timeout", "channels_last", "compile", "tensorboard",
     "checkpoint_activations", "deterministic", "probe_every", "log_every", "report_every", "save_every", "profile",
-    "out", "overwrite", "resume", "limit_steps", "evaluation",
+    "out", "overwrite", "resume", "limit_steps", "evaluation", "wandb",
 }  # fmt: skip
 
 
@@ -84,6 +84,7 @@ class Settings:
     overwrite: bool
     resume: str | None
     tensorboard: bool
+    wandb: bool
     profile: int | None
     limit_steps: int | None
 
@@ -171,6 +172,7 @@ def _parser(description: str) -> Flags:
     )
     add("--resume", str, resuming, nargs="?", const="auto", metavar="PATH")
     switch("--tensorboard", "write event files, too")
+    switch("--wandb", "log to Weights & Biases, too; WANDB_MODE=offline keeps it here")
     add("--profile", positive, "time the parts of this many steps [50]", nargs="?", const=50, metavar="STEPS")
     add("--limit-steps", positive, "stop after this many steps of the run", metavar="STEPS")
     return parser

@@ -15,7 +15,7 @@ from barlow_recipes.data import Batch
 from barlow_recipes.digits import load_digits
 from barlow_recipes.models import build_model
 from barlow_recipes.optimization import build_optimizer, build_schedule
-from barlow_recipes.reporting import Metrics
+from barlow_recipes.metrics import Metrics
 from barlow_recipes.run import Run
 from barlow_recipes.settings import read_settings
 from barlow_recipes.steps import apply, gradients

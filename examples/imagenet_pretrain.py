@@ -48,7 +48,7 @@ from barlow_recipes.run import Accuracies, Run
 from barlow_recipes.settings import Settings, read_settings
 from barlow_recipes.signals import StopRequests, arrived, stop_requests
 from barlow_recipes.steps import Step, apply, check_health, gradients
-from barlow_recipes.tables import BAR, accuracy_table, epoch_line, progress
+from barlow_recipes.tables import BAR, accuracy_cells, aligned, epoch_line, progress
 from barlow_recipes.timing import WARM_UP, Stopwatch, loader_bound
 from barlow_recipes.weights import Weights
 
@@ -353,7 +353,7 @@ def evaluate(now: Run, compared: Accuracies, report: CollapseReport) -> None:
         now.accuracies = compared | {"pretrained encoder": looking.accuracies(now, now.data.final)}
         for name, accuracies in now.accuracies.items():
             now.metrics.add("evaluation", {"step": now.state.step, "representation": name, **accuracies})
-        print(accuracy_table(now.accuracies), end="\n\n")
+        print(aligned(accuracy_cells(now.accuracies)), end="\n\n")
     looking.tell(now, "done")
 
 

@@ -15,15 +15,11 @@ from barlow_recipes.data import Probe
 from barlow_recipes.distributed import is_main, world_size
 from barlow_recipes.encoders import build_backbone
 from barlow_recipes.report import write_report
-from barlow_recipes.reporting import CROSS_CORRELATION, CURVES, REPORT
+from barlow_recipes.reporting import CROSS_CORRELATION, CURVES
 from barlow_recipes.run import Accuracies, Run
 
 PICTURED_PAIRS, PICTURED_FEATURES = 1024, 128
 LOGGED_PAIRS = 256  # of a process: with thousands the effective rank, in float64, takes as long as a step
-CAPTIONS = {
-    CURVES: "How it goes",
-    CROSS_CORRELATION: "The cross-correlation of the first features: the aim is 1 on the diagonal, 0 beside it",
-}
 
 
 def baselines(now: Run, name: Literal["monitor", "final"]) -> Accuracies:
@@ -95,17 +91,5 @@ def draw(now: Run) -> CollapseReport:
 
 def tell(now: Run, status: str) -> None:
     """The page that shows the run, with "running", "done" or what has stopped it."""
-    if not is_main():
-        return
-    (settings,) = now.metrics.of_kind("settings")
-    write_report(
-        now.out / REPORT,
-        title=f"{now.data.name}, {now.settings.arch}",
-        status=status,
-        last_step=now.last_step,
-        settings={name: value for name, value in settings.items() if name != "kind"},
-        rows=now.metrics.rows,
-        pictures={caption: now.out / name for name, caption in CAPTIONS.items()},
-        accuracies=now.accuracies,
-        collapse=now.collapse,
-    )
+    if is_main():
+        write_report(now, status)

@@ -6,7 +6,7 @@ import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,14 +42,14 @@ class Metrics:
         self.rows = [row for row in past if row["kind"] in HISTORY and row["step"] <= step]
         if self.path:
             with replacing(self.path) as temporary:
-                temporary.write_text("".join(map(_line, self.rows)), encoding="utf-8")
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
 
     def add(self, kind: str, values: Mapping[str, Any]) -> None:
         row = {name: _finite(value) for name, value in values.items()}
         self.rows.append({"kind": kind, **row})
         if self.path:
             with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(self.rows[-1]))
+                file.write(json.dumps(self.rows[-1]) + "\n")
         for mirror in self.mirrors:
             mirror.add(kind, row)
 
@@ -57,25 +57,17 @@ class Metrics:
         return [row for row in self.rows if row["kind"] == kind]
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _line(row: Row) -> str:
-    return json.dumps(row) + "\n"
-
-
 def _read(path: Path) -> list[Row]:
     """The rows with a step of a metrics file; a line that a crash has cut off, or that is another's, is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row:
-            rows.append(row)
-    return rows
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
@@ -92,11 +84,10 @@ class TensorBoard:
     def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
         """After ``resumed_step``, the step of a checkpoint, what an earlier run has written in this folder is void."""
         require("tensorboard", "--tensorboard")
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self.folder = folder
         with _writing(folder):
-            purge_step = None if resumed_step is None else resumed_step + 1
-            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-            self.writer = writer(str(folder), purge_step=purge_step)
+            self.writer = writer(str(folder), purge_step=None if resumed_step is None else resumed_step + 1)
 
     def add(self, kind: str, row: Mapping[str, Any]) -> None:
         with _writing(self.folder):
@@ -106,30 +97,26 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A mirror of the settings, and of the numbers with a step, in the project WANDB_PROJECT or "barlow-twins".
+    """A mirror of the settings and of the numbers with a step, in the project WANDB_PROJECT or "barlow-twins".
 
-    A resumed run goes on in its W&B run. That keeps what it has of the steps since the checkpoint, and leaves out what
-    it is then told of them: the same numbers.
+    A resumed run goes on in its W&B run, which keeps what it had of the steps after the checkpoint.
     """
 
     def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
-        """``folder`` is the run's: it gets ``wandb.id``, and ``wandb/`` with all that is not sent (WANDB_MODE=offline).
+        """``folder`` is the run's: it gets ``wandb.id``, and ``wandb/`` with what W&B keeps of it here.
 
         Raises:
             UsageError: wandb is missing, or nobody is logged in.
         """
         wandb: Any = require("wandb", "--wandb")
-        kept = folder / WANDB_ID
-        run_id = kept.read_text() if resumed_step is not None and kept.is_file() else uuid.uuid4().hex[:8]
-        with replacing(kept) as temporary:
-            temporary.write_text(run_id)
-        project = os.environ.get("WANDB_PROJECT", "barlow-twins")
+        kept, project = folder / WANDB_ID, os.environ.get("WANDB_PROJECT", "barlow-twins")
+        name = kept.read_text() if resumed_step is not None and kept.is_file() else uuid.uuid4().hex[:8]
         try:
-            self.run = wandb.init(
-                project=project, name=folder.name, dir=folder, id=run_id, resume="allow", reinit="finish_previous"
-            )
+            self.run = wandb.init(project=project, name=folder.name, dir=folder, id=name, resume="allow", reinit=True)
         except wandb.Error as error:
             raise UsageError(f"--wandb: {first_line(error)}. WANDB_MODE=offline needs no account") from None
+        with replacing(kept) as temporary:
+            temporary.write_text(name)
 
     def add(self, kind: str, row: Mapping[str, Any]) -> None:
         if kind == "settings":
@@ -141,8 +128,5 @@ class WeightsAndBiases:
 def _numbers(kind: str, row: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a row that has a step, as ``kind/name`` or ``kind/representation/name``."""
     prefix = f"{kind}/{row['representation']}" if "representation" in row else kind
-    return {
-        f"{prefix}/{name}": value
-        for name, value in row.items()
-        if "step" in row and name != "step" and isinstance(value, Real) and not isinstance(value, bool)
-    }
+    numbers = {name: value for name, value in row.items() if isinstance(value, Real) and not isinstance(value, bool)}
+    return {f"{prefix}/{name}": value for name, value in numbers.items() if "step" in row and name != "step"}

@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, GREY = "#2b6ca3", "#d1722c", "#3a8f5c", "#8a8a8a"
 BASELINE_STYLES = ("--", ":")
-MOST_POINTS = 2000  # of a curve: more than the picture has pixels
-STYLE = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.alpha": 0.3,
-    "lines.markersize": 3,
-}
+STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.right": False, "axes.spines.top": False}
+LAYOUT = [
+    ["Loss", "Its two terms"],
+    ["Effective rank", "Held-out accuracy (%)"],
+    ["Learning rate", "Norm of the gradient"],
+]
+LOGARITHMIC = ("Loss", "Its two terms", "Norm of the gradient")
 
 
 def draw_curves(
@@ -39,65 +38,53 @@ def draw_curves(
     attainable_rank: int,
     baselines: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Loss, its two terms beside the noise floor, effective rank, the probes, learning rate and gradient norm.
+    """Loss, its two terms beside the noise floor, effective rank, accuracies, learning rate and gradient norm.
 
     Args:
         path: of the PNG.
-        steps: rows with step, loss, on_diagonal, off_diagonal, effective_rank, and where known learning_rate and
-            gradient_norm. Of thousands some are drawn.
-        epochs: rows with step and the accuracies of the monitor, if there is one.
-        lambd: λ, which weighs the off-diagonal in the picture as in the loss.
-        noise_floor: D(D − 1)/(N − 1).
+        steps: rows of the metrics.
+        epochs: rows of the metrics, of which some have accuracies.
+        lambd: λ, which weighs the off-diagonal.
+        noise_floor: of the off-diagonal, D(D − 1)/(N − 1).
         attainable_rank: min(N − 1, D).
-        baselines: the monitor's accuracies of other representations.
+        baselines: the accuracies of other representations.
     """
-    steps = thinned(steps)
-
-    def curve(axes: "Axes", name: str, color: str, label: str = "", factor: float = 1.0, log: bool = False) -> None:
-        values = [math.nan if row.get(name) is None else factor * row[name] for row in steps]
-        axes.plot(
-            [row["step"] for row in steps], values, marker="." if len(steps) == 1 else "", color=color, label=label
-        )
-        if log and any(value > 0 for value in values):
-            axes.set_yscale("log")
-
+    curves = (
+        ("Loss", "loss", BLUE, 1.0, ""),
+        ("Its two terms", "on_diagonal", BLUE, 1.0, r"on-diagonal  $\sum_i (C_{ii} - 1)^2$"),
+        ("Its two terms", "off_diagonal", ORANGE, lambd, r"$\lambda$ · off-diagonal  $\sum_{i \neq j} C_{ij}^2$"),
+        ("Effective rank", "effective_rank", GREEN, 1.0, f"at most {attainable_rank:,}"),
+        ("Learning rate", "learning_rate", GREY, 1.0, ""),
+        ("Norm of the gradient", "gradient_norm", GREY, 1.0, ""),
+    )
     with drawing(path, (10, 8)) as figure:
-        (loss, terms), (rank, probe), (rate, norm) = figure.subplots(
-            3, 2, sharex=True, gridspec_kw={"height_ratios": (3, 3, 1.5)}
-        )
-        loss.set_title("Loss")
-        curve(loss, "loss", BLUE, log=True)
-        terms.set_title("Its two terms")
-        curve(terms, "on_diagonal", BLUE, r"on-diagonal  $\sum_i (C_{ii} - 1)^2$", log=True)
-        curve(terms, "off_diagonal", ORANGE, r"$\lambda$ · off-diagonal  $\sum_{i \neq j} C_{ij}^2$", lambd, log=True)
-        terms.axhline(lambd * noise_floor, color=ORANGE, linestyle=":", label="its noise floor: random embeddings")
-        terms.legend()
-        rank.set_title(f"Effective rank (at most {attainable_rank:,})")
-        curve(rank, "effective_rank", GREEN)
-        rank.set_ylim(bottom=0)
-        _draw_accuracies(probe, thinned([row for row in epochs if "knn" in row]), baselines)
-        rate.set_title("Learning rate")
-        curve(rate, "learning_rate", GREY)
-        norm.set_title("Norm of the gradient")
-        curve(norm, "gradient_norm", GREY, log=True)
-        for axes in (rate, norm):
-            axes.set_xlabel("step")
-
-
-def thinned(rows: Sequence[Row]) -> Sequence[Row]:
-    """At most a picture's worth of rows, evenly spaced, with the last."""
-    stride = -(-len(rows) // MOST_POINTS) or 1
-    return rows[::-1][::stride][::-1]
+        panels = figure.subplot_mosaic(LAYOUT, sharex=True, height_ratios=(3, 3, 1.5))
+        for title, axes in panels.items():
+            axes.set_title(title)
+        for title, name, color, factor, label in curves:
+            values = [math.nan if row.get(name) is None else factor * row[name] for row in steps]
+            marker = "." if len(steps) == 1 else ""
+            panels[title].plot([row["step"] for row in steps], values, marker=marker, color=color, label=label)
+            if title in LOGARITHMIC and any(value > 0 for value in values):
+                panels[title].set_yscale("log")
+        floor = {"color": ORANGE, "linestyle": ":", "label": "its noise floor: random embeddings"}
+        panels["Its two terms"].axhline(lambd * noise_floor, **floor)
+        panels["Effective rank"].set_ylim(bottom=0)
+        _draw_accuracies(panels["Held-out accuracy (%)"], [row for row in epochs if "knn" in row], baselines)
+        for title in ("Its two terms", "Effective rank"):
+            panels[title].legend()
+        for title in LAYOUT[-1]:
+            panels[title].set_xlabel("step")
 
 
 def _draw_accuracies(axes: "Axes", looks: Sequence[Row], baselines: Mapping[str, Mapping[str, float]]) -> None:
     """The nearest neighbours and the linear probe with the most labels, each beside its baselines."""
-    axes.set_title("Held-out accuracy (%)")
     axes.set_ylim(0, 102)
     names = accuracies_of(looks[-1]) if looks else []
     for name, color in zip(dict.fromkeys([*names[:1], *names[-1:]]), (BLUE, ORANGE), strict=False):
-        axes.plot([row["step"] for row in looks], [row[name] for row in looks], "o-", color=color, label=label_of(name))
-        for (baseline, accuracies), style in zip(baselines.items(), BASELINE_STYLES, strict=True):
+        values = [row.get(name, math.nan) for row in looks]
+        axes.plot([row["step"] for row in looks], values, ".-", color=color, label=label_of(name))
+        for (baseline, accuracies), style in zip(baselines.items(), BASELINE_STYLES, strict=False):
             label = f"{baseline}, {label_of(name)}"
             axes.axhline(accuracies.get(name, math.nan), color=color, linestyle=style, linewidth=1, label=label)
     if names:

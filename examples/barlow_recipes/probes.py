@@ -73,14 +73,9 @@ def evaluate(represent: Represent, probe: Probe, device: torch.device) -> dict[s
 
 
 def knn_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k: int = NEIGHBOURS) -> float:
-    """Percent of queries whose k nearest neighbours vote for the truth, each with weight exp(cosine / 0.07).
+    """Percent of queries (N, F) whose k nearest of the bank (M, F) vote for the truth, with weight exp(cosine / 0.07).
 
-    Args:
-        bank: (M, F), rows of length 1.
-        labels: (M,), from 0.
-        queries: (N, F), rows of length 1.
-        truth: (N,).
-        k: neighbours, at most M are taken.
+    All rows have length 1; where M < k, all vote.
 
     Source: Wu et al. (2018), arXiv 1805.01978, section 3.4.
     """

@@ -2,92 +2,63 @@
 
 import base64
 import platform
-from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from barlow_loss import CollapseReport, __version__
+from barlow_loss import __version__
 from barlow_recipes.errors import require
-from barlow_recipes.metrics import Row
-from barlow_recipes.reporting import replacing
+from barlow_recipes.reporting import CROSS_CORRELATION, CURVES, REPORT, replacing
+from barlow_recipes.run import Run
 from barlow_recipes.tables import accuracy_cells
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MOST_EVENTS = 100  # the newest, so that the page stays small
-NEWEST = {"images_per_second": ",.0f", "loss": ".4g", "effective_rank": ".4g", "dead_features": ",d"}
+CAPTIONS = {
+    CURVES: "How it goes",
+    CROSS_CORRELATION: "Cross-correlation of the first features: the aim is 1 on the diagonal and 0 beside it",
+}
 
 
-def write_report(
-    path: Path,
-    *,
-    title: str,
-    status: str,
-    last_step: int,
-    settings: Mapping[str, object],
-    rows: Sequence[Row],
-    pictures: Mapping[str, Path],
-    accuracies: Mapping[str, Mapping[str, float]],
-    collapse: CollapseReport | None,
-) -> None:
-    """Write the page anew, all at once.
-
-    Args:
-        path: of the HTML file.
-        title: what runs, such as "digits, digits-cnn".
-        status: "running", "done", or what has stopped the run.
-        last_step: of the whole run.
-        settings: of the run and its surroundings.
-        rows: the metrics; of them the newest numbers and the events are shown.
-        pictures: PNGs by what they show; those not yet drawn are left out.
-        accuracies: of each representation.
-        collapse: the newest report on the embeddings, if there is one.
-    """
+def write_report(now: Run, status: str) -> None:
+    """Write the page anew, all at once; ``status`` is "running", "done", or what has stopped the run."""
     jinja2: Any = require("jinja2", "report.html")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    events = [(f"{row['step']:,}", row["text"]) for row in rows if row["kind"] == "event"]
+    (settings,) = now.metrics.of_kind("settings")
+    events = [(f"{row['step']:,}", row["text"]) for row in now.metrics.of_kind("event")]
+    drawn = {caption: now.out / name for name, caption in CAPTIONS.items() if (now.out / name).is_file()}
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=title,
+        title=f"{now.data.name}, {now.settings.arch}",
         status=status,
         written=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
-        facts=_facts(rows, last_step, settings.get("epochs")),
-        accuracies=accuracy_cells(accuracies) if accuracies else [],
-        pictures={caption: _embedded(picture) for caption, picture in pictures.items() if picture.is_file()},
-        collapse=collapse,
+        facts=_facts(now),
+        accuracies=accuracy_cells(now.accuracies) if now.accuracies else [],
+        pictures={caption: base64.b64encode(path.read_bytes()).decode() for caption, path in drawn.items()},
+        collapse=now.collapse,
         events=events[-MOST_EVENTS:][::-1],
         older_events=max(0, len(events) - MOST_EVENTS),
-        settings={name.replace("_", " "): value for name, value in settings.items()},
+        settings={name.replace("_", " "): value for name, value in settings.items() if name != "kind"},
     )
-    with replacing(path) as temporary:
+    with replacing(now.out / REPORT) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _embedded(picture: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
-
-
-def _facts(rows: Sequence[Row], last_step: int, epochs: object) -> dict[str, str]:
-    """The newest numbers, those that are known."""
-    newest: dict[str, Any] = {"step": 0}
-    for row in rows:
-        newest |= row if row["kind"] in ("step", "epoch") else {}
-    facts = {"step": f"{newest['step']:,} of {last_step:,}"}
-    if "epoch" in newest:
-        facts["epochs"] = f"{newest['epoch']:,} of {epochs}"
-    for name, layout in NEWEST.items():
-        if name in newest:
-            facts[name.replace("_", " ")] = "not finite" if newest[name] is None else format(newest[name], layout)
-    unreadable = sum(row.get("unreadable", 0) for row in rows if row["kind"] == "epoch")
+def _facts(now: Run) -> dict[str, str]:
+    """How far the run is, and its newest numbers."""
+    steps, epochs = now.metrics.of_kind("step"), now.metrics.of_kind("epoch")
+    facts = {"step": f"{now.state.step:,} of {now.last_step:,}"}
+    if epochs:
+        facts["epoch"] = f"{epochs[-1]['epoch']:,} of {now.settings.epochs:,}"
+    for name, value in (steps[-1] if steps else {}).items():
+        if name not in ("kind", "step"):
+            facts[name.replace("_", " ")] = "not finite" if value is None else f"{value:,.5g}"
+    unreadable = sum(row["unreadable"] for row in epochs)
     return facts | ({"unreadable images": f"{unreadable:,}"} if unreadable else {})
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers of a run depend on."""
-    found = {"Python": platform.python_version(), "barlow-loss": __version__}
-    for package in ("torch", "torchvision", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    """Of what the numbers of a run depend on, as far as it is installed."""
+    packages = [found for name in ("torch", "torchvision", "numpy") for found in metadata.distributions(name=name)]
+    own = {"Python": platform.python_version(), "barlow-loss": __version__}
+    return own | {package.name: package.version for package in packages}

@@ -21,11 +21,7 @@ def label_of(accuracy: str) -> str:
 
 
 def accuracy_cells(rows: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """The accuracies of several representations, in percent, as the cells of a table with a head.
-
-    Args:
-        rows: for each representation what :func:`probes.evaluate` returned; not all need have the same accuracies.
-    """
+    """What :func:`probes.evaluate` returned for each representation, as the cells of a table with a head."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in accuracies_of(row)))
     lines = [[label, *(_percent(row.get(name)) for name in columns)] for label, row in rows.items()]
     return [["", *map(label_of, columns)], *lines]
@@ -33,11 +29,6 @@ def accuracy_cells(rows: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f} %"
-
-
-def accuracy_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """:func:`accuracy_cells` as aligned columns, without a line break at their end."""
-    return aligned(accuracy_cells(rows))
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:

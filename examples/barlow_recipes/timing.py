@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -13,40 +14,31 @@ from barlow_recipes.tables import aligned
 PARTS = ("data", "forward", "loss", "backward", "optimizer", "other")
 WARM_UP = 3  # steps that are not profiled: memory is allocated and kernels are chosen in them
 MOST_WAITING = 0.2  # of an epoch's time; above it, images come too slowly
+REMEDIES = "More --workers, --augment-on device, a faster disk or shards help"
 
 
 class Profile:
-    """What the profiled steps took; ``print(profile)`` is a table.
-
-    Attributes:
-        images_per_second: in the profiled steps.
-        rows: for each part its name, the median of its milliseconds and its share in the time of all steps.
-    """
+    """What the profiled steps took; ``print(profile)`` is a table."""
 
     def __init__(self, steps: Sequence[Mapping[str, float]], images: int) -> None:
         """``steps`` are the seconds of each part of each step, which has so many images."""
         total = sum(sum(step.values()) for step in steps)
-        self.steps, self.images_per_second = len(steps), images * len(steps) / total
-        parts = {part: [step.get(part, 0.0) for step in steps] for part in PARTS}
-        self.rows = [
-            {"part": part, "milliseconds": 1000 * median(seconds), "share": sum(seconds) / total}
-            for part, seconds in parts.items()
-        ]
+        self.images_per_second = images * len(steps) / total
+        self.rows: list[dict[str, Any]] = []  # one for each part, for the metrics
+        for part in PARTS:
+            seconds = [step.get(part, 0.0) for step in steps]
+            self.rows.append({"part": part, "milliseconds": 1000 * median(seconds), "share": sum(seconds) / total})
 
     def __str__(self) -> str:
         cells = [[row["part"], f"{row['milliseconds']:,.2f}", f"{100 * row['share']:.1f} %"] for row in self.rows]
-        table = aligned([["part", "median ms", "share"], *cells])
-        return f"{table}\n{self.steps} steps, {self.images_per_second:,.0f} images/s"
+        return aligned([["part", "median ms", "share"], *cells]) + f"\n{self.images_per_second:,.0f} images/s"
 
 
 class Stopwatch:
     """Times the parts of training steps.
 
-    Without profiling only the lap "data" is measured, which is the host's time: the device is never waited for, and may
-    still be at work while the host waits for images.
-
-    Attributes:
-        waited: seconds of this epoch in which the loop waited for images.
+    Without profiling only the lap "data" is measured, the host's: ``waited`` adds it up over the epoch, in seconds. The
+    device is never waited for then, and may still be at work while the host waits for images.
     """
 
     def __init__(self, device: torch.device, images: int, profile: int | None = None) -> None:
@@ -64,19 +56,17 @@ class Stopwatch:
     @contextmanager
     def lap(self, part: str) -> Iterator[None]:
         """Time a part of the step; several laps of one part add up."""
-        if not self.left and part != "data":
-            yield
-            return
-        began = self._now()
+        measured = self.left or part == "data"
+        began = self._now() if measured else 0.0
         yield
-        seconds = self._now() - began
-        self._laps[part] += seconds
-        self.waited += seconds * (part == "data")
+        if measured:
+            self._laps[part] += self._now() - began
 
     def end_step(self) -> Profile | None:
         """End the step; what was in no lap is "other". Once, after the last step to profile, get the profile."""
         self._ends.append(self._now())
         laps, self._laps = self._laps, Counter()
+        self.waited += laps["data"]
         if not self.left:
             return None
         laps["other"] = self._ends[-1] - self._ends[-2] - laps.total()
@@ -111,7 +101,4 @@ def loader_bound(waited: float, total: float) -> str | None:
     """A warning where too much of a time was spent on waiting for images, both in seconds."""
     if waited <= MOST_WAITING * total:
         return None
-    return (
-        f"loader-bound: {100 * waited / total:.0f} % of the time was spent on waiting for images. More --workers, "
-        "--augment-on device, a faster disk or shards help"
-    )
+    return f"loader-bound: {100 * waited / total:.0f} % of the time was spent on waiting for images. {REMEDIES}"

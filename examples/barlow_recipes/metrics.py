@@ -5,16 +5,15 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
-from barlow_recipes.errors import Aborted, UsageError, first_line, require
-from barlow_recipes.reporting import METRICS, replacing
+from barlow_recipes.errors import UsageError, first_line, require
+from barlow_recipes.reporting import METRICS, TENSORBOARD, WANDB_ID, replacing, writing
 
-WANDB_ID = "wandb.id"  # a file of the output folder
 HISTORY = ("baseline", "step", "epoch", "collapse", "profile", "event", "test")  # kinds that a resumed run keeps
 Row = dict[str, Any]
 
@@ -48,7 +47,7 @@ class Metrics:
         row = {name: _finite(value) for name, value in values.items()}
         self.rows.append({"kind": kind, **row})
         if self.path:
-            with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.rows[-1]) + "\n")
         for mirror in self.mirrors:
             mirror.add(kind, row)
@@ -70,27 +69,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise Aborted(f"cannot write {path}: {error.strerror or error}") from None
-
-
 class TensorBoard:
     """A mirror of the numbers with a step: ``tensorboard --logdir runs`` shows them while the run trains."""
 
     def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
-        """After ``resumed_step``, the step of a checkpoint, what an earlier run has written in this folder is void."""
+        """``folder`` is the run's. What is there of the steps after ``resumed_step``, a checkpoint's, is void."""
         require("tensorboard", "--tensorboard")
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        self.folder = folder
-        with _writing(folder):
-            self.writer = writer(str(folder), purge_step=None if resumed_step is None else resumed_step + 1)
+        self.folder = folder / TENSORBOARD
+        with writing(self.folder):
+            self.writer = writer(str(self.folder), purge_step=None if resumed_step is None else resumed_step + 1)
 
     def add(self, kind: str, row: Mapping[str, Any]) -> None:
-        with _writing(self.folder):
+        with writing(self.folder):
             for name, value in _numbers(kind, row).items():
                 self.writer.add_scalar(name, value, row["step"])
             self.writer.flush()  # with it a row takes 0.2 ms, and a crash loses nothing

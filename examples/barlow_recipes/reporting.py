@@ -1,13 +1,12 @@
-"""Where a run's results go."""
+"""The names of a run's files, and how one is replaced."""
 
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
+from typing import Any
 
-from barlow_recipes.errors import Aborted, UsageError
+from barlow_recipes.errors import Aborted
 
 METRICS, REPORT, BACKBONE = "metrics.jsonl", "report.html", "backbone.pt"
 RESULTS = "results.json"  # of the programs that evaluate and transfer
@@ -15,66 +14,25 @@ CHECKPOINTS = CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"  
 DAMAGED = "checkpoint.damaged.pt"
 PICTURES = CURVES, CROSS_CORRELATION = "curves.png", "cross_correlation.png"
 TENSORBOARD = "tensorboard"  # a folder of event files
+WANDB_ID = "wandb.id"
 
 
-def find_checkpoint(resume: str | None, out: Path | None, default: Path) -> Path | None:
-    """The checkpoint that ``--resume`` means: a file, or with "auto" the newest in the output folder, if any.
+def __getattr__(name: str) -> Any:
+    """What has moved to folders, for callers that still look for it here."""
+    if name not in ("find_checkpoint", "make_output_folder", "clear"):
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    from barlow_recipes import folders  # it imports this module
 
-    Where only the previous one is left of a folder's two, it is still the newest's path that names the pair.
-    """
-    if resume is None:
-        return None
-    if resume != "auto":
-        path = Path(resume)
-        return path / CHECKPOINT if path.is_dir() else path
-    folders = [out] if out is not None else list(_numbered(default))
-    found = [folder for folder in folders if any((folder / name).is_file() for name in CHECKPOINTS)]
-    return found[-1] / CHECKPOINT if found else None
+    return getattr(folders, name)
 
 
-def make_output_folder(out: Path | None, default: Path, *, overwrite: bool, resumed: Path | None) -> Path:
-    """Make the folder for this run's files, without touching another run's.
-
-    Without ``out`` it is ``default``, or ``default-2``, ``default-3``, ... if that is taken, or the resumed run's own.
-
-    Raises:
-        UsageError: the folder holds another run's files, or cannot be made or written.
-    """
-    if out is None and resumed is not None:
-        out = resumed.parent
-    if out is None:
-        taken = [] if overwrite else list(_numbered(default))
-        out = default.with_name(f"{default.name}-{len(taken) + 1}") if taken else default
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tell in one line that the disk is full or the folder cannot be written (Aborted)."""
     try:
-        continues = resumed is not None and resumed.parent.resolve() == out.resolve()
-        if not (continues or overwrite) and any(path.exists() for path in _own_files(out)):
-            raise UsageError(f"--out {out}: holds another run. Choose another folder, --overwrite or --resume")
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass  # writable
+        yield
     except OSError as error:
-        raise UsageError(f"--out {out}: cannot be written ({error.strerror or error})") from None
-    return out
-
-
-def clear(out: Path) -> None:
-    """Remove what another run has left in the folder, and nothing else."""
-    for path in _own_files(out):
-        path.unlink(missing_ok=True)
-
-
-def _own_files(out: Path) -> list[Path]:
-    names = (METRICS, REPORT, BACKBONE, RESULTS, *CHECKPOINTS, DAMAGED, *PICTURES)
-    return [*(out / name for name in names), *(out / TENSORBOARD).glob("events.out.tfevents.*")]
-
-
-def _numbered(default: Path) -> Iterable[Path]:
-    """``default``, ``default-2``, ... as far as they exist."""
-    for number in count(1):
-        folder = default if number == 1 else default.with_name(f"{default.name}-{number}")
-        if not folder.exists():
-            return
-        yield folder
+        raise Aborted(f"cannot write {path}: {error.strerror or error}") from None
 
 
 @contextmanager
@@ -86,15 +44,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise _cannot_write(path, error) from None
+        with writing(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _cannot_write(path: Path, error: OSError) -> Aborted:
-    return Aborted(f"cannot write {path}: {error.strerror or error}")

@@ -152,7 +152,7 @@ def test_a_broken_file_is_counted_once(jpegs: Path, tmp_path: Path, nursery: Nur
 def test_a_mistake_gets_one_line_for_all_processes(tmp_path: Path, nursery: Nursery) -> None:
     done = launch(nursery, tmp_path, 2, PROGRAM, "--bogus")
     assert done.status != 0
-    assert done.told == ["error: unrecognized arguments: --bogus (--help lists the flags)"]
+    assert done.told == ["error: Unrecognized options: --bogus (--help lists the flags)"]
     assert not list(tmp_path.iterdir())
 
 

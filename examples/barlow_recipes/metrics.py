@@ -105,7 +105,7 @@ class WeightsAndBiases:
         try:
             self.run = wandb.init(project=project, name=folder.name, dir=folder, id=name, resume="allow", reinit=True)
         except wandb.Error as error:
-            raise UsageError(f"--wandb: {first_line(error)}. WANDB_MODE=offline needs no account") from None
+            raise UsageError(f"--wandb: {first_line(error).rstrip('.')}. WANDB_MODE=offline needs no account") from None
         with replacing(kept) as temporary:
             temporary.write_text(name)
 

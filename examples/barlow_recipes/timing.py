@@ -21,7 +21,7 @@ class Profile:
     """What the profiled steps took; ``print(profile)`` is a table."""
 
     def __init__(self, steps: Sequence[Mapping[str, float]], images: int) -> None:
-        """``steps`` are the seconds of each part of each step, which has so many images."""
+        """``steps`` are the seconds of each part of each step; ``images`` those of one step."""
         total = sum(sum(step.values()) for step in steps)
         self.images_per_second = images * len(steps) / total
         self.rows: list[dict[str, Any]] = []  # one for each part, for the metrics
@@ -35,14 +35,13 @@ class Profile:
 
 
 class Stopwatch:
-    """Times the parts of training steps.
+    """Times the parts of steps of so many images, ``profile`` steps after the warm-up.
 
     Without profiling only the lap "data" is measured, the host's: ``waited`` adds it up over the epoch, in seconds. The
     device is never waited for then, and may still be at work while the host waits for images.
     """
 
     def __init__(self, device: torch.device, images: int, profile: int | None = None) -> None:
-        """``images`` are those of a step; ``profile`` is the number of steps to profile after the warm-up."""
         self.device, self.images, self.left = device, images, profile and WARM_UP + profile
         self._profiled: list[Counter[str]] = []
         self.begin_epoch()

@@ -1,6 +1,5 @@
 """The stopwatch measures what a step does, and makes no device wait unless it is asked for a profile."""
 
-
 import pytest
 import torch
 

@@ -171,14 +171,15 @@ def test_a_loss_that_is_not_finite_is_not_applied_and_ends_the_run(run: Run) -> 
     assert errors.count("\n") == 1
 
 
-def test_too_many_broken_images_end_the_run(run: Run, tmp_path: Path) -> None:
+def test_a_run_on_broken_images_alone_does_not_begin(run: Run, tmp_path: Path) -> None:
     for number in range(12):
         path = tmp_path / "data" / "all" / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"\xff\xd8\xff")
     status, _, errors = run("--data", tmp_path / "data", *SMALL_RESNET)
-    assert status == 1
-    assert "images of epoch 1 could not be read, 5 are tolerated" in errors
+    assert status == 2
+    assert "of 12 images that were tried, none can be read: " in errors
+    assert "0.jpg is not a readable image: " in errors
     assert errors.count("\n") == 1
 
 
@@ -195,7 +196,7 @@ USAGE = {
     "a ResNet for digits": ("--arch resnet18", "--arch resnet18: digits-cnn goes with the digits"),
     "an unknown encoder": ("--data . --arch vgg16", "--arch vgg16: expected one of resnet101, "),
     "no whole step": ("--batch-size 2000 --accumulate 2", "--batch-size 2000: expected at most the number of images"),
-    "no folder": ("--data nowhere", "--data nowhere: no such folder"),
+    "no folder": ("--data nowhere", "--data nowhere: no such file or folder"),
     "a batch beyond the data": ("--batch-size 5000", "--batch-size 5000 is more than the 1302 digits"),
     "a missing checkpoint": ("--resume nowhere.pt", "--resume nowhere.pt: no such file"),
 }

@@ -215,7 +215,7 @@ def of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 def load_from(root: Path, rows: slice) -> PretrainingData:
     settings = {"image_size": 32, "batch_size": 8, "seed": 0, "workers": 0, "monitor": True, "pin_memory": False}
     settings |= {"recipes": PAPER, "timeout": 60, "augment_on": "workers"}
-    return load_images(root, **settings, rows=rows)  # type: ignore[arg-type]
+    return load_images(str(root), **settings, rows=rows)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["digits", "images"])

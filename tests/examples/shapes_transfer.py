@@ -40,8 +40,8 @@ def pretrain(images: Path, out: Path) -> None:
     model = BarlowTwins(encoder.module, Projector(encoder.features, 256, 256, num_layers=2))
     sharp = [replace(recipe, crop_scale=(0.4, 1.0), blur=0.0, solarize=0.0) for recipe in PAPER]
     data = load_images(
-        str(images), recipes=(sharp[0], sharp[1]), image_size=SIDE, batch_size=BATCH_SIZE, seed=0, workers=0, timeout=60,
-        monitor=False, pin_memory=False, augment_on="workers",
+        str(images), recipes=(sharp[0], sharp[1]), image_size=SIDE, batch_size=BATCH_SIZE, seed=0, workers=0,
+        timeout=60, monitor=False, pin_memory=False, augment_on="workers",
     )  # fmt: skip
     optimizer = build_optimizer("adamw", model, batch_size=256, lr_weights=2e-3, lr_biases=2e-3, weight_decay=1e-4)
     schedule = build_schedule(optimizer, EPOCHS * len(data.pairs), warmup_steps=5)

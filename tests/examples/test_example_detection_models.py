@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,29 +12,50 @@ from torch import nn
 pytest.importorskip("torchmetrics")
 pytest.importorskip("pycocotools")
 
-from barlow_recipes.detection import scores
-from barlow_recipes.detection.models import AlignedPool, C4Heads, DetectorOptions, build_detector
-from barlow_recipes.detection.recipes import COCO, VOC, learning_rate_factor
+from barlow_recipes.detection import training
+from barlow_recipes.detection.images import Batch
+from barlow_recipes.detection.models import SharedRegions, build_detector
+from barlow_recipes.detection.settings import COCO, VOC, Settings
 from barlow_recipes.encoders import build_encoder
 from barlow_recipes.errors import UsageError
 
-OPTIONS = {
-    "classes": 2, "masks": True, "neck": "c4", "frozen": False, "short_side": (64,), "max_side": 128,
-    "anchor_sizes": (16, 32), "anchors_per_image": 32, "rois_per_image": 8, "candidates": (100, 100),
-    "proposals": (20, 10), "roi_size": 4, "fpn_channels": 8, "precision": "fp32",
-}  # fmt: skip
+SMALL = replace(
+    VOC,
+    short_side=(64,),
+    max_side=128,
+    anchor_sizes=(16, 32),
+    anchors_per_image=32,
+    rois_per_image=8,
+    candidates=(100, 100),
+    proposals=(20, 10),
+    roi_size=4,
+    fpn_channels=8,
+)
 FPN = {"neck": "fpn", "anchor_sizes": (8, 16, 32, 48, 64)}
-TARGET = {"boxes": torch.tensor([[10.0, 10, 40, 40]]), "labels": torch.tensor([1])}
 Build = Callable[..., Any]
 
 
 @pytest.fixture
 def build() -> Build:
-    def build(arch: str = "resnet18", stem: str = "imagenet", **options: Any) -> Any:
+    def build(arch: str = "resnet18", stem: str = "imagenet", masks: bool = True, **settings: Any) -> Any:
         torch.manual_seed(0)
-        return build_detector(build_encoder(arch, stem), DetectorOptions(**(OPTIONS | options)))
+        return build_detector(build_encoder(arch, stem), replace(SMALL, **settings), classes=2, masks=masks)
 
     return build
+
+
+class Batches:
+    """Of an epoch; in place of those of a folder."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def of_epoch(self, _: int) -> list[Batch]:
+        return self.batches
+
+
+def floats(batch: Batch) -> list[torch.Tensor]:
+    return [image / 255 for image in batch.images]
 
 
 def images(count: int = 2) -> list[torch.Tensor]:
@@ -41,10 +63,15 @@ def images(count: int = 2) -> list[torch.Tensor]:
     return [torch.rand(3, 64, 64, generator=generator) for _ in range(count)]
 
 
+def bytes_() -> list[torch.Tensor]:
+    return [(255 * image).to(torch.uint8) for image in images()]
+
+
 def targets(count: int = 2) -> list[dict[str, torch.Tensor]]:
     masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
     masks[0, 10:40, 10:40] = 1
-    return [TARGET | {"masks": masks} for _ in range(count)]
+    target = {"boxes": torch.tensor([[10.0, 10, 40, 40]]), "labels": torch.tensor([1]), "masks": masks}
+    return [target] * count
 
 
 @pytest.mark.parametrize("neck", [{}, FPN], ids=["c4", "fpn"])
@@ -80,16 +107,23 @@ def test_an_image_without_a_detection_has_no_mask(build: Build) -> None:
 
 
 def test_c4_boxes_and_masks_share_layer4_and_a_norm(build: Build) -> None:
-    """In training layer4 sees each region once; conv1 to layer3 are the backbone, of stride 16."""
+    """In training layer4 sees each region once, and the masks are learned from what it made of the positive ones."""
     model = build().train()
-    assert isinstance(model.roi_heads, C4Heads)
+    regions = model.roi_heads.box_roi_pool
     assert [name for name, _ in model.backbone.named_children()][-1] == "layer3"
-    assert model.roi_heads.box_roi_pool.stride == 16
-    assert isinstance(model.roi_heads.box_head.norm, nn.BatchNorm2d)
-    seen: list[int] = []
-    model.roi_heads.box_head.pretrained.register_forward_hook(lambda *_: seen.append(1))
+    assert isinstance(regions.norm, nn.BatchNorm2d)
+    seen: list[torch.Tensor] = []
+    masked: list[torch.Tensor] = []
+    regions.norm.register_forward_hook(lambda *call: seen.append(call[-1]))
+    model.roi_heads.mask_head.register_forward_hook(lambda *call: masked.append(call[-1]))
+    chosen: list[Any] = []
+    select = model.roi_heads.select_training_samples
+    model.roi_heads.select_training_samples = lambda *args: chosen.append(select(*args)) or chosen[0]
     model(images(), targets())
-    assert seen == [1]
+    assert len(seen) == 1
+    positive = torch.cat(chosen[0][2]) > 0
+    assert 0 < positive.sum() < len(positive)
+    assert torch.equal(masked[0], seen[0][positive])
 
 
 @pytest.mark.parametrize(("arch", "stem", "stride"), [("resnet18", "cifar", 4), ("resnet50", "imagenet", 16)])
@@ -97,12 +131,33 @@ def test_stride_and_channels_are_found_out(arch: str, stem: str, stride: int, bu
     model = build(arch, stem)
     assert model.roi_heads.box_roi_pool.stride == stride
     assert model.backbone.out_channels == (1024 if arch == "resnet50" else 256)
-    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_the_published_detector() -> None:
+    """Base-RCNN-C4.yaml and defaults.py of detectron2, Base-RCNN-C4-BN.yaml of moco."""
+    model = build_detector(build_encoder("resnet18"), VOC, classes=20, masks=True)
+    rpn, heads = model.rpn, model.roi_heads
+    assert rpn.anchor_generator.sizes == [(32, 64, 128, 256, 512)]
+    assert rpn.anchor_generator.aspect_ratios == [(0.5, 1.0, 2.0)]
+    assert (rpn._pre_nms_top_n, rpn._post_nms_top_n) == (
+        {"training": 12_000, "testing": 6_000},
+        {"training": 2_000, "testing": 1_000},
+    )
+    assert (rpn.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.positive_fraction) == (256, 0.5)
+    assert (heads.fg_bg_sampler.batch_size_per_image, heads.fg_bg_sampler.positive_fraction) == (512, 0.25)
+    assert (rpn.proposal_matcher.high_threshold, rpn.proposal_matcher.low_threshold, rpn.nms_thresh) == (0.7, 0.3, 0.7)
+    assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.05, 0.5, 100)
+    assert heads.box_coder.weights == (10, 10, 5, 5)
+    assert heads.box_roi_pool.size == 14
+    assert heads.box_predictor.cls_score.weight.std() == pytest.approx(0.01, rel=0.1)
+    assert heads.box_predictor.bbox_pred.weight.std() == pytest.approx(0.001, rel=0.1)
+    assert (model.transform.min_size, model.transform.max_size) == (tuple(range(480, 801, 32)), 1333)
+    assert COCO.short_side == (640, 672, 704, 736, 768, 800)
 
 
 @pytest.mark.parametrize("neck", [{}, FPN], ids=["c4", "fpn"])
 def test_a_frozen_encoder_stays_as_it_is(neck: dict[str, Any], build: Build) -> None:
-    model = build(**neck, frozen=True)
+    model = build(**neck, freeze_backbone=True)
     before = copy.deepcopy(build_encoder_state(model))
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -122,14 +177,15 @@ def build_encoder_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def bare(name: str) -> list[str]:
     """A name's endings that may begin with a stage of the encoder; the heads of FPN have layers of other names."""
-    starts = ("backbone.pyramid.body.", "backbone.", "roi_heads.box_head.pretrained.")
+    starts = ("backbone.stages.", "backbone.", "roi_heads.box_roi_pool.layer4.")
     return [name.removeprefix(start) for start in starts if name.startswith(start)]
 
 
 def test_pooling_is_aligned_to_pixels() -> None:
     """A linear map is sampled at the middles of the cells: torchvision's MultiScaleRoIAlign is off by half a pixel."""
     ramp = (torch.arange(16.0) + 0.5).expand(1, 1, 16, 16)  # the position of each pixel's middle, in strides
-    pooled = AlignedPool(2, stride=4)({"0": ramp}, [torch.tensor([[16.0, 16, 32, 32]])], [(64, 64)])
+    pool = SharedRegions(nn.Identity(), nn.Identity(), 2, stride=4, masks=False)
+    pooled = pool({"0": ramp}, [torch.tensor([[16.0, 16, 32, 32]])], [(64, 64)])
     assert pooled[0, 0, 0].tolist() == pytest.approx([5.0, 7.0])
 
 
@@ -165,9 +221,9 @@ def test_bf16_is_for_the_stages_alone(build: Build) -> None:
         (COCO, 80_000, 0.0003),
     ],
 )
-def test_the_published_schedule(recipe: Any, step: int, expected: float) -> None:
-    factor = learning_rate_factor(step, recipe.milestones, recipe.warmup, recipe.warmup_factor)
-    assert recipe.learning_rate * factor == pytest.approx(expected)
+def test_the_published_schedule(recipe: Settings, step: int, expected: float) -> None:
+    assert recipe.learning_rate * training.learning_rate_factor(step, recipe) == pytest.approx(expected)
+    assert (recipe.batch_size, recipe.momentum, recipe.weight_decay) == (16, 0.9, 1e-4)
 
 
 def detections(boxes: list[list[float]], labels: list[int], confidence: list[float]) -> dict[str, torch.Tensor]:
@@ -195,17 +251,17 @@ ONE, OTHER = [0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 40.0, 40.0]
     }.values(),
 )
 def test_average_precision(found: Any, there: Any, points: int, expected: float) -> None:
-    metric = scores.build_metric(masks=False, recall_points=points)
+    metric = training.build_metric(masks=False, recall_points=points)
     metric.update([detections(*found)], [truth(*there)])
-    measured = scores.scores_of(metric.compute(), masks=False)
+    measured = training.scores_of(metric.compute())
     assert measured["box"]["AP"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_ap_counts_all_ious_ap50_and_ap75_one() -> None:
     """A box of IoU 0.8 is found at 0.5 to 0.8: at seven of the ten."""
-    metric = scores.build_metric(masks=False, recall_points=101)
+    metric = training.build_metric(masks=False, recall_points=101)
     metric.update([detections([[0.0, 0.0, 10.0, 8.1]], [1], [0.9])], [truth([ONE], [1], [0])])
-    measured = scores.scores_of(metric.compute(), masks=False)["box"]
+    measured = training.scores_of(metric.compute())["box"]
     assert {name: round(value or 0, 3) for name, value in measured.items()} == {
         "AP": 70.0,
         "AP50": 100.0,
@@ -214,42 +270,31 @@ def test_ap_counts_all_ious_ap50_and_ap75_one() -> None:
 
 
 def test_nothing_to_find_has_no_score() -> None:
-    metric = scores.build_metric(masks=False, recall_points=101)
+    metric = training.build_metric(masks=False, recall_points=101)
     metric.update([detections([], [], [])], [truth([ONE], [1], [1])])
-    assert scores.scores_of(metric.compute(), masks=False)["box"]["AP"] is None
+    assert training.scores_of(metric.compute())["box"]["AP"] is None
 
 
-def test_precise_norms_are_the_mean_of_the_batches() -> None:
-    norm, frozen = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.frozen = norm, frozen
-
-        def train(self, mode: bool = True) -> "Model":
-            super().train(mode)
-            self.frozen.eval()
-            return self
-
-    model = Model()
-    batches = [torch.randn(8, 3, 4, 4) + shift for shift in (0.0, 1.0, 2.0)]
-    with scores.Precise(model):
-        for batch in batches:
-            norm(batch)
-            frozen(batch)
-    means = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
-    variances = torch.stack([batch.transpose(0, 1).flatten(1).var(1) for batch in batches]).mean(0)
-    torch.testing.assert_close(norm.running_mean, means)
-    torch.testing.assert_close(norm.running_var, variances)
-    assert norm.momentum == 0.1
-    assert torch.equal(frozen.running_var, torch.ones(3))  # type: ignore[arg-type]
+def test_a_test_measures_norms_again_on_a_copy(build: Build) -> None:
+    """The statistics become the means over the batches; frozen ones stay, and so does the model that is trained."""
+    batches = [Batch(bytes_(), targets(), 0), Batch([255 - image for image in bytes_()], targets(), 0)]
+    settings = replace(SMALL, freeze_backbone=False, precise_batches=2, test_short_side=80)
+    model = build().train()
+    before = copy.deepcopy(model.state_dict())
+    tested = training.tested(model, Batches(batches), settings, torch.device("cpu"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    means = [model.backbone.conv1(model.transform(list(floats(batch)))[0].tensors).mean((0, 2, 3)) for batch in batches]
+    torch.testing.assert_close(tested.backbone.bn1.running_mean, torch.stack(means).mean(0))
+    assert tested.transform.min_size == (80,)
+    assert model.transform.min_size == (64,)
+    frozen = build(freeze_backbone=True).train()
+    tested = training.tested(frozen, Batches(batches), settings, torch.device("cpu"))
+    assert torch.equal(tested.backbone.bn1.running_mean, frozen.backbone.bn1.running_mean)
+    assert not torch.equal(tested.roi_heads.box_roi_pool.norm.running_mean, torch.zeros(512))
 
 
-def test_the_table_is_markdown() -> None:
+def test_the_table() -> None:
     ours = {"box": {"AP": 12.34, "AP50": 30.0, "AP75": None}, "mask": {"AP": 1.0, "AP50": 2.0, "AP75": 3.0}}
-    assert scores.table({"ours": ours}).splitlines() == [
-        "|  | box AP | box AP50 | box AP75 | mask AP | mask AP50 | mask AP75 |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| ours | 12.3 | 30.0 | – | 1.0 | 2.0 | 3.0 |",
-    ]
+    head, _, row = training.table({"ours": ours}).splitlines()
+    assert head.split() == ["box", "AP", "box", "AP50", "box", "AP75", "mask", "AP", "mask", "AP50", "mask", "AP75"]
+    assert row.split() == ["ours", "12.3", "30.0", "–", "1.0", "2.0", "3.0"]

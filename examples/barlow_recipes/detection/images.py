@@ -4,23 +4,27 @@ As in the pretraining, no random state travels from step to step: the order of t
 epoch), and whether one is flipped is one of (seed, epoch, index).
 """
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import pycocotools.mask as coding
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import horizontal_flip
+from torchvision.tv_tensors import BoundingBoxes
 
 from barlow_recipes import distributed
 from barlow_recipes.data import EpochBatches, seed_of
 from barlow_recipes.decoding import decode
-from barlow_recipes.detection.annotations import Example, decoded
+from barlow_recipes.detection.data import Example
 from barlow_recipes.errors import Aborted, UsageError
 from barlow_recipes.images import Loader
 
 Target = dict[str, Tensor]
+Item = tuple[Tensor | None, Target, int]  # of one image, as in a batch; None where none could be read
 TRIES = 32  # images in a row that cannot be read end the run
 
 
@@ -32,14 +36,27 @@ class Batch(NamedTuple):
     unreadable: int
 
 
-class Annotated(Dataset[tuple[Tensor | None, Target, int]]):
-    """Base of the two parts: reads one image, with its boxes, labels and masks."""
+class Annotated(Dataset[Item]):
+    """Images by (epoch, index): half of them flipped, one that cannot be read replaced by the next.
 
-    def __init__(self, examples: Sequence[Example], masks: bool) -> None:
-        self.examples, self.masks = examples, masks
+    In the test the epoch is None: no image is flipped or replaced.
+    """
 
-    def __len__(self) -> int:
-        return len(self.examples)
+    def __init__(self, examples: Sequence[Example], masks: bool, seed: int = 0) -> None:
+        self.examples, self.masks, self.seed = examples, masks, seed
+
+    def __getitem__(self, key: tuple[int | None, int]) -> Item:
+        epoch, index = key
+        tries = 1 if epoch is None else min(TRIES, len(self.examples))
+        for failures in range(tries):
+            try:
+                image, target = self.read((index + failures) % len(self.examples))
+            except OSError:
+                continue
+            if epoch is not None and random.Random(seed_of(self.seed, epoch, index)).random() < 0.5:
+                image, target = flipped(image, target)
+            return image, target, failures
+        return None, {}, tries
 
     def read(self, index: int) -> tuple[Tensor, Target]:
         """An image and its objects, ``iscrowd`` where they are ignored.
@@ -47,65 +64,27 @@ class Annotated(Dataset[tuple[Tensor | None, Target, int]]):
         Raises:
             OSError: the image cannot be read, or is not of the size that is annotated.
         """
-        example = self.examples[index]
-        image = decode(example.path.read_bytes(), str(example.path))
-        if image.shape[1:] != (example.height, example.width):
-            raise OSError(f"{example.path}: expected the annotated size")
+        path, size, boxes, labels, ignored, runs = self.examples[index]
+        image = decode(path.read_bytes(), str(path))
+        if image.shape[1:] != size:
+            raise OSError(f"{path}: expected the annotated size")
+        masks = [coding.decode({"size": size, "counts": counts}) for counts in runs.split()]
         target = {
-            "boxes": torch.from_numpy(example.boxes),
-            "labels": torch.from_numpy(example.labels),
-            "iscrowd": torch.from_numpy(example.ignored).long(),
+            "boxes": torch.from_numpy(boxes),
+            "labels": torch.from_numpy(labels),
+            "iscrowd": torch.from_numpy(ignored).long(),
+            "masks": torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *size), np.uint8)),
         }
-        if self.masks:
-            segmentations = json.loads(example.segmentations or "[]")
-            target["masks"] = torch.from_numpy(decoded(segmentations, example.height, example.width))
-        return image, target
-
-
-class TrainingImages(Annotated):
-    """By (epoch, index): half of them flipped from left to right, one that cannot be read replaced by the next."""
-
-    def __init__(self, examples: Sequence[Example], masks: bool, seed: int) -> None:
-        super().__init__(examples, masks)
-        self.seed = seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, Target, int]:
-        epoch, index = key
-        for unreadable in range(min(TRIES, len(self))):
-            try:
-                image, target = self.read((index + unreadable) % len(self))
-            except OSError:
-                continue
-            flip = random.Random(seed_of(self.seed, epoch, index)).random() < 0.5
-            return *(flipped(image, target) if flip else (image, target)), unreadable
-        return None, {}, TRIES
-
-
-class TestImages(Annotated):
-    """By index: as they are."""
-
-    __test__ = False  # no class of tests
-
-    def __getitem__(self, index: int) -> tuple[Tensor | None, Target, int]:
-        try:
-            return *self.read(index), 0
-        except OSError:
-            return None, {}, 1
+        return image, {name: value for name, value in target.items() if self.masks or name != "masks"}
 
 
 def flipped(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     """The mirror image, left to right."""
-    left, top, right, bottom = target["boxes"].unbind(1)
-    width = image.shape[2]
-    mirrored = target | {"boxes": torch.stack([width - right, top, width - left, bottom], dim=1)}
+    boxes = BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[1:])
+    mirrored = {"boxes": horizontal_flip(boxes).as_subclass(Tensor)}
     if "masks" in target:
         mirrored["masks"] = target["masks"].flip(2)
-    return image.flip(2), mirrored
-
-
-def collated(items: list[tuple[Tensor | None, Target, int]]) -> Batch:
-    read = [(image, target) for image, target, _ in items if image is not None]
-    return Batch([image for image, _ in read], [target for _, target in read], sum(item[2] for item in items))
+    return image.flip(2), target | mirrored
 
 
 class TrainingBatches:
@@ -116,13 +95,19 @@ class TrainingBatches:
             raise UsageError(
                 f"--batch-size {batch_size}: expected at most the number of annotated images, {len(examples)}"
             )
-        self.order = EpochBatches(len(examples), batch_size, seed, distributed.own_rows(batch_size))
-        self.loader = _loader(TrainingImages(examples, masks, seed), batch_sampler=self.order, **loading)
+        rows = distributed.own_rows(batch_size)
+        self.order = EpochBatches(len(examples), batch_size, seed, rows)
+        self.own = rows.stop - rows.start
+        self.loader = _loader(Annotated(examples, masks, seed), self.order, **loading)
 
-    def __len__(self) -> int:
-        return len(self.order)
+    def from_step(self, step: int) -> Iterator[Batch]:
+        """The batches from a step of the run on, epoch after epoch."""
+        epoch, first = divmod(step, len(self.order))
+        while True:
+            yield from self.of_epoch(epoch, first)
+            epoch, first = epoch + 1, 0
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+    def of_epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from ``first_step`` on.
 
         Raises:
@@ -130,30 +115,26 @@ class TrainingBatches:
         """
         self.order.epoch, self.order.first_step = epoch, first_step
         for batch in self.loader:
-            if len(batch.images) < len(range(*self.order.rows.indices(self.order.batch_size))):
+            if len(batch.images) < self.own:
                 raise Aborted(
                     f"{TRIES} images in a row cannot be read, or none of all: is the storage of --data whole?"
                 )
             yield batch
 
 
-def test_batches(examples: Sequence[Example], *, masks: bool, batch_size: int, **loading: Any) -> Loader:
+def images_of_test(examples: Sequence[Example], *, masks: bool, batch_size: int, **loading: Any) -> Loader:
     """This process's share of the images of the test, every one of them once."""
-    own = range(distributed.rank(), len(examples), distributed.world_size())
-    batches = [list(own[start : start + batch_size]) for start in range(0, len(own), batch_size)]
-    return _loader(TestImages(examples, masks), batch_sampler=batches, **loading)
+    own = [(None, index) for index in range(distributed.rank(), len(examples), distributed.world_size())]
+    rows = max(1, batch_size // distributed.world_size())
+    batches = [own[start : start + rows] for start in range(0, len(own), rows)]
+    return _loader(Annotated(examples, masks), batches, **loading)
 
 
-test_batches.__test__ = False  # type: ignore[attr-defined]
+def _loader(dataset: Annotated, batches: Any, *, workers: int, **loading: Any) -> Loader:
+    persistent = {"num_workers": workers, "persistent_workers": workers > 0}
+    return Loader(dataset, batch_sampler=batches, collate_fn=_collated, **persistent, **loading)
 
 
-def _loader(dataset: Annotated, *, batch_sampler: Any, workers: int, timeout: float, pin_memory: bool) -> Loader:
-    return Loader(
-        dataset,
-        timeout,
-        batch_sampler=batch_sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=pin_memory,
-        collate_fn=collated,
-    )
+def _collated(items: list[Item]) -> Batch:
+    read = [(image, target) for image, target, _ in items if image is not None]
+    return Batch([image for image, _ in read], [target for _, target in read], sum(item[2] for item in items))

@@ -150,7 +150,7 @@ def first(part: str, **values: object) -> Callable[[Path], None]:
     {
         "voc, no width": ("voc", replaced(XML, "<xmax>", "<xmax>-"), NO_BOX),
         "voc, words": ("voc", replaced(XML, "<xmin>", "<xmin>left"), NO_BOX),
-        "voc, no class": ("voc", replaced(XML, "name>", "class>"), NO_PLACE),
+        "voc, no class": ("voc", replaced(XML, "<object>", "<object><name> </name>"), NO_PLACE),
         "voc, no size": ("voc", replaced(XML, "<width>", "<width>x"), NO_IMAGE),
         "voc, no XML": ("voc", replaced(XML, "<annotation>", "<"), NO_IMAGE),
         "voc, no annotation": ("voc", lambda root: (root / XML).unlink(), NO_IMAGE),
@@ -170,7 +170,7 @@ def first(part: str, **values: object) -> Callable[[Path], None]:
         "coco, no file": ("coco", lambda root: (root / "train2017/10000000.jpg").unlink(), NO_IMAGE),
         "coco, empty": (
             "coco",
-            replaced(JSON, '"images": [', '"images": [{"id": 9, "file_name": "10000000.jpg", "height": 9, "width": 9}, '),
+            replaced(JSON, '"images": [', '"images": [{"id": 9, "file_name": "10000000.jpg", "height": 9, "width": 9},'),
             "image without an object to learn",
         ),
     }.values(),

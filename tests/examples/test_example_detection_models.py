@@ -149,8 +149,8 @@ def test_the_published_detector() -> None:
     assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.05, 0.5, 100)
     assert heads.box_coder.weights == (10, 10, 5, 5)
     assert heads.box_roi_pool.size == 14
-    assert heads.box_predictor.cls_score.weight.std() == pytest.approx(0.01, rel=0.1)
-    assert heads.box_predictor.bbox_pred.weight.std() == pytest.approx(0.001, rel=0.1)
+    assert heads.box_predictor.cls_score.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert heads.box_predictor.bbox_pred.weight.std().item() == pytest.approx(0.001, rel=0.1)
     assert (model.transform.min_size, model.transform.max_size) == (tuple(range(480, 801, 32)), 1333)
     assert COCO.short_side == (640, 672, 704, 736, 768, 800)
 

@@ -6,16 +6,14 @@
 
 The folder decides: with VOC2007/ and VOC2012/ in it, Faster R-CNN is trained on the trainval parts and tested on 2007's
 test part; with annotations/, train2017/ and val2017/, Mask R-CNN is trained on the one and tested on the other. Every
-number is as published for Barlow Twins, and is a flag; a batch of another size scales the learning rate with it.
+number is as published for Barlow Twins, and is a flag. What published runs reached: box AP, AP50, AP75 of 56.8, 82.6,
+63.4 on VOC07+12 and of 39.2, 59.0, 42.5 on COCO, masks of 34.3, 56.0, 36.5.
 
 Boxes, masks and images that cannot be used are left out, and counted in the output and in the results. SIGTERM, SIGUSR1
-and Ctrl-C end a run after its step, saved; with --resume the same command continues it.
+and Ctrl-C end a run after its step, saved; with --resume the same command continues it. The scores of the last
+iteration are the result: the best of several would be chosen on the test set.
 
-The output folder gets results.json, model.pt, metrics.jsonl and checkpoint.pt with the one before it. The scores of the
-last iteration are the result: the best of several would be chosen on the test set.
-
-Sources: Zbontar et al. (2021), arXiv 2103.03230; He et al. (2019), arXiv 1911.05722; see
-barlow_recipes/detection/settings.py.
+The output folder gets results.json, model.pt, metrics.jsonl and checkpoint.pt with the one before it.
 """
 
 import contextlib
@@ -29,13 +27,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models.detection import FasterRCNN
 
 from barlow_recipes import checkpoint, distributed, reporting
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.command_line import find_device
 from barlow_recipes.detection import training
-from barlow_recipes.detection.data import DetectionData, load_data
+from barlow_recipes.detection.data import DetectionData, Split, load_data
 from barlow_recipes.detection.images import TrainingBatches, images_of_test
 from barlow_recipes.detection.models import build_detector
 from barlow_recipes.detection.settings import Settings, read_settings
@@ -109,8 +108,8 @@ def run(settings: Settings) -> None:
     weights = digest(encoder.module)
     model = build_detector(encoder, settings, classes=len(data.classes), masks=data.masks).to(device)
     optimizer = training.build_optimizer(model, settings)
-    schedule, scaler = training.build_schedule(optimizer, settings), torch.amp.GradScaler(device.type, enabled=False)
-    state = TrainingState(model, optimizer, schedule, scaler, device)
+    schedule = LambdaLR(optimizer, lambda step: training.learning_rate_factor(step, settings))
+    state = TrainingState(model, optimizer, schedule, torch.amp.GradScaler(device.type, enabled=False), device)
     images = load_images(settings, data, device)
     default = Path("runs") / f"{data.name.lower()}-{encoder.arch.replace('/', '-')}-{settings.neck}"
     wanted = from_main(lambda: reporting.find_checkpoint(settings.resume, settings.out, default))
@@ -181,7 +180,8 @@ def introduction(now: Run) -> str:
         f"{'Mask' if data.masks else 'Faster'} R-CNN {now.name}, {now.encoder.source}: {everything:.2f} M parameters, "
         f"{learning:.2f} M of them learn, {settings.precision} on "
         f"{f'{device.type} in {processes} processes' if processes > 1 else device}; results go to {now.out}",
-        settings.schedule(),
+        f"{settings.iterations:,} iterations of {settings.batch_size} images, learning rate {settings.learning_rate:g} "
+        f"after {settings.warmup:,} of warm-up, a tenth of it from each of {[*settings.milestones]} on",
     ]
     parts = {"training": data.train, "test": data.test}
     lines += [f"note: left out of the {part}: {split.told()}" for part, split in parts.items() if split.left_out]
@@ -240,11 +240,11 @@ def results(now: Run, measured: training.Scores) -> dict[str, Any]:
     """What goes into results.json."""
     data, tests = now.data, {row["step"]: row for row in now.metrics.of_kind("test")}
     history = [{"step": step, **row["scores"]} for step, row in tests.items()]
-    unreadable = {"train": now.unreadable, "test": tests[now.state.step]["unreadable"]}
-    parts = {
-        part: {"images": len(split.examples), "boxes": split.boxes, "left_out": split.left_out}
-        for part, split in (("train", data.train), ("test", data.test))
-    }
+
+    def about(split: Split, unreadable: int) -> dict[str, Any]:
+        counts = {"images": len(split.examples), "boxes": split.boxes}
+        return {**counts, "left_out": split.left_out, "unreadable": unreadable}
+
     reached = {
         "scores": measured,
         "iteration": now.state.step,
@@ -252,7 +252,8 @@ def results(now: Run, measured: training.Scores) -> dict[str, Any]:
         "recall_points": data.recall_points,
         "encoder": {name: str(value) for name, value in now.encoder._asdict().items() if name != "module"},
         "classes": list(data.classes),
-        **{part: about | {"unreadable": unreadable[part]} for part, about in parts.items()},
+        "train": about(data.train, now.unreadable),
+        "test": about(data.test, tests[now.state.step]["unreadable"]),
         "data": data.name,
         "settings": now.settings.shaping() | {"--weights": now.weights},
         "evaluations": history,

@@ -178,7 +178,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(trees: dict[str, Path], detect: 
         "file": (("--data", "voc", "--weights", "absent.pt"), "absent.pt: no such file"),
         "encoder": (("--data", "voc", "--weights", "random", "--arch", "small-cnn"), "expected a ResNet"),
         "sides": (("--data", "voc", *RANDOM, "--short-side", "1400"), "--max-side 1333: expected no less"),
-        "batch": (("--data", "voc", *RANDOM, "--batch-size", "7"), "--batch-size 7: expected at most the number"),
+        "batch": (
+            ("--data", "voc", *RANDOM, "--batch-size", "7"),
+            "--batch-size 7: expected at most all annotated images, 6",
+        ),
         "a bad number": (
             ("--data", "voc", *RANDOM, "--iterations", "0"),
             "--iterations 0: expected a whole number",

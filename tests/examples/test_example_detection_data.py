@@ -192,7 +192,7 @@ def test_what_cannot_be_used_is_counted(
     {
         "no JSON": (lambda root: (root / JSON).write_text("{"), "expected the JSON of COCO in"),
         "a list": (lambda root: (root / JSON).write_text("[]"), "expected the JSON of COCO in"),
-        "no list": (replaced(JSON, '"images": [', '"images": 5, "others": ['), "expected lists of"),
+        "no list": (replaced(JSON, '"images": [', '"images": 5, "others": ['), "no lists of"),
         "no file": (lambda root: (root / JSON).unlink(), "cannot read"),
         "no images": (lambda root: shutil.rmtree(root / "val2017"), "expected boxes to find in the test, found none"),
         "no categories": (first("categories", id="x"), "expected categories"),

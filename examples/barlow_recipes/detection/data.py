@@ -1,12 +1,9 @@
 """Pascal VOC and COCO as one: images with boxes, labels and, of COCO, masks.
 
 VOC's XML is taken to what COCO's JSON would say; from there on there is one path. What cannot be used is left out, and
-counted by its kind. As in detectron2, coordinates of VOC count pixels from 1, with the last one inside; difficult
-objects of VOC are trained on, crowds of COCO are not, and in the test both are neither found nor missed.
-
-Two differences remain from detectron2's figures of VOC (its ``data/datasets/pascal_voc.py`` and
-``evaluation/pascal_voc_evaluation.py``): a difficult object ignores every detection that lies in it by half of the
-detection's area, as COCO's crowds do, where VOC asks for the IoU; and an IoU counts no pixel more to each side.
+counted by its kind. As in detectron2, VOC's difficult objects are trained on, COCO's crowds are not, and in the test
+both are neither found nor missed. Different from its figures of VOC: a difficult object ignores every detection that
+lies in it by half, as COCO's crowds do, where VOC asks for the IoU; and an IoU counts no pixel more to each side.
 """
 
 import contextlib
@@ -79,11 +76,7 @@ class DetectionData:
 
 
 def find_layout(root: Path) -> str:
-    """Recognise the layout of a folder: "voc" or "coco".
-
-    Raises:
-        UsageError: it has neither.
-    """
+    """Recognise a folder as "voc" or "coco", or raise UsageError."""
     if not root.is_dir():
         raise UsageError(f"--data {root}: no such folder")
     if (_devkit(root) / "VOC2007").is_dir():
@@ -99,39 +92,28 @@ def _devkit(root: Path) -> Path:
 
 
 def load_data(root: Path) -> DetectionData:
-    """Read the annotations of either layout.
-
-    Raises:
-        UsageError: a file is absent or no annotation file, or no box can be used.
-    """
+    """Read the annotations of either layout; UsageError: a file of them is absent or broken, or no box can be used."""
     data = _voc(_devkit(root)) if find_layout(root) == "voc" else _coco(root)
     for use, split in (("train on", data.train), ("find in the test", data.test)):
         if not split.boxes:
-            raise UsageError(
-                f"--data {root}: expected boxes to {use}, found none that can be used ({split.told() or 'no image'})"
-            )
+            why = split.told() or "no image"
+            raise UsageError(f"--data {root}: expected boxes to {use}, found none that can be used ({why})")
     return data
 
 
 def _voc(root: Path) -> DetectionData:
-    """Trained on the trainval parts of 2007 and 2012, tested on the test part of 2007."""
+    """Trained on the trainval parts of 2007 and 2012, tested on the test part of 2007 by the metric of that year."""
     years = [year for year in ("VOC2007", "VOC2012") if (root / year).is_dir()]
     train = _voc_content([(root / year, "trainval") for year in years])
     test = _voc_content([(root / "VOC2007", "test")])
     classes = sorted({annotation["category_id"] for annotation in train["annotations"]} - {""})
     labels = {name: label for label, name in enumerate(classes, 1)}
-    return DetectionData(
-        name="VOC07+12" if len(years) > 1 else "VOC07",
-        classes=tuple(classes),
-        train=_split(train, root, labels, masks=False, learn=True),
-        test=_split(test, root, labels, masks=False, learn=False),
-        masks=False,
-        recall_points=11,  # the metric of 2007, here at IoU 0.5 to 0.95
-    )
+    parts = _split(train, root, labels, learn=True), _split(test, root, labels)
+    return DetectionData("VOC07+12" if len(years) > 1 else "VOC07", tuple(classes), *parts, False, 11)
 
 
 def _voc_content(parts: list[tuple[Path, str]]) -> Content:
-    """What COCO's JSON would say: pixels from 0, a difficult object is a crowd, a class is its name."""
+    """What COCO's JSON would say: a class is its name, a difficult object a crowd."""
     images, annotations = [], []
     for folder, part in parts:
         for line in _text(folder / "ImageSets" / "Main" / f"{part}.txt").splitlines():
@@ -147,7 +129,7 @@ def _voc_content(parts: list[tuple[Path, str]]) -> Content:
 
 def _voc_object(element: ET.Element, key: str) -> dict[str, Any]:
     box = None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):  # pixels count from 1, and the last one is inside
         left, top, right, bottom = (float(element.findtext(f"bndbox/{corner}") or "") for corner in CORNERS)
         box = left - 1, top - 1, right - left + 1, bottom - top + 1
     name, difficult = ((element.findtext(tag) or "").strip() for tag in ("name", "difficult"))
@@ -162,26 +144,23 @@ def _coco(root: Path) -> DetectionData:
     if not names:
         raise UsageError(f"--data {root}: expected categories with id and name in instances_train2017.json")
     labels = {number: label for label, number in enumerate(sorted(names), 1)}  # without the gaps in COCO's numbers
-    return DetectionData(
-        name="COCO",
-        classes=tuple(names[number] for number in labels),
-        train=_split(train, root / "train2017", labels, masks=True, learn=True),
-        test=_split(test, root / "val2017", labels, masks=True, learn=False),
-        masks=True,
-        recall_points=101,
+    parts = (
+        _split(train, root / "train2017", labels, masks=True, learn=True),
+        _split(test, root / "val2017", labels, masks=True),
     )
+    return DetectionData("COCO", tuple(names[number] for number in labels), *parts, True, 101)
 
 
 def _json(root: Path, part: str) -> Content:
     path = root / "annotations" / f"instances_{part}.json"
     try:
         content = json.loads(_text(path))  # Python's reads NaN and Infinity too: the checks of boxes find them
-        lists = all(isinstance(content[key], list) for key in ("images", "annotations", "categories"))
+        if all(isinstance(content[key], list) for key in ("images", "annotations", "categories")):
+            return content
+        reason = "no lists of images, annotations and categories"
     except (*BROKEN, RecursionError) as error:
-        raise UsageError(f"--data {root}: expected the JSON of COCO in {path}: {first_line(error)}") from None
-    if not lists:
-        raise UsageError(f"--data {root}: expected lists of images, annotations and categories in {path}")
-    return content
+        reason = first_line(error)
+    raise UsageError(f"--data {root}: expected the JSON of COCO in {path} ({reason})")
 
 
 def _text(path: Path) -> str:
@@ -191,7 +170,9 @@ def _text(path: Path) -> str:
         raise UsageError(f"--data: cannot read {path}: {first_line(error)}") from None
 
 
-def _split(content: Content, folder: Path, labels: dict[Any, int], *, masks: bool, learn: bool) -> Split:
+def _split(
+    content: Content, folder: Path, labels: dict[Any, int], *, masks: bool = False, learn: bool = False
+) -> Split:
     """The images in the folder, with their objects of the labelled categories.
 
     To learn from, crowds are left away (of COCO: VOC's difficult objects are learned), and images without an object.
@@ -230,15 +211,7 @@ def _counted(left_out: Counter[str], otherwise: str) -> Iterator[None]:
 
 
 def clipped(box: Any, size: Size) -> tuple[float, float, float, float]:
-    """The part of a box that lies in the image: left, top, right, bottom.
-
-    Args:
-        box: left, top, width, height.
-        size: height and width of the image.
-
-    Raises:
-        Unusable: not four finite numbers, no width or no height, or outside the image.
-    """
+    """What of a box (left, top, width, height) lies in the image: left, top, right, bottom; Unusable if nothing."""
     try:
         left, top, across, down = map(float, box)
     except BROKEN:
@@ -251,11 +224,7 @@ def clipped(box: Any, size: Size) -> tuple[float, float, float, float]:
 
 
 def run_lengths(segmentation: Any, size: Size) -> bytes:
-    """The compressed run lengths of a mask, of COCO's polygons or run lengths.
-
-    Raises:
-        Unusable: they are broken, or no pixel of the image is in it.
-    """
+    """The compressed run lengths of a mask, of COCO's polygons or run lengths; Unusable if broken or without a pixel."""
     coding = require("pycocotools.mask", "masks")
     runs = None
     with contextlib.suppress(*BROKEN):

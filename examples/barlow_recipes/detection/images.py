@@ -59,11 +59,7 @@ class Annotated(Dataset[Item]):
         return None, {}, tries
 
     def read(self, index: int) -> tuple[Tensor, Target]:
-        """An image and its objects, ``iscrowd`` where they are ignored.
-
-        Raises:
-            OSError: the image cannot be read, or is not of the size that is annotated.
-        """
+        """An image and its objects; OSError: it cannot be read, or is not of the size that is annotated."""
         path, size, boxes, labels, ignored, runs = self.examples[index]
         image = decode(path.read_bytes(), str(path))
         if image.shape[1:] != size:
@@ -92,9 +88,7 @@ class TrainingBatches:
 
     def __init__(self, examples: Sequence[Example], *, masks: bool, batch_size: int, seed: int, **loading: Any) -> None:
         if len(examples) < batch_size:
-            raise UsageError(
-                f"--batch-size {batch_size}: expected at most the number of annotated images, {len(examples)}"
-            )
+            raise UsageError(f"--batch-size {batch_size}: expected at most all annotated images, {len(examples)}")
         rows = distributed.own_rows(batch_size)
         self.order = EpochBatches(len(examples), batch_size, seed, rows)
         self.own = rows.stop - rows.start
@@ -108,11 +102,7 @@ class TrainingBatches:
             epoch, first = epoch + 1, 0
 
     def of_epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from ``first_step`` on.
-
-        Raises:
-            Aborted: images in a row cannot be read.
-        """
+        """The batches of an epoch from ``first_step`` on; Aborted: too many images in a row cannot be read."""
         self.order.epoch, self.order.first_step = epoch, first_step
         for batch in self.loader:
             if len(batch.images) < self.own:

@@ -1,11 +1,9 @@
 """The settings of the transfer to detection: every flag, and what is published for the two layouts.
 
 Sources: Zbontar et al. (2021), arXiv 2103.03230, appendix, transfer learning: iterations, batch, learning rates and
-warm-up of VOC07+12 (linear, from a third of the rate), "the other parameters the same as in the 1× schedule" for COCO.
-They follow He et al. (2019), arXiv 1911.05722: ``detection/configs`` of facebookresearch/moco, which has
-``pascal_voc_R_50_C4_24k.yaml`` (short sides, milestones) and ``Base-RCNN-C4-BN.yaml`` (synchronised batch norms, all
-trained; precise batch norm before a test; proposals of the test). The rest is detectron2's ``Base-RCNN-C4.yaml`` (the
-1× schedule, COCO's short sides) and ``config/defaults.py``.
+warm-up. The rest is of He et al. (2019): ``detection/configs`` of facebookresearch/moco (VOC's sides and milestones;
+batch norms trained, synchronised, and precise in a test; the test's proposals), which stand on detectron2's
+``Base-RCNN-C4.yaml`` (the 1× schedule, COCO's sides) and ``config/defaults.py``.
 """
 
 from collections.abc import Sequence
@@ -21,10 +19,7 @@ from barlow_recipes.detection.data import find_layout
 from barlow_recipes.errors import UsageError
 
 # What may differ between a run and its continuation: where it runs, what it writes. Everything else shapes the weights.
-FREE = (
-    "data", "weights", "device", "workers", "loader_timeout", "test_short_side", "evaluate_every", "save_every", "out",
-    "overwrite", "resume",
-)  # fmt: skip
+FREE = "data weights device workers loader_timeout test_short_side evaluate_every save_every out overwrite resume"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +85,7 @@ class Settings(RunSettings):
 
     def shaping(self) -> dict[str, Any]:
         """The settings that a continued run must share with its checkpoint, as they stand in JSON."""
-        return plain(self, FREE)
-
-    def schedule(self) -> str:
-        """In words."""
-        milestones = ", ".join(f"{milestone:,}" for milestone in self.milestones) or "none"
-        return (
-            f"{self.iterations:,} iterations of {self.batch_size} images, learning rate {self.learning_rate:g} after "
-            f"{self.warmup:,} of warm-up, a tenth of it from each of the milestones on: {milestones}"
-        )
+        return plain(self, FREE.split())
 
 
 VOC = Settings(data=tyro.MISSING, weights=tyro.MISSING)
@@ -133,28 +120,21 @@ def read_settings(argv: Sequence[str] | None, description: str) -> Settings:
     asked = peek(Asked, argv)
     recipe = RECIPES[find_layout(asked.data)] if asked.data else VOC
     settings = read(Settings, argv, description, default=following(recipe, asked))
-    if settings.batch_size < distributed.world_size():
-        raise UsageError(
-            f"--batch-size {settings.batch_size}: expected {distributed.world_size()} or more, an image per process"
-        )
-    longest = max([*settings.short_side, settings.test_short_side])
-    if longest > settings.max_side:
+    if settings.batch_size < (processes := distributed.world_size()):
+        raise UsageError(f"--batch-size {settings.batch_size}: expected {processes} or more, an image per process")
+    if settings.max_side < (longest := max([*settings.short_side, settings.test_short_side])):
         raise UsageError(f"--max-side {settings.max_side}: expected no less than the short side, {longest}")
     return settings
 
 
 def following(recipe: Settings, asked: Asked) -> Settings:
-    """The recipe with another batch, length or neck; milestones and warm-up move with the end."""
-    iterations = asked.iterations or recipe.iterations
+    """The recipe of another batch, length or neck: the rate follows the batch, milestones and warm-up the length."""
+    length, whole = asked.iterations or recipe.iterations, recipe.iterations
     return replace(
         recipe,
-        milestones=tuple(milestone * iterations // recipe.iterations for milestone in recipe.milestones),
-        warmup=min(recipe.warmup, recipe.warmup * iterations // recipe.iterations),
-        learning_rate=scaled_rate(recipe, asked.batch_size or recipe.batch_size),
+        milestones=tuple(milestone * length // whole for milestone in recipe.milestones),
+        warmup=min(recipe.warmup, recipe.warmup * length // whole),
+        learning_rate=recipe.learning_rate * (asked.batch_size or recipe.batch_size) / recipe.batch_size,
         test_short_side=asked.short_side[-1] if asked.short_side else recipe.test_short_side,
         roi_size=7 if asked.neck == "fpn" else recipe.roi_size,
     )
-
-
-def scaled_rate(recipe: Settings, batch_size: int) -> float:
-    return recipe.learning_rate * batch_size / recipe.batch_size

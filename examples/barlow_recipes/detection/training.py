@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
-from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models.detection import FasterRCNN
 
 from barlow_recipes import distributed
@@ -37,11 +36,6 @@ def build_optimizer(model: nn.Module, settings: Settings) -> optim.SGD:
         {"params": [parameter for parameter in learning if parameter in norms], "weight_decay": 0.0},
     ]
     return optim.SGD(groups, settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay)
-
-
-def build_schedule(optimizer: optim.Optimizer, settings: Settings) -> LambdaLR:
-    """The schedule of the whole run, to be advanced after every step."""
-    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
 
 
 def learning_rate_factor(step: int, settings: Settings) -> float:
@@ -120,11 +114,7 @@ def build_metric(masks: bool, recall_points: int) -> Any:
 def evaluate(
     model: FasterRCNN, loader: Loader, device: torch.device, *, masks: bool, recall_points: int
 ) -> tuple[Scores, int]:
-    """Detect on this process's share of the images, and score the detections of all processes.
-
-    Returns:
-        The scores, on rank 0 alone; and the images that were left out because they cannot be read.
-    """
+    """The scores of all processes' images, on rank 0 alone; and how many were left out because they cannot be read."""
     metric, unreadable = build_metric(masks, recall_points), 0
     for batch in loader:
         unreadable += batch.unreadable

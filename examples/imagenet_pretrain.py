@@ -19,9 +19,10 @@ Source: Zbontar et al. (2021), arXiv 2103.03230.
 
 import contextlib
 import os
-import sys
+import re
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 
 from barlow_loss import CollapseReport, collapse_report
-from barlow_recipes import checkpoint, distributed, looking, reporting
+from barlow_recipes import checkpoint, distributed, folders, looking
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.digits import load_digits
@@ -37,17 +38,18 @@ from barlow_recipes.distributed import from_main, is_main
 from barlow_recipes.errors import Aborted, Interrupted, Stopped, UsageError, first_line, require
 from barlow_recipes.fashion_mnist import is_fashion_mnist, load_fashion_mnist
 from barlow_recipes.images import ImagePairs, load_images
-from barlow_recipes.lock import locked
-from barlow_recipes.models import BarlowTwins, build_model, checkpoint_activations
+from barlow_recipes.metrics import Mirror, TensorBoard, WeightsAndBiases
+from barlow_recipes.models import BarlowTwins, build_model, checkpoint_activations, has_batch_norms
 from barlow_recipes.official import find_official, go_on, initialize
 from barlow_recipes.optimization import build_optimizer, build_schedule
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.report import versions
+from barlow_recipes.reporting import BACKBONE
 from barlow_recipes.run import Accuracies, Run
 from barlow_recipes.settings import Settings, read_settings
 from barlow_recipes.signals import StopRequests, arrived, stop_requests
 from barlow_recipes.steps import Step, apply, check_health, gradients
-from barlow_recipes.tensorboard import TensorBoard
+from barlow_recipes.tables import BAR, accuracy_cells, aligned, epoch_line, progress
 from barlow_recipes.timing import WARM_UP, Stopwatch, loader_bound
 from barlow_recipes.weights import Weights
 
@@ -65,42 +67,32 @@ def run(settings: Settings) -> None:
     for module, reason in (("tqdm", "the progress bar"), ("matplotlib", "the curves"), ("jinja2", "report.html")):
         require(module, reason)  # now, not hours later
     prepare_torch(settings)
-    model = build_model(settings.arch, settings.projector, settings.stem).to(settings.device)
-    model = model.to(memory_format=torch.channels_last) if settings.channels_last else model
-    if settings.checkpoint_activations:
-        checkpoint_activations(model.backbone)
+    model = prepare_model(settings)
     data = load_data(settings)
     data = data if settings.evaluation else replace(data, final=None)
-    state = first_state(settings, model, len(data.pairs) // settings.accumulate)
-    default = Path("runs") / (data.name if settings.data is None else f"{data.name}-{settings.arch}")
-    wanted = from_main(lambda: reporting.find_checkpoint(settings.resume, settings.out, default))
+    steps_per_epoch = len(data.pairs) // settings.accumulate
+    state = first_state(settings, model, steps_per_epoch)
+    name = data.name if settings.data is None else f"{data.name}-{settings.arch}"
+    default = Path("runs") / re.sub(r"[^\w.-]+", "-", name)
+    wanted = folders.find(settings, default)
     theirs = find_official(wanted) if wanted else None
-    saved, resumed = checkpoint.load(wanted) if wanted and not theirs else (None, None)
-    begun = begin(settings, state, theirs, len(data.pairs) // settings.accumulate) if not saved else None
+    saved = None if theirs else folders.load(wanted)
+    begun = None if saved else begin(settings, state, theirs, steps_per_epoch)
     shaping = settings.shaping() | {"images": data.images}
-    source = f"step {saved['step']} of {resumed}" if saved else begun
-    facts = {"the images of --data": data.fingerprint, "the checkpoint": source} | shaping
-    distributed.require_agreement({name: str(value) for name, value in facts.items() if name != "device"})
-    if resumed and saved:
-        checkpoint.check_settings(resumed, saved["settings"], shaping)
-    # A run that ended before its first checkpoint has nothing to resume, and nothing to lose.
-    done = ((settings.out or default) / reporting.BACKBONE).exists()
-    overwrite = settings.overwrite or (settings.resume == "auto" and resumed is None and not done)
-    out = from_main(lambda: reporting.make_output_folder(settings.out, default, overwrite=overwrite, resumed=resumed))
-    with contextlib.ExitStack() as stack:
-        if is_main():
-            stack.enter_context(locked(out))
-            if not (resumed and resumed.parent.resolve() == out.resolve()):
-                reporting.clear(out)
-        requests = stack.enter_context(stop_requests())
-        metrics = open_metrics(settings, out, resumed, saved["step"] if saved else None)
+    agreed = {"the images of --data": data.fingerprint, "the weights that it begins with": begun}
+    told = environment(settings) | {"data": data.name}
+    with (
+        folders.opened(
+            settings, default, shaping, saved, finished=BACKBONE, agreed=agreed, told=told, mirrors=mirrors(settings)
+        ) as (out, metrics),
+        stop_requests() as requests,
+    ):
         watch = Stopwatch(settings.device, settings.batch_size, settings.profile)
         now = Run(settings, data, state, out, metrics, watch, network=model, begun=begun)
-        metrics.add("settings", shaping | environment(settings) | {"data": data.name})
         print(introduction(now))
         compared = measure_before(now)
-        if saved and wanted and resumed:
-            resume(now, saved, wanted, resumed)
+        if saved:
+            state.load_state_dict(saved.content)
         del saved
         pretrain(now, requests)
         report = now.collapse or looking.draw(now)  # a run that is resumed at its end has none
@@ -116,6 +108,18 @@ def prepare_torch(settings: Settings) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
     # A first step that is not applied is told in a line of its own.
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
+
+
+def prepare_model(settings: Settings) -> BarlowTwins:
+    model = build_model(settings.arch, settings.projector, settings.stem).to(settings.device)
+    model = model.to(memory_format=torch.channels_last) if settings.channels_last else model
+    if settings.checkpoint_activations:
+        checkpoint_activations(model.backbone)
+    if (
+        settings.chunk_size
+    ):  # as many parts on every process, whose rows may differ by one: they may exchange statistics
+        model.chunks = -(-settings.micro_batch_size // (distributed.world_size() * settings.chunk_size))
+    return model
 
 
 def load_data(settings: Settings) -> PretrainingData:
@@ -183,6 +187,11 @@ def introduction(now: Run) -> str:
         f"{settings.precision} on {devices}; results go to {now.out}",
     ]
     notes = [*filter(None, [now.begun]), *data.notes]
+    if now.state.model.chunks > 1 and has_batch_norms(now.state.model.train().backbone):
+        notes.append(
+            f"--chunk-size {settings.chunk_size}: batch norms of the encoder normalise by a chunk, as on so many small "
+            "devices; with layer or group norms the step would be that of the whole batch"
+        )
     if settings.profile and settings.profile + WARM_UP > now.last_step:
         notes.append(
             f"--profile {settings.profile} needs {settings.profile + WARM_UP} steps, the run has {now.last_step}"
@@ -190,18 +199,16 @@ def introduction(now: Run) -> str:
     return "\n".join(lines + [f"note: {note}" for note in notes])
 
 
-def open_metrics(settings: Settings, out: Path, resumed: Path | None, step: int | None) -> reporting.Metrics:
-    if not is_main():
-        return reporting.Metrics(None)
-    mirrors = [TensorBoard(out / reporting.TENSORBOARD, step)] if settings.tensorboard else []
-    return reporting.Metrics(out, resumed, step or 0, mirrors)
+def mirrors(settings: Settings) -> Callable[[Path, int | None], list[Mirror]]:
+    wanted = {TensorBoard: settings.tensorboard, WeightsAndBiases: settings.wandb}
+    return lambda out, step: [mirror(out, step) for mirror, asked in wanted.items() if asked]
 
 
 def environment(settings: Settings) -> dict[str, Any]:
     """Where the run takes place: nothing that shapes it."""
     device = settings.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "processes": distributed.world_size(), "command": sys.argv[1:]} | versions()
+    return {"device": name} | versions()
 
 
 def measure_before(now: Run) -> Accuracies:
@@ -219,18 +226,6 @@ def measure_before(now: Run) -> Accuracies:
     if now.settings.compile:
         now.network = torch.compile(now.network)
     return compared
-
-
-def resume(now: Run, saved: dict[str, Any], wanted: Path, found: Path) -> None:
-    now.state.load_state_dict(saved)
-    print(f"continuing from {found}, after step {now.state.step}")
-    if found != wanted:
-        text = f"{wanted} is damaged or missing: going on from {found}, the one before it"
-        now.tell(text)
-        if is_main():
-            print(f"warning: {text}", file=sys.stderr)
-            if wanted.parent.resolve() == now.out.resolve():
-                checkpoint.set_aside(wanted)
 
 
 def pretrain(now: Run, requests: StopRequests) -> None:
@@ -266,7 +261,7 @@ def train(now: Run, requests: StopRequests) -> None:
         unit="step",
         disable=hidden,
         dynamic_ncols=True,
-        bar_format=reporting.BAR,
+        bar_format=BAR,
     ) as bar:
         while state.step < now.last_step:
             epoch, first = divmod(state.step, now.steps_per_epoch)
@@ -310,7 +305,7 @@ def log(now: Run, done: Step, bar: Any) -> None:
         row |= {"dead_features": report.dead_features, "gradient_norm": done.gradient_norm.item()}
         row |= {"learning_rate": done.learning_rate, "images_per_second": watch.images_per_second}
         now.metrics.add("step", row)
-        bar.set_postfix_str(reporting.progress(row))
+        bar.set_postfix_str(progress(row))
     if reported:
         now.metrics.add("collapse", {"step": state.step, **report.as_dict()})
     bar.update()
@@ -333,7 +328,7 @@ def finish_epoch(now: Run, epoch: int, unreadable: int, bar: Any) -> None:
         looking.draw(now)
         looking.tell(now, "running")
     if due or unreadable or (bar.disable and now.watch.seconds > QUIET):
-        bar.write(reporting.epoch_line(row, settings.epochs))
+        bar.write(epoch_line(row, settings.epochs))
     if due and bound:
         now.tell(bound)
         bar.write(f"note: {bound}")
@@ -341,14 +336,14 @@ def finish_epoch(now: Run, epoch: int, unreadable: int, bar: Any) -> None:
 
 def evaluate(now: Run, compared: Accuracies, report: CollapseReport) -> None:
     """What the encoder has become, beside pixels and initial weights; the encoder as a file of its own."""
-    checkpoint.save(now.out / reporting.BACKBONE, now.state.model.backbone.state_dict())
+    checkpoint.save(now.out / BACKBONE, now.state.model.backbone.state_dict())
     now.metrics.add("report", {"step": now.state.step, **report.as_dict()})
     print(f"\nThe embeddings of {report.n} training pairs: {report.verdict}\n")
     if now.data.final:
         now.accuracies = compared | {"pretrained encoder": looking.accuracies(now, now.data.final)}
         for name, accuracies in now.accuracies.items():
             now.metrics.add("evaluation", {"step": now.state.step, "representation": name, **accuracies})
-        print(reporting.accuracy_table(now.accuracies), end="\n\n")
+        print(aligned(accuracy_cells(now.accuracies)), end="\n\n")
     looking.tell(now, "done")
 
 

@@ -44,8 +44,10 @@ from barlow_recipes.errors import Stopped, require
 from barlow_recipes.evaluation import output_folder
 from barlow_recipes.images import Loader
 from barlow_recipes.lock import locked
+from barlow_recipes.metrics import Metrics
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.signals import StopRequests, arrived, stop_requests
+from barlow_recipes.tables import BAR
 from barlow_recipes.weights import digest, load_encoder
 
 MODEL = "model.pt"
@@ -68,7 +70,7 @@ class Run:
     norms: TrainingBatches  # the same images once more, for batch norms to be measured amid the training
     test: Loader
     out: Path
-    metrics: reporting.Metrics
+    metrics: Metrics
     started: float = field(default_factory=time.perf_counter)
     unreadable: int = 0  # training images that were replaced, of all processes, since the program began
 

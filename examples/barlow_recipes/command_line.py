@@ -38,7 +38,7 @@ class Bounds:
     high: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high and abs(value) < 2**63
+        return self.low <= value <= self.high and value < (2**63 if isinstance(value, int) else math.inf)
 
     def __str__(self) -> str:
         return f"≥ {self.low:g}" if math.isinf(self.high) else f"from {self.low:g} to {self.high:g}"
@@ -65,11 +65,30 @@ def optional_value(kind: type, without: Any) -> PrimitiveConstructorSpec[Any]:
 Resume = Annotated[str | None, optional_value(str, "auto")]
 
 
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise ValueError(first_line(error)) from None
+
+
+Device = Annotated[
+    torch.device | None,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="DEVICE",
+        instance_from_str=lambda values: _device(*values),
+        is_instance=lambda value: isinstance(value, torch.device),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """What every program that trains or evaluates can be told about its run."""
 
-    device: str | None = None
+    device: Device = None
     "cpu, cuda, cuda:1, ...; without it the accelerator, if there is one"
     workers: Whole = field(default_factory=lambda: min(8, own_cores()))
     "processes that decode for each that trains"
@@ -176,7 +195,10 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
 
 def plain(settings: Any, without: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of a dataclass as they stand in JSON and YAML, apart from some."""
-    as_text = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    as_text = {
+        name: str(value) if isinstance(value, (Path, torch.device)) else value
+        for name, value in asdict(settings).items()
+    }
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in as_text.items()
@@ -190,21 +212,21 @@ def own_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def find_device(name: str | None, prefer_cpu: bool = False) -> torch.device:
-    """The device called ``name``, or without a name the accelerator, if there is one and the CPU is not preferred.
+def find_device(device: torch.device | None, prefer_cpu: bool = False) -> torch.device:
+    """This process's device, of that kind; without one the accelerator, if there is one and the CPU is not preferred.
 
     Raises:
         UsageError: there is no such device, or it does not work.
     """
-    if name is None:
+    if device is None:
         accelerator = None if prefer_cpu else torch.accelerator.current_accelerator(check_available=True)
         return distributed.own_device(accelerator or torch.device("cpu"))
     try:
-        device = distributed.own_device(torch.device(name))
-        torch.zeros(1, device=device).item()
+        own = distributed.own_device(device)
+        torch.zeros(1, device=own).item()
     except (AssertionError, NotImplementedError, RuntimeError) as error:  # each backend has its own way to say no
-        raise UsageError(f"--device {name}: {first_line(error)}") from None
-    return device
+        raise UsageError(f"--device {device}: {first_line(error)}") from None
+    return own
 
 
 def best_precision(device: torch.device) -> str:

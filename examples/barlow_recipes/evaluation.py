@@ -16,6 +16,7 @@ from barlow_recipes.encoders import Encoder, build_encoder
 from barlow_recipes.errors import UsageError, first_line
 from barlow_recipes.labelled import Tree
 from barlow_recipes.lock import locked
+from barlow_recipes.metrics import Metrics
 from barlow_recipes.options import RANDOM, Options
 from barlow_recipes.weights import digest, load_encoder
 
@@ -33,7 +34,7 @@ class Run:
     encoder: Encoder
     tree: Tree
     out: Path
-    metrics: reporting.Metrics
+    metrics: Metrics
     settings: dict[str, Any]  # all that a checkpoint must share with the run that it continues
     results: dict[str, Result] = field(default_factory=dict)  # of the protocols that are done
     step: int = 0  # epochs so far, of all protocols
@@ -113,7 +114,7 @@ def opened(options: Options, encoder: Encoder, tree: Tree, settings: dict[str, A
             if not continues:
                 _clear(out)
         step = saved["step"] if saved else 0
-        metrics = reporting.Metrics(out if is_main() else None, resumed if is_main() else None, step)
+        metrics = Metrics(out if is_main() else None, resumed if is_main() else None, step)
         run = Run(options, encoder, tree, out, metrics, settings)
         environment = {"device": str(options.device), "processes": distributed.world_size(), "torch": torch.__version__}
         metrics.add("settings", settings | environment | {"command": sys.argv[1:]})

@@ -1,10 +1,11 @@
 """The encoder, and the projector that is thrown away after pretraining."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,26 +15,43 @@ from barlow_recipes.errors import UsageError
 
 
 class BarlowTwins(nn.Module):
-    """backbone: images to representations, which one keeps; projector: representations to embeddings, for the loss."""
+    """backbone: images to representations, which one keeps; projector: representations to embeddings, for the loss.
 
-    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+    With ``chunks`` > 1 the images pass through the backbone in so many parts, one after the other. Of each part the
+    features alone are kept, and the rest is computed again in the backward. Gradients are those of the whole batch for
+    a backbone that treats images one by one (layer, group or frozen batch norms); another batch norm sees a part.
+    """
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module, chunks: int = 1) -> None:
         super().__init__()
-        self.backbone, self.projector = backbone, projector
+        self.backbone, self.projector, self.chunks = backbone, projector, chunks
 
     def forward(self, images: Tensor) -> Tensor:
-        return cast("Tensor", self.projector(self.backbone(images)))
+        return cast("Tensor", self.projector(self.represent(images)))
+
+    def represent(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, features)."""
+        if self.chunks == 1:
+            return cast("Tensor", self.backbone(images))
+        represent = computed_twice(self.backbone)
+        return torch.cat([represent(part) for part in images.tensor_split(self.chunks) if len(part)])
 
 
 def build_model(arch: str, projector: str, stem: str = "imagenet") -> BarlowTwins:
     """Build an encoder by name and a projector by its layers, such as "8192-8192-8192".
 
     Raises:
-        UsageError: an unknown ``arch``, or torchvision is needed and missing.
+        UsageError: an unknown ``arch``, or the package that has it is missing.
     """
     backbone, features = build_backbone(arch, stem)
     *hidden, out_features = parse_projector(projector)
     hidden_features = hidden[0] if hidden else out_features
     return BarlowTwins(backbone, Projector(features, hidden_features, out_features, num_layers=len(hidden) + 1))
+
+
+def has_batch_norms(backbone: nn.Module) -> bool:
+    """Whether an image's features depend, in training, on the other images of its batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in backbone.modules())
 
 
 def parse_projector(layers: str) -> list[int]:
@@ -59,12 +77,16 @@ def checkpoint_activations(backbone: nn.Module) -> None:
     if not blocks:
         raise UsageError("--checkpoint-activations: expected a ResNet, whose residual blocks are computed twice")
     for block in blocks:
-        contexts = partial(_first_and_second_pass, block)
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+        block.forward = computed_twice(block)
 
 
-def _first_and_second_pass(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _running_statistics_kept(block)
+def computed_twice(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The module's forward, of which only input and output are kept, and the rest is computed again in the backward."""
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _running_statistics_kept(module)
+
+    return partial(checkpoint, module.forward, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager

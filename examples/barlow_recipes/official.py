@@ -9,7 +9,7 @@ from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.errors import UsageError
 from barlow_recipes.lars import LARS
 from barlow_recipes.models import BarlowTwins
-from barlow_recipes.presets import PAPER
+from barlow_recipes.presets import LEARNING_RATE_BIASES
 from barlow_recipes.weights import OFFICIAL, Weights, fill, misfit, read_weights, shapes, without
 
 
@@ -56,7 +56,7 @@ def go_on(weights: Weights, state: TrainingState, learning_rate_biases: float, s
     if not isinstance(state.optimizer, LARS):
         raise UsageError(f"--resume {weights.path}: that run was optimised by LARS, expected --optimizer lars")
     _load(state.model, weights)
-    factors = (1.0, PAPER["learning_rate_biases"] / learning_rate_biases if learning_rate_biases else 1.0)
+    factors = (1.0, LEARNING_RATE_BIASES / learning_rate_biases if learning_rate_biases else 1.0)
     momenta = _momenta(weights, state, factors)
     state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": momenta})
     state.step = epoch * steps_per_epoch

@@ -1,32 +1,13 @@
-"""What is trained, and with which numbers: for each kind of data or published run, the values of the flags."""
+"""What is trained, and with which numbers, for each kind of data or published run.
+
+Each has the flags that differ from the defaults of :class:`~barlow_recipes.settings.Settings`, which are the paper's.
+"""
 
 from typing import Any
 
 WORLD_SIZE_OF_THE_OFFICIAL_RUN = 16  # V100s, says its README; the paper says 32
 
-PAPER: dict[str, Any] = {
-    "arch": "resnet50",
-    "stem": "imagenet",
-    "projector": "8192-8192-8192",
-    "image_size": 224,
-    "batch_size": 2048,
-    "epochs": 1000,
-    "warmup_epochs": 10.0,
-    "optimizer": "lars",
-    "learning_rate_weights": 0.2,
-    "learning_rate_biases": 0.0048,
-    "weight_decay": 1e-6,
-    "trust_coefficient": 0.001,
-    "clip_trust": False,
-    "scale_loss": 1.0,
-    "lambd": 0.0051,
-    "crop_scale": 0.08,
-    "color_jitter": (0.4, 0.4, 0.2, 0.1),
-    "grayscale": 0.2,
-    "blur": (1.0, 0.1),
-    "solarize": (0.0, 0.2),
-    "probe_every": 10,
-}
+LEARNING_RATE_BIASES, WEIGHT_DECAY = 0.0048, 1e-6  # as published
 
 
 def official(world_size: int) -> dict[str, Any]:
@@ -47,10 +28,7 @@ def official(world_size: int) -> dict[str, Any]:
 
     Hence biases' rate / W, weight decay × W, and everything else as published.
     """
-    return PAPER | {
-        "learning_rate_biases": PAPER["learning_rate_biases"] / world_size,
-        "weight_decay": PAPER["weight_decay"] * world_size,
-    }
+    return {"learning_rate_biases": LEARNING_RATE_BIASES / world_size, "weight_decay": WEIGHT_DECAY * world_size}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -83,7 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "probe_every": 2,
     },
     # One GPU: the published recipe with the author's learning rate for a small batch (70.7 % after 300 epochs).
-    "one-gpu": {"batch_size": 256, "epochs": 300, "learning_rate_weights": None},
+    "one-gpu": {"batch_size": 256, "epochs": 300},  # and the weights' learning rate by the batch size
     "paper": {},
     "official-16": official(WORLD_SIZE_OF_THE_OFFICIAL_RUN),
     # 32-pixel images, the numbers of solo-learn's CIFAR runs: 92.10 % on CIFAR-10, 70.90 % on CIFAR-100 (online).
@@ -118,8 +96,3 @@ PRESETS: dict[str, dict[str, Any]] = {
         "blur": (0.0, 0.0),
     },
 }
-
-
-def preset(name: str) -> dict[str, Any]:
-    """Every flag that a preset decides: its own numbers, and the paper's where it has none."""
-    return PAPER | PRESETS[name]

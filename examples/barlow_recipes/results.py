@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from barlow_recipes.reporting import aligned
+from barlow_recipes.tables import aligned
 
 
 def results_table(

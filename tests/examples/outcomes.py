@@ -7,7 +7,7 @@ import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PICTURES = {"cross_correlation.png", "curves.png", "report.html"}
-FILES = PICTURES | {"backbone.pt", "checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", ".lock"}
+FILES = PICTURES | {"backbone.pt", "checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "settings.yaml", ".lock"}
 SHORT_DIGITS = ("--epochs", 2, "--projector", "64-64")
 # What a run imports late; a fork has it at once.
 IMPORTED = (

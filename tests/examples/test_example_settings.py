@@ -1,9 +1,15 @@
 """The command line: presets, what overrides them, and what is refused."""
 
-import pytest
+import re
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
+import yaml
+
+from barlow_recipes.command_line import plain
 from barlow_recipes.errors import UsageError
-from barlow_recipes.presets import PRESETS, preset
+from barlow_recipes.presets import PRESETS
 from barlow_recipes.settings import Settings, read_settings
 
 
@@ -22,9 +28,9 @@ def test_the_data_choose_the_preset() -> None:
 def test_a_preset_gives_every_number_and_a_flag_overrides_one(name: str) -> None:
     data = "" if name == "digits" else "--data images"
     chosen = settings(f"{data} --preset {name}")
-    for key, value in preset(name).items():
-        expected = min(value, chosen.epochs / 10) if key == "warmup_epochs" else value
-        assert value is None or getattr(chosen, key) == expected
+    for key, value in PRESETS[name].items():
+        assert getattr(chosen, key) == value
+    assert chosen.warmup_epochs == min(PRESETS[name].get("warmup_epochs", 10), chosen.epochs / 10)
     changed = settings(
         f"{data} --preset {name} --lambd 0.01 --epochs 7 --projector 32-16 --blur 0.5 0.25 --batch-size 64"
     )
@@ -83,21 +89,66 @@ def test_where_a_run_takes_place_does_not_shape_it() -> None:
     ("line", "message"),
     [
         ("--preset huge", "--preset huge: expected one of digits, fashion-mnist, one-gpu, paper"),
-        ("--data images --blur 1 2", "expected a number from 0 to 1, got 2"),
-        ("--data images --solarize 0.5", "expected 2 arguments"),
+        ("--data images --blur 1 2", "--blur 2.0: expected a number from 0 to 1"),
+        ("--data images --solarize 0.5", "Missing value for argument '--solarize'. Expected 2 values."),
         ("--data images --color-jitter 0.4 0.4 0.4 0.6", "expected a hue of at most 0.5, half a turn, got 0.6"),
-        ("--data images --stem round", "--stem round: expected imagenet or cifar"),
-        ("--data images --augment-on moon", "--augment-on moon: expected workers or device"),
-        ("--save-every 0", "expected a whole number ≥ 1, got 0"),
-        ("--loader-timeout -1", "expected a whole number ≥ 1, got -1"),
+        (
+            "--data images --stem round",
+            "invalid choice 'round' for argument '--stem'. Expected one of ('imagenet', 'cifar').",
+        ),
+        (
+            "--data images --augment-on moon",
+            "invalid choice 'moon' for argument '--augment-on'. Expected one of ('workers', 'device').",
+        ),
+        ("--save-every 0", "--save-every 0: expected a whole number ≥ 1"),
+        ("--loader-timeout -1", "--loader-timeout -1: expected a whole number ≥ 1"),
         ("--preset paper", "--preset paper: expected --data, whose images it is for"),
         ("--arch resnet50", "--arch resnet50: digits-cnn goes with the digits"),
         ("--epochs 5 --warmup-epochs 5", "--warmup-epochs 5: expected less than --epochs 5"),
         ("--data images --compile --checkpoint-activations", "--compile: expected it without --checkpoint-activations"),
-        ("--backend abacus", "--backend abacus: expected auto or eager or triton"),
+        ("--backend abacus", "for argument '--backend'. Expected one of ('auto', 'eager', 'triton')."),
+        ("--data images --compile --chunk-size 8", "--compile: expected it without --chunk-size"),
+        ("--profile 0", "--profile 0: expected a whole number ≥ 1"),
+        ("--epochs many", "Error parsing --epochs: invalid literal for int() with base 10: 'many'"),
     ],
 )
 def test_a_bad_value_is_named(line: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
         settings(line)
     assert message in str(error.value)
+
+
+def test_a_run_can_be_begun_from_the_settings_of_another(tmp_path: Path) -> None:
+    line = "--data images --preset cifar --blur 0.5 0.25 --no-probe --save-every 7 --freeze conv1 layer1 --mean 0.5"
+    first = settings(line)
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(plain(first, without=("device", "out", "overwrite", "resume"))))
+    assert settings(f"--settings {path}") == first
+    assert settings(f"--settings {path} --seed 3") == replace(first, seed=3)
+    assert settings(f"--seed 3 --settings {path}") == replace(first, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("epoch: 7", "Unrecognized options: --epoch, 7"),
+        ("epochs: 0", "--epochs 0: expected a whole number ≥ 1"),
+        ("- 7", "expected names and values"),
+        ("a: [", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_of_settings_that_cannot_be_used(content: str | None, message: str, tmp_path: Path) -> None:
+    if content:
+        (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        settings(f"--settings {tmp_path / 'run.yaml'}")
+
+
+def test_help_shows_the_numbers_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        settings("--data images --preset cifar-sgd --help")
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "learning-rate-weights FLOAT of matrices and kernels, per 256 pairs (default: 0.12)" in told
+    assert "passes over the images (default: 200)" in told
+    assert "--settings FILE" in told

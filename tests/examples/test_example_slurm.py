@@ -1,4 +1,4 @@
-"""Jobs that outlast their time: the batch script with stand-ins for SLURM's commands, submit.py by submitit itself."""
+"""Jobs that outlast their time: the batch script with stand-ins for SLURM's commands."""
 
 import contextlib
 import os
@@ -9,14 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from outcomes import EXAMPLES, FILES, differences, rows, states
+from outcomes import EXAMPLES, FILES, rows, states
 
 from programs import Program, children, start, until
 
@@ -215,133 +213,3 @@ def test_a_preempted_run_loses_no_step(preempted: Job) -> None:
 @pytest.mark.slow
 def test_a_run_that_has_ended_is_not_requeued(preempted: Job) -> None:
     assert len(preempted.lines("requeued")) == 1
-
-
-Submit = Callable[..., tuple[int, str, str]]
-needs_submitit = pytest.mark.skipif(find_spec("submitit") is None, reason="needs submitit")
-
-
-@pytest.fixture
-def submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Submit:
-    """Call submit.py in an empty folder; get its exit status, its output and its errors."""
-    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # to have it restored
-    monkeypatch.syspath_prepend(SLURM)
-    monkeypatch.chdir(tmp_path)
-    from submit import main
-
-    def call(*flags: str) -> tuple[int, str, str]:
-        return main(list(flags)), *capsys.readouterr()
-
-    return call
-
-
-MISTAKES = {
-    "an unknown flag": ("--gpus 8", "unrecognized arguments: --gpus 8 (--help lists the flags)"),
-    "a flag of the program": ("--epochs 8", "unrecognized arguments: --epochs 8 (--help lists the flags)"),
-    "no nodes": ("--nodes 0", "--nodes 0: expected 1 or more"),
-    "no time": ("--hours nan", "--hours nan: expected 0.1 or more"),
-    "several machines without SLURM": ("--local --nodes 2", "--nodes 2: --local has one, this machine"),
-    "no SLURM": ("--nodes 2", 'Could not detect "srun", are you indeed on a slurm cluster?'),
-}
-
-
-@needs_submitit
-@pytest.mark.parametrize(("flags", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_one_line(flags: str, message: str, submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    assert submit(*flags.split(), "--", "--epochs", "4") == (2, "", f"error: {message}\n")
-
-
-def test_without_submitit_a_line_says_so(submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    status, output, errors = submit("--local")
-    assert (status, output, errors.count("\n")) == (2, "", 1)
-    assert errors.startswith("error: a job needs submitit, which cannot be imported (")
-
-
-@needs_submitit
-def test_what_sbatch_gets(submit: Submit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    write_commands(tmp_path / "bin", {"srun": "", "sbatch": 'cp "$1" script; echo Submitted batch job 7'})
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
-    flags = ("--nodes", "2", "--gpus-per-node", "4", "--hours", "1.5", "--partition", "gpu", "--name", "it")
-    output = f"job 7; its output: {tmp_path}/runs/it/jobs/7_0_log.out\n"
-    assert submit(*flags, "--", "--data", "images") == (0, output, "")
-    script = (tmp_path / "script").read_text()
-    options = set(re.findall(r"^#SBATCH --(.*)$", script, re.MULTILINE))
-    assert options >= {
-        "job-name=it", "nodes=2", "gpus-per-node=4", "ntasks-per-node=4", "cpus-per-task=8", "time=90",
-        "partition=gpu", "signal=USR1@120", "requeue", "open-mode=append",
-    }  # fmt: skip
-    (command,) = re.findall(r"^srun .*$", script, re.MULTILINE)
-    assert "--kill-on-bad-exit=1 --cpus-per-task=8" in command
-
-
-@needs_submitit
-@pytest.mark.parametrize(
-    ("executor", "state", "expected"),
-    [
-        ("slurm", "RUNNING", True),
-        ("slurm", "COMPLETING", False),
-        ("slurm", "PENDING", False),
-        ("slurm", "", False),
-        ("local", "RUNNING", False),
-    ],
-)
-@pytest.mark.usefixtures("submit")
-def test_a_job_requeues_itself_after_sigterm_only_if_slurm_lets_it_run(
-    executor: str, state: str, expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from submit import runs_on
-
-    write_commands(tmp_path, {"squeue": f'[[ $* == "--noheader --format=%T --jobs=7" ]] && echo {state}'})
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)
-    assert runs_on("7") is expected
-
-
-@dataclass
-class LocalJob:
-    """A job that submitit runs on this machine."""
-
-    process: Program
-    controller: int
-    output: Path
-
-    @classmethod
-    @contextlib.contextmanager
-    def start(cls, folder: Path, tasks: int, *flags: str) -> Iterator["LocalJob"]:
-        job = ("--local", "--gpus-per-node", "0", "--tasks", str(tasks), "--name", "job")
-        with start([sys.executable, SLURM / "submit.py", *job, "--", *flags], folder) as process:
-            told = process.until(lambda: re.match(r"job (\d+); its output: (.+)\n", process.output), "its number")
-            yield cls(process, int(told[1]), Path(told[2]))
-
-    def errors(self) -> str:
-        """What the tasks themselves and submitit say."""
-        return "".join(path.read_text() for path in sorted(self.output.parent.glob("*.err")))
-
-
-@needs_submitit
-@pytest.mark.slow
-def test_submitit_requeues_a_run_that_was_saved(tmp_path: Path, preempted: Job) -> None:
-    out = tmp_path / "runs" / "job"
-    with LocalJob.start(tmp_path, 2, *FLAGS) as job:
-        job.process.until(lambda: has_taken_steps(out), "a quarter of the steps")
-        send(signal.SIGUSR1, *children(job.controller))  # as the controller does before the time is over
-        assert (job.process.wait(), job.process.errors) == (0, ""), job.errors()
-    assert job.output.read_text().count("Requeued job") == 1
-    assert re.findall(r"continuing from runs/job/checkpoint.pt, after step (\d+)", job.output.read_text()) == (
-        re.findall(r"error: .* step (\d+)", job.errors())
-    )
-    assert {path.name for path in out.iterdir()} == FILES | {"jobs"}
-    assert [row["step"] for row in rows(out, "step")] == STEPS
-    assert differences(*states(preempted.out, out)) == []  # wherever the signals came
-
-
-@needs_submitit
-def test_submitit_says_where_a_failure_is_told(tmp_path: Path) -> None:
-    with LocalJob.start(tmp_path, 1, "--bogus") as job:
-        status = job.process.wait()
-    log = job.output.with_suffix(".err")
-    assert (status, job.process.errors) == (1, f"error: the job has failed, see {log}\n")
-    assert job.errors().count("error: unrecognized arguments: --bogus") == 1
-    assert "Requeued" not in job.output.read_text()

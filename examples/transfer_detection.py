@@ -16,9 +16,7 @@ iteration are the result: the best of several would be chosen on the test set.
 The output folder gets results.json, model.pt, metrics.jsonl and checkpoint.pt with the one before it.
 """
 
-import contextlib
 import json
-import sys
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -30,20 +28,17 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models.detection import FasterRCNN
 
-from barlow_recipes import checkpoint, distributed, reporting
+from barlow_recipes import checkpoint, distributed, folders, reporting
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.command_line import find_device
 from barlow_recipes.detection import training
 from barlow_recipes.detection.data import DetectionData, Split, load_data
-from barlow_recipes.detection.images import TrainingBatches, images_of_test
+from barlow_recipes.detection.images import Images
 from barlow_recipes.detection.models import build_detector
 from barlow_recipes.detection.settings import Settings, read_settings
 from barlow_recipes.distributed import from_main, is_main
 from barlow_recipes.encoders import Encoder, build_encoder
 from barlow_recipes.errors import Stopped, require
-from barlow_recipes.evaluation import output_folder
-from barlow_recipes.images import Loader
-from barlow_recipes.lock import locked
 from barlow_recipes.metrics import Metrics
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.signals import StopRequests, arrived, stop_requests
@@ -66,9 +61,8 @@ class Run:
     model: FasterRCNN
     network: nn.Module  # the model, or what several processes train in its place
     state: TrainingState
-    train: TrainingBatches
-    norms: TrainingBatches  # the same images once more, for batch norms to be measured amid the training
-    test: Loader
+    images: Images
+    shaping: dict[str, Any]  # what a continued run must share with its checkpoint
     out: Path
     metrics: Metrics
     started: float = field(default_factory=time.perf_counter)
@@ -80,16 +74,13 @@ class Run:
         return f"{self.encoder.arch}-{self.settings.neck.upper()}{frozen}"
 
     def save(self) -> None:
-        content = self.state.state_dict() | {"settings": shaping(self.settings, self.data)}
+        content = self.state.state_dict() | {"settings": self.shaping}
         checkpoint.save(self.out / reporting.CHECKPOINT, content, keep_previous=True)
 
     def measure(self) -> tuple[training.Scores, FasterRCNN]:
         """Test the model as it is, and keep the scores in the run's history."""
-        data, device = self.data, self.state.device
-        tested = training.tested(self.model, self.norms, self.settings, device)
-        measured, unreadable = training.evaluate(
-            tested, self.test, device, masks=data.masks, recall_points=data.recall_points
-        )
+        tested = training.tested(self.model, self.images, self.settings, self.state.device)
+        measured, unreadable = training.evaluate(tested, self.images, self.state.device)
         self.metrics.add("test", {"step": self.state.step, "scores": measured, "unreadable": unreadable})
         return measured, tested
 
@@ -105,70 +96,30 @@ def run(settings: Settings) -> None:
         require(module, reason)  # now, not hours later
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
     device, data = find_device(settings.device), load_data(settings.data)
+    images = Images(data, settings, pin_memory=device.type == "cuda")
     torch.manual_seed(settings.seed)
-    encoder = find_encoder(settings)
+    if settings.weights == "random":
+        encoder = build_encoder(settings.arch or "resnet50", settings.stem or "imagenet")
+    else:
+        encoder = load_encoder(Path(settings.weights), settings.arch, settings.stem)
     weights = digest(encoder.module)
     model = build_detector(encoder, settings, classes=len(data.classes), masks=data.masks).to(device)
     optimizer = training.build_optimizer(model, settings)
     schedule = LambdaLR(optimizer, lambda step: training.learning_rate_factor(step, settings))
     state = TrainingState(model, optimizer, schedule, torch.amp.GradScaler(device.type, enabled=False), device)
-    images = load_images(settings, data, device)
+    shaping = settings.shaping() | {"data": data.fingerprint()}
+    agreed = {"the device": device.type, "the encoder": encoder.source}
     default = Path("runs") / f"{data.name.lower()}-{encoder.arch.replace('/', '-')}-{settings.neck}"
-    wanted = from_main(lambda: reporting.find_checkpoint(settings.resume, settings.out, default))
-    saved, resumed = checkpoint.load(wanted) if wanted else (None, None)
-    shared = shaping(settings, data)
-    facts = {"the device": device.type, "the encoder": encoder.source, "the checkpoint": saved and saved["step"]}
-    distributed.require_agreement({name: str(value) for name, value in (shared | facts).items()})
-    if saved and resumed:
-        checkpoint.check_settings(resumed, saved["settings"], shared)
-    asked = {"overwrite": settings.overwrite, "resume": settings.resume, "resumed": resumed}
-    out = from_main(lambda: output_folder(settings.out, default, **asked))
-    with contextlib.ExitStack() as stack:
-        if is_main():
-            stack.enter_context(locked(out))
-            prepare(out, wanted, resumed)
-        requests = stack.enter_context(stop_requests())
-        metrics = reporting.Metrics(*((out, resumed) if is_main() else (None, None)), saved["step"] if saved else 0)
-        metrics.add("settings", settings.shaping() | {"command": sys.argv[1:], "torch": torch.__version__})
+    saved = folders.load(folders.find(settings, default))
+    opened = folders.opened(settings, default, shaping, saved, unit="iteration", agreed=agreed)
+    with opened as (out, metrics), stop_requests() as requests:
         network = distributed.synchronized(model)
-        now = Run(settings, data, encoder, weights, model, network, state, *images, out, metrics)
-        print(introduction(now))
+        now = Run(settings, data, encoder, weights, model, network, state, images, shaping, out, metrics)
         if saved:
-            state.load_state_dict(saved)
-            print(f"continuing from {resumed}, after iteration {state.step}")
+            state.load_state_dict(saved.content)
+        print(introduction(now))
         train_detector(now, requests)
         finish(now)
-
-
-def find_encoder(settings: Settings) -> Encoder:
-    if settings.weights == "random":
-        return build_encoder(settings.arch or "resnet50", settings.stem or "imagenet")
-    return load_encoder(Path(settings.weights), settings.arch, settings.stem)
-
-
-def shaping(settings: Settings, data: DetectionData) -> dict[str, Any]:
-    """What a continued run must share with its checkpoint."""
-    return settings.shaping() | {"data": data.fingerprint()}
-
-
-def load_images(
-    settings: Settings, data: DetectionData, device: torch.device
-) -> tuple[TrainingBatches, TrainingBatches, Loader]:
-    """The images to train on, the same to measure batch norms by, and those of the test."""
-    loading = {"masks": data.masks, "workers": settings.workers, "pin_memory": device.type == "cuda"}
-    loading |= {"patience": settings.loader_timeout, "batch_size": settings.batch_size}
-    train, norms = (TrainingBatches(data.train.examples, seed=settings.seed, **loading) for _ in range(2))
-    return train, norms, images_of_test(data.test.examples, **loading)
-
-
-def prepare(out: Path, wanted: Path | None, resumed: Path | None) -> None:
-    """Clear the folder of another run's files; a damaged checkpoint of this one goes out of the next one's way."""
-    if resumed is None or resumed.parent.resolve() != out.resolve():
-        reporting.clear(out)
-        (out / MODEL).unlink(missing_ok=True)
-    elif wanted and wanted != resumed:
-        print(f"warning: {wanted} is damaged or missing: going on from {resumed}, the one before it", file=sys.stderr)
-        checkpoint.set_aside(wanted)
 
 
 def introduction(now: Run) -> str:
@@ -195,9 +146,9 @@ def train_detector(now: Run, requests: StopRequests) -> None:
     settings, state, last = now.settings, now.state, now.settings.iterations
     tqdm = require("tqdm", "the progress bar").tqdm
     hidden = None if is_main() else True  # None: where there is no terminal
-    batches = now.train.from_step(state.step)
+    batches = now.images.from_step(state.step)
     now.network.train()
-    with tqdm(total=last, initial=state.step, disable=hidden, dynamic_ncols=True, bar_format=reporting.BAR) as bar:
+    with tqdm(total=last, initial=state.step, disable=hidden, dynamic_ncols=True, bar_format=BAR) as bar:
         while state.step < last:
             batch = next(batches)
             losses = training.take_step(now.network, state, batch, settings)

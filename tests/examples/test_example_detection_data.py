@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ pytest.importorskip("pycocotools")
 import shapes
 
 from barlow_recipes.detection.data import DetectionData, Split, Unusable, clipped, find_layout, load_data, run_lengths
-from barlow_recipes.detection.images import Annotated, TrainingBatches, flipped, images_of_test
+from barlow_recipes.detection.images import Annotated, Images, flipped
+from barlow_recipes.detection.settings import COCO
 from barlow_recipes.errors import Aborted, UsageError
 
 NAN, INF = float("nan"), float("inf")
-LOADING = {"workers": 0, "patience": 60, "pin_memory": False}
 NO_BOX, NO_MASK = "object without a box in its image", "object without a mask in its image"
 NO_IMAGE, NO_PLACE = "image without file or size", "object without image or class"
 XML = "VOC2007/Annotations/000000.xml"  # of the first image, and of the first part
 JSON = "annotations/instances_train2017.json"
+ANOTHER = '"images": [{"id": 9, "file_name": "10000000.jpg", "height": 48, "width": 48}, '
 
 
 @pytest.fixture
@@ -168,11 +170,7 @@ def first(part: str, **values: object) -> Callable[[Path], None]:
         "coco, no name": ("coco", replaced(JSON, "file_name", "name"), NO_IMAGE),
         "coco, image of a strange number": ("coco", first("images", id=[0]), NO_IMAGE),
         "coco, no file": ("coco", lambda root: (root / "train2017/10000000.jpg").unlink(), NO_IMAGE),
-        "coco, empty": (
-            "coco",
-            replaced(JSON, '"images": [', '"images": [{"id": 9, "file_name": "10000000.jpg", "height": 9, "width": 9},'),
-            "image without an object to learn",
-        ),
+        "coco, empty": ("coco", replaced(JSON, '"images": [', ANOTHER), "image without an object to learn"),
     }.values(),
 )  # fmt: skip
 def test_what_cannot_be_used_is_counted(
@@ -247,13 +245,14 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_of_the_test(coc
     """As is one of another size than the annotated."""
     data = broken(coco, "train2017/10000001.jpg", "val2017/11000000.jpg")
     shapes.texture(np.random.default_rng(0), 30).save(coco / "val2017" / "11000001.jpg")
-    (epoch,) = TrainingBatches(data.train.examples, masks=True, batch_size=4, seed=0, **LOADING).of_epoch(0)
+    images = Images(data, replace(COCO, batch_size=4, workers=0), pin_memory=False)
+    (epoch,) = images.of_epoch(0)
     assert (len(epoch.images), epoch.unreadable) == (4, 1)
-    (test,) = images_of_test(data.test.examples, masks=True, batch_size=4, **LOADING)
+    (test,) = images.of_test()
     assert (len(test.images), len(test.targets), test.unreadable) == (1, 1, 2)
 
 
 def test_no_readable_image_ends_the_run(coco: Path) -> None:
     data = broken(coco, *(f"train2017/1000000{number}.jpg" for number in range(4)))
     with pytest.raises(Aborted, match="cannot be read"):
-        next(TrainingBatches(data.train.examples, masks=True, batch_size=2, seed=0, **LOADING).of_epoch(0))
+        next(Images(data, replace(COCO, batch_size=2, workers=0), pin_memory=False).of_epoch(0))

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from barlow_recipes.errors import UsageError, first_line, require
 
 THINNEST = 0.01  # pixels; float32 would make nothing of much less, and torchvision refuses nothing
-FARTHEST = 1e5  # pixels that a polygon may reach; pycocotools would take endless memory for more
+FARTHEST = 1e5  # pixels of an image or a polygon; pycocotools would take endless memory for more
 CORNERS = ("xmin", "ymin", "xmax", "ymax")  # of VOC
 BROKEN = (LookupError, TypeError, ValueError, OverflowError, MemoryError)  # what reading a broken annotation raises
 Size = tuple[int, int]  # height, width
@@ -108,7 +108,7 @@ def _voc(root: Path) -> DetectionData:
     test = _voc_content([(root / "VOC2007", "test")])
     classes = sorted({annotation["category_id"] for annotation in train["annotations"]} - {""})
     labels = {name: label for label, name in enumerate(classes, 1)}
-    parts = _split(train, root, labels, learn=True), _split(test, root, labels)
+    parts = [_split(part, root, labels, masks=False, learn=part is train) for part in (train, test)]
     return DetectionData("VOC07+12" if len(years) > 1 else "VOC07", tuple(classes), *parts, False, 11)
 
 
@@ -116,8 +116,8 @@ def _voc_content(parts: list[tuple[Path, str]]) -> Content:
     """What COCO's JSON would say: a class is its name, a difficult object a crowd."""
     images, annotations = [], []
     for folder, part in parts:
-        for line in _text(folder / "ImageSets" / "Main" / f"{part}.txt").splitlines():
-            name = (line.split() or [""])[0]
+        lines = _text(folder / "ImageSets" / "Main" / f"{part}.txt").splitlines()
+        for name in (line.split()[0] for line in lines if line.strip()):
             key, tree = f"{folder.name}/JPEGImages/{name}.jpg", ET.Element("annotation")
             with contextlib.suppress(OSError, ET.ParseError, ValueError, LookupError):  # then it lacks a size
                 tree = ET.parse(folder / "Annotations" / f"{name}.xml").getroot()
@@ -144,10 +144,10 @@ def _coco(root: Path) -> DetectionData:
     if not names:
         raise UsageError(f"--data {root}: expected categories with id and name in instances_train2017.json")
     labels = {number: label for label, number in enumerate(sorted(names), 1)}  # without the gaps in COCO's numbers
-    parts = (
-        _split(train, root / "train2017", labels, masks=True, learn=True),
-        _split(test, root / "val2017", labels, masks=True),
-    )
+    parts = [
+        _split(part, root / folder, labels, masks=True, learn=part is train)
+        for part, folder in ((train, "train2017"), (test, "val2017"))
+    ]
     return DetectionData("COCO", tuple(names[number] for number in labels), *parts, True, 101)
 
 
@@ -170,9 +170,7 @@ def _text(path: Path) -> str:
         raise UsageError(f"--data: cannot read {path}: {first_line(error)}") from None
 
 
-def _split(
-    content: Content, folder: Path, labels: dict[Any, int], *, masks: bool = False, learn: bool = False
-) -> Split:
+def _split(content: Content, folder: Path, labels: dict[Any, int], *, masks: bool, learn: bool) -> Split:
     """The images in the folder, with their objects of the labelled categories.
 
     To learn from, crowds are left away (of COCO: VOC's difficult objects are learned), and images without an object.
@@ -182,7 +180,7 @@ def _split(
     for image in content["images"]:
         with _counted(left_out, "image without file or size"):
             path, size = folder / str(image["file_name"]), (int(image["height"]), int(image["width"]))
-            if min(size) < 1 or not path.is_file():
+            if not (0 < min(size) <= max(size) < FARTHEST and path.is_file()):
                 raise ValueError
             places[image["id"]] = path, size
     objects: dict[Any, list[tuple[Any, ...]]] = {key: [] for key in places}
@@ -224,7 +222,7 @@ def clipped(box: Any, size: Size) -> tuple[float, float, float, float]:
 
 
 def run_lengths(segmentation: Any, size: Size) -> bytes:
-    """The compressed run lengths of a mask, of COCO's polygons or run lengths; Unusable if broken or without a pixel."""
+    """The compressed run lengths of a mask, of COCO's polygons or run lengths; Unusable if broken or empty."""
     coding = require("pycocotools.mask", "masks")
     runs = None
     with contextlib.suppress(*BROKEN):

@@ -4,12 +4,12 @@ As in the pretraining, no random state travels from step to step: the order of t
 epoch), and whether one is flipped is one of (seed, epoch, index).
 """
 
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pycocotools.mask as coding
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,8 +19,9 @@ from torchvision.tv_tensors import BoundingBoxes
 from barlow_recipes import distributed
 from barlow_recipes.data import EpochBatches, seed_of
 from barlow_recipes.decoding import decode
-from barlow_recipes.detection.data import Example
-from barlow_recipes.errors import Aborted, UsageError
+from barlow_recipes.detection.data import DetectionData, Example, Split
+from barlow_recipes.detection.settings import Settings
+from barlow_recipes.errors import Aborted, UsageError, require
 from barlow_recipes.images import Loader
 
 Target = dict[str, Tensor]
@@ -64,14 +65,12 @@ class Annotated(Dataset[Item]):
         image = decode(path.read_bytes(), str(path))
         if image.shape[1:] != size:
             raise OSError(f"{path}: expected the annotated size")
-        masks = [coding.decode({"size": size, "counts": counts}) for counts in runs.split()]
-        target = {
-            "boxes": torch.from_numpy(boxes),
-            "labels": torch.from_numpy(labels),
-            "iscrowd": torch.from_numpy(ignored).long(),
-            "masks": torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *size), np.uint8)),
-        }
-        return image, {name: value for name, value in target.items() if self.masks or name != "masks"}
+        target = {"boxes": boxes, "labels": labels, "iscrowd": ignored.astype(np.int64)}
+        if self.masks:
+            decode_runs = require("pycocotools.mask", "masks").decode
+            masks = [decode_runs({"size": size, "counts": counts}) for counts in runs.split()]
+            target["masks"] = np.stack(masks) if masks else np.zeros((0, *size), np.uint8)
+        return image, {name: torch.from_numpy(value) for name, value in target.items()}
 
 
 def flipped(image: Tensor, target: Target) -> tuple[Tensor, Target]:
@@ -83,19 +82,19 @@ def flipped(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     return image.flip(2), target | mirrored
 
 
-class TrainingBatches:
-    """This process's rows of the batches of an epoch."""
+class Images:
+    """The batches of a run: of each, this process's rows."""
 
-    def __init__(self, examples: Sequence[Example], *, masks: bool, batch_size: int, seed: int, **loading: Any) -> None:
-        if len(examples) < batch_size:
-            raise UsageError(f"--batch-size {batch_size}: expected at most all annotated images, {len(examples)}")
-        rows = distributed.own_rows(batch_size)
-        self.order = EpochBatches(len(examples), batch_size, seed, rows)
-        self.own = rows.stop - rows.start
-        self.loader = _loader(Annotated(examples, masks, seed), self.order, **loading)
+    def __init__(self, data: DetectionData, settings: Settings, *, pin_memory: bool) -> None:
+        images, batch_size = len(data.train.examples), settings.batch_size
+        if images < batch_size:
+            raise UsageError(f"--batch-size {batch_size}: expected at most all annotated images, {images}")
+        self.data, self.settings, self.pin_memory = data, settings, pin_memory
+        self.rows = distributed.own_rows(batch_size)
+        self.order = EpochBatches(images, batch_size, settings.seed, self.rows)
 
     def from_step(self, step: int) -> Iterator[Batch]:
-        """The batches from a step of the run on, epoch after epoch."""
+        """The batches to train on from a step of the run on, epoch after epoch."""
         epoch, first = divmod(step, len(self.order))
         while True:
             yield from self.of_epoch(epoch, first)
@@ -103,26 +102,29 @@ class TrainingBatches:
 
     def of_epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from ``first_step`` on; Aborted: too many images in a row cannot be read."""
-        self.order.epoch, self.order.first_step = epoch, first_step
-        for batch in self.loader:
-            if len(batch.images) < self.own:
-                raise Aborted(
-                    f"{TRIES} images in a row cannot be read, or none of all: is the storage of --data whole?"
-                )
+        order = copy.copy(self.order)  # of this epoch; workers may still be reading for another
+        order.epoch, order.first_step = epoch, first_step
+        for batch in self._loader(self.data.train, order):
+            if len(batch.images) < self.rows.stop - self.rows.start:
+                raise Aborted(f"{TRIES} images in a row, or all of fewer, cannot be read: is --data whole?")
             yield batch
 
+    def of_test(self) -> Iterator[Batch]:
+        """Every image of the test once, spread over the processes."""
+        own = range(distributed.rank(), len(self.data.test.examples), distributed.world_size())
+        size = self.rows.stop - self.rows.start
+        batches = [[(None, index) for index in own[start : start + size]] for start in range(0, len(own), size)]
+        return iter(self._loader(self.data.test, batches))
 
-def images_of_test(examples: Sequence[Example], *, masks: bool, batch_size: int, **loading: Any) -> Loader:
-    """This process's share of the images of the test, every one of them once."""
-    own = [(None, index) for index in range(distributed.rank(), len(examples), distributed.world_size())]
-    rows = max(1, batch_size // distributed.world_size())
-    batches = [own[start : start + rows] for start in range(0, len(own), rows)]
-    return _loader(Annotated(examples, masks), batches, **loading)
-
-
-def _loader(dataset: Annotated, batches: Any, *, workers: int, **loading: Any) -> Loader:
-    persistent = {"num_workers": workers, "persistent_workers": workers > 0}
-    return Loader(dataset, batch_sampler=batches, collate_fn=_collated, **persistent, **loading)
+    def _loader(self, split: Split, batches: Any) -> Loader:
+        return Loader(
+            Annotated(split.examples, self.data.masks, self.settings.seed),
+            self.settings.loader_timeout,
+            batch_sampler=batches,
+            num_workers=self.settings.workers,
+            pin_memory=self.pin_memory,
+            collate_fn=_collated,
+        )
 
 
 def _collated(items: list[Item]) -> Batch:

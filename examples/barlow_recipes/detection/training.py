@@ -13,11 +13,10 @@ from torchvision.models.detection import FasterRCNN
 from barlow_recipes import distributed
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.data import seed_of
-from barlow_recipes.detection.images import Batch, TrainingBatches
+from barlow_recipes.detection.images import Batch, Images
 from barlow_recipes.detection.settings import Settings
 from barlow_recipes.errors import Aborted, require
-from barlow_recipes.images import Loader
-from barlow_recipes.reporting import aligned
+from barlow_recipes.tables import aligned
 
 MEASURED = 2**40  # in place of an epoch's number: of the batches by which batch norms are measured again
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -82,7 +81,7 @@ def take_step(network: nn.Module, state: TrainingState, batch: Batch, settings: 
 
 
 @torch.no_grad()
-def tested(model: FasterRCNN, batches: TrainingBatches, settings: Settings, device: torch.device) -> FasterRCNN:
+def tested(model: FasterRCNN, images: Images, settings: Settings, device: torch.device) -> FasterRCNN:
     """A copy for the test: of its side, and with the batch norms' mean statistics of some training batches.
 
     As in fvcore's ``PreciseBatchNorm``, which the published runs used; frozen batch norms stay as they are.
@@ -94,7 +93,7 @@ def tested(model: FasterRCNN, batches: TrainingBatches, settings: Settings, devi
                 norm.reset_running_stats()
                 norm.momentum = None  # the cumulative mean
         torch.manual_seed(seed_of(settings.seed, MEASURED, distributed.rank()))
-        for batch in islice(batches.of_epoch(MEASURED), settings.precise_batches):
+        for batch in islice(images.of_epoch(MEASURED), settings.precise_batches):
             losses_of(model, batch, device)
     model.transform.min_size = (settings.test_short_side,)
     return model.eval()
@@ -111,12 +110,10 @@ def build_metric(masks: bool, recall_points: int) -> Any:
 
 
 @torch.no_grad()
-def evaluate(
-    model: FasterRCNN, loader: Loader, device: torch.device, *, masks: bool, recall_points: int
-) -> tuple[Scores, int]:
+def evaluate(model: FasterRCNN, images: Images, device: torch.device) -> tuple[Scores, int]:
     """The scores of all processes' images, on rank 0 alone; and how many were left out because they cannot be read."""
-    metric, unreadable = build_metric(masks, recall_points), 0
-    for batch in loader:
+    metric, unreadable = build_metric(images.data.masks, images.data.recall_points), 0
+    for batch in images.of_test():
         unreadable += batch.unreadable
         if batch.images:
             found = model(_floats(batch, device))

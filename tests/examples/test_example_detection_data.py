@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("pycocotools")
 
 import shapes
+from pycocotools import mask as coding
 
 from barlow_recipes.detection.data import DetectionData, Split, Unusable, clipped, find_layout, load_data, run_lengths
 from barlow_recipes.detection.images import Annotated, Images, flipped
@@ -26,6 +27,10 @@ NO_IMAGE, NO_PLACE = "image without file or size", "object without image or clas
 XML = "VOC2007/Annotations/000000.xml"  # of the first image, and of the first part
 JSON = "annotations/instances_train2017.json"
 ANOTHER = '"images": [{"id": 9, "file_name": "10000000.jpg", "height": 48, "width": 48}, '
+
+
+def runs(counts: Any) -> dict[str, Any]:
+    return {"size": [4, 6], "counts": counts}
 
 
 @pytest.fixture
@@ -78,51 +83,40 @@ def test_coco_is_read_as_it_was_drawn(coco: Path) -> None:
         assert (found - box).abs().max() <= 1.5  # half pixels of the polygon
 
 
-@pytest.mark.parametrize(
-    ("box", "expected"),
-    [
-        ((1, 2, 2, 2), (1, 2, 3, 4)),
-        ((-5, -5, 105, 10), (0, 0, 10, 5)),
-        *(
-            (broken, None)
-            for broken in [
-                *((3, 1, 0, 3), (1, 4, 2, -2), (1, 1, 1e-9, 3), (-5, 1, 5, 3), (1, 20, 2, 20)),
-                *((NAN, 1, 2, 3), (1, 1, INF, 3), (1, 2, 3), ("a", 2, 3, 4), (10**400, 2, 3, 4), None, 5),
-            ]
-        ),
-    ],
-)
-def test_boxes_are_cut_to_the_image_or_refused(box: Any, expected: Any) -> None:
-    if expected is None:
-        with pytest.raises(Unusable, match=NO_BOX):
-            clipped(box, (20, 10))
-    else:
-        assert clipped(box, (20, 10)) == expected
+def test_boxes_are_cut_to_the_image() -> None:
+    assert clipped((1, 2, 2, 2), (20, 10)) == (1, 2, 3, 4)
+    assert clipped((-5, -5, 105, 10), (20, 10)) == (0, 0, 10, 5)
 
 
 @pytest.mark.parametrize(
-    ("segmentation", "whole"),
+    "box",
     [
-        ([[0, 0, 4, 0, 4, 4]], True),
-        ({"size": [4, 6], "counts": [4, 8, 12]}, True),
-        ({"size": [4, 6], "counts": "48<"}, True),
-        *(
-            (broken, False)
-            for broken in [
-                *(None, [], [5], [["a"] * 6], [[0, 0, 4, 0]], [[0, 0, 4, 0, 4, 4, 1]], [[0, 0, 4, 0, NAN, 4]]),
-                *([[0, 0, 1e300, 0, 4, 4]], [[10, 10, 14, 10, 14, 14]], {"size": [6, 4], "counts": [4, 8, 12]}),
-                *({"size": [4, 6], "counts": counts} for counts in ([4, 80], [-4, 28], "zzzz", [24], ["a"], None, 5)),
-                {"size": [4, 6]},
-            ]
-        ),
+        (3, 1, 0, 3), (1, 4, 2, -2), (1, 1, 1e-9, 3), (-5, 1, 5, 3), (1, 20, 2, 20), (NAN, 1, 2, 3), (1, 1, INF, 3),
+        (1, 2, 3), ("a", 2, 3, 4), (10**400, 2, 3, 4), None, 5,
     ],
-)
-def test_masks_are_read_or_refused(segmentation: Any, whole: bool) -> None:
-    if whole:
-        assert run_lengths(segmentation, (4, 6))
-    else:
-        with pytest.raises(Unusable, match=NO_MASK):
-            run_lengths(segmentation, (4, 6))
+)  # fmt: skip
+def test_boxes_without_an_area_in_the_image_are_refused(box: Any) -> None:
+    with pytest.raises(Unusable, match=NO_BOX):
+        clipped(box, (20, 10))
+
+
+@pytest.mark.parametrize("segmentation", [[[0, 0, 4, 0, 4, 4]], runs([4, 8, 12]), runs("48<")])
+def test_masks_are_read(segmentation: Any) -> None:
+    counts = run_lengths(segmentation, (4, 6))
+    assert 0 < coding.area({"size": (4, 6), "counts": counts}) <= 10
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        None, [], [5], [["a"] * 6], [[0, 0, 4, 0]], [[0, 0, 4, 0, 4, 4, 1]], [[0, 0, 4, 0, NAN, 4]],
+        [[0, 0, 1e300, 0, 4, 4]], [[10, 10, 14, 10, 14, 14]], {"size": [6, 4], "counts": [4, 8, 12]}, {"size": [4, 6]},
+        *map(runs, ([4, 80], [-4, 28], "zzzz", [24], ["a"], None, 5)),
+    ],
+)  # fmt: skip
+def test_masks_without_a_pixel_in_the_image_are_refused(segmentation: Any) -> None:
+    with pytest.raises(Unusable, match=NO_MASK):
+        run_lengths(segmentation, (4, 6))
 
 
 def replaced(name: str, old: str, new: str) -> Callable[[Path], None]:

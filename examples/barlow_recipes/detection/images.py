@@ -1,7 +1,6 @@
 """Annotated images for a detector: read, flipped, in batches, from worker processes.
 
-As in the pretraining, no random state travels from step to step: the order of the images is a pure function of (seed,
-epoch), and whether one is flipped is one of (seed, epoch, index).
+No random state travels from step to step: the order is a function of (seed, epoch), a flip of (seed, epoch, index).
 """
 
 import copy

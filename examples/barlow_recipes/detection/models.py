@@ -1,14 +1,12 @@
 """Faster R-CNN and Mask R-CNN of torchvision on a pretrained ResNet.
 
 "c4", the published one: conv1 to layer3 see the image, layer4 and a batch norm see each region, for boxes and masks.
-"fpn": all four stages see the image, a feature pyramid is on top of them, and the heads are those of torchvision's
-maskrcnn_resnet50_fpn_v2.
+"fpn": all four stages see the image, a feature pyramid is on top, and the heads are maskrcnn_resnet50_fpn_v2's.
 
-As published (detectron2's Base-RCNN-C4.yaml and defaults.py; Res5ROIHeads and, with the additional norm,
-Res5ROIHeadsExtraNorm of facebookresearch/moco, detection/train_net.py) are anchors, proposals, RoIAlign with aligned
-pixels and the initial weights; thresholds and shares are torchvision's defaults, which are the same. Different: box
-losses are smooth L1 with β = 1/9, detectron2's are L1; images are resized in float, without antialiasing, and a batch
-mixes their aspect ratios.
+As published (Base-RCNN-C4.yaml and defaults.py of detectron2, Res5ROIHeadsExtraNorm of facebookresearch/moco) are
+anchors, proposals, RoIAlign and initial weights; thresholds and shares are torchvision's defaults, which are the same.
+Different: box losses are smooth L1 with β = 1/9, detectron2's L1; images are resized in float, without antialiasing,
+and a batch mixes their aspect ratios.
 """
 
 from collections import OrderedDict
@@ -32,7 +30,7 @@ MASK_CHANNELS = 256  # defaults.py: ROI_MASK_HEAD.CONV_DIM
 PROBED = 128  # pixels of the side of an image by which widths and strides are found out
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 Parts = OrderedDict[str, nn.Module]
-Built = tuple[Any, list[tuple[int, ...]], dict[str, Any], dict[str, Any]]  # backbone, anchors, boxes' parts, masks'
+Built = tuple[Any, int, dict[str, Any], dict[str, Any]]  # the backbone, its channels, the parts of boxes and of masks
 
 
 def build_detector(encoder: Encoder, settings: Settings, *, classes: int, masks: bool) -> FasterRCNN:
@@ -41,14 +39,19 @@ def build_detector(encoder: Encoder, settings: Settings, *, classes: int, masks:
     Raises:
         UsageError: the encoder is no ResNet, or the anchors do not fit the neck.
     """
-    module, build = encoder.module, _on_c4 if settings.neck == "c4" else _on_fpn
+    module, on_c4 = encoder.module, settings.neck == "c4"
     names = ("conv1", "bn1", "relu" if hasattr(module, "relu") else "act1", "maxpool", *STAGES)  # act1 is timm's
     if not all(hasattr(module, name) for name in names):
         raise UsageError(f"--arch {encoder.arch}: expected a ResNet, whose stages a detector shares among its parts")
+    anchors = [settings.anchor_sizes] if on_c4 else [(size,) for size in settings.anchor_sizes]
+    if not on_c4 and len(anchors) != len(STAGES) + 1:
+        raise UsageError(f"--anchor-sizes: expected {len(STAGES) + 1} for --neck fpn, one for each of its levels")
     parts = OrderedDict((name, getattr(module, name)) for name in names)
-    backbone, anchors, of_boxes, of_masks = build(parts, settings, classes + 1, masks)
-    for layer, deviation in ((of_boxes["box_predictor"].cls_score, 0.01), (of_boxes["box_predictor"].bbox_pred, 0.001)):
-        nn.init.normal_(layer.weight, std=deviation)  # as detectron2
+    backbone, channels, of_boxes, of_masks = (_on_c4 if on_c4 else _on_fpn)(parts, settings, classes + 1, masks)
+    backbone.out_channels = channels  # where torchvision's detectors look for it
+    predictor = of_boxes["box_predictor"]
+    for layer, deviation in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):  # detectron2's
+        nn.init.normal_(layer.weight, std=deviation)
         nn.init.zeros_(layer.bias)
     return (MaskRCNN if masks else FasterRCNN)(
         backbone,
@@ -67,25 +70,16 @@ def build_detector(encoder: Encoder, settings: Settings, *, classes: int, masks:
 
 
 def _on_c4(parts: Parts, settings: Settings, labels: int, masks: bool) -> Built:
-    (*_, mapped, seen), (*_, stride, _) = _geometry(parts)
+    (*_, channels, seen), (*_, stride, _) = _geometry(parts)
     layer4 = Pretrained(OrderedDict(layer4=parts.pop("layer4")), settings)
     regions = SharedRegions(layer4, nn.BatchNorm2d(seen), settings.roi_size, stride, masks=masks)
-    of_boxes = {
-        "box_roi_pool": regions,
-        "box_head": nn.AdaptiveAvgPool2d(1),
-        "box_predictor": FastRCNNPredictor(seen, labels),
-    }
-    of_masks = {
-        "mask_roi_pool": regions,
-        "mask_head": nn.Identity(),
-        "mask_predictor": MaskRCNNPredictor(seen, MASK_CHANNELS, labels),
-    }
-    return _with_width(Pretrained(parts, settings), mapped), [settings.anchor_sizes], of_boxes, of_masks
+    boxes, mask = FastRCNNPredictor(seen, labels), MaskRCNNPredictor(seen, MASK_CHANNELS, labels)
+    of_boxes = {"box_roi_pool": regions, "box_head": nn.AdaptiveAvgPool2d(1), "box_predictor": boxes}
+    of_masks = {"mask_roi_pool": regions, "mask_head": nn.Identity(), "mask_predictor": mask}
+    return Pretrained(parts, settings), channels, of_boxes, of_masks
 
 
 def _on_fpn(parts: Parts, settings: Settings, labels: int, masks: bool) -> Built:
-    if len(settings.anchor_sizes) != len(STAGES) + 1:
-        raise UsageError(f"--anchor-sizes: expected {len(STAGES) + 1} for --neck fpn, one for each of its levels")
     width, size = settings.fpn_channels, settings.roi_size
     pyramid = FeaturePyramidNetwork(_geometry(parts)[0], width, LastLevelMaxPool(), nn.BatchNorm2d)
     backbone = nn.Sequential(OrderedDict(stages=Pretrained(parts, settings, levels=True), pyramid=pyramid))
@@ -99,12 +93,7 @@ def _on_fpn(parts: Parts, settings: Settings, labels: int, masks: bool) -> Built
         "mask_head": MaskRCNNHeads(width, [width] * 4, 1, nn.BatchNorm2d),
         "mask_predictor": MaskRCNNPredictor(width, width, labels),
     }
-    return _with_width(backbone, width), [(size,) for size in settings.anchor_sizes], of_boxes, of_masks
-
-
-def _with_width(backbone: Any, width: int) -> Any:
-    backbone.out_channels = width  # where torchvision's detectors look for it
-    return backbone
+    return backbone, width, of_boxes, of_masks
 
 
 @torch.no_grad()

@@ -45,7 +45,6 @@ def learning_rate_factor(step: int, settings: Settings) -> float:
 
 
 def losses_of(network: nn.Module, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The detector's losses on this process's images."""
     targets = [{name: value.to(device, non_blocking=True) for name, value in each.items()} for each in batch.targets]
     losses: dict[str, Tensor] = network(_floats(batch, device), targets)
     return losses
@@ -56,14 +55,10 @@ def _floats(batch: Batch, device: torch.device) -> list[Tensor]:
 
 
 def take_step(network: nn.Module, state: TrainingState, batch: Batch, settings: Settings) -> dict[str, float]:
-    """One step of the optimiser, from gradients of all processes' images; the losses, as this process sees them.
+    """One step of the optimiser; the losses, as this process sees them. Aborted, and no step: one is not finite.
 
-    Which sides and which regions are drawn is a pure function of (seed, step, rank): a resumed run draws the same. As
-    in detectron2, each process takes the mean over its own regions, so two processes' gradient is not to the bit that
-    of one; here, uneven shares of a batch weigh as many images as they have.
-
-    Raises:
-        Aborted: a loss is not finite. The step is not taken.
+    Which sides and regions are drawn is a pure function of (seed, step, rank). As in detectron2, each process takes the
+    mean over its own regions, so two processes' gradient is not that of one; uneven shares weigh as they have images.
     """
     torch.manual_seed(seed_of(settings.seed, state.step, distributed.rank()))
     losses = losses_of(network, batch, state.device)

@@ -17,7 +17,7 @@ import shapes
 from pycocotools import mask as coding
 
 from barlow_recipes.detection.data import DetectionData, Split, Unusable, clipped, find_layout, load_data, run_lengths
-from barlow_recipes.detection.images import Annotated, Images, flipped
+from barlow_recipes.detection.images import Images, flipped, read
 from barlow_recipes.detection.settings import COCO
 from barlow_recipes.errors import Aborted, UsageError
 
@@ -74,7 +74,7 @@ def test_coco_is_read_as_it_was_drawn(coco: Path) -> None:
     assert not any(example.ignored.any() for example in data.train.examples)
     assert data.test.examples[0].ignored.tolist() == [False] * len(drawn(11, 1)[0]) + [True]
     assert {label for example in data.train.examples for label in example.labels} <= {1, 2, 3}
-    _, target = Annotated(data.test.examples, masks=True).read(0)
+    _, target = read(data.test.examples[0], masks=True)
     assert target["masks"].shape == (len(target["boxes"]), 48, 48)
     assert target["masks"][-1].nonzero()[:, 1].unique().tolist() == [0, 1, 2, 3]  # the crowd's columns
     for mask, box in zip(target["masks"][:-1], target["boxes"], strict=False):
@@ -217,8 +217,7 @@ def test_a_flip_takes_boxes_and_masks_along() -> None:
 
 
 def test_training_images_are_a_function_of_epoch_and_index(coco: Path) -> None:
-    examples = load_data(coco).train.examples
-    one, two = (Annotated(examples, masks=True, seed=3) for _ in range(2))
+    one, two = (Images(load_data(coco), replace(COCO, batch_size=4, seed=3)) for _ in range(2))
     for key in ((0, 1), (7, 2)):
         (image, target, _), (again, same, _) = one[key], two[key]
         assert image is not None
@@ -239,7 +238,7 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_of_the_test(coc
     """As is one of another size than the annotated."""
     data = broken(coco, "train2017/10000001.jpg", "val2017/11000000.jpg")
     shapes.texture(np.random.default_rng(0), 30).save(coco / "val2017" / "11000001.jpg")
-    images = Images(data, replace(COCO, batch_size=4, workers=0), pin_memory=False)
+    images = Images(data, replace(COCO, batch_size=4, workers=0))
     (epoch,) = images.of_epoch(0)
     assert (len(epoch.images), epoch.unreadable) == (4, 1)
     (test,) = images.of_test()
@@ -249,4 +248,4 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_of_the_test(coc
 def test_no_readable_image_ends_the_run(coco: Path) -> None:
     data = broken(coco, *(f"train2017/1000000{number}.jpg" for number in range(4)))
     with pytest.raises(Aborted, match="cannot be read"):
-        next(Images(data, replace(COCO, batch_size=2, workers=0), pin_memory=False).of_epoch(0))
+        next(Images(data, replace(COCO, batch_size=2, workers=0)).of_epoch(0))

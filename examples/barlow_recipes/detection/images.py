@@ -5,7 +5,7 @@ No random state travels from step to step: the order is a function of (seed, epo
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torchvision.tv_tensors import BoundingBoxes
 from barlow_recipes import distributed
 from barlow_recipes.data import EpochBatches, seed_of
 from barlow_recipes.decoding import decode
-from barlow_recipes.detection.data import DetectionData, Example, Split
+from barlow_recipes.detection.data import DetectionData, Example
 from barlow_recipes.detection.settings import Settings
 from barlow_recipes.errors import Aborted, UsageError, require
 from barlow_recipes.images import Loader
@@ -36,61 +36,35 @@ class Batch(NamedTuple):
     unreadable: int
 
 
-class Annotated(Dataset[Item]):
-    """Images by (epoch, index): half of them flipped, one that cannot be read replaced by the next.
+class Images(Dataset[Item]):
+    """The images of a run, by (epoch, index) those to train on, by (None, index) those of the test; and their batches.
 
-    In the test the epoch is None: no image is flipped or replaced.
+    In training half of them are flipped, and one that cannot be read is replaced by the next; in the test it is not.
+    Of every batch these are this process's rows.
     """
 
-    def __init__(self, examples: Sequence[Example], masks: bool, seed: int = 0) -> None:
-        self.examples, self.masks, self.seed = examples, masks, seed
+    def __init__(self, data: DetectionData, settings: Settings, *, pin_memory: bool = False) -> None:
+        count, batch_size = len(data.train.examples), settings.batch_size
+        if count < batch_size:
+            raise UsageError(f"--batch-size {batch_size}: expected at most all annotated images, {count}")
+        self.data, self.settings, self.pin_memory = data, settings, pin_memory
+        rows = distributed.own_rows(batch_size)
+        self.own = rows.stop - rows.start
+        self.order = EpochBatches(count, batch_size, settings.seed, rows)
 
     def __getitem__(self, key: tuple[int | None, int]) -> Item:
         epoch, index = key
-        tries = 1 if epoch is None else min(TRIES, len(self.examples))
+        examples = self.data.test.examples if epoch is None else self.data.train.examples
+        tries = 1 if epoch is None else min(TRIES, len(examples))
         for failures in range(tries):
             try:
-                image, target = self.read((index + failures) % len(self.examples))
+                image, target = read(examples[(index + failures) % len(examples)], masks=self.data.masks)
             except OSError:
                 continue
-            if epoch is not None and random.Random(seed_of(self.seed, epoch, index)).random() < 0.5:
+            if epoch is not None and random.Random(seed_of(self.settings.seed, epoch, index)).random() < 0.5:
                 image, target = flipped(image, target)
             return image, target, failures
         return None, {}, tries
-
-    def read(self, index: int) -> tuple[Tensor, Target]:
-        """An image and its objects; OSError: it cannot be read, or is not of the size that is annotated."""
-        path, size, boxes, labels, ignored, runs = self.examples[index]
-        image = decode(path.read_bytes(), str(path))
-        if image.shape[1:] != size:
-            raise OSError(f"{path}: expected the annotated size")
-        target = {"boxes": boxes, "labels": labels, "iscrowd": ignored.astype(np.int64)}
-        if self.masks:
-            decode_runs = require("pycocotools.mask", "masks").decode
-            masks = [decode_runs({"size": size, "counts": counts}) for counts in runs.split()]
-            target["masks"] = np.stack(masks) if masks else np.zeros((0, *size), np.uint8)
-        return image, {name: torch.from_numpy(value) for name, value in target.items()}
-
-
-def flipped(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """The mirror image, left to right."""
-    boxes = BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[1:])
-    mirrored = {"boxes": horizontal_flip(boxes).as_subclass(Tensor)}
-    if "masks" in target:
-        mirrored["masks"] = target["masks"].flip(2)
-    return image.flip(2), target | mirrored
-
-
-class Images:
-    """The batches of a run: of each, this process's rows."""
-
-    def __init__(self, data: DetectionData, settings: Settings, *, pin_memory: bool) -> None:
-        images, batch_size = len(data.train.examples), settings.batch_size
-        if images < batch_size:
-            raise UsageError(f"--batch-size {batch_size}: expected at most all annotated images, {images}")
-        self.data, self.settings, self.pin_memory = data, settings, pin_memory
-        self.rows = distributed.own_rows(batch_size)
-        self.order = EpochBatches(images, batch_size, settings.seed, self.rows)
 
     def from_step(self, step: int) -> Iterator[Batch]:
         """The batches to train on from a step of the run on, epoch after epoch."""
@@ -101,29 +75,46 @@ class Images:
 
     def of_epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from ``first_step`` on; Aborted: too many images in a row cannot be read."""
-        order = copy.copy(self.order)  # of this epoch; workers may still be reading for another
+        order = copy.copy(self.order)  # of this epoch: a test amid the training has one of its own
         order.epoch, order.first_step = epoch, first_step
-        for batch in self._loader(self.data.train, order):
-            if len(batch.images) < self.rows.stop - self.rows.start:
+        for batch in self._loader(order):
+            if len(batch.images) < self.own:
                 raise Aborted(f"{TRIES} images in a row, or all of fewer, cannot be read: is --data whole?")
             yield batch
 
     def of_test(self) -> Iterator[Batch]:
         """Every image of the test once, spread over the processes."""
         own = range(distributed.rank(), len(self.data.test.examples), distributed.world_size())
-        size = self.rows.stop - self.rows.start
-        batches = [[(None, index) for index in own[start : start + size]] for start in range(0, len(own), size)]
-        return iter(self._loader(self.data.test, batches))
+        starts = range(0, len(own), self.own)
+        return iter(self._loader([[(None, index) for index in own[start : start + self.own]] for start in starts]))
 
-    def _loader(self, split: Split, batches: Any) -> Loader:
-        return Loader(
-            Annotated(split.examples, self.data.masks, self.settings.seed),
-            self.settings.loader_timeout,
-            batch_sampler=batches,
-            num_workers=self.settings.workers,
-            pin_memory=self.pin_memory,
-            collate_fn=_collated,
-        )
+    def _loader(self, batches: Any) -> Loader:
+        patience, workers = self.settings.loader_timeout, self.settings.workers
+        how: dict[str, Any] = {"num_workers": workers, "pin_memory": self.pin_memory, "collate_fn": _collated}
+        return Loader(self, patience, batch_sampler=batches, **how)
+
+
+def read(example: Example, *, masks: bool) -> tuple[Tensor, Target]:
+    """An image and its objects; OSError: it cannot be read, or is not of the size that is annotated."""
+    path, size, boxes, labels, ignored, runs = example
+    image = decode(path.read_bytes(), str(path))
+    if image.shape[1:] != size:
+        raise OSError(f"{path}: expected the annotated size")
+    target = {"boxes": boxes, "labels": labels, "iscrowd": ignored.astype(np.int64)}
+    if masks:
+        decode_runs = require("pycocotools.mask", "masks").decode
+        each = [decode_runs({"size": size, "counts": counts}) for counts in runs.split()]
+        target["masks"] = np.stack(each) if each else np.zeros((0, *size), np.uint8)
+    return image, {name: torch.from_numpy(value) for name, value in target.items()}
+
+
+def flipped(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """The mirror image, left to right."""
+    boxes = BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[1:])
+    mirrored = {"boxes": horizontal_flip(boxes).as_subclass(Tensor)}
+    if "masks" in target:
+        mirrored["masks"] = target["masks"].flip(2)
+    return image.flip(2), target | mirrored
 
 
 def _collated(items: list[Item]) -> Batch:

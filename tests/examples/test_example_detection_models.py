@@ -158,6 +158,10 @@ def test_other_encoders_and_anchors_are_refused(build: Build) -> None:
         build("small-cnn")
     with pytest.raises(UsageError, match="--anchor-sizes: expected 5 for --neck fpn"):
         build(neck="fpn")
+    encoder = build_encoder("resnet18")
+    encoder.module.conv1 = nn.Conv2d(4, 64, 7)
+    with pytest.raises(UsageError, match="expected a ResNet for RGB"):
+        build_detector(encoder, SMALL, classes=2, masks=False)
 
 
 def test_bf16_is_for_the_stages_alone(build: Build) -> None:

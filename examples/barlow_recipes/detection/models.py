@@ -41,8 +41,10 @@ def build_detector(encoder: Encoder, settings: Settings, *, classes: int, masks:
     """
     module, on_c4 = encoder.module, settings.neck == "c4"
     names = ("conv1", "bn1", "relu" if hasattr(module, "relu") else "act1", "maxpool", *STAGES)  # act1 is timm's
-    if not all(hasattr(module, name) for name in names):
-        raise UsageError(f"--arch {encoder.arch}: expected a ResNet, whose stages a detector shares among its parts")
+    if not all(hasattr(module, name) for name in names) or next(module.conv1.parameters()).shape[1] != 3:
+        raise UsageError(
+            f"--arch {encoder.arch}: expected a ResNet for RGB, to share its stages among a detector's parts"
+        )
     anchors = [settings.anchor_sizes] if on_c4 else [(size,) for size in settings.anchor_sizes]
     if not on_c4 and len(anchors) != len(STAGES) + 1:
         raise UsageError(f"--anchor-sizes: expected {len(STAGES) + 1} for --neck fpn, one for each of its levels")

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
 from torchvision.models.detection import FasterRCNN
+from torchvision.transforms.v2.functional import to_dtype
 
 from barlow_recipes import distributed
 from barlow_recipes.checkpoint import TrainingState
@@ -51,7 +52,8 @@ def losses_of(network: nn.Module, batch: Batch, device: torch.device) -> dict[st
 
 
 def _floats(batch: Batch, device: torch.device) -> list[Tensor]:
-    return [image.to(device, non_blocking=True).float().div_(255) for image in batch.images]
+    """From 0 to 1, as torchvision's detectors take them."""
+    return [to_dtype(image.to(device, non_blocking=True), scale=True) for image in batch.images]
 
 
 def take_step(network: nn.Module, state: TrainingState, batch: Batch, settings: Settings) -> dict[str, float]:

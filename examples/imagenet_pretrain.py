@@ -115,9 +115,7 @@ def prepare_model(settings: Settings) -> BarlowTwins:
     model = model.to(memory_format=torch.channels_last) if settings.channels_last else model
     if settings.checkpoint_activations:
         checkpoint_activations(model.backbone)
-    if (
-        settings.chunk_size
-    ):  # as many parts on every process, whose rows may differ by one: they may exchange statistics
+    if settings.chunk_size:  # as many parts on every process, though their rows differ: they may exchange statistics
         model.chunks = -(-settings.micro_batch_size // (distributed.world_size() * settings.chunk_size))
     return model
 

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from barlow_recipes import checkpoint, distributed, reporting
+from barlow_recipes import checkpoint, distributed, folders, reporting
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.detection import scores
 from barlow_recipes.detection.annotations import DetectionData, told
@@ -50,7 +50,6 @@ from barlow_recipes.detection.training import (
 from barlow_recipes.distributed import from_main, is_main
 from barlow_recipes.encoders import Encoder, build_encoder
 from barlow_recipes.errors import Stopped, require
-from barlow_recipes.evaluation import output_folder
 from barlow_recipes.lock import locked
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.signals import StopRequests, arrived, stop_requests
@@ -109,8 +108,7 @@ def run(settings: Settings) -> None:
     if resumed and saved:
         del shaping["device"]
         checkpoint.check_settings(resumed, saved["settings"], shaping)
-    asked = {"overwrite": settings.overwrite, "resume": settings.resume, "resumed": resumed}
-    out = from_main(lambda: output_folder(settings.out, default, **asked))
+    out = from_main(lambda: folders.output_folder(settings, default, resumed))
     loading: dict[str, Any] = {
         "masks": data.masks,
         "workers": settings.workers,

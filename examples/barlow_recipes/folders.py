@@ -96,7 +96,7 @@ def opened(
     if saved and resumed:
         checkpoint.check_settings(resumed, saved.content["settings"], dict(shaping))
     del saved  # the caller may let go of the memory while the run goes on
-    out = from_main(lambda: _output_folder(settings, default, resumed, finished))
+    out = from_main(lambda: output_folder(settings, default, resumed, finished))
     continues = resumed is not None and resumed.parent.resolve() == out.resolve()
     with contextlib.ExitStack() as stack:
         if is_main():
@@ -130,8 +130,11 @@ def _write_settings(out: Path, settings: RunSettings) -> None:
             temporary.write_text(yaml.safe_dump(flags, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _output_folder(settings: RunSettings, default: Path, resumed: Path | None, finished: str) -> Path:
-    """A run that ended before its first checkpoint has nothing to resume, and nothing to lose."""
+def output_folder(settings: RunSettings, default: Path, resumed: Path | None, finished: str = RESULTS) -> Path:
+    """Make the folder, as :func:`make_output_folder`; see :func:`opened` about ``finished``.
+
+    A run that ended before its first checkpoint has nothing to resume, and nothing to lose.
+    """
     asked = settings.out or default
     lost = settings.resume == "auto" and resumed is None and not (asked / finished).exists()
     overwrite = settings.overwrite or lost

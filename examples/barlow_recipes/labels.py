@@ -11,6 +11,7 @@ from torch import Tensor
 from barlow_recipes.catalogue import Catalogue
 from barlow_recipes.data import hold_out
 from barlow_recipes.errors import UsageError, first_line
+from barlow_recipes.labelled import paths_of
 
 SPLIT_SEED = 0  # the same images for every --seed, so that runs can be compared
 
@@ -41,14 +42,13 @@ def from_list(flag: str, path: Path, train: Catalogue, classes: list[str]) -> La
     if not names:
         raise UsageError(f"{where}: expected a list of image files, one a line; it is empty")
     _refuse(where, "listed twice", [name for name, count in Counter(names).items() if count > 1], len(names))
-    folders = {name: name.partition("_")[0] for name in names}
+    folder = {name: name.partition("_")[0] for name in names}
     known = set(classes)
-    unknown = [name for name in names if folders[name] not in known]
+    unknown = [name for name in names if folder[name] not in known]
     _refuse(where, "of a class that train/ does not have", unknown, len(names))
-    paths = {name: f"{folders[name]}{os.sep}{name}" for name in names}
-    found = _numbers(train, set(paths.values()))
-    absent = [name for name in names if paths[name] not in found]
-    _refuse(where, "not in train/", absent, len(names))
+    wanted = {f"{folder[name]}{os.sep}{name}": name for name in names}
+    found = {wanted[path]: number for number, path in enumerate(paths_of(train)) if path in wanted}
+    _refuse(where, "not in train/", [name for name in names if name not in found], len(names))
     images = torch.tensor(sorted(found.values()))
     counts = torch.bincount(train.labels[images], minlength=len(classes))
     lacking = (counts == 0).nonzero().flatten().tolist()
@@ -63,17 +63,6 @@ def from_list(flag: str, path: Path, train: Catalogue, classes: list[str]) -> La
 def _refuse(where: str, what: str, names: list[str], total: int) -> None:
     if names:
         raise UsageError(f"{where}: {len(names)} of {total} images are {what}, the first is {names[0]}")
-
-
-def _numbers(train: Catalogue, wanted: set[str]) -> dict[str, int]:
-    """The numbers of these paths below the catalogue's root, as far as they are there."""
-    packed, starts = train.names.numpy().tobytes(), train.starts.tolist()
-    found = {}
-    for number, file in enumerate(train.file.tolist()):
-        path = os.fsdecode(packed[starts[file] : starts[file + 1]])
-        if path in wanted:
-            found[path] = number
-    return found
 
 
 def stratified(percent: int, train: Catalogue, classes: list[str]) -> LabelledPart:

@@ -1,5 +1,6 @@
 """Which images have labels, what the trees must look like, and how their images are read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,11 @@ from torch import Tensor
 from barlow_recipes import distributed
 from barlow_recipes.errors import UsageError
 from barlow_recipes.labelled import (
-    Augmented,
-    EveryImage,
-    Reading,
-    TrainingImages,
-    Tree,
-    centre_view,
-    centres,
-    load_tree,
-    training_view,
-)
+    EveryImage, Reading, TrainingImages, Tree, Views, centre_view, centres, load_tree, training_view,
+)  # fmt: skip
 from barlow_recipes.labels import from_list, stratified
 
-READING = Reading(image_size=16, batch_size=8, workers=0, timeout=60, pin_memory=False)
+READING = Reading(image_size=16, batch_size=8, workers=0, seed=7, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -133,23 +126,23 @@ def test_a_share_without_rows_is_a_batch_all_the_same(tree: Tree, monkeypatch: p
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
     one = tree.train.subset(torch.tensor([5]))
-    ((images, labels),) = TrainingImages(one, READING, seed=0).batches(0)
+    ((images, labels),) = TrainingImages(one, READING).batches(0)
     assert images.shape == (0, 3, 16, 16)
     assert (labels.shape, labels.dtype) == ((0,), torch.int64)
     assert list(centres(one, READING)) == []
 
 
 def test_a_view_is_a_pure_function_of_seed_epoch_and_index(tree: Tree) -> None:
-    dataset = Augmented(tree.train, training_view(16), seed=7)
+    dataset = Views(tree.train, training_view(16), READING)
     torch.manual_seed(1)
     first, label = dataset[2, 11]
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    again, _ = Augmented(tree.train, training_view(16), seed=7)[2, 11]
+    again, _ = Views(tree.train, training_view(16), READING)[2, 11]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(again, first)
     assert label == 1
-    others = [dataset[3, 11], Augmented(tree.train, training_view(16), seed=8)[2, 11]]
+    others = [dataset[3, 11], Views(tree.train, training_view(16), replace(READING, seed=8))[2, 11]]
     assert not any(torch.equal(other, first) for other, _ in others)
 
 
@@ -157,7 +150,7 @@ def test_an_unreadable_image_has_the_label_below_0(tmp_path: Path) -> None:
     root = make_tree(tmp_path / "flowers", train=2, validation=1)
     spoil(root / "train" / "n02" / "n02_1.JPEG")
     catalogue = load_tree(root).train
-    view, label = Augmented(catalogue, training_view(16), seed=0)[0, 3]
+    view, label = Views(catalogue, training_view(16), READING)[0, 3]
     assert (view.shape, label) == ((3, 16, 16), -1)
     ((_, labels),) = centres(catalogue, READING)
     assert labels.tolist() == [0, 0, 1, -1, 2, 2]

@@ -177,7 +177,7 @@ def centres(catalogue: Catalogue, settings: Reading) -> Loader:
 
 def _loader(views: Views, keys: Iterable[list[tuple[int, int]]], **more: Any) -> Loader:
     settings = views.settings
-    pinned = settings.device != "cpu" and torch.cuda.is_available()
+    pinned = torch.cuda.is_available() and (settings.device is None or settings.device.type == "cuda")
     more |= {"num_workers": settings.workers, "pin_memory": pinned, "collate_fn": partial(_collated, settings.shape)}
     return Loader(views, settings.loader_timeout, batch_sampler=keys, **more)
 

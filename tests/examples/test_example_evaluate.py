@@ -322,7 +322,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "no classes": ("empty train", "--data {data}/train: no class folders."),
     "no classes in val": (
         "empty val",
-        "--data {data}/val: no class folders. Sort its images into class folders, as in",
+        "--data {data}/val: no class folders. Sort its images into one folder for each class",
     ),
 }
 

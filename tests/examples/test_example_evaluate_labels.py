@@ -15,7 +15,7 @@ from barlow_recipes.labelled import (
 )  # fmt: skip
 from barlow_recipes.labels import from_list, stratified
 
-READING = Reading(image_size=16, batch_size=8, workers=0, seed=7, device="cpu")
+READING = Reading(image_size=16, batch_size=8, workers=0, seed=7, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,7 @@ def find_checkpoint(resume: str | None, out: Path | None, default: Path) -> Path
     if resume != "auto":
         path = Path(resume)
         return path / CHECKPOINT if path.is_dir() else path
-    folders = [out] if out is not None else list(_numbered(default))
+    folders = [out] if out is not None else list(numbered(default))
     found = [folder for folder in folders if any((folder / name).is_file() for name in CHECKPOINTS)]
     return found[-1] / CHECKPOINT if found else None
 
@@ -180,7 +180,7 @@ def make_output_folder(out: Path | None, default: Path, *, overwrite: bool, resu
     if out is None and resumed is not None:
         out = resumed.parent
     if out is None:
-        taken = [] if overwrite else list(_numbered(default))
+        taken = [] if overwrite else list(numbered(default))
         out = default.with_name(f"{default.name}-{len(taken) + 1}") if taken else default
     try:
         continues = resumed is not None and resumed.parent.resolve() == out.resolve()
@@ -204,7 +204,7 @@ def _own_files(out: Path) -> list[Path]:
     return [*(out / name for name in OWN), *(path for pattern in OWN_PATTERNS for path in out.glob(pattern))]
 
 
-def _numbered(default: Path) -> Iterable[Path]:
+def numbered(default: Path) -> Iterable[Path]:
     """``default``, ``default-2``, ... as far as they exist."""
     for number in count(1):
         folder = default if number == 1 else default.with_name(f"{default.name}-{number}")

@@ -14,15 +14,14 @@ encoder a folder of its own, as examples/imagenet_pretrain.py writes it.
 ``--check`` and ``--update`` compare README.md with the results in a file, or put the table there.
 """
 
-import contextlib
 import json
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +30,7 @@ import torch
 import imagenet_pretrain
 from barlow_recipes import checkpoint, command_line, folders
 from barlow_recipes.command_line import Device, Positive, Real, optional_value, own_cores
-from barlow_recipes.errors import Aborted, Interrupted, Stopped, UsageError, require
+from barlow_recipes.errors import Aborted, Interrupted, UsageError, require
 from barlow_recipes.fashion_mnist import INSTALLED, NAME, PACKAGE, is_fashion_mnist
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.reporting import BACKBONE, RESULTS, replacing
@@ -80,24 +79,16 @@ class Settings:
     readme: Path = Path("README.md")
     "where the table goes"
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be measured, and how."""
-
-    source: str  # of Fashion-MNIST
-    tasks: list[str]
-    columns: list[str]
-    seeds: int
-    epochs: dict[str, int]  # of pretraining, by the data
-    effort: float
-    processes: int
-    threads: int
-    device: torch.device
+    @property
+    def epochs_of(self) -> dict[str, int]:
+        """Of pretraining, by the data."""
+        pretrained_on = {TASKS[name].pretrained_on for name in self.only}
+        return {name: self.epochs or epochs for name, epochs in EPOCHS.items() if name in pretrained_on}
 
     def shaping(self) -> dict[str, Any]:
         """What decides about the numbers."""
-        return {name: getattr(self, name) for name in ("tasks", "columns", "seeds", "epochs", "effort")}
+        numbers = {"seeds": self.seeds, "epochs": self.epochs_of, "effort": self.effort}
+        return {"tasks": list(self.only), "columns": list(self.labels)} | numbers
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,11 +102,11 @@ def run(settings: Settings) -> None:
         return
     for module, reason in (("matplotlib", "the picture"), ("sklearn", "the digits"), ("tqdm", "the progress bar")):
         require(module, reason)
-    evaluate(settings, make_plan(settings))
+    evaluate(completed(settings))
 
 
-def make_plan(settings: Settings) -> Plan:
-    """Fill in what is not given.
+def completed(settings: Settings) -> Settings:
+    """With every flag that is not given.
 
     Raises:
         UsageError: a flag has a bad value, or the data that it needs are not there.
@@ -126,54 +117,39 @@ def make_plan(settings: Settings) -> Plan:
         raise UsageError(f"--data {settings.data}: expected a folder with the four files of Fashion-MNIST")
     there = settings.data or INSTALLED.is_dir() or Path(NAME).exists()
     wanted = settings.only or ((DIGITS,) if settings.quick else tuple(TASKS))
-    tasks = [name for name in TASKS if name in wanted and (there or name == DIGITS)]
+    tasks = tuple(name for name in TASKS if name in wanted and (there or name == DIGITS))
     if missing := [name for name in wanted if name not in tasks]:
-        remedy = f"apt install {PACKAGE}, or give the folder with its four files to --data"
+        absent = (
+            f"Fashion-MNIST is not in {INSTALLED}: apt install {PACKAGE}, or give its folder to --data"
+        )
         if settings.only:
-            raise UsageError(f"--only {missing[0]}: Fashion-MNIST is not in {INSTALLED}: {remedy}")
-        print(f"note: without {', '.join(missing)}: Fashion-MNIST is not in {INSTALLED}: {remedy}")
-    columns = [column for column in COLUMNS if column in (settings.labels or COLUMNS)]
+            raise UsageError(f"--only {missing[0]}: {absent}")
+        print(f"note: without {', '.join(missing)}: {absent}")
+    columns = tuple(column for column in COLUMNS if column in (settings.labels or COLUMNS))
     if not any(column in TASKS[task].columns for task in tasks for column in columns):
         raise UsageError(f"--labels {' '.join(columns)}: expected some of the columns of {', '.join(tasks)}")
-    usual = {"epochs": None, "seeds": 3, "effort": 1.0} | (QUICK if settings.quick else {})
-    epochs, seeds, effort = (
-        usual[name] if getattr(settings, name) is None else getattr(settings, name)
-        for name in ("epochs", "seeds", "effort")
-    )
-    pretrained_on = {TASKS[name].pretrained_on for name in tasks}
-    device = command_line.find_device(settings.device)
-    processes = settings.processes or (own_cores() if device.type == "cpu" else 1)
-    processes = min(processes, seeds * len(pretrained_on))
-    return Plan(
-        source=settings.data or NAME,
-        tasks=tasks,
-        columns=columns,
-        seeds=seeds,
-        epochs={name: epochs or EPOCHS[name] for name in EPOCHS if name in pretrained_on},
-        effort=effort,
-        processes=processes,
-        threads=max(1, own_cores() // processes),
-        device=device,
-    )
+    numbers = {"data": settings.data or NAME, "only": tasks, "labels": columns, "seeds": 3, "effort": 1.0}
+    numbers |= QUICK if settings.quick else {}
+    given = {name: value for name in ("seeds", "epochs", "effort") if (value := getattr(settings, name)) is not None}
+    full = replace(settings, **numbers | given, device=command_line.find_device(settings.device))
+    processes = settings.processes or (own_cores() if full.device.type == "cpu" else 1)
+    return replace(full, processes=min(processes, full.seeds * len(full.epochs_of)))
 
 
-def evaluate(settings: Settings, plan: Plan) -> None:
+def evaluate(settings: Settings) -> None:
     """Do the jobs, and write the results after each of them."""
-    started = time.perf_counter()
-    default = Path("runs/evaluation")
+    started, default = time.perf_counter(), Path("runs/evaluation")
     known = [settings.out] if settings.out else [*folders.numbered(default)]
     earlier = [path for folder in known if settings.resume and (path := folder / RESULTS).exists()]
     resumed = earlier[-1] if earlier else None
     out = folders.make_output_folder(settings.out, default, overwrite=settings.overwrite, resumed=resumed)
-    with folders.locked(out), ended_by_sigterm():
-        results = begin(plan, resumed)
+    with folders.locked(out):
+        results = begin(settings, resumed)
         write(out, results)
-        jobs = plan_jobs(plan, out, resume=settings.resume)
-        left, before = sum(job.name not in results["jobs"] for job in jobs), results["seconds"]
-        print(
-            f"{len(plan.tasks)} tasks, {plan.seeds} seeds, {left} parts in {plan.processes} processes; "
-            f"results go to {out}"
-        )
+        jobs, before = plan_jobs(settings, out), results["seconds"]
+        left = sum(job.name not in results["jobs"] for job in jobs)
+        size = f"{len(settings.only)} tasks, {settings.seeds} seeds, {left} parts in {settings.processes} processes"
+        print(f"{size}; results go to {out}")
 
         def done(job: Job, found: Result) -> None:
             results["rows"] += found.pop("rows", [])
@@ -183,12 +159,14 @@ def evaluate(settings: Settings, plan: Plan) -> None:
             count = f"{len(results['jobs'])}/{len(jobs)}"
             print(f"[{time.perf_counter() - started:4.0f} s] {count:>5} {job.told}: {found['seconds']:.0f} s")
 
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the program as Ctrl-C does
         try:
-            asked = {"processes": plan.processes, "threads": plan.threads, "already": [*results["jobs"]]}
-            run_jobs(jobs, logs=out, done=done, **asked)
+            run_jobs(jobs, settings.processes, threads(settings), logs=out, done=done, already=[*results["jobs"]])
         except KeyboardInterrupt:
             kept = f"{len(results['jobs'])} of {len(jobs)} parts are kept in {out}: continue with --resume"
             raise Interrupted(f"interrupted; {kept}") from None
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         write(out, results | {"complete": True})
     text = tables.markdown(results)
     with replacing(out / "table.md") as temporary:
@@ -197,44 +175,36 @@ def evaluate(settings: Settings, plan: Plan) -> None:
     print(f"\n{text}\n\n{results['seconds']:.0f} seconds. Results: {out}")
 
 
-@contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the program as Ctrl-C does: with its processes, and with what is done kept."""
-
-    def end(number: int, _: object) -> None:
-        raise Stopped("stopped by SIGTERM: continue with --resume", number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def threads(settings: Settings) -> int:
+    """Of each process."""
+    return max(1, own_cores() // settings.processes)
 
 
-def begin(plan: Plan, resumed: Path | None) -> Result:
+def begin(settings: Settings, resumed: Path | None) -> Result:
     """What there is already, or nothing.
 
     Raises:
         UsageError: other settings made what is there.
     """
     packages = {name: sys.modules[name].__version__ for name in ("torch", "sklearn", "numpy") if name in sys.modules}
+    on_gpu = settings.device.type == "cuda"
     environment = {
-        "device": torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else plan.device.type,
-        "processes": plan.processes,
-        "threads": plan.threads,
+        "device": torch.cuda.get_device_name(settings.device) if on_gpu else settings.device.type,
+        "processes": settings.processes,
+        "threads": threads(settings),
         "system": platform.platform(),
         "cores": own_cores(),
         "versions": {"python": platform.python_version()} | packages,
     }
     if resumed:
         results = json.loads(resumed.read_text(encoding="utf-8"))
-        checkpoint.check_settings(resumed, results["settings"], plan.shaping())
+        checkpoint.check_settings(resumed, results["settings"], settings.shaping())
         return results | {"environment": environment}
     sizes = {}
-    for name in {TASKS[task].data: None for task in plan.tasks}:
-        data = load(name, plan.source)
+    for name in dict.fromkeys(TASKS[task].data for task in settings.only):
+        data = load(name, settings.data)
         sizes[name] = {"train": len(data.train.labels), MOST: len(data.bank), "test": len(data.test.labels)}
-    results = {"settings": plan.shaping(), "environment": environment, "data": sizes}
+    results = {"settings": settings.shaping(), "environment": environment, "data": sizes}
     return results | {"complete": False, "seconds": 0.0, "jobs": {}, "rows": []}
 
 
@@ -243,38 +213,30 @@ def write(out: Path, results: Result) -> None:
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def plan_jobs(plan: Plan, out: Path, *, resume: bool) -> list[Job]:
+def plan_jobs(settings: Settings, out: Path) -> list[Job]:
     """Pretraining first, the longest ahead; then what needs it, and what does not."""
-    common = {"source": plan.source, "device": str(plan.device)}
+    common = {"source": settings.data, "device": str(settings.device)}
     encoders, probes, trained = [], [], []
-
-    def folder(data: str, seed: int) -> Path:
-        return out / f"{data}-seed-{seed}"
-
-    for data in sorted(plan.epochs, key=[FASHION, DIGITS].index):
-        for seed in range(plan.seeds):
-            given = {"data": data, "seed": seed, "epochs": plan.epochs[data], "out": str(folder(data, seed))}
+    for data, seed in product((FASHION, DIGITS), range(settings.seeds)):
+        if data in settings.epochs_of:
+            given = {"data": data, "seed": seed, "epochs": settings.epochs_of[data], "resume": settings.resume}
+            given |= common | {"out": str(out / f"{data}-seed-{seed}")}
             told = f"pretraining on {data}, seed {seed}"
-            encoders.append(Job(f"{data}/pretraining/{seed}", pretrain, given | common | {"resume": resume}, told=told))
-    for name, seed in ((name, seed) for name in plan.tasks for seed in range(plan.seeds)):
+            encoders.append(Job(f"{data}/pretraining/{seed}", pretrain, given, told=told))
+    for name, seed in product(settings.only, range(settings.seeds)):
         task = TASKS[name]
-        before, weights = (
-            (f"{task.pretrained_on}/pretraining/{seed}",),
-            str(folder(task.pretrained_on, seed) / BACKBONE),
-        )
+        before = (f"{task.pretrained_on}/pretraining/{seed}",)
+        weights = str(out / f"{task.pretrained_on}-seed-{seed}" / BACKBONE)
         given = common | {"task": name, "seed": seed}
-        columns = [column for column in task.columns if column in plan.columns]
+        asked = given | {"weights": weights, "columns": [each for each in task.columns if each in settings.labels]}
         told = f"probes, {task.title}, seed {seed}"
-        arguments = given | {"weights": weights, "columns": columns}
-        probes.append(Job(f"{name}/probes/{seed}", methods.probe, arguments, before, told))
-        for method, needed, labels in (
-            (methods.SCRATCH, (), task.trained),
-            (methods.FINE_TUNED, before, task.fine_tuned),
-        ):
-            for column in (column for column in labels if column in plan.columns):
-                arguments = given | {"weights": weights if needed else None, "column": column, "effort": plan.effort}
-                told = f"{method}, {task.title}, {tables.TITLES[column]}, seed {seed}"
-                trained.append(Job(f"{name}/{method}/{column}/{seed}", methods.supervise, arguments, needed, told))
+        probes.append(Job(f"{name}/probes/{seed}", methods.probe, asked, before, told))
+        supervised = [(methods.SCRATCH, None, (), column) for column in task.trained]
+        supervised += [(methods.FINE_TUNED, weights, before, column) for column in task.fine_tuned]
+        for method, file, needs, column in (each for each in supervised if each[-1] in settings.labels):
+            asked = given | {"weights": file, "column": column, "effort": settings.effort}
+            told = f"{method}, {task.title}, {tables.TITLES[column]}, seed {seed}"
+            trained.append(Job(f"{name}/{method}/{column}/{seed}", methods.supervise, asked, needs, told))
     return encoders + probes + trained[::-1]
 
 

@@ -75,11 +75,9 @@ def run(argv: Sequence[str] | None) -> None:
 def _protocol(name: str, recipe: Recipe, settings: Settings, tree: Tree) -> Protocol:
     if name not in PERCENT:
         return Protocol(name, recipe, tree.train, f"all {len(tree.train):,} images of train/")
-    if listed := settings.list_of(PERCENT[name]):
-        part = labels.from_list(*listed, tree.train, tree.classes)
-    else:
-        part = labels.stratified(PERCENT[name], tree.train, tree.classes)
-    return Protocol(name, recipe, tree.train.subset(part.images), part.source)
+    listed = settings.list_of(PERCENT[name])
+    images, source = labels.from_list(*listed, tree) if listed else labels.stratified(PERCENT[name], tree)
+    return Protocol(name, recipe, tree.train.subset(images), source)
 
 
 if __name__ == "__main__":

@@ -60,16 +60,10 @@ def train(run: Run, protocol: Protocol) -> Result:
     training, epochs = _Training(run, protocol), protocol.recipe.epochs
     if run.begun and run.begun["protocol"] == protocol.name:
         training.load_state_dict(run.begun)
-    tqdm = require("tqdm", "the progress bar").tqdm
-    steps = len(training.images)
-    with tqdm(
-        total=epochs * steps,
-        initial=training.epoch * steps,
-        desc=protocol.name,
-        unit="step",
-        disable=None if is_main() else True,  # None: where there is no terminal
-        dynamic_ncols=True,
-    ) as bar:
+    tqdm, steps = require("tqdm", "the progress bar").tqdm, len(training.images)
+    shown: dict[str, Any] = {"desc": protocol.name, "unit": "step", "dynamic_ncols": True}
+    shown["disable"] = None if is_main() else True  # None: where there is no terminal
+    with tqdm(total=epochs * steps, initial=training.epoch * steps, **shown) as bar:
         while training.epoch < epochs:
             row = training.next_epoch(bar)
             run.step += 1
@@ -94,6 +88,11 @@ class _Training:
         self.classifier = build_classifier(encoder, len(run.tree.classes), frozen=frozen).to(run.device)
         self.optimizer = build_optimizer(self.classifier, self.recipe)
         self.schedule = build_schedule(self.optimizer, self.recipe)
+        self.parts: dict[str, Any] = {
+            "model": self.classifier.learner,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+        }
         self.network = shared(self.classifier)
         self.images, self.total = TrainingImages(protocol.train, settings), len(protocol.train)
         self.validation = centres(run.tree.validation, settings)
@@ -135,14 +134,12 @@ class _Training:
             raise Aborted(text) from None
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {"model": self.classifier.learner, "optimizer": self.optimizer, "schedule": self.schedule}
         place = {"protocol": self.name, "epoch": self.epoch, "result": self.result, "best": self.best}
-        return place | {name: part.state_dict() for name, part in parts.items()}
+        return place | {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.classifier.learner.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
         self.epoch, self.result, self.best = state["epoch"], state["result"], state["best"]
 
 
@@ -162,7 +159,6 @@ def vote(run: Run) -> Result:
 
 
 def check_readable(measured: Result) -> None:
-    """End a run that has nothing to measure on."""
     if not measured["validation_images"]:
         raise Aborted("no validation image can be read: is --data damaged?")
 

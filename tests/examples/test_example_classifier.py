@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from barlow_recipes.classifier import (
-    INITIAL_STD, Classifier, Scores, accuracies, build_classifier, build_optimizer, build_schedule, train_epoch,
+    INITIAL_STD,
+    Classifier,
+    Scores,
+    accuracies,
+    build_classifier,
+    build_optimizer,
+    build_schedule,
+    train_epoch,
     write_classifier,
 )  # fmt: skip
 from barlow_recipes.encoders import Encoder, build_encoder

@@ -21,7 +21,7 @@ import evaluate_small
 from barlow_recipes.augmentations import MEAN, STD
 from barlow_recipes.command_line import read
 from barlow_recipes.encoders import build_encoder
-from barlow_recipes.errors import Aborted, Stopped
+from barlow_recipes.errors import Aborted
 from barlow_recipes.small import data as small_data
 from barlow_recipes.small import methods, tables
 from barlow_recipes.small.data import DIGITS, FASHION, KNN, MOST, TASKS, DataSet, Labelled, load
@@ -336,7 +336,7 @@ def test_a_missing_data_set_is_told_with_its_remedy(
     run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(evaluate_small, "INSTALLED", tmp_path / "absent")
-    monkeypatch.setattr(evaluate_small, "evaluate", lambda _, plan: print(*plan.tasks))
+    monkeypatch.setattr(evaluate_small, "evaluate", lambda settings: print(*settings.only))
     status, output, _ = run()
     note, tasks = output.splitlines()
     assert status == 0
@@ -348,9 +348,9 @@ def test_a_missing_data_set_is_told_with_its_remedy(
 
 
 def test_fashion_mnist_in_a_folder(fashion: Path, tmp_path: Path) -> None:
-    plan = evaluate_small.make_plan(read(evaluate_small.Settings, ["--data", str(fashion)], ""))
-    assert plan.tasks == [*TASKS]
-    jobs = {job.name: job for job in evaluate_small.plan_jobs(plan, tmp_path, resume=False)}
+    settings = evaluate_small.completed(read(evaluate_small.Settings, ["--data", str(fashion)], ""))
+    assert settings.only == tuple(TASKS)
+    jobs = {job.name: job for job in evaluate_small.plan_jobs(settings, tmp_path)}
     assert all(job.arguments["source"] == str(fashion) for job in jobs.values())
     needed = {name for job in jobs.values() for name in job.needs}
     assert needed == {f"{data}/pretraining/{seed}" for data in (DIGITS, FASHION) for seed in range(3)}
@@ -394,7 +394,7 @@ def test_the_table_in_the_readme(readme: tuple[Path, Path], run: Callable[..., t
 
 def do(jobs: list[Job], logs: Path, processes: int = 2) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    run_jobs(jobs, processes=processes, threads=1, logs=logs, done=lambda job, result: found.update({job.name: result}))
+    run_jobs(jobs, processes, 1, logs=logs, done=lambda job, result: found.update({job.name: result}))
     return found
 
 
@@ -411,7 +411,7 @@ def test_a_job_waits_for_what_it_needs(tmp_path: Path) -> None:
     ("job", "message"),
     [
         (Job("bad", json.loads, {"s": "nothing"}), "bad: JSONDecodeError: Expecting value: line 1 column 1 (char 0) ("),
-        (Job("dead", os._exit, {"status": 7}), "a process has died: is there memory enough?"),
+        (Job("dead", os._exit, {"status": 7}), "a process has died"),
     ],
 )
 def test_a_failing_job_ends_all_and_is_told(job: Job, message: str, tmp_path: Path) -> None:
@@ -423,22 +423,16 @@ def test_a_failing_job_ends_all_and_is_told(job: Job, message: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_program_and_processes_and_the_run_can_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_program_and_processes_and_the_run_can_go_on(number: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, EXAMPLES / "evaluate_small.py", *SHORT, "--epochs", 300, "--out", out]
     with start(command, tmp_path) as process:
         process.until(lambda: len([*out.glob("digits-seed-*/checkpoint.pt")]) == 2, "two checkpoints")
-        process.send(signal.SIGINT)
+        process.send(number)
         assert process.wait() == 130
     assert "--resume" in process.errors
     steps = {path.parent.name: torch.load(path)["step"] for path in out.glob("digits-seed-*/checkpoint.pt")}
     assert len(steps) == 2
     assert all(step > 0 for step in steps.values())
     assert json.loads((out / "results.json").read_text())["complete"] is False
-
-
-def test_sigterm_ends_the_program_as_ctrl_c_does() -> None:
-    with pytest.raises(Stopped, match="--resume") as stop, evaluate_small.ended_by_sigterm():
-        signal.raise_signal(signal.SIGTERM)
-    assert stop.value.exit_code == 128 + signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

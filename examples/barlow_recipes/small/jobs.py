@@ -36,9 +36,9 @@ class Job:
 
 def run_jobs(
     jobs: Iterable[Job],
-    *,
     processes: int,
     threads: int,
+    *,
     logs: Path,
     done: Callable[[Job, Result], None],
     already: Iterable[str] = (),
@@ -59,7 +59,7 @@ def run_jobs(
     finished = set(already)
     waiting = [job for job in jobs if job.name not in finished]
     running: dict[futures.Future[Result], Job] = {}
-    others = multiprocessing.active_children()
+    others, workers = {*multiprocessing.active_children()}, set[BaseProcess]()
     context = multiprocessing.get_context("spawn")
     pool = futures.ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(threads, logs))
     try:
@@ -67,12 +67,16 @@ def run_jobs(
             for job in [job for job in waiting if finished.issuperset(job.needs)]:
                 waiting.remove(job)
                 running[pool.submit(_do, job.function, job.arguments)] = job
-            for ready in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+            workers |= {*multiprocessing.active_children()} - others
+            for ready in futures.wait(running, 1, futures.FIRST_COMPLETED).done:
                 job = running.pop(ready)
                 done(job, _result(ready, job))
                 finished.add(job.name)
+            # Of a process that dies in its first job Python 3.11's pool may not hear.
+            if died := [worker.exitcode for worker in workers if worker.exitcode]:
+                raise Aborted(f"a process has died (exit code {died[0]}): is there memory enough?")
     except BaseException:
-        _terminate([child for child in multiprocessing.active_children() if child not in others])
+        _terminate({*multiprocessing.active_children()} - others)
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -83,12 +87,12 @@ def _result(ready: "futures.Future[Result]", job: Job) -> Result:
     try:
         return ready.result()
     except BrokenProcessPool:
-        raise Aborted(f"{name}, or what was done beside it: a process has died: is there memory enough?") from None
+        raise Aborted(f"{name}, or what was beside it: a process has died: is there memory enough?") from None
     except Aborted as error:
         raise Aborted(f"{name}: {error}") from None
 
 
-def _terminate(children: list[BaseProcess]) -> None:
+def _terminate(children: set[BaseProcess]) -> None:
     """Pretraining obeys with a checkpoint."""
     for child in children:
         child.terminate()

@@ -47,15 +47,9 @@ def draws(data: DataSet, column: str, seed: int) -> list[Tensor]:
 
 
 def probe(task: str, source: str, weights: str, columns: list[str], seed: int, device: str) -> Row:
-    """What pixels, the untrained and the pretrained encoder are worth without changing them.
+    """What pixels, the untrained and the pretrained encoder of ``weights`` are worth without changing them.
 
-    Args:
-        task: a name of TASKS.
-        source: of Fashion-MNIST.
-        weights: the pretrained encoder's file.
-        columns: which of the task's.
-        seed: of the untrained encoder, and of the draw of labels.
-        device: where the encoder computes.
+    ``source`` is that of Fashion-MNIST; the seed is that of the untrained encoder, and of the draw of labels.
 
     Returns:
         Its rows: an accuracy of each method in each column; and what it took.
@@ -103,17 +97,10 @@ def _probed(
 
 
 def supervise(task: str, source: str, weights: str | None, column: str, seed: int, effort: float, device: str) -> Row:
-    """Train the same encoder with the same labels.
+    """Train the same encoder with the same labels: as many as ``column`` says.
 
-    Args:
-        task: a name of TASKS.
-        source: of Fashion-MNIST.
-        weights: the pretrained encoder's file, to be fine-tuned with augmentation; None: from scratch, both with
-            augmentation and, where the task asks for it, without.
-        column: how many labels.
-        seed: of the encoder's first weights, and of the draw of labels.
-        effort: a factor of the number of steps.
-        device: where to train.
+    From ``weights`` it is fine-tuned with augmentation; without them it begins at random, both with augmentation and,
+    where the task asks for it, without. ``effort`` is a factor of the number of steps.
 
     Returns:
         Its rows, and what it took.

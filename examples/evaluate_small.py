@@ -119,9 +119,7 @@ def completed(settings: Settings) -> Settings:
     wanted = settings.only or ((DIGITS,) if settings.quick else tuple(TASKS))
     tasks = tuple(name for name in TASKS if name in wanted and (there or name == DIGITS))
     if missing := [name for name in wanted if name not in tasks]:
-        absent = (
-            f"Fashion-MNIST is not in {INSTALLED}: apt install {PACKAGE}, or give its folder to --data"
-        )
+        absent = f"Fashion-MNIST is not in {INSTALLED}: apt install {PACKAGE}, or give its folder to --data"
         if settings.only:
             raise UsageError(f"--only {missing[0]}: {absent}")
         print(f"note: without {', '.join(missing)}: {absent}")

@@ -101,7 +101,7 @@ def train_epoch(
     precision: str = "fp32",
     after_step: Callable[[], object] = lambda: None,
 ) -> Epoch:
-    """Take a step for every batch.
+    """Take a step for every batch, whose images may be anywhere, and labels are on the CPU.
 
     Of several processes each gives its own rows of every batch, in as many batches as the others; shares may differ in
     length and be empty. The gradient is that of the mean over the whole batch. Images that cannot be read are left out.
@@ -109,13 +109,13 @@ def train_epoch(
     Args:
         network: the classifier, or what :func:`shared` made of it.
         optimizer: of :func:`build_optimizer`.
-        batches: images on any device, labels on the CPU.
+        batches: of an epoch.
         device: of the network.
         precision: "fp32", or "bf16" for autocast.
         after_step: called after every batch.
     """
     network.train()
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    losses = [torch.zeros(1)]
     seen = left_out = 0
     for images, labels in batches:
         readable = labels >= 0
@@ -130,9 +130,9 @@ def train_epoch(
             # DistributedDataParallel takes the mean over the processes, however few rows one of them has.
             (loss * (distributed.world_size() / count)).backward()
             optimizer.step()
-            total += loss.detach()
+            losses.append(loss.detach().view(1))
         after_step()
-    total = total.cpu()
+    total = torch.cat([loss.cpu().double() for loss in losses]).sum()
     if distributed.world_size() > 1:
         dist.all_reduce(total)
     return Epoch(float(total) / seen if seen else math.nan, left_out)
@@ -142,16 +142,8 @@ def train_epoch(
 def accuracies(network: nn.Module, batches: Batches, device: torch.device, precision: str = "fp32") -> dict[str, Any]:
     """How often the truth has the greatest logit, and one of the five greatest; leaves the network in eval().
 
-    Of several processes each gives its own part of the images; they wait for each other at the end alone.
-
-    Args:
-        network: the classifier, or what :func:`shared` made of it.
-        batches: images on any device, labels on the CPU.
-        device: of the network.
-        precision: "fp32", or "bf16" for autocast.
-
-    Returns:
-        As :meth:`Scores.result`.
+    Of several processes each gives its own part of the images; they wait for each other at the end alone. The result is
+    that of :meth:`Scores.result`.
     """
     classifier = cast("Classifier", getattr(network, "module", network))  # of DistributedDataParallel
     classifier.eval()

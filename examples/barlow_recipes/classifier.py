@@ -115,7 +115,7 @@ def train_epoch(
         after_step: called after every batch.
     """
     network.train()
-    losses = [torch.zeros(1)]
+    losses: list[Tensor] = []
     seen = left_out = 0
     for images, labels in batches:
         readable = labels >= 0
@@ -130,9 +130,9 @@ def train_epoch(
             # DistributedDataParallel takes the mean over the processes, however few rows one of them has.
             (loss * (distributed.world_size() / count)).backward()
             optimizer.step()
-            losses.append(loss.detach().view(1))
+            losses.append(loss.detach())
         after_step()
-    total = torch.cat([loss.cpu().double() for loss in losses]).sum()
+    total = torch.stack(losses).cpu().double().sum() if losses else torch.zeros((), dtype=torch.float64)
     if distributed.world_size() > 1:
         dist.all_reduce(total)
     return Epoch(float(total) / seen if seen else math.nan, left_out)

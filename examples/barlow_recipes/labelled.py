@@ -101,24 +101,25 @@ def paths_of(part: Catalogue) -> list[str]:
     return [os.fsdecode(packed[starts[file] : starts[file + 1]]) for file in part.file.tolist()]
 
 
-def training_view(size: int) -> View:
-    """A random part of an image, flipped or not: (C, H, W) uint8 to (C, size, size) float32.
+def training_view(settings: Reading) -> View:
+    """A random part of an image, flipped or not: (C, H, W) uint8 to (C, side, side) float32.
 
     Source: evaluate.py of facebookresearch/barlowtwins; bilinear, where pretraining is bicubic.
     """
     v2 = require("torchvision.transforms.v2", "--data")
-    crop = v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
-    return partial(_pixels, v2.Compose([crop, v2.RandomHorizontalFlip()]))
+    crop = v2.RandomResizedCrop(settings.image_size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
+    return partial(_pixels, v2.Compose([crop, v2.RandomHorizontalFlip()]), settings)
 
 
-def centre_view(size: int) -> View:
-    """The centre of an image, with 1/8 of the shorter side cut off: (C, H, W) uint8 to (C, size, size) float32."""
+def centre_view(settings: Reading) -> View:
+    """The centre of an image, with 1/8 of the shorter side cut off: (C, H, W) uint8 to (C, side, side) float32."""
     v2 = require("torchvision.transforms.v2", "--data")
-    resize = v2.Resize(round(size * RESIZE), interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
-    return partial(_pixels, v2.Compose([resize, v2.CenterCrop(size)]))
+    side = settings.image_size
+    resize = v2.Resize(round(side * RESIZE), interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
+    return partial(_pixels, v2.Compose([resize, v2.CenterCrop(side)]), settings)
 
 
-def _pixels(cut: View, image: Tensor) -> Tensor:
+def _pixels(cut: View, settings: Reading, image: Tensor) -> Tensor:
     return normalized(as_float(cut(image)))
 
 
@@ -157,7 +158,7 @@ class TrainingImages:
 
     def __init__(self, catalogue: Catalogue, settings: Reading) -> None:
         self.order = EveryImage(len(catalogue), settings.batch_size, settings.seed)
-        views = Views(catalogue, training_view(settings.image_size), settings)
+        views = Views(catalogue, training_view(settings), settings)
         self.loader = _loader(views, self.order, persistent_workers=settings.workers > 0)
 
     def __len__(self) -> int:
@@ -172,7 +173,7 @@ def centres(catalogue: Catalogue, settings: Reading) -> Loader:
     """This process's part of the images, without augmentation and in their order."""
     own = torch.arange(len(catalogue))[own_rows(len(catalogue))]
     keys = [[(0, index) for index in part.tolist()] for part in own.split(settings.batch_size) if len(part)]
-    return _loader(Views(catalogue, centre_view(settings.image_size), settings), keys)
+    return _loader(Views(catalogue, centre_view(settings), settings), keys)
 
 
 def _loader(views: Views, keys: Iterable[list[tuple[int, int]]], **more: Any) -> Loader:

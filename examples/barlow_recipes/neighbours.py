@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from barlow_recipes.classifier import Scores, autocast
 from barlow_recipes.distributed import own_rows, totals, world_size
 from barlow_recipes.encoders import Encoder
+from barlow_recipes.errors import require
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 MOST_SIMILARITIES = 2**27  # at a time on each process: half a gigabyte
@@ -120,13 +121,8 @@ def gathered(rows: Tensor) -> Tensor:
     """The rows of all processes, one process's after the other's."""
     if world_size() == 1:
         return rows
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)]))
-    padded = rows.new_zeros(max(map(int, counts)), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    everyones = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(everyones, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(everyones, counts, strict=True)])
+    utilities: Any = require("torchmetrics.utilities.distributed", "the accuracies")
+    return torch.cat(utilities.gather_all_tensors(rows.contiguous()))
 
 
 def _total(values: Tensor) -> Tensor:

@@ -137,16 +137,16 @@ def test_a_share_without_rows_is_a_batch_all_the_same(tree: Tree, monkeypatch: p
 
 
 def test_a_view_is_a_pure_function_of_seed_epoch_and_index(tree: Tree) -> None:
-    dataset = Views(tree.train, training_view(16), READING)
+    dataset = Views(tree.train, training_view(READING), READING)
     torch.manual_seed(1)
     first, label = dataset[2, 11]
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    again, _ = Views(tree.train, training_view(16), READING)[2, 11]
+    again, _ = Views(tree.train, training_view(READING), READING)[2, 11]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(again, first)
     assert label == 1
-    others = [dataset[3, 11], Views(tree.train, training_view(16), replace(READING, seed=8))[2, 11]]
+    others = [dataset[3, 11], Views(tree.train, training_view(READING), replace(READING, seed=8))[2, 11]]
     assert not any(torch.equal(other, first) for other, _ in others)
 
 
@@ -154,7 +154,7 @@ def test_an_unreadable_image_has_the_label_below_0(tmp_path: Path) -> None:
     root = make_tree(tmp_path / "flowers", train=2, validation=1)
     spoil(root / "train" / "n02" / "n02_1.JPEG")
     catalogue = load_tree(root).train
-    view, label = Views(catalogue, training_view(16), READING)[0, 3]
+    view, label = Views(catalogue, training_view(READING), READING)[0, 3]
     assert (view.shape, label) == ((3, 16, 16), -1)
     ((_, labels),) = centres(catalogue, READING)
     assert labels.tolist() == [0, 0, 1, -1, 2, 2]
@@ -168,7 +168,7 @@ def test_the_centre_is_that_of_torchvision_and_pillow(shape: tuple[int, int]) ->
     image = torch.randint(256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     published = v2.Compose([v2.ToPILImage(), v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    found = (centre_view(224)(image) * std + mean) * 255
+    found = (centre_view(replace(READING, image_size=224))(image) * std + mean) * 255
     assert found.shape == (3, 224, 224)
     assert float((found - published(image)).abs().max()) < 1.01
 
@@ -183,5 +183,5 @@ def test_a_view_is_a_bilinear_crop_as_torchvision_takes_it() -> None:
         torch.manual_seed(seed)
         expected = published(image)
         torch.manual_seed(seed)
-        found = (training_view(64)(image) * std + mean) * 255
+        found = (training_view(replace(READING, image_size=64))(image) * std + mean) * 255
         assert float((found - expected).abs().max()) < 1.01

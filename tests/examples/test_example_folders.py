@@ -100,6 +100,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew() -> None:
 
 
 def test_one_run_at_a_time() -> None:
-    with folders.opened(settings("--out", "out"), Path("x"), {}), multiprocessing.get_context("fork").Pool(1) as pool:
-        with pytest.raises(UsageError, match="--out out: another run is writing there"):
-            pool.apply(train, (settings("--out", "out", "--overwrite"), 1))
+    fork = multiprocessing.get_context("fork")
+    busy = pytest.raises(UsageError, match="--out out: another run is writing there")
+    with folders.opened(settings("--out", "out"), Path("x"), {}), fork.Pool(1) as pool, busy:
+        pool.apply(train, (settings("--out", "out", "--overwrite"), 1))

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from barlow_loss import CollapseReport, collapse_report
-from barlow_recipes import checkpoint, distributed, folders, looking, reporting
+from barlow_recipes import checkpoint, distributed, folders, looking
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.digits import load_digits
@@ -38,17 +38,18 @@ from barlow_recipes.distributed import from_main, is_main
 from barlow_recipes.errors import Aborted, Interrupted, Stopped, UsageError, first_line, require
 from barlow_recipes.fashion_mnist import is_fashion_mnist, load_fashion_mnist
 from barlow_recipes.images import ImagePairs, load_images
+from barlow_recipes.metrics import Mirror, TensorBoard, WeightsAndBiases
 from barlow_recipes.models import BarlowTwins, build_model, checkpoint_activations, has_batch_norms
 from barlow_recipes.official import find_official, go_on, initialize
 from barlow_recipes.optimization import build_optimizer, build_schedule
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.report import versions
-from barlow_recipes.reporting import BACKBONE, Mirror
+from barlow_recipes.reporting import BACKBONE
 from barlow_recipes.run import Accuracies, Run
 from barlow_recipes.settings import Settings, read_settings
 from barlow_recipes.signals import StopRequests, arrived, stop_requests
 from barlow_recipes.steps import Step, apply, check_health, gradients
-from barlow_recipes.tensorboard import TensorBoard
+from barlow_recipes.tables import BAR, accuracy_cells, aligned, epoch_line, progress
 from barlow_recipes.timing import WARM_UP, Stopwatch, loader_bound
 from barlow_recipes.weights import Weights
 
@@ -114,9 +115,7 @@ def prepare_model(settings: Settings) -> BarlowTwins:
     model = model.to(memory_format=torch.channels_last) if settings.channels_last else model
     if settings.checkpoint_activations:
         checkpoint_activations(model.backbone)
-    if (
-        settings.chunk_size
-    ):  # as many parts on every process, whose rows may differ by one: they may exchange statistics
+    if settings.chunk_size:  # as many parts on every process, though their rows differ: they may exchange statistics
         model.chunks = -(-settings.micro_batch_size // (distributed.world_size() * settings.chunk_size))
     return model
 
@@ -199,7 +198,8 @@ def introduction(now: Run) -> str:
 
 
 def mirrors(settings: Settings) -> Callable[[Path, int | None], list[Mirror]]:
-    return lambda out, step: [TensorBoard(out / reporting.TENSORBOARD, step)] if settings.tensorboard else []
+    wanted = {TensorBoard: settings.tensorboard, WeightsAndBiases: settings.wandb}
+    return lambda out, step: [mirror(out, step) for mirror, asked in wanted.items() if asked]
 
 
 def environment(settings: Settings) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def train(now: Run, requests: StopRequests) -> None:
         unit="step",
         disable=hidden,
         dynamic_ncols=True,
-        bar_format=reporting.BAR,
+        bar_format=BAR,
     ) as bar:
         while state.step < now.last_step:
             epoch, first = divmod(state.step, now.steps_per_epoch)
@@ -303,7 +303,7 @@ def log(now: Run, done: Step, bar: Any) -> None:
         row |= {"dead_features": report.dead_features, "gradient_norm": done.gradient_norm.item()}
         row |= {"learning_rate": done.learning_rate, "images_per_second": watch.images_per_second}
         now.metrics.add("step", row)
-        bar.set_postfix_str(reporting.progress(row))
+        bar.set_postfix_str(progress(row))
     if reported:
         now.metrics.add("collapse", {"step": state.step, **report.as_dict()})
     bar.update()
@@ -326,7 +326,7 @@ def finish_epoch(now: Run, epoch: int, unreadable: int, bar: Any) -> None:
         looking.draw(now)
         looking.tell(now, "running")
     if due or unreadable or (bar.disable and now.watch.seconds > QUIET):
-        bar.write(reporting.epoch_line(row, settings.epochs))
+        bar.write(epoch_line(row, settings.epochs))
     if due and bound:
         now.tell(bound)
         bar.write(f"note: {bound}")
@@ -341,7 +341,7 @@ def evaluate(now: Run, compared: Accuracies, report: CollapseReport) -> None:
         now.accuracies = compared | {"pretrained encoder": looking.accuracies(now, now.data.final)}
         for name, accuracies in now.accuracies.items():
             now.metrics.add("evaluation", {"step": now.state.step, "representation": name, **accuracies})
-        print(reporting.accuracy_table(now.accuracies), end="\n\n")
+        print(aligned(accuracy_cells(now.accuracies)), end="\n\n")
     looking.tell(now, "done")
 
 

@@ -51,8 +51,10 @@ from barlow_recipes.distributed import from_main, is_main
 from barlow_recipes.encoders import Encoder, build_encoder
 from barlow_recipes.errors import Stopped, require
 from barlow_recipes.lock import locked
+from barlow_recipes.metrics import Metrics
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.signals import StopRequests, arrived, stop_requests
+from barlow_recipes.tables import BAR
 from barlow_recipes.weights import digest, load_encoder
 
 MODEL = "model.pt"
@@ -75,7 +77,7 @@ class Run:
     norms: TrainingBatches  # the same images once more, for batch norms to be measured amid the training
     test: Any
     out: Path
-    metrics: reporting.Metrics
+    metrics: Metrics
     started: float = field(default_factory=time.perf_counter)
     unreadable: int = 0  # training images that were replaced, of all processes, since the program began
 
@@ -129,7 +131,7 @@ def run(settings: Settings) -> None:
                 (out / MODEL).unlink(missing_ok=True)
         requests = stack.enter_context(stop_requests())
         step = saved["step"] if saved else 0
-        metrics = reporting.Metrics(out if is_main() else None, resumed if is_main() else None, step)
+        metrics = Metrics(out if is_main() else None, resumed if is_main() else None, step)
         metrics.add("settings", settings.shaping() | {"command": sys.argv[1:], "torch": torch.__version__})
         network = distributed.synchronized(model)
         now = Run(settings, data, encoder, weights, model, network, state, train, norms, test, out, metrics)
@@ -196,9 +198,7 @@ def train_detector(now: Run, requests: StopRequests) -> None:
     tqdm = require("tqdm", "the progress bar").tqdm
     hidden = None if is_main() else True  # None: where there is no terminal
     batches = endless(now.train, state.step)
-    with tqdm(
-        total=settings.iterations, initial=state.step, disable=hidden, dynamic_ncols=True, bar_format=reporting.BAR
-    ) as bar:
+    with tqdm(total=settings.iterations, initial=state.step, disable=hidden, dynamic_ncols=True, bar_format=BAR) as bar:
         while state.step < settings.iterations:
             now.network.train()
             batch = next(batches)

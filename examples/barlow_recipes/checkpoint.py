@@ -102,42 +102,13 @@ def save(path: Path, content: object, *, keep_previous: bool = False) -> None:
             os.close(folder)
 
 
-class _Hashing:
-    """Passes on what is written, and knows its SHA-256; the two bytes of the comment's length stay outside."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha256, self.last = file, hashlib.sha256(), b""
-        self.failure: BaseException | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            self._hash(memoryview(data))
-            return self.file.write(data)
-        except BaseException as error:
-            self.failure = error
-            raise
-
-    def _hash(self, data: memoryview) -> None:
-        ended = self.last + data[-2:]
-        if len(data) >= 2:
-            self.sha256.update(self.last)
-            self.sha256.update(data[:-2])
-            ended = bytes(data[-2:])
-        self.sha256.update(ended[:-2])
-        self.last = ended[-2:]
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 def _write(file: BinaryIO, content: object) -> None:
-    hashing = _Hashing(file)
-    try:
-        torch.save(content, hashing)  # type: ignore[arg-type]
-    except RuntimeError as error:  # torch.save's own, of whatever has happened in write(): the disk is full, a signal
-        raise hashing.failure or error from None
-    comment = LABEL + hashing.sha256.hexdigest().encode()
-    file.seek(-2, os.SEEK_END)
+    """By way of the memory: torch.save does not tell why a file cannot be written."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    archive = buffer.getbuffer()[:-2]  # without the length of its comment, which is 0
+    comment = LABEL + hashlib.sha256(archive).hexdigest().encode()
+    file.write(archive)
     file.write(len(comment).to_bytes(2, "little") + comment)
 
 

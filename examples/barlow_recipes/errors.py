@@ -3,7 +3,13 @@
 import importlib
 from types import ModuleType
 
-EXTRAS = {"pycocotools": "transfer", "timm": "transfer", "torchmetrics": "transfer", "tensorboard": "scale"}
+EXTRAS = {
+    "pycocotools": "transfer",
+    "timm": "transfer",
+    "torchmetrics": "transfer",
+    "tensorboard": "scale",
+    "wandb": "scale",
+}
 
 
 class UsageError(Exception):

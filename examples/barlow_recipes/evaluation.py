@@ -13,8 +13,10 @@ from barlow_recipes.distributed import from_main
 from barlow_recipes.encoders import Encoder, build_encoder
 from barlow_recipes.errors import UsageError, first_line
 from barlow_recipes.labelled import Reading, Tree
+from barlow_recipes.metrics import Metrics
 from barlow_recipes.neighbours import NEIGHBOURS
 from barlow_recipes.published import PUBLISHED, RECIPES, Recipe
+from barlow_recipes.tables import aligned
 from barlow_recipes.weights import digest, load_encoder
 
 PERCENT = {"semi-1": 1, "semi-10": 10}
@@ -105,7 +107,7 @@ class Run:
     encoder: Encoder
     tree: Tree
     out: Path
-    metrics: reporting.Metrics
+    metrics: Metrics
     shaping: dict[str, Any]  # all that a checkpoint must share with the run that it continues
     results: dict[str, Result] = field(default_factory=dict)  # of the protocols that are done
     step: int = 0  # epochs so far, of all protocols
@@ -151,7 +153,7 @@ class Run:
             paper = " / ".join(f"{value:.1f} %" for value in PUBLISHED.get(name, ())) or "–"
             chosen = f"{best['top1']:.2f} % ({best['epoch']})" if best else "–"
             rows.append([name, *(f"{result[column]:.2f} %" for column in COLUMNS), paper, chosen])
-        return "\n".join([reporting.aligned(rows), *NOTES])
+        return "\n".join([aligned(rows), *NOTES])
 
 
 def own_device(settings: Settings) -> torch.device:

@@ -24,12 +24,22 @@ from barlow_recipes import checkpoint, distributed, reporting
 from barlow_recipes.command_line import RunSettings, plain
 from barlow_recipes.distributed import from_main, is_main
 from barlow_recipes.errors import UsageError
-from barlow_recipes.reporting import BACKBONE, CHECKPOINT, CHECKPOINTS, RESULTS, Metrics, Mirror
+from barlow_recipes.metrics import Metrics, Mirror
+from barlow_recipes.reporting import BACKBONE, CHECKPOINT, CHECKPOINTS, RESULTS
 
 LOCK = ".lock"
 SETTINGS = "settings.yaml"  # the flags, for --settings
 OF_PRETRAINING = (reporting.REPORT, BACKBONE, *reporting.PICTURES)
-OWN = (reporting.METRICS, RESULTS, SETTINGS, "model.pt", *CHECKPOINTS, reporting.DAMAGED, *OF_PRETRAINING)
+OWN = (
+    reporting.METRICS,
+    RESULTS,
+    SETTINGS,
+    "model.pt",
+    *CHECKPOINTS,
+    reporting.DAMAGED,
+    *OF_PRETRAINING,
+    reporting.WANDB_ID,
+)
 OWN_PATTERNS = (f"{reporting.TENSORBOARD}/events.out.tfevents.*", "classifier-*.safetensors")
 
 

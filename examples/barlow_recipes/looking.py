@@ -15,7 +15,7 @@ from barlow_recipes.data import Probe
 from barlow_recipes.distributed import is_main, world_size
 from barlow_recipes.encoders import build_backbone
 from barlow_recipes.report import write_report
-from barlow_recipes.reporting import CROSS_CORRELATION, CURVES, REPORT
+from barlow_recipes.reporting import CROSS_CORRELATION, CURVES
 from barlow_recipes.run import Accuracies, Run
 
 PICTURED_PAIRS, PICTURED_FEATURES = 1024, 128
@@ -33,13 +33,10 @@ def baselines(now: Run, name: Literal["monitor", "final"]) -> Accuracies:
         return {row["representation"]: row["accuracies"] for row in rows}
     device = now.settings.device
     untrained = probes.untrained(random_backbone(now), probe.bank, device)
-    found = {
-        "raw pixels": probes.evaluate(probes.raw_pixels, probe, device),
-        "untrained encoder": probes.evaluate(untrained, probe, device),
-    }
-    for representation, values in found.items():
-        row = {"step": 0, "probe": name, "representation": representation, "accuracies": values}
-        now.metrics.add("baseline", row)
+    representations = {"raw pixels": probes.raw_pixels, "untrained encoder": untrained}
+    found = {label: probes.evaluate(represent, probe, device) for label, represent in representations.items()}
+    for label, values in found.items():
+        now.metrics.add("baseline", {"step": 0, "probe": name, "representation": label, "accuracies": values})
     return found
 
 
@@ -61,12 +58,10 @@ def accuracies(now: Run, probe: Probe | None) -> dict[str, float]:
 def embeddings(now: Run) -> tuple[Tensor, Tensor]:
     """Both views of the first pairs, (N, D) each, as the loss sees them: with batch statistics."""
     model = copy.deepcopy(now.state.model).train()
-    z1: list[Tensor] = []
-    z2: list[Tensor] = []
-    for batch in islice(now.data.pairs.batches(epoch=0), -(-PICTURED_PAIRS // now.settings.micro_batch_size)):
-        for z, view in zip((z1, z2), batch.views, strict=True):
-            z.append(model(finished(view, now.settings.device)))
-    return torch.cat(z1), torch.cat(z2)
+    batches = islice(now.data.pairs.batches(epoch=0), -(-PICTURED_PAIRS // now.settings.micro_batch_size))
+    pairs = [[model(finished(view, now.settings.device)) for view in batch.views] for batch in batches]
+    z1, z2 = map(torch.cat, zip(*pairs, strict=True))
+    return z1, z2
 
 
 def pictured_correlation(z1: Tensor, z2: Tensor) -> Tensor:
@@ -76,42 +71,25 @@ def pictured_correlation(z1: Tensor, z2: Tensor) -> Tensor:
 
 def draw(now: Run) -> CollapseReport:
     """The curves and the correlation matrix as they are now; all processes take part."""
-    settings, step = now.settings, now.state.step
     z1, z2 = embeddings(now)
-    report, after = collapse_report(z1, z2, lambd=settings.lambd), pictured_correlation(z1, z2)
-    now.collapse = report
+    now.collapse = collapse_report(z1, z2, lambd=now.settings.lambd)
+    after = pictured_correlation(z1, z2)
     if is_main() and now.before is not None:
-        n, d = settings.micro_batch_size, z1.shape[1]
-        pictures.draw_cross_correlation(now.out / CROSS_CORRELATION, now.before, after, step)
+        n, d = now.settings.micro_batch_size, z1.shape[1]
+        pictures.draw_cross_correlation(now.out / CROSS_CORRELATION, now.before, after, now.state.step)
         pictures.draw_curves(
             now.out / CURVES,
             now.metrics.of_kind("step"),
             now.metrics.of_kind("epoch"),
-            lambd=settings.lambd,
+            lambd=now.settings.lambd,
             noise_floor=noise_floor(n, d),
             attainable_rank=min(n - 1, LOGGED_PAIRS * world_size() - 1, d),
             baselines=now.watched,
         )
-    return report
+    return now.collapse
 
 
 def tell(now: Run, status: str) -> None:
     """The page that shows the run, with "running", "done" or what has stopped it."""
-    if not is_main():
-        return
-    (settings,) = now.metrics.of_kind("settings")
-    write_report(
-        now.out / REPORT,
-        title=f"{now.data.name}, {now.settings.arch}",
-        status=status,
-        last_step=now.last_step,
-        settings={name: value for name, value in settings.items() if name != "kind"},
-        rows=now.metrics.rows,
-        pictures={
-            "Loss, its two terms, effective rank and accuracy over the steps": now.out / CURVES,
-            "Cross-correlation of the first features: the aim is 1 on the diagonal and 0 beside it": now.out
-            / CROSS_CORRELATION,
-        },
-        accuracies=now.accuracies,
-        collapse=now.collapse,
-    )
+    if is_main():
+        write_report(now, status)

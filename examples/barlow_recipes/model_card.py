@@ -12,7 +12,9 @@ from barlow_loss import __version__
 from barlow_recipes.encoders import TIMM, Encoder
 from barlow_recipes.errors import UsageError, first_line, require
 from barlow_recipes.exporting import CARD, SAFETENSORS, example_shape
-from barlow_recipes.reporting import BACKBONE, METRICS, RESULTS, Row, accuracy_cells, replacing
+from barlow_recipes.metrics import Row
+from barlow_recipes.reporting import BACKBONE, METRICS, RESULTS, replacing
+from barlow_recipes.tables import accuracy_cells
 from barlow_recipes.weights import OFFICIAL, OURS, digest, read_weights
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")

@@ -7,8 +7,8 @@ from torch import Tensor
 from barlow_recipes import checkpoint
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.errors import UsageError
-from barlow_recipes.lars import LARS
 from barlow_recipes.models import BarlowTwins
+from barlow_recipes.optimization import LARS
 from barlow_recipes.presets import LEARNING_RATE_BIASES
 from barlow_recipes.weights import OFFICIAL, Weights, fill, misfit, read_weights, shapes, without
 

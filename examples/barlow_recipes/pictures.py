@@ -9,28 +9,23 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from barlow_recipes.errors import require
-from barlow_recipes.reporting import Row, accuracies_of, label_of, replacing
+from barlow_recipes.metrics import Row
+from barlow_recipes.reporting import replacing
+from barlow_recipes.tables import accuracies_of, label_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY = "#2b6ca3", "#d1722c", "#3a8f5c", "#8a8a8a"
-STYLES = ("--", ":")  # of the baselines
-MOST_POINTS, MOST_MARKERS = 2000, 40  # of a curve: more points than the picture has pixels
-STYLE = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlesize": 11,
-    "font.size": 10,
-    "legend.fontsize": 9,
-    "grid.alpha": 0.3,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
-}
+BASELINE_STYLES = ("--", ":")
+STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.right": False, "axes.spines.top": False}
+LAYOUT = [
+    ["Loss", "Its two terms"],
+    ["Effective rank", "Held-out accuracy (%)"],
+    ["Learning rate", "Norm of the gradient"],
+]
+LOGARITHMIC = ("Loss", "Its two terms", "Norm of the gradient")
 
 
 def draw_curves(
@@ -43,103 +38,57 @@ def draw_curves(
     attainable_rank: int,
     baselines: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Loss, its two terms beside the noise floor, effective rank, the probes, learning rate and gradient norm.
+    """Loss, its two terms beside the noise floor, effective rank, accuracies, learning rate and gradient norm.
 
     Args:
         path: of the PNG.
-        steps: rows with step, loss, on_diagonal, off_diagonal, effective_rank, and where known learning_rate and
-            gradient_norm. Of thousands some are drawn.
-        epochs: rows with step and the accuracies of the monitor, if there is one.
-        lambd: λ, which weighs the off-diagonal in the picture as in the loss.
-        noise_floor: D(D − 1)/(N − 1).
+        steps: rows of the metrics.
+        epochs: rows of the metrics, of which some have accuracies.
+        lambd: λ, which weighs the off-diagonal.
+        noise_floor: of the off-diagonal, D(D − 1)/(N − 1).
         attainable_rank: min(N − 1, D).
-        baselines: the monitor's accuracies of other representations.
+        baselines: the accuracies of other representations.
     """
-    steps = _thinned(steps)
-    looks = _thinned([row for row in epochs if "knn" in row])
-    x = [row["step"] for row in steps]
-
-    def curve(axes: "Axes", name: str, color: str, label: str = "", factor: float = 1.0) -> list[float]:
-        values = [math.nan if row.get(name) is None else factor * row[name] for row in steps]
-        axes.plot(x, values, color=color, label=label, linewidth=1.6, marker="o" if len(x) == 1 else "")
-        return values
-
-    below = ["rate", "norm"] if any("gradient_norm" in row for row in steps) else ["rate", "rate"]
-    layout: list[Any] = [["loss", "terms"], ["rank", "probe"] if looks else ["rank", "rank"], below]
+    curves = (
+        ("Loss", "loss", BLUE, 1.0, ""),
+        ("Its two terms", "on_diagonal", BLUE, 1.0, r"on-diagonal  $\sum_i (C_{ii} - 1)^2$"),
+        ("Its two terms", "off_diagonal", ORANGE, lambd, r"$\lambda$ · off-diagonal  $\sum_{i \neq j} C_{ij}^2$"),
+        ("Effective rank", "effective_rank", GREEN, 1.0, f"at most {attainable_rank:,}"),
+        ("Learning rate", "learning_rate", GREY, 1.0, ""),
+        ("Norm of the gradient", "gradient_norm", GREY, 1.0, ""),
+    )
     with drawing(path, (10, 8)) as figure:
-        panels = figure.subplot_mosaic(layout, height_ratios=(3, 3, 1.4))
-        panels["loss"].set_title("Loss")
-        _make_logarithmic(panels["loss"], curve(panels["loss"], "loss", BLUE))
-        panels["terms"].set_title("Its two terms")
-        terms = curve(panels["terms"], "on_diagonal", BLUE, r"on-diagonal  $\sum_i (C_{ii} - 1)^2$")
-        off_diagonal = r"$\lambda$ · off-diagonal  $\sum_{i \neq j} C_{ij}^2$"
-        terms += curve(panels["terms"], "off_diagonal", ORANGE, off_diagonal, lambd)
-        floor = lambd * noise_floor
-        panels["terms"].axhline(floor, color=ORANGE, linestyle=":", label="its noise floor: random embeddings")
-        panels["terms"].margins(y=0.15)
-        panels["terms"].legend()
-        _make_logarithmic(panels["terms"], [*terms, floor])
-        panels["rank"].set_title(f"Effective rank (at most {attainable_rank:,})")
-        curve(panels["rank"], "effective_rank", GREEN)
-        panels["rank"].set_ylim(bottom=0)
-        if looks:
-            _draw_accuracies(panels["probe"], looks, baselines)
-        panels["rate"].set_title("Learning rate")
-        curve(panels["rate"], "learning_rate", GREY)
-        if "norm" in panels:
-            panels["norm"].set_title("Norm of the gradient")
-            _make_logarithmic(panels["norm"], curve(panels["norm"], "gradient_norm", GREY))
-        for axes in panels.values():
-            _number_steps(axes, max([1, *x, *(row["step"] for row in looks)]))
-
-
-def _thinned(rows: Sequence[Row]) -> Sequence[Row]:
-    """At most a picture's worth of rows, evenly spaced, with the last."""
-    stride = -(-len(rows) // MOST_POINTS) or 1
-    return rows[::-1][::stride][::-1]
-
-
-def _number_steps(axes: "Axes", last: int) -> None:
-    """A horizontal axis of whole steps: 0, 100, 200, ... or 0, 100k, 200k, ..."""
-    ticker: Any = require("matplotlib.ticker", "drawing the curves")
-    axes.set_xlabel("step")
-    axes.set_xlim(0, 1.02 * last)
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(7, integer=True, steps=(1, 2, 2.5, 5, 10)))
-    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-
-
-def _make_logarithmic(axes: "Axes", values: Sequence[float]) -> None:
-    """A logarithmic vertical axis with plain numbers, as many of 1, 1.5, 2, 3, 5, 7, 10, ... as the values leave room.
-
-    Without a positive value it stays linear.
-    """
-    positive = [value for value in values if value > 0]
-    if not positive:
-        return
-    decades = math.log10(max(positive) / min(positive))
-    steps = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
-    ticker: Any = require("matplotlib.ticker", "drawing the curves")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=steps))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(ticker.NullLocator())
+        panels = figure.subplot_mosaic(LAYOUT, sharex=True, height_ratios=(3, 3, 1.5))
+        for title, axes in panels.items():
+            axes.set_title(title)
+        for title, name, color, factor, label in curves:
+            values = [math.nan if row.get(name) is None else factor * row[name] for row in steps]
+            marker = "." if len(steps) == 1 else ""
+            panels[title].plot([row["step"] for row in steps], values, marker=marker, color=color, label=label)
+            if title in LOGARITHMIC and any(value > 0 for value in values):
+                panels[title].set_yscale("log")
+        floor = {"color": ORANGE, "linestyle": ":", "label": "its noise floor: random embeddings"}
+        panels["Its two terms"].axhline(lambd * noise_floor, **floor)
+        panels["Effective rank"].set_ylim(bottom=0)
+        _draw_accuracies(panels["Held-out accuracy (%)"], [row for row in epochs if "knn" in row], baselines)
+        for title in ("Its two terms", "Effective rank"):
+            panels[title].legend()
+        for title in LAYOUT[-1]:
+            panels[title].set_xlabel("step")
 
 
 def _draw_accuracies(axes: "Axes", looks: Sequence[Row], baselines: Mapping[str, Mapping[str, float]]) -> None:
     """The nearest neighbours and the linear probe with the most labels, each beside its baselines."""
-    names = accuracies_of(looks[-1])
-    for name, color in zip(dict.fromkeys(["knn", names[-1]]), (BLUE, ORANGE), strict=False):
-        start = [{"step": 0, **accuracies} for label, accuracies in baselines.items() if label == "untrained encoder"]
-        points = [(row["step"], row[name]) for row in (*start, *looks) if name in row]
-        marker = "o" if len(points) <= MOST_MARKERS else ""
-        axes.plot(*zip(*points, strict=True), marker=marker, color=color, markersize=3, label=label_of(name))
-        for accuracies, style in zip(baselines.values(), STYLES, strict=True):
-            axes.axhline(accuracies[name], color=color, linestyle=style, linewidth=1)
-    for label, style in zip(baselines, STYLES, strict=True):
-        axes.plot([], [], color=GREY, linestyle=style, linewidth=1, label=label)
-    axes.set_title("Held-out accuracy (%)")
     axes.set_ylim(0, 102)
-    axes.legend(ncols=2)
+    names = accuracies_of(looks[-1]) if looks else []
+    for name, color in zip(dict.fromkeys([*names[:1], *names[-1:]]), (BLUE, ORANGE), strict=False):
+        values = [row.get(name, math.nan) for row in looks]
+        axes.plot([row["step"] for row in looks], values, ".-", color=color, label=label_of(name))
+        for (baseline, accuracies), style in zip(baselines.items(), BASELINE_STYLES, strict=False):
+            label = f"{baseline}, {label_of(name)}"
+            axes.axhline(accuracies.get(name, math.nan), color=color, linestyle=style, linewidth=1, label=label)
+    if names:
+        axes.legend(fontsize="small")
 
 
 def draw_cross_correlation(path: Path, before: Tensor, after: Tensor, step: int) -> None:
@@ -149,12 +98,9 @@ def draw_cross_correlation(path: Path, before: Tensor, after: Tensor, step: int)
         titles = ("Before pretraining", f"After step {step:,}")
         for axes, matrix, title in zip(panels, (before, after), titles, strict=True):
             picture = axes.imshow(matrix.cpu().numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-            axes.set_title(title)
-            axes.set_xlabel("feature of view 2")
+            axes.set(title=title, xlabel="feature of view 2", ylabel="feature of view 1")
             axes.grid(False)
-        panels[0].set_ylabel("feature of view 1")
-        bar = figure.colorbar(picture, ax=list(panels), shrink=0.85, ticks=[-1, -0.5, 0, 0.5, 1])
-        bar.set_label(r"cross-correlation $C_{ij}$")
+        figure.colorbar(picture, ax=list(panels), shrink=0.85, label=r"cross-correlation $C_{ij}$")
 
 
 @contextmanager

@@ -137,6 +137,14 @@ def test_a_run_of_two_processes_resumes_bit_for_bit(in_float64: Callable[..., Pa
     assert differences(*states(parts, two)) == []
 
 
+def test_chunks_on_uneven_shards_hang_nowhere_and_resume_to_the_bit(in_float64: Callable[..., Path]) -> None:
+    """7 rows and 8 are two chunks on either rank: their batch norms speak with each other."""
+    chunks = ("--chunk-size", 7, "--batch-size", 15)
+    whole = in_float64(2, "chunks", *chunks)
+    in_float64(2, "chunks-in-parts", *chunks, "--limit-steps", 5)
+    assert differences(*states(whole, in_float64(2, "chunks-in-parts", *chunks, "--resume"))) == []
+
+
 def test_a_broken_file_is_counted_once(jpegs: Path, tmp_path: Path, nursery: Nursery) -> None:
     flags = ("--data", jpegs, *SMALL_CNN, "--no-probe", "--epochs", 1, "--batch-size", 20)
     flags += ("--seed", 1)  # with which rank 1 reads it

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from barlow_recipes.lars import LARS
 from barlow_recipes.optimization import (
+    LARS,
     PUBLISHED_LEARNING_RATES,
     build_optimizer,
     build_schedule,

@@ -55,40 +55,21 @@ def test_few_labels_are_few_labels() -> None:
     )  # the same draws for every method
 
 
-@pytest.mark.parametrize(("features", "noise"), [(4, 0.5), (32, 3.0), (300, 8.0)])
-def test_the_linear_probe_is_scikit_learns(features: int, noise: float) -> None:
-    """Both stop at a gradient of 1e-4, not at the same place: half a point of difference is what they may have."""
-    from sklearn.linear_model import LogisticRegression
-
-    generator = torch.Generator().manual_seed(0)
-    labels, truth = (torch.arange(n) % 7 + 1 for n in (210, 2100))  # no image of class 0
-    centres = torch.randn(8, features, generator=generator)
-    bank, queries = (
-        F.normalize(centres[y] + noise * torch.randn(len(y), features, generator=generator), dim=1)
-        for y in (labels, truth)
-    )
-    theirs = LogisticRegression(C=10.0, max_iter=1000).fit(bank.numpy(), labels.numpy())
-    expected = 100 * theirs.score(queries.numpy(), truth.numpy())
-    assert 30 < expected < 99
-    assert probes.linear_accuracy(bank, labels, queries, truth) == pytest.approx(expected, abs=0.5)
-
-
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The number of unique classes")
 def test_the_linear_probe_separates_many_classes() -> None:
-    """The gradient of a fit to hundreds of classes begins below the tolerance for ten."""
+    """The gradient of a fit to hundreds of classes begins below scikit-learn's tolerance: it would fit nothing."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(3000) % 1500
-    centres = torch.randn(1500, 2048, generator=generator)
-    bank, queries = (
-        F.normalize(centres[labels] + 0.5 * torch.randn(3000, 2048, generator=generator), dim=1) for _ in range(2)
-    )
+    labels, centres = torch.arange(2000), torch.randn(2000, 1024, generator=generator)
+    bank, queries = (F.normalize(centres + 0.5 * torch.randn(2000, 1024, generator=generator), dim=1) for _ in range(2))
     assert probes.linear_accuracy(bank, labels, queries, labels) > 99
 
 
-def test_the_linear_probe_is_fitted_where_gradients_are_switched_off() -> None:
+def test_labels_with_a_gap_and_labels_of_a_single_class() -> None:
     bank, labels = clusters(10, noise=0.1)
-    with torch.no_grad():
-        assert probes.linear_accuracy(bank, labels, bank, labels) == 100
+    some = labels != 2
+    assert probes.linear_accuracy(bank[some], labels[some], bank, labels) == 75
+    assert probes.linear_accuracy(bank[:1], labels[:1], bank, labels) == 25
 
 
 def test_evaluate_leaves_out_what_cannot_be_read() -> None:
@@ -107,16 +88,16 @@ def test_an_encoder_that_has_diverged_is_at_chance(value: float) -> None:
     assert found == {"knn": 25, "linear_1": 25, "linear_all": 25, "unreadable_in_probe": 0}
 
 
-@pytest.mark.parametrize("linear", [True, False])
-@pytest.mark.parametrize("labels_per_class", [(), (1,), (2, 3)])
-def test_evaluate_measures_what_is_asked_for(linear: bool, labels_per_class: tuple[int, ...]) -> None:
+def test_evaluate_measures_what_is_asked_for_where_there_are_images() -> None:
     batch = clusters(5, noise=0.1)
-    found = probes.evaluate(lambda x: x, Probe([batch], [batch], linear, labels_per_class), CPU)
-    few = {f"linear_{count}" for count in labels_per_class}
-    assert set(found) == {"knn", "unreadable_in_probe"} | few | ({"linear_all"} if linear else set())
+    broken = batch[0], torch.full_like(batch[1], -1)
+    found = probes.evaluate(lambda x: x, Probe([batch], [batch], False, (2, 3)), CPU)
+    assert set(found) == {"knn", "linear_2", "linear_3", "unreadable_in_probe"}
+    for bank, queries in ((broken, batch), (batch, broken)):
+        assert probes.evaluate(lambda x: x, Probe([bank], [queries], True, (1,)), CPU) == {"unreadable_in_probe": 20}
 
 
-@pytest.mark.parametrize(("size", "features"), [((1, 8, 8), 64), ((3, 32, 32), 3072), ((3, 224, 224), 3072)])
+@pytest.mark.parametrize(("size", "features"), [((1, 8, 8), 64), ((3, 224, 224), 3072), ((13, 40, 20), 13 * 32 * 20)])
 def test_pixels_are_reduced_to_at_most_32(size: tuple[int, int, int], features: int) -> None:
     assert probes.raw_pixels(torch.rand(2, *size)).shape == (2, features)
 

@@ -538,7 +538,7 @@ EXAMPLE_IMAGES = [
 
 EXAMPLE_STEPS = [
     *_in(
-        "examples/barlow_recipes/lars.py",
+        "examples/barlow_recipes/optimization.py",
         OPTIMIZATION,
         ("zeros-never-move", "torch.where((p_norm > 0) & (d_norm > 0), q, 1.0)", "torch.where(d_norm > 0, q, 1.0)"),
     ),
@@ -577,7 +577,7 @@ EXAMPLE_STEPS = [
         ),
     ),
     *_in(
-        "examples/barlow_recipes/probes.py",
+        "examples/barlow_recipes/neighbours.py",
         ("tests/examples/test_example_probes.py",),
         ("neighbours-vote-with-their-cosines", "(similarity / TEMPERATURE).exp()", "similarity"),
     ),

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from barlow_recipes import probes
 from barlow_recipes.classifier import accuracies, build_classifier, build_optimizer, build_schedule, train_epoch
 from barlow_recipes.encoders import Encoder, build_encoder
-from barlow_recipes.neighbours import extract, vote
+from barlow_recipes.neighbours import extract
 from barlow_recipes.published import Recipe
 from barlow_recipes.small.data import CLASSES, KNN, MOST, TASKS, DataSet, Task, load
 from barlow_recipes.weights import load_encoder
@@ -23,7 +23,6 @@ RAW, UNTRAINED, PRETRAINED = "raw pixels", "untrained encoder", "pretrained enco
 SCRATCH, FINE_TUNED = "trained from scratch", "pretrained, fine-tuned"
 METHODS = (RAW, UNTRAINED, SCRATCH, PRETRAINED, FINE_TUNED)
 DRAWS = {"1": 3}  # of the labelled images, for every seed: with one of each class they decide about several points
-NEIGHBOURS = 10
 RATE, WEIGHT_DECAY = 0.05, 5e-4  # of all parameters
 # How long to train with labels: from so many labels on, the batch size, the steps with augmentation and without it,
 # where the labels are soon known by heart. With ten labels a class of Fashion-MNIST, on 1,000 held-out training images,
@@ -89,11 +88,8 @@ def _probed(
     mean = train.values[bank].mean(dim=0)
     features, queries = (F.normalize(part.values - mean, dim=1) for part in (train, test))
     for (column, draw, _), own in zip(asked, chosen, strict=True):
-        if column == KNN:
-            votes = [vote(features[own], train.labels[own], some, CLASSES, NEIGHBOURS) for some in queries.split(1024)]
-            yield column, draw, 100 * float((torch.cat(votes).argmax(dim=1) == test.labels).double().mean())
-        else:
-            yield column, draw, probes.linear_accuracy(features[own], train.labels[own], queries, test.labels)
+        measure = probes.knn_accuracy if column == KNN else probes.linear_accuracy
+        yield column, draw, measure(features[own], train.labels[own], queries, test.labels)
 
 
 def supervise(task: str, source: str, weights: str | None, column: str, seed: int, effort: float, device: str) -> Row:

@@ -27,6 +27,7 @@ from barlow_recipes import command_line, folders, labels, protocols
 from barlow_recipes.distributed import from_main
 from barlow_recipes.errors import UsageError, require
 from barlow_recipes.evaluation import PARTS, PERCENT, PROTOCOLS, Run, Settings, find_encoder, own_device, shaping_of
+from barlow_recipes.images import look_at_some
 from barlow_recipes.labelled import Tree, load_tree
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.protocols import Protocol
@@ -46,11 +47,14 @@ def run(argv: Sequence[str] | None) -> None:
     settings = command_line.read(Settings, argv, __doc__ or "")
     for module, reason in (("torchmetrics.classification", "the accuracies"), ("safetensors.torch", "the classifiers")):
         require(module, reason)  # now, not hours later
+    settings.check_pixels()
     wanted = [name for name in PROTOCOLS if name in settings.protocols]
     if not wanted:
         raise UsageError(f"--protocols: expected some of {', '.join(PROTOCOLS)}")
     device, recipes = own_device(settings), {name: settings.recipe(name) for name in wanted if name != "knn"}
     tree = load_tree(settings.data)
+    for part in (tree.train, tree.validation):
+        look_at_some(part, str(part.root), settings)
     trained = {name: _protocol(name, recipe, settings, tree) for name, recipe in recipes.items()}
     encoder = find_encoder(settings, device)
     shaping = shaping_of(settings, tree, encoder)

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from barlow_recipes.augmentations import as_float, normalized
-from barlow_recipes.catalogue import Catalogue
 from barlow_recipes.command_line import Positive, RunSettings, Side
 from barlow_recipes.data import EpochBatches, seed_of
 from barlow_recipes.decoding import decode
 from barlow_recipes.distributed import own_rows
 from barlow_recipes.errors import UsageError, require
-from barlow_recipes.folder import index_folder
+from barlow_recipes.files import Catalogue, class_folders, index_folder
 from barlow_recipes.images import Loader
-from barlow_recipes.pixels import PixelSettings
+from barlow_recipes.pixels import PixelSettings, as_float
 
 HELD_OUT = ("val", "test")  # the first of them that is there
 RESIZE = 8 / 7  # of the shorter side before the centre is cut: 256 for 224 pixels
@@ -66,7 +64,7 @@ def load_tree(root: Path) -> Tree:
         raise UsageError(f"--data {root}: no such folder")
     folders = [_part(root, names) for names in (["train"], HELD_OUT)]
     train, held_out = map(index_folder, folders)
-    classes, others = (_classes(part) for part in (train, held_out))
+    classes, others = map(class_folders, folders)
     for here, there, missing in (
         (folders[0].name, folders[1].name, set(classes) - set(others)),
         (folders[1].name, folders[0].name, set(others) - set(classes)),
@@ -84,15 +82,9 @@ def _part(root: Path, names: Sequence[str]) -> Path:
     if not found:
         wanted = " or ".join(f"{name}/" for name in names)
         raise UsageError(f"--data {root}: expected a folder {wanted} of class folders")
-    if not any(entry.is_dir() for entry in found[0].iterdir()):
+    if not class_folders(found[0]):
         raise UsageError(f"--data {found[0]}: no class folders. Sort its images into one folder for each class")
     return found[0]
-
-
-def _classes(part: Catalogue) -> list[str]:
-    """The names of the class folders, by label."""
-    folders = dict(zip(part.labels.tolist(), (path.partition(os.sep)[0] for path in paths_of(part)), strict=True))
-    return [folders[label] for label in sorted(folders)]
 
 
 def paths_of(part: Catalogue) -> list[str]:
@@ -102,7 +94,7 @@ def paths_of(part: Catalogue) -> list[str]:
 
 
 def training_view(settings: Reading) -> View:
-    """A random part of an image, flipped or not: (C, H, W) uint8 to (C, side, side) float32.
+    """A random part of an image, flipped or not: (C, H, W) to (C, side, side) float32.
 
     Source: evaluate.py of facebookresearch/barlowtwins; bilinear, where pretraining is bicubic.
     """
@@ -112,7 +104,7 @@ def training_view(settings: Reading) -> View:
 
 
 def centre_view(settings: Reading) -> View:
-    """The centre of an image, with 1/8 of the shorter side cut off: (C, H, W) uint8 to (C, side, side) float32."""
+    """The centre of an image, with 1/8 of the shorter side cut off: (C, H, W) to (C, side, side) float32."""
     v2 = require("torchvision.transforms.v2", "--data")
     side = settings.image_size
     resize = v2.Resize(round(side * RESIZE), interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
@@ -120,7 +112,7 @@ def centre_view(settings: Reading) -> View:
 
 
 def _pixels(cut: View, settings: Reading, image: Tensor) -> Tensor:
-    return normalized(as_float(cut(image)))
+    return settings.normalized(as_float(cut(image)))
 
 
 class Views(Dataset[tuple[Tensor, int]]):
@@ -132,7 +124,7 @@ class Views(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
         try:
-            image, label = decode(*self.catalogue.read(index)), int(self.catalogue.labels[index])
+            image, label = decode(*self.catalogue.read(index), self.settings), int(self.catalogue.labels[index])
         except OSError:
             image, label = torch.zeros(self.settings.channels, 8, 8, dtype=torch.uint8), -1
         seed = seed_of(self.settings.seed, epoch, index)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from barlow_recipes import distributed
-from barlow_recipes.catalogue import Catalogue
 from barlow_recipes.classifier import (
     Epoch,
     accuracies,
@@ -24,6 +23,7 @@ from barlow_recipes.data import seed_of
 from barlow_recipes.distributed import from_main, is_main
 from barlow_recipes.errors import Aborted, require
 from barlow_recipes.evaluation import Result, Run
+from barlow_recipes.files import Catalogue
 from barlow_recipes.labelled import TrainingImages, centres
 from barlow_recipes.neighbours import nearest
 from barlow_recipes.published import Recipe

@@ -253,13 +253,31 @@ def test_unreadable_images_are_left_out_and_told(call: Call, tmp_path: Path) -> 
     assert (found["linear"]["unreadable_in_training"], found["knn"]["unreadable_in_bank"]) == (2, 2)
 
 
-@pytest.mark.parametrize(("part", "message"), [("train", "no image of train/"), ("val", "no validation image")])
-def test_images_of_which_none_can_be_read_end_the_run(part: str, message: str, call: Call, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_images_of_which_none_can_be_read_are_refused(part: str, call: Call, tmp_path: Path) -> None:
     root = make_tree(tmp_path / "flowers", train=2, validation=1)
     for path in (root / part).glob("*/*"):
         spoil(path)
     status, _, errors = call("--data", root, *SMALL, "--protocols", "linear", "--linear-epochs", 1)
-    assert (status, errors) == (1, f"error: {message} can be read: is --data damaged?\n")
+    assert status == 2
+    assert errors.startswith(f"error: --data {root / part}: of ")
+    assert "none can be read: " in errors
+
+
+def test_images_of_four_channels_are_read_as_the_flags_say(call: Call, tmp_path: Path) -> None:
+    """Bands in .npy files: told what their values mean; and an encoder of three channels is refused."""
+    for part, count in (("train", 4), ("val", 2)):
+        for label, name in enumerate(("dry", "wet")):
+            folder = tmp_path / "fields" / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                generator = np.random.default_rng([label, number, count])
+                np.save(folder / f"{number}.npy", generator.uniform(label, label + 1, (4, 20, 20)).astype("float32"))
+    flags = ("--data", tmp_path / "fields", *SMALL, "--protocols", "linear", "knn", "--linear-epochs", 2)
+    status, _, errors = call(*flags, "--channels", 4)
+    assert (status, "--value-range" in errors) == (2, True), errors
+    status, _, errors = call(*flags, "--channels", 4, "--value-range", 0, 2, "--out", "out")
+    assert (status, "cannot take such images" in errors) == (2, True), errors  # small-cnn has three channels
 
 
 def test_a_rate_that_diverges_ends_the_run(call: Call, tree: Path) -> None:

@@ -18,10 +18,10 @@ from outcomes import EXAMPLES
 from torch import Tensor
 
 import evaluate_small
-from barlow_recipes.augmentations import MEAN, STD
 from barlow_recipes.command_line import read
 from barlow_recipes.encoders import build_encoder
 from barlow_recipes.errors import Aborted
+from barlow_recipes.pixels import MEAN, STD
 from barlow_recipes.small import data as small_data
 from barlow_recipes.small import methods, tables
 from barlow_recipes.small.data import DIGITS, FASHION, KNN, MOST, TASKS, DataSet, Labelled, load

@@ -29,8 +29,8 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from barlow_recipes.augmentations import MEAN, STD
 from barlow_recipes.errors import UsageError
+from barlow_recipes.pixels import MEAN, STD
 
 if TYPE_CHECKING:
     from barlow_recipes.encoders import Encoder

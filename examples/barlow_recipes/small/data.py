@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from barlow_recipes.augmentations import PAPER, as_float, augment_digits, colored, normalized
-from barlow_recipes.batched_views import COLORS, crop_small, draw, small_views
-from barlow_recipes.colors import grayscale
 from barlow_recipes.data import hold_out, seed_of
-from barlow_recipes.digits import load_digits
+from barlow_recipes.digits import augment_digits, load_digits
 from barlow_recipes.fashion_mnist import FINAL_BANK_PER_CLASS, NAME, SIDE, load_fashion_mnist
+from barlow_recipes.pixels import as_float, normalized
 from barlow_recipes.presets import PRESETS
 from barlow_recipes.settings import read_settings
+from barlow_recipes.views import PAPER, colored, crop_small, draw, grayscale, small_views
 
 if TYPE_CHECKING:
     from barlow_recipes.data import Probe
@@ -123,7 +122,7 @@ class Task:
         decisions = torch.where(torch.rand(len(images), 1, generator=generator) < 0.5, first, second)  # either view
         if self.pretrained_on == FASHION:
             return small_views(images, decisions)
-        return _fashion_as_digits(colored(crop_small(as_float(images), decisions), decisions[:, -COLORS:]))
+        return _fashion_as_digits(colored(crop_small(as_float(images), decisions), decisions))
 
     def batches(self, part: Labelled, numbers: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Images without augmentation, and their labels."""

@@ -30,16 +30,8 @@ from barlow_recipes.reporting import BACKBONE, CHECKPOINT, CHECKPOINTS, RESULTS
 LOCK = ".lock"
 SETTINGS = "settings.yaml"  # the flags, for --settings
 OF_PRETRAINING = (reporting.REPORT, BACKBONE, *reporting.PICTURES)
-OWN = (
-    reporting.METRICS,
-    RESULTS,
-    SETTINGS,
-    "model.pt",
-    *CHECKPOINTS,
-    reporting.DAMAGED,
-    *OF_PRETRAINING,
-    reporting.WANDB_ID,
-)
+OWN = (*OF_PRETRAINING, reporting.METRICS, RESULTS, SETTINGS, "model.pt", *CHECKPOINTS, reporting.DAMAGED)
+OWN += (reporting.WANDB_ID,)
 OWN_PATTERNS = (f"{reporting.TENSORBOARD}/events.out.tfevents.*", "classifier-*.safetensors")
 
 

@@ -64,17 +64,14 @@ def load_tree(root: Path) -> Tree:
         raise UsageError(f"--data {root}: no such folder")
     folders = [_part(root, names) for names in (["train"], HELD_OUT)]
     train, held_out = map(index_folder, folders)
-    classes, others = map(class_folders, folders)
-    for here, there, missing in (
-        (folders[0].name, folders[1].name, set(classes) - set(others)),
-        (folders[1].name, folders[0].name, set(others) - set(classes)),
-    ):
-        if missing:
+    classes = [class_folders(folder) for folder in folders]
+    for one, other in ((0, 1), (1, 0)):
+        if missing := sorted(set(classes[one]) - set(classes[other])):
             raise UsageError(
                 f"--data {root}: expected the same class folders in train/ and {folders[1].name}/; {len(missing)} of "
-                f"{here}/ are not in {there}/, the first is {min(missing)}"
+                f"{folders[one].name}/ are not in {folders[other].name}/, the first is {missing[0]}"
             )
-    return Tree(root.resolve().name, classes, train, held_out)
+    return Tree(root.resolve().name, classes[0], train, held_out)
 
 
 def _part(root: Path, names: Sequence[str]) -> Path:

@@ -45,13 +45,8 @@ def run_jobs(
 ) -> None:
     """Do all jobs, each when it can be, the first of the list first.
 
-    Args:
-        jobs: in the order of their importance: long ones first.
-        processes: that work at the same time.
-        threads: of torch in each of them.
-        logs: the folder for what each of them prints.
-        done: told of each job, in this process.
-        already: the names of jobs that need not be done any more.
+    Each of the processes has so many threads of torch, and a file in ``logs`` for what it prints. ``done`` is told of
+    each job, in this process; what is ``already`` done, by its name, need not be done any more.
 
     Raises:
         Aborted: a job has failed or a process has died. However it ends, no process is left.

@@ -65,11 +65,10 @@ def last_epoch(folder: str) -> dict[str, Any]:
     return state
 
 
-def test_all_protocols_on_a_resnet(call: Call, tmp_path: Path) -> None:
+def test_all_protocols(call: Call, tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "flowers", train=6, validation=2)
     Path("1percent.txt").write_text("n01_3.JPEG\nn02_4.JPEG\nn03_5.JPEG\nn01_4.JPEG\n")
-    flags = ("--weights", "random", "--arch", "resnet18", "--stem", "cifar", "--image-size", 32, "--device", "cpu")
-    flags += ("--batch-size", 12, "--workers", 0, "--neighbours", 5, "--semi-lr-classifier", 0.05)
+    flags = (*SMALL, "--batch-size", 12, "--neighbours", 5, "--semi-lr-classifier", 0.05)
     status, output, errors = call("--data", tree, *flags, *TWO_EPOCHS, "--list-1", "1percent.txt")
     assert (status, errors) == (0, "")
     out = Path("runs/flowers-evaluation")
@@ -77,7 +76,7 @@ def test_all_protocols_on_a_resnet(call: Call, tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == FILES | PRODUCTS
     for line in (
         "flowers: 3 classes, 18 images to train on and 6 to validate on",
-        "resnet18, random weights: fp32 on cpu; results go to runs/flowers-evaluation",
+        "small-cnn, random weights: fp32 on cpu; results go to runs/flowers-evaluation",
         "semi-1: 4 images listed in 1percent.txt",
         "semi-10: 3 images, 10 % of each class by a fixed seed, not a published list; one image for each of 3 classes "
         "where that is less than one",

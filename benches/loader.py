@@ -35,21 +35,9 @@ from torch.nn import functional
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from barlow_recipes.augmentations import (
-    MEAN,
-    ORDERS,
-    PAPER,
-    STD,
-    Colors,
-    ViewRecipe,
-    as_float,
-    colored,
-    cropped,
-    draw_colors,
-    image_view,
-    normalized,
-)
 from barlow_recipes.decoding import decode
+from barlow_recipes.pixels import MEAN, STD, as_float
+from barlow_recipes.views import ORDERS, PAPER, Decisions, ViewRecipe, colored, draw, image_view
 from machine import RESULTS, environment
 from timing import interleave, ratios, spread
 
@@ -65,7 +53,7 @@ GOAL = 1.3  # times the views per second
 SAME_DRAWS, OWN_DRAWS = 4, 32  # views of each image
 MOST_DISTANCE = 1.5  # grey levels, the mean over pixels and views: Pillow cuts off decimals up to six times in a row
 MOST_DEVIATION = 4.0  # standard errors; with twelve comparisons a right program fails once in 1,300 runs
-NOTHING = ViewRecipe(flip=0, jitter=0, grayscale=0, blur=0, solarize=0)
+ADJUSTMENTS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
 def photo(number: int) -> bytes:
@@ -128,13 +116,14 @@ def same_decisions(content: bytes, recipe: ViewRecipe) -> tuple[float, float, fl
     """
     image = official_decode(content)
     box = transforms.RandomResizedCrop.get_params(image, list(recipe.crop_scale), [3 / 4, 4 / 3])
-    decisions = draw_colors(recipe, 1)
+    decisions = draw(recipe, 1)
     cut = partial(F.resized_crop, size=[SIZE, SIZE], interpolation=F.InterpolationMode.BICUBIC, antialias=True)
     ours = 255 * colored(as_float(cut(decode(content, "photo"), *box)[None]), decisions)[0]
     view = cut(image, *box)
-    row = Colors(*decisions[0].tolist())
-    for operation in ORDERS[int(row.order)]:
-        view = getattr(F, f"adjust_{operation.__name__}")(view, getattr(row, operation.__name__))
+    row = Decisions(*decisions[0].tolist())
+    strengths = (row.brightness, row.contrast, row.saturation, row.hue)
+    for number in ORDERS[int(row.order)].tolist():
+        view = ADJUSTMENTS[number](view, strengths[number]) if number >= 0 else view
     if row.grayscale:
         view = F.to_grayscale(view, 3)
     if row.sigma:
@@ -205,48 +194,6 @@ def agreement(photos: list[bytes]) -> Record:
     return record
 
 
-def stages(photos: list[bytes]) -> dict[str, dict[str, Turn]]:
-    """What either pipeline does to one image or view, apart from drawing our decisions, made beforehand."""
-    contents = cycle(photos)
-    decoded = cycle([(official_decode(content), decode(content, "photo")) for content in photos])
-    crop = transforms.Compose(official_crop())
-    small = cycle([crop(official_decode(content)) for content in photos])
-    our_crop = cropped(PAPER[0], SIZE)
-    pixels = as_float(F.pil_to_tensor(next(small))[None])
-    eight_bits = F.pil_to_tensor(next(small))[None]
-    jitter = transforms.ColorJitter(*NOTHING.color_jitter)
-
-    def ours(**only: float) -> Turn:
-        decisions = cycle(draw_colors(ViewRecipe(**(vars(NOTHING) | only)), 100).split(1))
-        return lambda: colored(pixels, next(decisions))
-
-    def official(operation: Callable[[Any], object]) -> Turn:
-        return lambda: operation(next(small))
-
-    return {
-        "decode": {
-            OFFICIAL: lambda: official_decode(next(contents)),
-            OURS: lambda: decode(next(contents), "photo"),
-        },
-        "crop, flip": {OFFICIAL: lambda: crop(next(decoded)[0]), OURS: lambda: our_crop(next(decoded)[1])},
-        "jitter": {OFFICIAL: official(jitter), OURS: ours(jitter=1)},
-        "greyscale": {OFFICIAL: official(partial(F.to_grayscale, num_output_channels=3)), OURS: ours(grayscale=1)},
-        "blur": {OFFICIAL: official(official_blur), OURS: ours(blur=1)},
-        "solarize": {OFFICIAL: official(ImageOps.solarize), OURS: ours(solarize=1)},
-        "to normalised float": {
-            OFFICIAL: official(transforms.Compose(official_tensor())),
-            OURS: lambda: normalized(as_float(eight_bits)),
-        },
-        "decisions on colours": {OURS: lambda: draw_colors(PAPER[0], 1)},
-    }
-
-
-def shares(stage: str) -> list[float]:
-    """How often a stage is run for a view, for both views of the recipe."""
-    field = {"greyscale": "grayscale"}.get(stage, stage)
-    return [0.5 if stage == "decode" else getattr(recipe, field, 1.0) for recipe in PAPER]
-
-
 def cpu_time_calls(turn: Turn, calls: int) -> float:
     """Seconds of this thread per call: whatever else runs on the core does not count."""
     start = time.thread_time()
@@ -266,18 +213,13 @@ def timed(turns: dict[str, Turn], rounds: int) -> Record:
 
 
 def measure(photos: list[bytes], rounds: int) -> Record:
-    """The whole, and its stages."""
+    """Both views of an image, from its bytes."""
     theirs = partial(both_views, official_decode, [official_view(recipe) for recipe in PAPER])
     ours = partial(both_views, partial(decode, name="photo"), [image_view(recipe, SIZE) for recipe in PAPER])
     their_photos, our_photos = cycle(photos), cycle(photos)
     turns: dict[str, Turn] = {OFFICIAL: lambda: theirs(next(their_photos)), OURS: lambda: ours(next(our_photos))}
-    return {
-        "rounds": rounds,
-        "images": len(photos),
-        "mean_bytes": statistics.mean(map(len, photos)),
-        "whole": timed(turns, rounds),
-        "stages": {name: timed(turns, rounds) | {"shares": shares(name)} for name, turns in stages(photos).items()},
-    }
+    size = statistics.mean(map(len, photos))
+    return {"rounds": rounds, "images": len(photos), "mean_bytes": size, "whole": timed(turns, rounds)}
 
 
 def markdown(results: Record) -> str:
@@ -296,16 +238,6 @@ def markdown(results: Record) -> str:
         "| --- | ---: | ---: |",
         f"| official: torchvision's transforms on Pillow | {views_per_second[OFFICIAL]:,.0f} | {_spread(ratio)} |",
         f"| ours | {views_per_second[OURS]:,.0f} | 1 |",
-        "",
-        "| stage | runs for a view 1, 2 | official, ms a run | ours, ms a run | official / ours (quartiles) |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for name, stage in results["stages"].items():
-        cells = [f"{1e3 * seconds['median']:.3f}" for seconds in stage["seconds"].values()]
-        share = ", ".join(f"{value:g}" for value in stage["shares"])
-        compared = _spread(stage["official_over_ours"]) if stage["official_over_ours"] else ""
-        lines.append(f"| {name} | {share} | {' | '.join(cells if len(cells) == 2 else ['', *cells])} | {compared} |")
-    lines += [
         "",
         "The same decisions, in grey levels. Pillow cuts to 8 bits after every operation, six times within a blur, "
         "which leaves noise and undoes much of a weak blur.",

@@ -131,8 +131,9 @@ def load_data(settings: Settings) -> PretrainingData:
             settings.data, recipes=settings.recipes(), batch_size=size, seed=seed, monitor=monitor, rows=rows
         )
     return load_images(
-        Path(settings.data),
+        settings.data,
         recipes=settings.recipes(),
+        pixels=settings,
         image_size=settings.image_size,
         batch_size=size,
         seed=seed,

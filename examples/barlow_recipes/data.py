@@ -9,14 +9,14 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-if TYPE_CHECKING:
-    from barlow_recipes.batched_views import UnfinishedView
+from barlow_recipes.pixels import USUAL, PixelSettings
+from barlow_recipes.views import UnfinishedView
 
 WHOLE = slice(None)
 
@@ -30,12 +30,14 @@ def seed_of(*numbers: int) -> int:
 class Batch(NamedTuple):
     """Two views of the same images; ``unreadable`` of them had to be replaced by others."""
 
-    views: "tuple[Tensor | UnfinishedView, Tensor | UnfinishedView]"  # each (N, C, H, W), to be finished on the device
+    views: tuple[Tensor | UnfinishedView, Tensor | UnfinishedView]  # each (N, C, H, W), to be finished on the device
     unreadable: int
 
 
 class Pairs(Protocol):
     """Training data: its length is the number of batches in an epoch."""
+
+    first_unreadable: str  # the file that could not be read, and why; "" for none
 
     def __len__(self) -> int: ...
 
@@ -65,6 +67,7 @@ class PretrainingData:
     monitor: Probe | None  # while training
     final: Probe | None  # once, at the end: on images that the monitor has not seen, or, of a folder, the monitor again
     notes: tuple[str, ...] = ()
+    pixels: PixelSettings = USUAL  # how many channels there are, and what views are normalised by
     tolerated_unreadable: int = 0  # per epoch
     fingerprint: str = ""  # of what and where the images are; the same on every process, or their rows do not fit
 

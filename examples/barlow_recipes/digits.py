@@ -1,20 +1,24 @@
 """scikit-learn's digits: 1,797 real handwritten digits of 8×8 pixels, which come with the package."""
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from barlow_recipes.augmentations import augment_digits
 from barlow_recipes.data import WHOLE, Batch, EpochBatches, PretrainingData, Probe, hold_out, seed_of
 from barlow_recipes.errors import UsageError, require
+from barlow_recipes.pixels import PixelSettings
 
 SPLIT_SEED = 0  # the split is the same for every --seed, so that runs can be compared
 
 
 class DigitPairs:
     """Two views of every digit: batches are augmented whole, whichever rows of them are wanted."""
+
+    first_unreadable = ""
 
     def __init__(self, images: Tensor, batch_size: int, seed: int, rows: slice) -> None:
         self.images, self.seed, self.rows = images, seed, rows
@@ -49,6 +53,7 @@ def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) 
         raise UsageError(f"--batch-size {batch_size} is more than the {len(pretraining)} digits to pretrain on")
     return PretrainingData(
         name="digits",
+        pixels=PixelSettings(channels=1),
         images=len(pretraining),
         pairs=DigitPairs(pretraining, batch_size, seed, rows),
         monitor=Probe(
@@ -66,6 +71,36 @@ def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) 
             labels_per_class=(1, 5),
         ),
     )
+
+
+def augment_digits(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Move, turn, scale, shear, bend, brighten and roughen a batch of digits, each in its own way.
+
+    Args:
+        images: (N, 1, H, W) in [0, 1].
+        generator: the only source of randomness.
+
+    Returns:
+        The same shape; the added noise (σ = 0.1) leaves [0, 1].
+    """
+    n, _, height, width = images.shape
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(n, *shape, generator=generator) * (high - low) + low
+
+    angle, shear = uniform(-math.pi / 12, math.pi / 12), uniform(-0.15, 0.15)
+    scale, stretch = uniform(-0.15, 0.15).exp(), uniform(-0.075, 0.075).exp()
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(n)
+    rotation = torch.stack([cos, -sin, sin, cos], dim=1).view(n, 2, 2)
+    shape = torch.stack([1 / (scale * stretch), shear, zero, stretch / scale], dim=1).view(n, 2, 2)
+    shift = uniform(-0.24, 0.24, 2, 1)  # ±1 pixel of 8, in the units of affine_grid
+    grid = F.affine_grid(torch.cat([rotation @ shape, shift], dim=2), list(images.shape), align_corners=False)
+    bend = torch.randn(n, 2, 3, 3, generator=generator) * 0.15
+    bend = F.interpolate(bend, size=(height, width), mode="bicubic", align_corners=False)
+    moved = F.grid_sample(images, grid + bend.permute(0, 2, 3, 1), align_corners=False)
+    contrast, gamma = uniform(0.7, 1.3, 1, 1, 1), uniform(-0.4, 0.4, 1, 1, 1).exp()
+    inked = (moved * contrast).clamp(0, 1) ** gamma
+    return inked + 0.1 * torch.randn(images.shape, generator=generator)
 
 
 def _batches(images: Tensor, labels: Tensor) -> DataLoader[tuple[Tensor, ...]]:

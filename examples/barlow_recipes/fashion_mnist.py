@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from barlow_recipes.augmentations import ViewRecipe, as_float, normalized
-from barlow_recipes.batched_views import draw, small_views
 from barlow_recipes.data import WHOLE, Batch, EpochBatches, PretrainingData, Probe, hold_out, seed_of
 from barlow_recipes.errors import UsageError
+from barlow_recipes.pixels import as_float, normalized
+from barlow_recipes.views import ViewRecipe, draw, small_views
 
 NAME, PACKAGE = "fashion-mnist", "dataset-fashion-mnist"  # of Debian
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
@@ -32,6 +32,8 @@ WATCHED_BANK_PER_CLASS, FINAL_BANK_PER_CLASS = 500, 1000
 
 class FashionPairs:
     """Two views of every image: decided about for whole batches, made for the rows that are wanted."""
+
+    first_unreadable = ""
 
     def __init__(
         self,

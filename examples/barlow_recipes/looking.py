@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from barlow_loss import CollapseReport, collapse_report, cross_correlation
 from barlow_loss.diagnostics import noise_floor
 from barlow_recipes import pictures, probes
-from barlow_recipes.batched_views import finished
 from barlow_recipes.data import Probe
 from barlow_recipes.distributed import is_main, world_size
 from barlow_recipes.encoders import build_backbone
 from barlow_recipes.report import write_report
 from barlow_recipes.reporting import CROSS_CORRELATION, CURVES
 from barlow_recipes.run import Accuracies, Run
+from barlow_recipes.views import finished
 
 PICTURED_PAIRS, PICTURED_FEATURES = 1024, 128
 LOGGED_PAIRS = 256  # of a process: with thousands the effective rank, in float64, takes as long as a step
@@ -59,7 +59,7 @@ def embeddings(now: Run) -> tuple[Tensor, Tensor]:
     """Both views of the first pairs, (N, D) each, as the loss sees them: with batch statistics."""
     model = copy.deepcopy(now.state.model).train()
     batches = islice(now.data.pairs.batches(epoch=0), -(-PICTURED_PAIRS // now.settings.micro_batch_size))
-    pairs = [[model(finished(view, now.settings.device)) for view in batch.views] for batch in batches]
+    pairs = [[model(finished(view, now.settings.device, now.data.pixels)) for view in batch.views] for batch in batches]
     z1, z2 = map(torch.cat, zip(*pairs, strict=True))
     return z1, z2
 

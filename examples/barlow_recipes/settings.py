@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from barlow_recipes import distributed
-from barlow_recipes.augmentations import PAPER as PUBLISHED_VIEWS
-from barlow_recipes.augmentations import ViewRecipe
 from barlow_recipes.command_line import (
     Bounds,
     Device,
@@ -29,6 +27,8 @@ from barlow_recipes.models import parse_projector
 from barlow_recipes.optimization import published_learning_rate
 from barlow_recipes.pixels import PixelSettings
 from barlow_recipes.presets import LEARNING_RATE_BIASES, PRESETS, WEIGHT_DECAY
+from barlow_recipes.views import PAPER as PUBLISHED_VIEWS
+from barlow_recipes.views import ViewRecipe
 
 # What may differ between a run and its continuation: where it runs, what it writes. Everything else shapes the weights.
 FREE = {

@@ -19,10 +19,9 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from barlow_recipes.catalogue import Catalogue
 from barlow_recipes.errors import UsageError, first_line
+from barlow_recipes.files import SUFFIXES, Catalogue, hidden
 
-IMAGES = ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp")  # those of torchvision's folders
 KEY = re.compile(r"((?:.*/)?[^./]+)\.(?:[^/]*\.)?([^./]+)")  # webdataset's key, and the last extension
 NO_LABEL = -1
 
@@ -37,18 +36,18 @@ class Entry(NamedTuple):
     size: int
 
 
-def find_shards(root: Path) -> list[Path]:
-    """The archives to read: with "train" in any name, only the ones that have it; else those without "val" and "test".
+def choose_shards(archives: Sequence[Path]) -> list[Path]:
+    """Those to read: with "train" in any name, only the ones that have it; else those without "val" and "test".
 
     An archive beside the folder it was unpacked into is none.
     """
-    shards = sorted(path for path in root.glob("*.tar") if not path.with_suffix("").is_dir())
+    shards = sorted(path for path in archives if not path.with_suffix("").is_dir())
     training = [path for path in shards if "train" in path.name]
     return training or [path for path in shards if "val" not in path.name and "test" not in path.name] or shards
 
 
-def index_shards(shards: Sequence[Path]) -> Catalogue:
-    """The images of all shards, by class and name: in the order of the same files in folders.
+def index_shards(root: Path, shards: Sequence[Path]) -> Catalogue:
+    """The images of all shards below a folder, by class and name: in the order of the same files in folders.
 
     Raises:
         UsageError: a shard is damaged or has no image, or some of the images have no label.
@@ -62,11 +61,11 @@ def index_shards(shards: Sequence[Path]) -> Catalogue:
     unlabelled = int((labels == NO_LABEL).sum())
     if 0 < unlabelled < len(labels):
         raise UsageError(
-            f"--data {shards[0].parent}: {unlabelled} of {len(labels)} images have no label. Expected a KEY.cls or a "
+            f"--data {root}: {unlabelled} of {len(labels)} images have no label. Expected a KEY.cls or a "
             "KEY.json with a whole number ≥ 0 for each image, or for none"
         )
     classes = labels.unique(return_inverse=True)[1]
-    return Catalogue.of(shards[0].parent, (shard.name for shard in shards), classes, file, offset, size)
+    return Catalogue.of(root, (str(shard.relative_to(root)) for shard in shards), classes, file, offset, size)
 
 
 def _index(number: int, shard: Path) -> list[Entry]:
@@ -76,10 +75,10 @@ def _index(number: int, shard: Path) -> list[Entry]:
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 match = KEY.fullmatch(member.name)
-                if not member.isreg() or not match:
+                if not member.isreg() or not match or any(map(hidden, member.name.removeprefix("./").split("/"))):
                     continue
                 key, extension = match[1], match[2].lower()
-                if extension in IMAGES:
+                if f".{extension}" in SUFFIXES:
                     images.append((key, Entry(NO_LABEL, member.name, number, member.offset_data, member.size)))
                 elif extension in ("cls", "json"):
                     content = archive.extractfile(member)
@@ -89,7 +88,7 @@ def _index(number: int, shard: Path) -> list[Entry]:
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UsageError(f"--data {shard}: not a whole tar archive, uncompressed ({first_line(error)})") from None
     if not images:
-        raise UsageError(f"--data {shard}: no image in it. Expected files KEY.{', KEY.'.join(IMAGES)}")
+        raise UsageError(f"--data {shard}: no image in it. Expected files KEY{', KEY'.join(SUFFIXES)}")
     return [entry._replace(label=labels.get(key, NO_LABEL)) for key, entry in images]
 
 
@@ -114,7 +113,7 @@ def _check_end(file: BinaryIO, offset: int) -> None:
 def _cache_path(shards: Sequence[Path]) -> Path:
     """Its name says of which shards it is: any that changes has another size or another time."""
     stats = [(str(shard.resolve()), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
-    key = hashlib.blake2b(repr(stats).encode(), digest_size=16).hexdigest()
+    key = hashlib.blake2b(repr((SUFFIXES, stats)).encode(), digest_size=16).hexdigest()
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(folder) / "barlow-loss" / f"shards-{key}"
 

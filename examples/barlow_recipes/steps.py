@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from barlow_loss import BarlowTwinsLoss, BarlowTwinsTerms
 from barlow_recipes import distributed
-from barlow_recipes.batched_views import finished
 from barlow_recipes.data import Batch
 from barlow_recipes.errors import Aborted
 from barlow_recipes.run import Run
+from barlow_recipes.views import finished
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_SKIPPED, MOST_SKIPPED_IN_FP16 = 5, 25  # steps in a row; each halves the scale of fp16, which begins at 2¹⁶
@@ -47,8 +47,8 @@ def gradients(now: Run, batches: Iterator[Batch]) -> Step:
         with contextlib.nullcontext() if last else distributed.without_exchange(now.network):
             with watch.lap("forward"), autocast:
                 # The views pass through the network one after the other: each has its own batch statistics.
-                views = (finished(view, settings.device).to(memory_format=layout) for view in batch.views)
-                z1, z2 = (now.network(view) for view in views)
+                views = (finished(view, settings.device, now.data.pixels) for view in batch.views)
+                z1, z2 = (now.network(view.to(memory_format=layout)) for view in views)
             leaf1, leaf2 = (z.detach().requires_grad_() for z in (z1, z2))  # parts the loss's backward from the rest
             with watch.lap("loss"):
                 with autocast:
@@ -98,7 +98,7 @@ def check_health(now: Run, epoch: int, unreadable: int, skipped: int) -> None:
     if unreadable > tolerated:
         raise Aborted(
             f"{unreadable} images of epoch {epoch + 1} could not be read, {tolerated} are tolerated: "
-            f"is {now.settings.data} damaged?"
+            f"{now.data.pairs.first_unreadable or f'is {now.settings.data} damaged?'}"
         )
     if skipped == (MOST_SKIPPED_IN_FP16 if now.state.scaler.is_enabled() else MOST_SKIPPED):
         raise Aborted(

@@ -29,11 +29,11 @@ OWN = {  # with 16 channels and 500 iterations, pyramid and heads make do with r
 def pretrain(images: Path, out: Path) -> None:
     """Barlow Twins on images without labels, by the parts of the pretraining; the encoder's state_dict in ``out``."""
     from barlow_loss import BarlowTwinsLoss, Projector
-    from barlow_recipes.augmentations import PAPER
     from barlow_recipes.encoders import build_encoder
     from barlow_recipes.images import load_images
     from barlow_recipes.models import BarlowTwins
     from barlow_recipes.optimization import build_optimizer, build_schedule
+    from barlow_recipes.views import PAPER
 
     torch.manual_seed(0)
     encoder = build_encoder(ARCH)

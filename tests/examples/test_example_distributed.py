@@ -16,11 +16,11 @@ from outcomes import EXAMPLES, FILES, SMALL_CNN, differences, rows, states
 from together import Done, launch
 
 from barlow_recipes import distributed
-from barlow_recipes.augmentations import PAPER
 from barlow_recipes.data import Batch, PretrainingData
 from barlow_recipes.digits import load_digits
 from barlow_recipes.errors import UsageError
 from barlow_recipes.images import load_images
+from barlow_recipes.views import PAPER
 from programs import Nursery
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")

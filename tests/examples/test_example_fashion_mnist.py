@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from barlow_recipes import fashion_mnist
-from barlow_recipes.augmentations import MEAN, STD, ViewRecipe
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.errors import UsageError
 from barlow_recipes.fashion_mnist import in_two_colors, is_fashion_mnist, load_fashion_mnist
+from barlow_recipes.pixels import MEAN, STD
+from barlow_recipes.views import ViewRecipe
 
 RECIPES = (ViewRecipe(crop_scale=(0.3, 1.0), blur=0.0, solarize=0.0), ViewRecipe(blur=0.0, solarize=0.2))
 BLURRED = (ViewRecipe(blur=0.5, solarize=0.0), ViewRecipe(blur=1.0, solarize=0.0))

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from barlow_recipes.augmentations import PAPER
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.errors import UsageError
 from barlow_recipes.images import load_images
-from barlow_recipes.shards import find_shards, index_shards
+from barlow_recipes.shards import choose_shards, index_shards
+from barlow_recipes.views import PAPER
 
 webdataset = pytest.importorskip("webdataset", reason="pip install webdataset")
 
@@ -53,7 +53,7 @@ def numbered(images: int, **more: Any) -> list[Sample]:
 def load(root: Path, **changes: Any) -> PretrainingData:
     settings: dict[str, Any] = {"recipes": PAPER, "image_size": 32, "batch_size": 8, "seed": 0, "workers": 0}
     settings |= {"timeout": 60, "monitor": True, "pin_memory": False, "augment_on": "workers"}
-    return load_images(root, **(settings | changes))
+    return load_images(str(root), **(settings | changes))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -90,7 +90,7 @@ def test_shards_are_as_good_as_folders(workers: int, jpegs: Path, tmp_path: Path
 
 def test_an_image_is_read_from_its_place(tmp_path: Path) -> None:
     shards = [write(tmp_path / f"{number}.tar", numbered(3 + number, cls=5)) for number in range(2)]
-    catalogue = index_shards(shards)
+    catalogue = index_shards(tmp_path, shards)
     assert sorted(catalogue.read(index)[0] for index in range(7)) == sorted(map(png, (0, 1, 2, 0, 1, 2, 3)))
     # Of equal names the first shard's comes first.
     names = [catalogue.read(index)[1].partition(",")[0] for index in range(7)]
@@ -114,7 +114,7 @@ LABELS = {
 @pytest.mark.parametrize(("labels", "classes"), LABELS.values(), ids=LABELS)
 def test_labels_become_classes(labels: list[Sample], classes: list[int], tmp_path: Path) -> None:
     samples = [sample | label for sample, label in zip(numbered(3), labels, strict=True)]
-    catalogue = index_shards([write(tmp_path / "0.tar", samples)])
+    catalogue = index_shards(tmp_path, [write(tmp_path / "0.tar", samples)])
     found = {catalogue.read(index)[0]: int(catalogue.labels[index]) for index in range(3)}
     assert [found[png(number)] for number in range(3)] == classes
     assert catalogue.labels.tolist() == sorted(classes)
@@ -135,6 +135,9 @@ NAMES = {
     "x" * 150 + "/07.png": True,  # longer than a header's field
     "ä/07.png": True,
     "a/._07.jpg": False,  # macOS adds such
+    "__MACOSX/07.jpg": False,
+    "a/.ipynb_checkpoints/07.jpg": False,
+    "07.npy": True,
     "07": False,
     "07.txt": False,
 }
@@ -151,7 +154,7 @@ def test_images_are_known_by_their_names(name: str, image: bool, layout: int, tm
             info = tarfile.TarInfo(member)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    catalogue = index_shards([tmp_path / "0.tar"])
+    catalogue = index_shards(tmp_path, [tmp_path / "0.tar"])
     contents = {catalogue.read(index)[0] for index in range(len(catalogue))}
     assert contents == {b"one", b"another"} if image else {b"another"}
 
@@ -159,21 +162,31 @@ def test_images_are_known_by_their_names(name: str, image: bool, layout: int, tm
 def test_the_shards_of_a_split_are_told_by_their_names(tmp_path: Path) -> None:
     for name in ("b-train-0.tar", "a-train-1.tar", "a-val-0.tar"):
         (tmp_path / name).touch()
-    assert [path.name for path in find_shards(tmp_path)] == ["a-train-1.tar", "b-train-0.tar"]
+    assert [path.name for path in choose_shards([*tmp_path.iterdir()])] == ["a-train-1.tar", "b-train-0.tar"]
 
 
 def test_images_to_test_with_are_not_pretrained_on(tmp_path: Path) -> None:
     for name in ("photos-0.tar", "photos-val-0.tar", "photos-test-0.tar"):
         (tmp_path / name).touch()
-    assert [path.name for path in find_shards(tmp_path)] == ["photos-0.tar"]
+    assert [path.name for path in choose_shards([*tmp_path.iterdir()])] == ["photos-0.tar"]
 
 
 def test_an_archive_beside_its_folder_is_no_shard(jpegs: Path, tmp_path: Path) -> None:
     """As ImageNet is after it was unpacked."""
     (tmp_path / "poppy").symlink_to(jpegs / "train" / "poppy")
     (tmp_path / "poppy.tar").touch()
-    assert find_shards(tmp_path) == []
-    assert load(tmp_path).images == 20
+    data = load(tmp_path)
+    assert data.images == 20
+    assert data.notes[0].endswith("1 .tar")  # left out, and said
+
+
+def test_shards_are_found_at_any_depth_or_one_is_given(tmp_path: Path) -> None:
+    shard = write(tmp_path / "wds" / "p" / "train-0.tar", numbered(20))
+    write(tmp_path / "wds" / "p" / ".hidden" / "train-1.tar", numbered(20))
+    assert load(tmp_path / "wds").images == load(shard).images == 20
+    first, *others = (load(source).pairs.batches(0) for source in (tmp_path / "wds", shard))
+    for one, other in zip(first, others[0], strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one.views, other.views, strict=True))
 
 
 def cut_in_an_image(path: Path) -> None:
@@ -203,11 +216,6 @@ def compress(path: Path) -> None:
     path.write_bytes(gzip.compress(path.read_bytes()))
 
 
-def become_a_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut in an image": (cut_in_an_image, "not a whole tar archive"),
     "cut before a header": (cut_before_a_header, r"damaged or cut off at byte \d+"),
@@ -216,7 +224,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "not a whole tar archive"),
     "text": (lambda path: path.write_text("text" * 500), "not a whole tar archive"),
     "compressed": (compress, "uncompressed"),
-    "a folder": (become_a_folder, "not a whole tar archive"),
     "no image": (
         lambda path: write(path, [{"__key__": "0", "txt": "text"}]),
         r"no image in it. Expected files KEY\.jpg",
@@ -241,23 +248,23 @@ def test_a_shard_that_cannot_be_used_is_named(damage: Callable[[Path], object], 
 
 def test_an_index_is_kept_as_long_as_the_shards_stay_the_same(cache: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "0.tar", numbered(8, cls=1))
-    before = index_shards([path])
+    before = index_shards(tmp_path, [path])
     (kept,) = cache.iterdir()
     time = path.stat().st_mtime_ns
     flip_a_bit_in_a_header(path)
     os.utime(path, ns=(time, time))
-    after = index_shards([path])  # from the cache: the archive itself cannot be indexed any more
+    after = index_shards(tmp_path, [path])  # from the cache: the archive itself cannot be indexed any more
     assert [after.read(index) for index in range(8)] == [before.read(index) for index in range(8)]
     kept.write_bytes(kept.read_bytes()[:-8] + bytes(8))
     with pytest.raises(UsageError, match="damaged"):  # the index is damaged as well, and not trusted
-        index_shards([path])
+        index_shards(tmp_path, [path])
     write(path, numbered(8, cls=1))
     os.utime(path, ns=(time + 1, time + 1))
-    assert len(index_shards([path])) == 8
+    assert len(index_shards(tmp_path, [path])) == 8
     assert len(list(cache.iterdir())) == 2
 
 
 @pytest.mark.parametrize("place", ["/dev/null", "/proc/nowhere"])
 def test_an_index_that_cannot_be_kept_is_none(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", place)
-    assert len(index_shards([write(tmp_path / "0.tar", numbered(8))])) == 8
+    assert len(index_shards(tmp_path, [write(tmp_path / "0.tar", numbered(8))])) == 8

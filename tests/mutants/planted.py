@@ -509,11 +509,11 @@ EXAMPLE_IMAGES = [
         ORDER,
         (
             "unreadable-image-replaced-at-random",
-            "(index + failures) % len(self.catalogue)",
-            "int(torch.randint(len(self.catalogue), ())) if failures else index",
+            "(index + failures) % len(self.images)",
+            "int(torch.randint(len(self.images), ())) if failures else index",
         ),
         ("both-views-from-one-seed", "seed_of(self.seed, epoch, index, number)", "seed_of(self.seed, epoch, index)"),
-        ("held-out-images-pretrained-on", "pretraining = catalogue.subset(~held_out)", "pretraining = catalogue"),
+        ("held-out-images-pretrained-on", "images.subset((~held_out).nonzero()[:, 0])", "images"),
     ),
     *_in(
         "examples/barlow_recipes/shards.py",
@@ -526,8 +526,8 @@ EXAMPLE_IMAGES = [
         ),
     ),
     *_in(
-        "examples/barlow_recipes/colors.py",
-        ("tests/examples/test_example_batched_views.py",),
+        "examples/barlow_recipes/views.py",
+        ("tests/examples/test_example_views.py",),
         (
             "contrast-around-the-grey-of-the-batch",
             "images.mean(dim=(-2, -1), keepdim=True)",
@@ -577,7 +577,7 @@ EXAMPLE_STEPS = [
         ),
     ),
     *_in(
-        "examples/barlow_recipes/probes.py",
+        "examples/barlow_recipes/neighbours.py",
         ("tests/examples/test_example_probes.py",),
         ("neighbours-vote-with-their-cosines", "(similarity / TEMPERATURE).exp()", "similarity"),
     ),

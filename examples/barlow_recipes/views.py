@@ -1,0 +1,278 @@
+"""Two random views of an image, as published: crop, flip, jitter, greyscale, blur, solarization.
+
+Workers crop and flip with torchvision. Colours are changed a batch at a time, each image in its own way: by a worker
+(a batch of one), on the device, or in memory where the images are small. These operations are ours: of one image with
+224 pixels torchvision's v2 takes longer than the official pipeline on Pillow (its hue and its blur take six times as
+long as these), and of 256 small ones kornia takes two and a half times as long as these.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import permutations
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from barlow_recipes.errors import require
+from barlow_recipes.pixels import USUAL, PixelSettings, as_float
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
+
+CROP_RATIO = (3 / 4, 4 / 3)  # width : height
+CROP_TRIES = 10  # torchvision's
+BLUR_SIGMA = (0.1, 2.0)  # pixels
+TAPS = 13  # of the blur: three deviations
+LUMA = (0.299, 0.587, 0.114)
+ORDERS = torch.tensor([*permutations(range(4)), (-1,) * 4])  # of the jitter's operations; the last is no jitter
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewRecipe:
+    """How one view of an image is made. All but the crop's and the jitter's strengths are probabilities."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
+    flip: float = 0.5
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+    jitter: float = 0.8
+    grayscale: float = 0.2
+    blur: float
+    solarize: float
+
+
+# Zbontar et al. (2021), arXiv 2103.03230, appendix A, and main.py of facebookresearch/barlowtwins.
+PAPER = (ViewRecipe(blur=1.0, solarize=0.0), ViewRecipe(blur=0.1, solarize=0.2))
+
+
+class UnfinishedView(NamedTuple):
+    """Views that a worker has cropped and flipped, and what is decided about their colours."""
+
+    pixels: Tensor  # (N, C, H, W), uint8 or float32 in [0, 1]
+    decisions: Tensor  # (N, D), rows of draw(), on the CPU
+
+
+class Decisions(NamedTuple):
+    """What is decided about a view: the columns of :func:`draw`. The first five serve :func:`small_views` alone."""
+
+    width: Tensor  # of the crop, by the image's
+    height: Tensor
+    left: Tensor  # of the room beside the crop
+    top: Tensor
+    flip: Tensor  # 1 or 0
+    order: Tensor  # of the jitter, a row of ORDERS
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor
+    grayscale: Tensor  # 1 or 0
+    sigma: Tensor  # of the blur; 0 for none
+    solarize: Tensor  # 1 or 0
+
+
+def draw(recipe: ViewRecipe, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """Decide about ``n`` views: (n, D) float32, by the generator or by torch's default one."""
+    uniform = torch.rand(len(Decisions._fields) + 2, n, generator=generator)
+    left, top, flip, jitter, order, *strengths, grayscale, blur, sigma, solarize, _ = uniform
+    factors = [1 + reach * (2 * unit - 1) for reach, unit in zip(recipe.color_jitter[:3], strengths, strict=False)]
+    drawn = Decisions(
+        *_crop_sizes(recipe, n, generator),
+        left,
+        top,
+        flip < recipe.flip,
+        torch.where(jitter < recipe.jitter, (order * (len(ORDERS) - 1)).floor(), len(ORDERS) - 1),
+        *factors,
+        recipe.color_jitter[3] * (2 * strengths[3] - 1),
+        grayscale < recipe.grayscale,
+        (blur < recipe.blur) * (BLUR_SIGMA[0] + sigma * (BLUR_SIGMA[1] - BLUR_SIGMA[0])),
+        solarize < recipe.solarize,
+    )
+    return torch.stack(drawn, dim=1)
+
+
+def _crop_sizes(recipe: ViewRecipe, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Widths and heights of a square image's crops: like RandomResizedCrop, the first try that fits, or all of it."""
+    area, ratio = torch.rand(2, n, CROP_TRIES, generator=generator)
+    low, high = recipe.crop_scale
+    area, ratio = low + area * (high - low), (math.log(CROP_RATIO[1]) * (2 * ratio - 1)).exp()
+    whole = torch.ones(n, 1)
+    width, height = (torch.cat([side.sqrt(), whole], dim=1) for side in (area * ratio, area / ratio))
+    first = torch.maximum(width, height).le(1).int().argmax(dim=1, keepdim=True)
+    return width.gather(1, first)[:, 0], height.gather(1, first)[:, 0]
+
+
+def image_view(recipe: ViewRecipe, size: int, pixels: PixelSettings = USUAL) -> Callable[[Tensor], Tensor]:
+    """The random transformation of view 1 or view 2, by torch's default generator.
+
+    Args:
+        recipe: of the view; the published ones are ``PAPER``.
+        size: of the square result, in pixels.
+        pixels: what to normalise by.
+
+    Returns:
+        A function from (C, H, W), uint8 or float in [0, 1], to (C, size, size) float32.
+    """
+    return partial(_whole, recipe, _cropped(recipe, size), pixels)
+
+
+def _whole(recipe: ViewRecipe, crop: Callable[[Tensor], Tensor], pixels: PixelSettings, image: Tensor) -> Tensor:
+    return pixels.normalized(colored(as_float(crop(image)[None]), draw(recipe, 1)))[0]
+
+
+def unfinished_view(recipe: ViewRecipe, size: int, eight_bits: bool = True) -> Callable[[Tensor], UnfinishedView]:
+    """A worker's part of a view, for :func:`finished`; a DataLoader collates them to one for the batch.
+
+    With ``eight_bits`` the pixels are uint8, else float32, whatever the image is.
+    """
+    return partial(_unfinished, recipe, _cropped(recipe, size), eight_bits)
+
+
+def _unfinished(
+    recipe: ViewRecipe, crop: Callable[[Tensor], Tensor], eight_bits: bool, image: Tensor
+) -> UnfinishedView:
+    pixels = crop(image)
+    if eight_bits and pixels.is_floating_point():
+        pixels = pixels.clamp(0, 1).mul(255).round().byte()
+    return UnfinishedView(pixels if eight_bits else as_float(pixels), draw(recipe, 1)[0])
+
+
+def _cropped(recipe: ViewRecipe, size: int) -> "v2.Compose":
+    v2 = require("torchvision.transforms.v2", "--data")
+    crop = v2.RandomResizedCrop(size, recipe.crop_scale, CROP_RATIO, v2.InterpolationMode.BICUBIC, antialias=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(recipe.flip)])
+
+
+def finished(view: Tensor | UnfinishedView, device: torch.device, pixels: PixelSettings = USUAL) -> Tensor:
+    """The views on the device: (N, C, H, W) float32, normalised. A Tensor is finished, and only moved."""
+    if isinstance(view, Tensor):
+        return view.to(device, non_blocking=True)
+    images = as_float(view.pixels.to(device, non_blocking=True))
+    return pixels.normalized(colored(images, view.decisions))
+
+
+def image_without_augmentation(size: int, pixels: PixelSettings = USUAL) -> Callable[[Tensor], Tensor]:
+    """Resize the shorter side to 8/7 of ``size``, cut the centre: (C, H, W) to (C, size, size) float32."""
+    v2 = require("torchvision.transforms.v2", "--data")
+    resize = v2.Resize(round(size * 8 / 7), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    return partial(_plain, v2.Compose([resize, v2.CenterCrop(size)]), pixels)
+
+
+def _plain(centre: Callable[[Tensor], Tensor], pixels: PixelSettings, image: Tensor) -> Tensor:
+    return pixels.normalized(as_float(centre(image)).clamp_(0, 1))
+
+
+def small_views(images: Tensor, decisions: Tensor) -> Tensor:
+    """Whole views of small square images in memory, of the images' size: (N, 3, S, S) to the same, normalised."""
+    return USUAL.normalized(colored(crop_small(as_float(images), decisions), decisions))
+
+
+def crop_small(images: Tensor, decisions: Tensor) -> Tensor:
+    """Crop, resize and flip: an image is never made smaller here, so that nothing has to be smoothed."""
+    box = Decisions(*decisions.to(images.device, non_blocking=True).T)
+    zero = torch.zeros_like(box.width)
+    x, y = (side - 1 + 2 * start * (1 - side) for start, side in ((box.left, box.width), (box.top, box.height)))
+    width = box.width * (1 - 2 * box.flip)
+    affine = torch.stack([width, zero, x, zero, box.height, y], dim=1).view(-1, 2, 3)  # in [-1, 1]
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, "bicubic", "border", align_corners=False)
+
+
+def colored(images: Tensor, decisions: Tensor) -> Tensor:
+    """Do to each image what its row says, to all that an operation concerns at once.
+
+    Args:
+        images: (n, C, H, W) float32; they may be overwritten. What leaves [0, 1], as cubic interpolation does, is cut.
+            Saturation, hue and greyscale concern images of three channels alone.
+        decisions: (n, D) from :func:`draw`, on the CPU.
+    """
+    drawn = Decisions(*decisions.T)
+    jitter = ORDERS[drawn.order.long()]
+    steps = [
+        (operation, jitter[:, place] == number, getattr(drawn, operation.__name__))
+        for place in range(jitter.shape[1])
+        for number, operation in enumerate((brightness, contrast, saturation, hue))
+    ]
+    steps += [(grayscale, drawn.grayscale > 0, drawn.grayscale), (blur, drawn.sigma > 0, drawn.sigma)]
+    steps += [(solarize, drawn.solarize > 0, drawn.solarize)]
+    images = images.clamp_(0, 1)
+    for operation, concerned, strength in steps:
+        rows = concerned.nonzero()[:, 0]
+        if not len(rows) or (operation in OF_COLORS and images.shape[-3] != len(LUMA)):
+            continue
+        strengths = strength[rows].to(images.device, non_blocking=True)[:, None, None, None]
+        if len(rows) == len(images):
+            images = operation(images, strengths)
+        else:
+            rows = rows.to(images.device, non_blocking=True)
+            images[rows] = operation(images[rows], strengths)
+    return images
+
+
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return images.mul_(factor).clamp_(0, 1)
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Scale the distance from the mean grey; of other than three channels, from each one's mean."""
+    mean = _grey(images.mean(dim=(-2, -1), keepdim=True))
+    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Scale the distance from the pixel's own grey: 0 leaves only that."""
+    grey = _grey(images)
+    return images.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 1)
+
+
+def hue(images: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue h of HSV, keep the saturation and the value.
+
+    With h in sixths of a turn from −3 to 3, red at 0, the largest channel M, the smallest m and C = M − m:
+
+        |h| = 1 + (g + b − r − m) / C, and h has the sign of g − b;
+        a channel whose own hue is at distance d from h has the value M + C − C·min(max(d, 1), 2).
+    """
+    red, green, blue = images.split(1, dim=-3)
+    largest, smallest = images.amax(-3, keepdim=True), images.amin(-3, keepdim=True)
+    c = largest - smallest
+    h = (green + blue).sub_(red).sub_(smallest).div_(c.clamp(min=1e-8)).add_(1).copysign_(green - blue)
+    # A channel's place on the circle, from 0 to 6. The distance of h + place from 0 or 6 is ||h + place − 3| − 3|.
+    place = (6 * turns - 2 * torch.arange(3, device=turns.device).view(3, 1, 1)) % 6
+    d = (h + (place - 3)).abs_().sub_(3).abs_()
+    return d.clamp_(1, 2).mul_(c.neg()).add_(largest.add_(c))
+
+
+def grayscale(images: Tensor, _: Tensor) -> Tensor:
+    return _grey(images).expand_as(images).contiguous()
+
+
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """By a Gaussian, down and across."""
+    reach, sizes = TAPS // 2, images.shape[-2:]
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / sigma) ** 2)
+    taps = (weights / weights.sum(dim=-1, keepdim=True)).split(1, dim=-1)
+    images = F.pad(images, [reach] * 4, mode="replicate")
+    for dim in (-2, -1):
+        shifted = [images.narrow(dim, tap, sizes[dim]) for tap in range(TAPS)]
+        images = shifted[0] * taps[0]
+        for tap in range(1, TAPS):
+            images.addcmul_(shifted[tap], taps[tap])
+    return images
+
+
+def solarize(images: Tensor, _: Tensor) -> Tensor:
+    """Invert what is brighter than the middle."""
+    return torch.minimum(images, 1 - images)
+
+
+OF_COLORS = (saturation, hue, grayscale)
+
+
+def _grey(images: Tensor) -> Tensor:
+    if images.shape[-3] != len(LUMA):
+        return images
+    red, green, blue = images.split(1, dim=-3)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])

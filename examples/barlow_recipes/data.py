@@ -7,7 +7,7 @@ Several processes share every batch: each takes its rows of it, which have the p
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from barlow_recipes.pixels import USUAL, PixelSettings
 from barlow_recipes.views import UnfinishedView
 
 WHOLE = slice(None)
+MemoryView = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def seed_of(*numbers: int) -> int:
@@ -92,6 +93,35 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         for step in range(self.first_step, len(self)):
             start = step * self.batch_size
             yield [(self.epoch, index) for index in order[start : start + self.batch_size][self.rows]]
+
+
+class MemoryPairs:
+    """Two views of images in memory: decided about for whole batches, whichever rows of them are wanted.
+
+    Args:
+        images: how many.
+        views: what makes view 1 and view 2 of a batch, from the images' numbers (N,), by the generator alone, and
+            returns the rows that are wanted.
+        batch_size: of all processes together.
+        seed: of order and views.
+    """
+
+    first_unreadable = ""
+
+    def __init__(self, images: int, views: Sequence[MemoryView], batch_size: int, seed: int) -> None:
+        self.views, self.seed = views, seed
+        self.order = EpochBatches(images, batch_size, seed)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        self.order.epoch, self.order.first_step = epoch, first_step
+        for step, keys in enumerate(self.order, start=first_step):
+            numbers = torch.tensor([index for _, index in keys])
+            generators = (torch.Generator().manual_seed(seed_of(self.seed, epoch, step, view)) for view in (1, 2))
+            view1, view2 = (view(numbers, own) for view, own in zip(self.views, generators, strict=True))
+            yield Batch((view1, view2), unreadable=0)
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int, at_most: int | None = None) -> Tensor:

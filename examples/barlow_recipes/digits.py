@@ -1,39 +1,17 @@
 """scikit-learn's digits: 1,797 real handwritten digits of 8×8 pixels, which come with the package."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from barlow_recipes.data import WHOLE, Batch, EpochBatches, PretrainingData, Probe, hold_out, seed_of
+from barlow_recipes.data import WHOLE, MemoryPairs, PretrainingData, Probe, hold_out
 from barlow_recipes.errors import UsageError, require
 from barlow_recipes.pixels import PixelSettings
 
 SPLIT_SEED = 0  # the split is the same for every --seed, so that runs can be compared
-
-
-class DigitPairs:
-    """Two views of every digit: batches are augmented whole, whichever rows of them are wanted."""
-
-    first_unreadable = ""
-
-    def __init__(self, images: Tensor, batch_size: int, seed: int, rows: slice) -> None:
-        self.images, self.seed, self.rows = images, seed, rows
-        self.order = EpochBatches(len(images), batch_size, seed)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        self.order.epoch, self.order.first_step = epoch, first_step
-        for step, keys in enumerate(self.order, start=first_step):
-            images = self.images[[index for _, index in keys]]
-            generators = (torch.Generator().manual_seed(seed_of(self.seed, epoch, step, view)) for view in (1, 2))
-            view1, view2 = (augment_digits(images, generator) for generator in generators)
-            yield Batch((view1[self.rows], view2[self.rows]), unreadable=0)
 
 
 def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) -> PretrainingData:
@@ -51,11 +29,15 @@ def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) 
     pretraining = train_images[~watched]
     if batch_size > len(pretraining):
         raise UsageError(f"--batch-size {batch_size} is more than the {len(pretraining)} digits to pretrain on")
+
+    def view(numbers: Tensor, generator: torch.Generator) -> Tensor:
+        return augment_digits(pretraining[numbers], generator)[rows]
+
     return PretrainingData(
         name="digits",
         pixels=PixelSettings(channels=1),
         images=len(pretraining),
-        pairs=DigitPairs(pretraining, batch_size, seed, rows),
+        pairs=MemoryPairs(len(pretraining), (view, view), batch_size, seed),
         monitor=Probe(
             bank=_batches(pretraining, train_labels[~watched]),
             queries=_batches(train_images[watched], train_labels[watched]),

@@ -10,12 +10,13 @@ import gzip
 import struct
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from barlow_recipes.data import WHOLE, Batch, EpochBatches, PretrainingData, Probe, hold_out, seed_of
+from barlow_recipes.data import WHOLE, MemoryPairs, PretrainingData, Probe, hold_out, seed_of
 from barlow_recipes.errors import UsageError
 from barlow_recipes.pixels import as_float, normalized
 from barlow_recipes.views import ViewRecipe, draw, small_views
@@ -28,38 +29,6 @@ SIDE = 28
 SPLIT_SEED = 0  # split and colours are the same for every --seed, so that runs can be compared
 HELD_OUT, MOST_HELD_OUT_PER_CLASS = 1 / 10, 100  # to watch the run, not pretrained on
 WATCHED_BANK_PER_CLASS, FINAL_BANK_PER_CLASS = 500, 1000
-
-
-class FashionPairs:
-    """Two views of every image: decided about for whole batches, made for the rows that are wanted."""
-
-    first_unreadable = ""
-
-    def __init__(
-        self,
-        images: Tensor,
-        numbers: Tensor,
-        recipes: tuple[ViewRecipe, ViewRecipe],
-        batch_size: int,
-        seed: int,
-        rows: slice,
-    ) -> None:
-        self.images, self.numbers, self.recipes, self.seed, self.rows = images, numbers, recipes, seed, rows
-        self.order = EpochBatches(len(numbers), batch_size, seed)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        self.order.epoch, self.order.first_step = epoch, first_step
-        for step, keys in enumerate(self.order, start=first_step):
-            images = self.images[self.numbers[[index for _, index in keys[self.rows]]]]
-            generators = (torch.Generator().manual_seed(seed_of(self.seed, epoch, step, view)) for view in (1, 2))
-            view1, view2 = (
-                small_views(images, draw(recipe, len(keys), generator)[self.rows])
-                for recipe, generator in zip(self.recipes, generators, strict=True)
-            )
-            yield Batch((view1, view2), unreadable=0)
 
 
 class PlainBatches:
@@ -124,10 +93,15 @@ def load_fashion_mnist(
         chosen[pretraining] = hold_out(labels[pretraining], 1, SPLIT_SEED, most_per_class)
         return PlainBatches(images, labels, chosen)
 
+    def view(recipe: ViewRecipe, numbers: Tensor, generator: torch.Generator) -> Tensor:
+        decisions = draw(recipe, len(numbers), generator)[rows]
+        return small_views(images[pretraining[numbers[rows]]], decisions)
+
+    views = [partial(view, recipe) for recipe in recipes]
     return PretrainingData(
         name=NAME,
         images=len(pretraining),
-        pairs=FashionPairs(images, pretraining, recipes, batch_size, seed, rows),
+        pairs=MemoryPairs(len(pretraining), views, batch_size, seed),
         monitor=Probe(
             bank=bank(WATCHED_BANK_PER_CLASS),
             queries=PlainBatches(images, labels, watched),

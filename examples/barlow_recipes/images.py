@@ -143,7 +143,8 @@ class Loader(DataLoader[Any]):
                 for worker in workers:
                     worker.join(1 if worker.sentinel in connection.wait([worker.sentinel], timeout=0.1) else 0)
             died = isinstance(error, Exception) and any(worker.exitcode for worker in workers)
-            kill_workers()
+            if workers:
+                kill_workers()
             if late.is_set():
                 raise Aborted(
                     f"no image has come from the workers for {self.patience:g} seconds: does the storage of --data "
@@ -317,22 +318,12 @@ def load_images(
     augment_on: Literal["workers", "device"] = "workers",
     rows: slice = WHOLE,
 ) -> PretrainingData:
-    """Index the images of --data, look at some, and hold some out.
+    """Index the images of --data as :func:`find_images` does, look at some, and hold some out.
 
-    Args:
-        source: as :func:`find_images` takes it.
-        recipes: of the two views.
-        pixels: what the images' values mean; the programs' settings.
-        image_size: side of a view, in pixels.
-        batch_size: of all processes together.
-        seed: of order and views.
-        workers: processes that read, beside this one; 0 for none.
-        timeout: seconds without an image from the workers that end the run.
-        monitor: whether to hold images out of every class, for the probe.
-        pin_memory: as the DataLoader's.
-        augment_on: "workers" for whole views, (N, C, H, W) float32; "device" for views that are cropped and flipped,
-            to be finished by :func:`~barlow_recipes.views.finished`.
-        rows: of every batch, this process's.
+    ``batch_size`` is that of all processes together, and ``rows`` of every batch are this process's. Views are
+    (N, C, H, W) float32; of ``augment_on`` "device" they are cropped and flipped, to be finished by
+    :func:`~barlow_recipes.views.finished`. ``pixels`` are the programs' settings, ``timeout`` the seconds without an
+    image that end the run, and ``monitor`` holds images out of every class, for the probe.
 
     Raises:
         UsageError: nothing to read, an empty class, a damaged shard, images that ``pixels`` does not describe, or fewer

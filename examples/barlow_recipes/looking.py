@@ -59,7 +59,8 @@ def embeddings(now: Run) -> tuple[Tensor, Tensor]:
     """Both views of the first pairs, (N, D) each, as the loss sees them: with batch statistics."""
     model = copy.deepcopy(now.state.model).train()
     batches = islice(now.data.pairs.batches(epoch=0), -(-PICTURED_PAIRS // now.settings.micro_batch_size))
-    pairs = [[model(finished(view, now.settings.device, now.data.pixels)) for view in batch.views] for batch in batches]
+    device, pixels = now.settings.device, now.data.pixels
+    pairs = [[model(finished(view, device, pixels)) for view in batch.views] for batch in batches]
     z1, z2 = map(torch.cat, zip(*pairs, strict=True))
     return z1, z2
 

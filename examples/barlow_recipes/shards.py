@@ -19,7 +19,8 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from barlow_recipes.errors import UsageError, first_line
+from barlow_recipes import checkpoint
+from barlow_recipes.errors import Aborted, UsageError, first_line
 from barlow_recipes.files import SUFFIXES, Catalogue, hidden
 
 KEY = re.compile(r"((?:.*/)?[^./]+)\.(?:[^/]*\.)?([^./]+)")  # webdataset's key, and the last extension
@@ -119,23 +120,15 @@ def _cache_path(shards: Sequence[Path]) -> Path:
 
 
 def _cached(shards: Sequence[Path]) -> Tensor | None:
-    with suppress(OSError, RuntimeError):  # no cache, no home
-        content = _cache_path(shards).read_bytes()
-        digest, columns = content[:32], content[32:]
-        if hashlib.sha256(columns).digest() == digest:
-            return torch.frombuffer(bytearray(columns), dtype=torch.int64).view(-1, 4)
+    with suppress(OSError, RuntimeError, ValueError):  # no cache, no home, damage
+        columns: Tensor = checkpoint.read(_cache_path(shards))
+        return columns
     return None
 
 
 def _cache(shards: Sequence[Path], columns: Tensor) -> None:
     """Keep the index, if there is a place for it: of a 1 GB archive of 10,000 images it takes a second to make."""
-    content = columns.numpy().tobytes()
-    with suppress(OSError, RuntimeError):
+    with suppress(OSError, RuntimeError, Aborted):
         path = _cache_path(shards)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        try:
-            unfinished.write_bytes(hashlib.sha256(content).digest() + content)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        checkpoint.save(path, columns)

@@ -85,7 +85,7 @@ def test_no_digit_is_in_two_parts() -> None:
     assert not set(pretrained) & set(watched)
     assert set(pretrained) | set(watched) == set(train)
     assert not set(train) & set(test)
-    assert data.images == len(pretrained) == len(data.pairs.images)  # type: ignore[attr-defined]
+    assert data.images == len(pretrained) == data.pairs.order.images  # type: ignore[attr-defined]
 
 
 def test_digits_resume_in_the_middle_of_an_epoch_bit_for_bit() -> None:

@@ -92,7 +92,9 @@ def test_plain_images_keep_their_two_colors(folder: Path) -> None:
     torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)  # float32 at 255: 3e-5
     inner = pixels[:, :, 1:, 1:]
     torch.testing.assert_close(inner, inner[:, :, :1, :1].expand_as(inner), atol=1e-3, rtol=0)
-    backgrounds = torch.cat([pixels[:, :, 0, 0].round(), data.pairs.images[:30, :, 0, 0]])  # type: ignore[attr-defined]
+    trained = torch.stack([image for images, _ in data.final.bank for image in images])  # type: ignore[union-attr]
+    trained = (trained * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255
+    backgrounds = torch.cat([part[:30, :, 0, 0].round() for part in (pixels, trained)])
     assert len(backgrounds.unique(dim=0)) == 60  # no test image has the colours of the training image of its number
 
 

@@ -24,7 +24,6 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from barlow_recipes.detection.settings import Settings
 from barlow_recipes.encoders import Encoder
 from barlow_recipes.errors import UsageError
-from barlow_recipes.pixels import MEAN, STD
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 MASK_CHANNELS = 256  # defaults.py: ROI_MASK_HEAD.CONV_DIM

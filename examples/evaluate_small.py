@@ -14,250 +14,196 @@ encoder a folder of its own, as examples/imagenet_pretrain.py writes it.
 ``--check`` and ``--update`` compare README.md with the results in a file, or put the table there.
 """
 
-import contextlib
 import json
+import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import takewhile
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 
 import imagenet_pretrain
-from barlow_recipes import checkpoint
-from barlow_recipes.errors import Aborted, Interrupted, Stopped, UsageError, require
+from barlow_recipes import checkpoint, command_line, folders
+from barlow_recipes.command_line import Device, Positive, Real, optional_value, own_cores
+from barlow_recipes.errors import Aborted, Interrupted, UsageError, require
 from barlow_recipes.fashion_mnist import INSTALLED, NAME, PACKAGE, is_fashion_mnist
-from barlow_recipes.flags import Flags, at_least, find_device, own_cores
-from barlow_recipes.lock import locked
 from barlow_recipes.program import exit_status, start
-from barlow_recipes.reporting import BACKBONE, replacing
-from barlow_recipes.small import methods, plots, tables
+from barlow_recipes.reporting import BACKBONE, RESULTS, replacing
+from barlow_recipes.small import methods, tables
 from barlow_recipes.small.data import COLUMNS, DIGITS, FASHION, MOST, TASKS, load
 from barlow_recipes.small.jobs import Job, Result, run_jobs
 
 EPOCHS = {DIGITS: 25, FASHION: 2}
-QUICK: dict[str, Any] = {"epochs": {DIGITS: 5}, "seeds": 2, "effort": 0.1}
-RESULTS, TABLE, PICTURE = "results.json", "table.md", "accuracies.png"
-DEFAULT = Path("runs/evaluation")
-README, COMMITTED = Path("README.md"), Path("docs/evaluation.json")
+QUICK = {"epochs": 5, "seeds": 2, "effort": 0.1}
+COMMITTED = Path("docs/evaluation.json")
+File = Annotated[Path | None, optional_value(Path, COMMITTED)]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be measured, and how: the flags, complete."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags."""
 
-    source: str  # of Fashion-MNIST
-    tasks: tuple[str, ...]
-    columns: tuple[str, ...]
-    seeds: int
-    epochs: dict[str, int]  # of pretraining, by the data
-    effort: float  # a factor of the steps of training with labels
-    processes: int
-    threads: int
-    device: str
-    out: Path
-    resume: bool
-    overwrite: bool
+    data: str | None = None
+    "the folder of Fashion-MNIST; without it where Debian's package has it"
+    only: tuple[Literal["digits", "fashion-mnist", "fashion-mnist-to-digits", "digits-to-fashion-mnist"], ...] = ()
+    "some of the tasks; without it all"
+    labels: tuple[Literal["knn", "1", "10", "1%", "10%", "most"], ...] = ()
+    "labels of each class, or a share of all; without it all of these"
+    seeds: Positive | None = None
+    "encoders, draws of labels, runs of training [3, or 2 with --quick]"
+    epochs: Positive | None = None
+    "of pretraining, on either data [25 on digits, 2 on fashion-mnist]"
+    effort: Real | None = None
+    "a factor of the steps of training with labels, which make up half of the time [1]"
+    processes: Positive | None = None
+    "that work at the same time and share the cores; without it one for each core"
+    device: Device = field(default_factory=lambda: torch.device("cpu"))
+    "cpu, cuda, cuda:1, ..."
+    out: Path | None = None
+    "folder for the results; without it runs/evaluation, numbered if taken"
+    quick: bool = False
+    "the digits alone, two seeds, a few epochs and steps, under a minute: to see that it works"
+    overwrite: bool = False
+    "replace the results in that folder"
+    resume: bool = False
+    "keep the parts that are done in that folder, or in the newest, and go on"
+    update: File = None
+    "run nothing: put the table of these results, docs/evaluation.json if none, into README.md"
+    check: File = None
+    "run nothing: fail if README.md has not the table of these results"
+    readme: Path = Path("README.md")
+    "where the table goes"
+
+    @property
+    def epochs_of(self) -> dict[str, int]:
+        """Of pretraining, by the data."""
+        pretrained_on = {TASKS[name].pretrained_on for name in self.only}
+        return {name: self.epochs or epochs for name, epochs in EPOCHS.items() if name in pretrained_on}
 
     def shaping(self) -> dict[str, Any]:
         """What decides about the numbers."""
-        chosen = ("tasks", "columns", "seeds", "epochs", "effort")
-        return json.loads(json.dumps({name: value for name, value in asdict(self).items() if name in chosen}))
-
-    def folder(self, data: str, seed: int) -> Path:
-        """Of a pretraining run."""
-        return self.out / f"{data}-seed-{seed}"
+        numbers = {"seeds": self.seeds, "epochs": self.epochs_of, "effort": self.effort}
+        return {"tasks": list(self.only), "columns": list(self.labels)} | numbers
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; its exit status is that of :func:`~barlow_recipes.program.exit_status`."""
-    return exit_status(lambda: run(argv))
+    return exit_status(lambda: run(command_line.read(Settings, argv, __doc__ or "")))
 
 
-def run(argv: list[str] | None) -> None:
-    flags = vars(_parser().parse_args(argv))
-    if flags["check"] or flags["update"]:
-        put_into_readme(flags["update"] or flags["check"], flags["readme"], check=bool(flags["check"]))
+def run(settings: Settings) -> None:
+    if path := settings.update or settings.check:
+        put_into_readme(path, settings.readme, check=settings.update is None)
         return
     for module, reason in (("matplotlib", "the picture"), ("sklearn", "the digits"), ("tqdm", "the progress bar")):
         require(module, reason)
-    plan = read_plan(flags)
-    evaluate(plan)
+    evaluate(completed(settings))
 
 
-def _parser() -> Flags:
-    parser = Flags(__doc__ or "")
-    positive = partial(at_least, 1, int)
-    parser.add("--data", str, f"the folder of Fashion-MNIST [{INSTALLED}]", metavar="DIR")
-    parser.add("--only", str, f"some of {', '.join(TASKS)} [all]", nargs="+", metavar="TASK")
-    columns = ", ".join(COLUMNS).replace("%", "%%")  # for argparse
-    parser.add("--labels", str, f"some of {columns}: labels a class, or a share [all]", nargs="+")
-    parser.add("--seeds", positive, "encoders, draws of labels, runs of training [3, or 2]", metavar="N")
-    epochs = f"of pretraining, on either data [{EPOCHS[DIGITS]} on {DIGITS}, {EPOCHS[FASHION]} on {FASHION}]"
-    parser.add("--epochs", positive, epochs)
-    effort = "a factor of the steps of training with labels, which make up half of the time [1]"
-    parser.add("--effort", partial(at_least, 0.0, float), effort)
-    parser.add("--processes", positive, "that work at the same time and share the cores [one for each core]")
-    parser.add("--device", str, "cpu, cuda, cuda:1, ...", default="cpu")
-    parser.add("--out", Path, f"folder for the results [{DEFAULT}, numbered if taken]")
-    parser.switch(
-        "--quick", "the digits alone, two seeds, a few epochs and steps, under a minute: to see that it works"
-    )
-    parser.switch("--overwrite", "replace the results in that folder")
-    parser.switch("--resume", "keep the parts that are done in that folder, or in the newest, and go on")
-    add = partial(parser.add, nargs="?", const=COMMITTED, metavar="FILE")
-    add("--update", Path, f"run nothing: put the table of these results [{COMMITTED}] into README.md")
-    add("--check", Path, f"run nothing: fail if README.md has not the table of these results [{COMMITTED}]")
-    parser.add("--readme", Path, "where the table goes", default=README)
-    return parser
-
-
-def read_plan(flags: Mapping[str, Any]) -> Plan:
-    """Check the flags.
+def completed(settings: Settings) -> Settings:
+    """With every flag that is not given.
 
     Raises:
-        UsageError: one has a bad value, or the data that it needs are not there.
+        UsageError: a flag has a bad value, or the data that it needs are not there.
     """
-    for flag, known in (("only", TASKS), ("labels", COLUMNS)):
-        for value in flags[flag] or ():
-            if value not in known:
-                raise UsageError(f"--{flag} {value}: expected some of {', '.join(known)}")
-    if flags["resume"] and flags["overwrite"]:
+    if settings.resume and settings.overwrite:
         raise UsageError("--resume: expected it without --overwrite, which begins anew")
-    source = flags["data"] or NAME
-    if flags["data"] and not is_fashion_mnist(flags["data"]):
-        raise UsageError(f"--data {flags['data']}: expected a folder with the four files of Fashion-MNIST")
-    there = Path(source).exists() or INSTALLED.is_dir()
-    wanted = flags["only"] or (("digits",) if flags["quick"] else tuple(TASKS))
-    tasks = tuple(name for name in TASKS if name in wanted and (there or not needs_fashion(name)))
+    if settings.data and not is_fashion_mnist(settings.data):
+        raise UsageError(f"--data {settings.data}: expected a folder with the four files of Fashion-MNIST")
+    there = settings.data or INSTALLED.is_dir() or Path(NAME).exists()
+    wanted = settings.only or ((DIGITS,) if settings.quick else tuple(TASKS))
+    tasks = tuple(name for name in TASKS if name in wanted and (there or name == DIGITS))
     if missing := [name for name in wanted if name not in tasks]:
-        remedy = f"apt install {PACKAGE}, or give the folder with its four files to --data"
-        if flags["only"]:
-            raise UsageError(f"--only {missing[0]}: Fashion-MNIST is not in {INSTALLED}: {remedy}")
-        print(f"note: without {', '.join(missing)}: Fashion-MNIST is not in {INSTALLED}: {remedy}")
-    columns = tuple(column for column in COLUMNS if column in (flags["labels"] or COLUMNS))
+        absent = f"Fashion-MNIST is not in {INSTALLED}: apt install {PACKAGE}, or give its folder to --data"
+        if settings.only:
+            raise UsageError(f"--only {missing[0]}: {absent}")
+        print(f"note: without {', '.join(missing)}: {absent}")
+    columns = tuple(column for column in COLUMNS if column in (settings.labels or COLUMNS))
     if not any(column in TASKS[task].columns for task in tasks for column in columns):
         raise UsageError(f"--labels {' '.join(columns)}: expected some of the columns of {', '.join(tasks)}")
-    epochs = QUICK["epochs"] if flags["quick"] else EPOCHS
-    pretrained_on = {TASKS[name].pretrained_on for name in tasks}
-    epochs = {name: flags["epochs"] or epochs.get(name, EPOCHS[name]) for name in EPOCHS if name in pretrained_on}
-    seeds = flags["seeds"] or (QUICK["seeds"] if flags["quick"] else 3)
-    effort = (QUICK["effort"] if flags["quick"] else 1.0) if flags["effort"] is None else flags["effort"]
-    device = find_device(flags["device"])
-    processes = min(flags["processes"] or (own_cores() if device.type == "cpu" else 1), seeds * len(epochs))
-    return Plan(
-        source=source,
-        tasks=tasks,
-        columns=columns,
-        seeds=seeds,
-        epochs=epochs,
-        effort=effort,
-        processes=processes,
-        threads=max(1, own_cores() // processes),
-        device=str(device),
-        out=flags["out"] or default_folder(resume=flags["resume"], overwrite=flags["overwrite"]),
-        resume=flags["resume"],
-        overwrite=flags["overwrite"],
-    )
+    numbers = {"data": settings.data or NAME, "only": tasks, "labels": columns, "seeds": 3, "effort": 1.0}
+    numbers |= QUICK if settings.quick else {}
+    given = {name: value for name in ("seeds", "epochs", "effort") if (value := getattr(settings, name)) is not None}
+    full = replace(settings, **numbers | given, device=command_line.find_device(settings.device))
+    processes = settings.processes or (own_cores() if full.device.type == "cpu" else 1)
+    return replace(full, processes=min(processes, full.seeds * len(full.epochs_of)))
 
 
-def default_folder(*, resume: bool, overwrite: bool) -> Path:
-    """A new one; the newest to resume; the first to overwrite."""
-    folders = [DEFAULT, *(DEFAULT.with_name(f"{DEFAULT.name}-{number}") for number in range(2, 1000))]
-    taken = [*takewhile(Path.exists, folders)]
-    if resume or overwrite:
-        return taken[-1] if resume and taken else DEFAULT
-    return folders[len(taken)]
-
-
-def needs_fashion(task: str) -> bool:
-    return FASHION in (TASKS[task].data, TASKS[task].pretrained_on)
-
-
-def evaluate(plan: Plan) -> None:
+def evaluate(settings: Settings) -> None:
     """Do the jobs, and write the results after each of them."""
-    started = time.perf_counter()
-    results = begin(plan)
-    jobs = plan_jobs(plan)
-    left = [job for job in jobs if job.name not in results["jobs"]]
-    before = results["seconds"]
-    print(
-        f"{len(plan.tasks)} tasks, {plan.seeds} seeds, {len(left)} parts in {plan.processes} processes; "
-        f"results go to {plan.out}"
-    )
+    started, default = time.perf_counter(), Path("runs/evaluation")
+    known = [settings.out] if settings.out else [*folders.numbered(default)]
+    earlier = [path for folder in known if settings.resume and (path := folder / RESULTS).exists()]
+    resumed = earlier[-1] if earlier else None
+    out = folders.make_output_folder(settings.out, default, overwrite=settings.overwrite, resumed=resumed)
+    with folders.locked(out):
+        results = begin(settings, resumed)
+        write(out, results)
+        jobs, before = plan_jobs(settings, out), results["seconds"]
+        left = sum(job.name not in results["jobs"] for job in jobs)
+        size = f"{len(settings.only)} tasks, {settings.seeds} seeds, {left} parts in {settings.processes} processes"
+        print(f"{size}; results go to {out}")
 
-    def done(job: Job, found: Result) -> None:
-        results["rows"] += found.pop("rows", [])
-        results["jobs"][job.name] = found
-        results["seconds"] = before + time.perf_counter() - started
-        write(plan.out, results)
-        count = f"{len(results['jobs'])}/{len(jobs)}"
-        print(f"[{time.perf_counter() - started:4.0f} s] {count:>5} {job.told}: {found['seconds']:.0f} s")
+        def done(job: Job, found: Result) -> None:
+            results["rows"] += found.pop("rows", [])
+            results["jobs"][job.name] = found
+            results["seconds"] = before + time.perf_counter() - started
+            write(out, results)
+            count = f"{len(results['jobs'])}/{len(jobs)}"
+            print(f"[{time.perf_counter() - started:4.0f} s] {count:>5} {job.told}: {found['seconds']:.0f} s")
 
-    with locked(plan.out), ended_by_sigterm():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the program as Ctrl-C does
         try:
-            run_jobs(
-                jobs,
-                processes=plan.processes,
-                threads=plan.threads,
-                logs=plan.out,
-                done=done,
-                already=results["jobs"],
-            )
+            run_jobs(jobs, settings.processes, threads(settings), logs=out, done=done, already=[*results["jobs"]])
         except KeyboardInterrupt:
-            kept = f"{len(results['jobs'])} of {len(jobs)} parts are kept in {plan.out}: continue with --resume"
+            kept = f"{len(results['jobs'])} of {len(jobs)} parts are kept in {out}: continue with --resume"
             raise Interrupted(f"interrupted; {kept}") from None
-    results["complete"] = True
-    write(plan.out, results)
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        write(out, results | {"complete": True})
     text = tables.markdown(results)
-    with replacing(plan.out / TABLE) as temporary:
+    with replacing(out / "table.md") as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")
-    plots.draw_accuracies(plan.out / PICTURE, results)
-    print(f"\n{text}\n\nThe pretrained encoder, in points:\n{tables.margins(results['rows'])}")
-    print(f"\n{results['seconds']:.0f} seconds. Results: {plan.out}")
+    tables.draw_accuracies(out / "accuracies.png", results)
+    print(f"\n{text}\n\n{results['seconds']:.0f} seconds. Results: {out}")
 
 
-@contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the program as Ctrl-C does: with its processes, and with what is done kept."""
-
-    def end(number: int, _: object) -> None:
-        raise Stopped("stopped by SIGTERM: continue with --resume", number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def threads(settings: Settings) -> int:
+    """Of each process."""
+    return max(1, own_cores() // settings.processes)
 
 
-def begin(plan: Plan) -> Result:
-    """What there is already, or nothing, in a folder that is ours.
+def begin(settings: Settings, resumed: Path | None) -> Result:
+    """What there is already, or nothing.
 
     Raises:
-        UsageError: the folder holds other results, or cannot be written.
+        UsageError: other settings made what is there.
     """
-    path = plan.out / RESULTS
-    if plan.resume and path.exists():
-        results = json.loads(path.read_text(encoding="utf-8"))
-        checkpoint.check_settings(path, results["settings"], plan.shaping())
-        return results | {"environment": environment(plan)}
-    if path.exists() and not plan.overwrite:
-        raise UsageError(f"--out {plan.out}: holds other results. Choose another folder, --overwrite or --resume")
-    try:
-        plan.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {plan.out}: cannot be written ({error.strerror or error})") from None
-    results = {"settings": plan.shaping(), "environment": environment(plan), "data": sizes(plan)}
-    results |= {"complete": False, "seconds": 0.0, "jobs": {}, "rows": []}
-    write(plan.out, results)
-    return results
+    packages = {name: sys.modules[name].__version__ for name in ("torch", "sklearn", "numpy") if name in sys.modules}
+    on_gpu = settings.device.type == "cuda"
+    environment = {
+        "device": torch.cuda.get_device_name(settings.device) if on_gpu else settings.device.type,
+        "processes": settings.processes,
+        "threads": threads(settings),
+        "system": platform.platform(),
+        "cores": own_cores(),
+        "versions": {"python": platform.python_version()} | packages,
+    }
+    if resumed:
+        results = json.loads(resumed.read_text(encoding="utf-8"))
+        checkpoint.check_settings(resumed, results["settings"], settings.shaping())
+        return results | {"environment": environment}
+    sizes = {}
+    for name in dict.fromkeys(TASKS[task].data for task in settings.only):
+        data = load(name, settings.data)
+        sizes[name] = {"train": len(data.train.labels), MOST: len(data.bank), "test": len(data.test.labels)}
+    results = {"settings": settings.shaping(), "environment": environment, "data": sizes}
+    return results | {"complete": False, "seconds": 0.0, "jobs": {}, "rows": []}
 
 
 def write(out: Path, results: Result) -> None:
@@ -265,66 +211,30 @@ def write(out: Path, results: Result) -> None:
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def environment(plan: Plan) -> Result:
-    device = torch.device(plan.device)
-    packages = {name: sys.modules[name].__version__ for name in ("torch", "sklearn", "numpy") if name in sys.modules}
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processes": plan.processes,
-        "threads": plan.threads,
-        "system": platform.platform(),
-        "cores": own_cores(),
-        "versions": {"python": platform.python_version()} | packages,
-    }
-
-
-def sizes(plan: Plan) -> dict[str, dict[str, int]]:
-    """How many images each data set has to learn from, with labels at most, and to test with."""
-    found = {}
-    for name in {TASKS[task].data: None for task in plan.tasks}:
-        data = load(name, plan.source)
-        found[name] = {"train": len(data.train.labels), MOST: len(data.bank), "test": len(data.test.labels)}
-    return found
-
-
-def plan_jobs(plan: Plan) -> list[Job]:
+def plan_jobs(settings: Settings, out: Path) -> list[Job]:
     """Pretraining first, the longest ahead; then what needs it, and what does not."""
-    common = {"source": plan.source, "device": plan.device}
+    common = {"source": settings.data, "device": str(settings.device)}
     encoders, probes, trained = [], [], []
-    for data in sorted(plan.epochs, key=[FASHION, DIGITS].index):
-        for seed in range(plan.seeds):
-            arguments = {"data": data, "seed": seed, "epochs": plan.epochs[data], "out": str(plan.folder(data, seed))}
-            arguments |= common | {"resume": plan.resume}
-            encoders.append(
-                Job(f"{data}/pretraining/{seed}", pretrain, arguments, told=f"pretraining on {data}, seed {seed}")
-            )
-    for name in plan.tasks:
+    for data, seed in product((FASHION, DIGITS), range(settings.seeds)):
+        if data in settings.epochs_of:
+            given = {"data": data, "seed": seed, "epochs": settings.epochs_of[data], "resume": settings.resume}
+            given |= common | {"out": str(out / f"{data}-seed-{seed}")}
+            told = f"pretraining on {data}, seed {seed}"
+            encoders.append(Job(f"{data}/pretraining/{seed}", pretrain, given, told=told))
+    for name, seed in product(settings.only, range(settings.seeds)):
         task = TASKS[name]
-        for seed in range(plan.seeds):
-            before = (f"{task.pretrained_on}/pretraining/{seed}",)
-            weights = str(plan.folder(task.pretrained_on, seed) / BACKBONE)
-            shared = common | {"task": name, "seed": seed}
-            columns = [column for column in task.columns if column in plan.columns]
-            arguments = shared | {"weights": weights, "columns": columns}
-            told = f"probes, {task.title}, seed {seed}"
-            probes.append(Job(f"{name}/probes/{seed}", methods.probe, arguments, before, told))
-            for method, labels in ((methods.SCRATCH, task.trained), (methods.FINE_TUNED, task.fine_tuned)):
-                for column in (column for column in labels if column in plan.columns):
-                    scratch = method == methods.SCRATCH
-                    arguments = shared | {
-                        "weights": None if scratch else weights,
-                        "column": column,
-                        "effort": plan.effort,
-                    }
-                    told = f"{method}, {task.title}, {tables.TITLES[column]}, seed {seed}"
-                    job = Job(
-                        f"{name}/{method}/{column}/{seed}",
-                        methods.supervise,
-                        arguments,
-                        () if scratch else before,
-                        told,
-                    )
-                    trained.append(job)
+        before = (f"{task.pretrained_on}/pretraining/{seed}",)
+        weights = str(out / f"{task.pretrained_on}-seed-{seed}" / BACKBONE)
+        given = common | {"task": name, "seed": seed}
+        asked = given | {"weights": weights, "columns": [each for each in task.columns if each in settings.labels]}
+        told = f"probes, {task.title}, seed {seed}"
+        probes.append(Job(f"{name}/probes/{seed}", methods.probe, asked, before, told))
+        supervised = [(methods.SCRATCH, None, (), column) for column in task.trained]
+        supervised += [(methods.FINE_TUNED, weights, before, column) for column in task.fine_tuned]
+        for method, file, needs, column in (each for each in supervised if each[-1] in settings.labels):
+            asked = given | {"weights": file, "column": column, "effort": settings.effort}
+            told = f"{method}, {task.title}, {tables.TITLES[column]}, seed {seed}"
+            trained.append(Job(f"{name}/{method}/{column}/{seed}", methods.supervise, asked, needs, told))
     return encoders + probes + trained[::-1]
 
 
@@ -342,6 +252,8 @@ def pretrain(data: str, source: str, seed: int, epochs: int, out: str, device: s
     flags += ["--seed", str(seed), "--epochs", str(epochs), "--no-probe", "--no-evaluation", "--device", device]
     with methods.timed(found):
         status = imagenet_pretrain.main([*flags, "--out", out, "--resume" if resume else "--overwrite"])
+    if status > 128:  # a signal has stopped it: this process is to end
+        os._exit(status)
     if status:
         raise Aborted(f"exit status {status}")
     return found

@@ -577,3 +577,9 @@ def test_many_rows_cost_no_digits():
     expected = reference_standardize(z.double())
     assert relative_error(standardize(z), expected) < 5e-7
     assert relative_error(F.batch_norm(z, None, None, training=True), expected) > 5e-6
+
+
+def test_torchs_own_conversion_replaces_it():
+    """As the README warns those who set Lightning's ``sync_batchnorm``."""
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(DistributedBatchNorm(3)))
+    assert type(converted[0]) is nn.SyncBatchNorm

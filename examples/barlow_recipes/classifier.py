@@ -1,8 +1,11 @@
-"""A linear classifier on an encoder: how it is trained and measured, by one process or by several together."""
+"""A linear classifier on an encoder: trained and measured by one process or several together, kept as a file."""
 
+import json
 import math
-from collections.abc import Iterable
-from typing import NamedTuple, cast
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -14,7 +17,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from barlow_recipes import distributed
 from barlow_recipes.encoders import Encoder
+from barlow_recipes.errors import require
 from barlow_recipes.published import Recipe
+from barlow_recipes.reporting import replacing
 from barlow_recipes.steps import AUTOCAST
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images (N, C, H, W) and labels (N,), below 0 for what cannot be read
@@ -83,10 +88,20 @@ def shared(classifier: Classifier) -> nn.Module:
     return network
 
 
+class Epoch(NamedTuple):
+    loss: float  # the mean over the readable images of all processes; NaN if there are none
+    unreadable: int  # left out, of all processes
+
+
 def train_epoch(
-    network: nn.Module, optimizer: SGD, batches: Batches, device: torch.device, precision: str = "fp32"
-) -> float:
-    """Take a step for every batch.
+    network: nn.Module,
+    optimizer: SGD,
+    batches: Batches,
+    device: torch.device,
+    precision: str = "fp32",
+    after_step: Callable[[], object] = lambda: None,
+) -> Epoch:
+    """Take a step for every batch, whose images may be anywhere, and labels are on the CPU.
 
     Of several processes each gives its own rows of every batch, in as many batches as the others; shares may differ in
     length and be empty. The gradient is that of the mean over the whole batch. Images that cannot be read are left out.
@@ -94,105 +109,111 @@ def train_epoch(
     Args:
         network: the classifier, or what :func:`shared` made of it.
         optimizer: of :func:`build_optimizer`.
-        batches: images on any device, labels on the CPU.
+        batches: of an epoch.
         device: of the network.
         precision: "fp32", or "bf16" for autocast.
-
-    Returns:
-        The mean loss over the epoch's images, of all processes; NaN if none could be read.
+        after_step: called after every batch.
     """
     network.train()
     losses: list[Tensor] = []
-    images_seen = 0
+    seen = left_out = 0
     for images, labels in batches:
         readable = labels >= 0
-        (count,) = distributed.totals([int(readable.sum())])
-        if not count:
-            continue
-        own, truth = (part[readable].to(device, non_blocking=True) for part in (images, labels))
-        with autocast(device, precision):
-            logits = network(own)
-        loss = _loss_sum(logits, truth)
-        optimizer.zero_grad()
-        # DistributedDataParallel takes the mean over the processes, however few rows one of them has.
-        (loss * (distributed.world_size() / count)).backward()
-        optimizer.step()
-        losses.append(loss.detach())
-        images_seen += count
-    return _summed(losses) / images_seen if images_seen else math.nan
-
-
-class Accuracy(NamedTuple):
-    """Accuracies in percent over the readable images of all processes; NaN where there are none."""
-
-    top1: float
-    top5: float  # 100 where there are five classes or fewer
-    images: int  # the readable ones
-    unreadable: int  # left out
-    mean_per_class: float  # of top1, over the classes that have an image
+        count, unreadable = distributed.totals([int(readable.sum()), int((~readable).sum())])
+        seen, left_out = seen + count, left_out + unreadable
+        if count:
+            own, truth = (part[readable].to(device, non_blocking=True) for part in (images, labels))
+            with autocast(device, precision):
+                logits = network(own)
+            loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), truth, reduction="sum")
+            optimizer.zero_grad()
+            # DistributedDataParallel takes the mean over the processes, however few rows one of them has.
+            (loss * (distributed.world_size() / count)).backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        after_step()
+    total = torch.stack(losses).cpu().double().sum() if losses else torch.zeros((), dtype=torch.float64)
+    if distributed.world_size() > 1:
+        dist.all_reduce(total)
+    return Epoch(float(total) / seen if seen else math.nan, left_out)
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, batches: Batches, device: torch.device, precision: str = "fp32") -> Accuracy:
+def accuracies(network: nn.Module, batches: Batches, device: torch.device, precision: str = "fp32") -> dict[str, Any]:
     """How often the truth has the greatest logit, and one of the five greatest; leaves the network in eval().
 
-    Of several processes each gives its own part of the images; they wait for each other at the end alone.
-
-    Args:
-        network: the classifier, or what :func:`shared` made of it.
-        batches: images on any device, labels on the CPU.
-        device: of the network.
-        precision: "fp32", or "bf16" for autocast.
+    Of several processes each gives its own part of the images; they wait for each other at the end alone. The result is
+    that of :meth:`Scores.result`.
     """
     classifier = cast("Classifier", getattr(network, "module", network))  # of DistributedDataParallel
     classifier.eval()
-    score, unreadable = Score(classifier.fc.out_features, device), 0
+    scores = Scores(classifier.fc.out_features, device)
     for images, labels in batches:
         readable = labels >= 0
-        unreadable += int((~readable).sum())
+        scores.unreadable += int((~readable).sum())
         if readable.any():
             own, truth = (part[readable].to(device, non_blocking=True) for part in (images, labels))
             with autocast(device, precision):
                 logits = classifier(own)
-            score.add(logits, truth)
-    return score.accuracy(unreadable)
+            scores.add(logits, truth)
+    return scores.result()
 
 
-class Score:
-    """For each class its images, and how many of them were right: at first, and among the first five."""
+class Scores:
+    """Accuracies of logits, counted by torchmetrics over all processes."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
-        self.counts = torch.zeros(3, classes, dtype=torch.int64, device=device)
+        metrics: Any = require("torchmetrics.classification", "the accuracies")
+        self.classes, self.unreadable = classes, 0
+        # Five more classes, which are never true, make a top-5 of any number of them.
+        self.counts = [metrics.MulticlassStatScores(classes + TOP, k, average=None).to(device) for k in (1, TOP)]
 
     def add(self, logits: Tensor, truth: Tensor) -> None:
-        """Count the images with these logits, (N, classes); −∞ is a class that is not among the first."""
-        greatest, classes = logits.topk(min(TOP, logits.shape[1]), dim=1)
-        found = (classes == truth[:, None]) & (greatest > -torch.inf)
-        rows = torch.stack([torch.ones_like(found[:, 0]), found[:, 0], found.any(dim=1)])
-        self.counts.index_add_(1, truth, rows.long())
+        """Count the images with these logits, (N, classes); −∞ is a class that is not among the first five."""
+        more = logits.new_full((len(logits), TOP), torch.finfo(logits.dtype).min)
+        for metric in self.counts:
+            metric.update(torch.cat([logits, more], dim=1), truth)
 
-    def accuracy(self, unreadable: int) -> Accuracy:
-        """Of all processes, which wait for each other."""
-        counts = torch.tensor(distributed.totals([unreadable, *self.counts.flatten().tolist()]))
-        images, right, among_five = counts[1:].view(3, -1).double()
-        total, top1, top5 = (float(row.sum()) for row in (images, right, among_five))
-        percent = 100 / total if total else math.nan
-        of_each = right[images > 0] / images[images > 0]
-        return Accuracy(top1 * percent, top5 * percent, int(total), int(counts[0]), 100 * float(of_each.mean()))
+    def result(self) -> dict[str, Any]:
+        """Of all processes, which wait for each other.
+
+        Returns:
+            In percent of the readable images, NaN where there are none: ``top1``; ``top5``, which is 100 of five
+            classes or fewer; ``mean_per_class``, of top1 over the classes that have an image. Then how many images
+            were readable, and how many were not and left out.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The ``compute`` method", UserWarning)  # a process without images
+            first, five = (metric.compute().cpu()[: self.classes].double() for metric in self.counts)
+        right, images = first[:, 0], first[:, 4]
+        there = images > 0
+        percents = right.sum() / images.sum(), five[:, 0].sum() / images.sum(), (right[there] / images[there]).mean()
+        found = dict(zip(("top1", "top5", "mean_per_class"), (100 * float(share) for share in percents), strict=True))
+        (unreadable,) = distributed.totals([self.unreadable])
+        return {**found, "validation_images": int(images.sum()), "unreadable_in_validation": unreadable}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, AUTOCAST.get(precision), precision != "fp32")
 
 
-def _loss_sum(logits: Tensor, truth: Tensor) -> Tensor:
-    """Σ cross-entropy, in float32 or the float64 of the logits."""
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), truth, reduction="sum")
+def write_classifier(path: Path, classifier: Classifier, encoder: Encoder, classes: list[str], side: int) -> None:
+    """Encoder and linear layer as one safetensors file, under the names that the architecture has in its library.
 
+    torchvision and timm load it into a model of as many classes; its metadata have the names of the classes as JSON,
+    and the side of the images.
 
-def _summed(values: list[Tensor]) -> float:
-    """The sum over all values of all processes, in float64."""
-    total = torch.stack(values).cpu().double().sum() if values else torch.zeros((), dtype=torch.float64)
-    if distributed.world_size() > 1:
-        dist.all_reduce(total)
-    return float(total)
+    Raises:
+        Aborted: it cannot be written.
+    """
+    library: Any = require("safetensors.torch", path.name)
+    state = dict(classifier.encoder.state_dict())
+    for head in encoder.heads or ("fc",):
+        state |= {f"{head}.{name}": value for name, value in classifier.fc.state_dict().items()}
+    metadata = {"format": "pt", "arch": encoder.arch, "stem": encoder.stem, "image_size": str(side)}
+    content = library.save(
+        {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()},
+        metadata | {"classes": json.dumps(classes)},
+    )
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

@@ -10,6 +10,7 @@
 
 import contextlib
 import io
+import itertools
 import math
 import os
 import sys
@@ -27,6 +28,7 @@ from barlow_recipes import distributed
 from barlow_recipes.errors import UsageError, first_line
 
 S = TypeVar("S")
+HELP = "--help lists the flags"
 OF_A_FILE = "\n\n--settings FILE takes the flags that are not given from a YAML file, such as a run's settings.yaml."
 
 
@@ -157,8 +159,12 @@ def _told_in_one_line() -> Iterator[None]:
         if not end.code:  # --help
             raise
         _, *lines = (line.strip("│ ") for line in told.getvalue().splitlines())
-        ends = [number for number, line in enumerate(lines) if not line or line[0] in "─╰"]
-        raise UsageError(f"{' '.join(lines[: ends[0]])} (--help lists the flags)") from None
+        words = itertools.dropwhile(_is_rule, lines)  # without UTF-8 the title has a rule below
+        raise UsageError(f"{' '.join(itertools.takewhile(lambda line: not _is_rule(line), words))} ({HELP})") from None
+
+
+def _is_rule(line: str) -> bool:
+    return set(line) <= set("─╰╯-")
 
 
 def with_file(argv: Sequence[str] | None) -> list[str]:

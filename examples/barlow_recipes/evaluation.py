@@ -1,47 +1,124 @@
-"""One run of a program: its encoder, its folder, what it has found out, and how it goes on after an end."""
+"""One run of the evaluation: its flags, its encoder, what it has found out, and how it goes on after an end."""
 
-import contextlib
 import json
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from barlow_recipes import checkpoint, distributed, reporting
-from barlow_recipes.distributed import from_main, is_main
+from barlow_recipes.command_line import Positive, Real, find_device
+from barlow_recipes.distributed import from_main
 from barlow_recipes.encoders import Encoder, build_encoder
 from barlow_recipes.errors import UsageError, first_line
-from barlow_recipes.labelled import Tree
-from barlow_recipes.lock import locked
+from barlow_recipes.labelled import Reading, Tree
 from barlow_recipes.metrics import Metrics
-from barlow_recipes.options import RANDOM, Options
+from barlow_recipes.neighbours import NEIGHBOURS
+from barlow_recipes.published import PUBLISHED, RECIPES, Recipe
+from barlow_recipes.tables import aligned
 from barlow_recipes.weights import digest, load_encoder
 
-OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, or --precision bf16"
+PERCENT = {"semi-1": 1, "semi-10": 10}
+PROTOCOLS = ("linear", "knn", *PERCENT, "places205", "inaturalist18")
+RANDOM = "random"  # in the place of a file of weights
 PARTS = {"settings", "results", "step"}  # of a checkpoint; of one amid a protocol there are more
-OF_PRETRAINING = (reporting.REPORT, reporting.BACKBONE, *reporting.PICTURES)
+COLUMNS = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
+NOTES = (
+    "published: top-1 / top-5 of a ResNet-50 pretrained on ImageNet for 1000 epochs, arXiv 2103.03230",
+    "best epoch: its top-1, chosen on the validation images themselves; the other columns are the last epoch's",
+)
 Result = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Reading):
+    """The flags; a number that is None is the published one."""
+
+    data: Path
+    "folder with the images in train/ and in val/ or test/, one folder per class"
+    weights: str
+    "the encoder: a checkpoint or a state_dict, or 'random' for an untrained one"
+    arch: str | None = None
+    "of the encoder; without it as the file has it, of a random one resnet50"
+    stem: Literal["imagenet", "cifar"] | None = None
+    "of a ResNet: imagenet, or cifar for images of 32 pixels; without it as the file has it"
+    protocols: tuple[Literal["linear", "knn", "semi-1", "semi-10", "places205", "inaturalist18"], ...] = PROTOCOLS[:4]
+    "what to measure; places205 and inaturalist18 are linear, with the numbers of those transfers"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    "fp32 as published, or autocast to bf16"
+    momentum: Real = 0.9
+    "of SGD"
+    linear_epochs: Positive | None = None
+    "passes over all images [linear 100, places205 14, inaturalist18 84]"
+    linear_lr_classifier: Real | None = None
+    "in the first epoch, not scaled by the batch size [0.3; of the transfers 0.01]"
+    linear_weight_decay: Real | None = None
+    "of the classifier [1e-6; of the transfers 5e-4]"
+    linear_milestones: tuple[Positive, ...] | None = None
+    "epochs after which the rate is multiplied by 0.1; nothing: cosine to 0 [cosine; of the transfers after a third]"
+    semi_epochs: Positive | None = None
+    "passes over the labelled images [20]"
+    semi_lr_backbone: Real | None = None
+    "in the first epoch, not scaled by the batch size [0.005]"
+    semi_lr_classifier: Real | None = None
+    "likewise [0.5]"
+    semi_weight_decay: Real | None = None
+    "of both [0]"
+    neighbours: Positive = NEIGHBOURS
+    "that vote in knn"
+    lists: Path | None = None
+    "folder with 1percent.txt and 10percent.txt; without it a share of each class by a fixed seed"
+    list_1: Path | None = None
+    "the images of semi-1; without it 1percent.txt of --lists"
+    list_10: Path | None = None
+    "the images of semi-10; without it 10percent.txt of --lists"
+
+    def recipe(self, name: str) -> Recipe:
+        """The published one of a protocol, with the numbers that are given in place of its own.
+
+        Raises:
+            UsageError: a milestone is not within the epochs.
+        """
+        prefix = "semi" if name in PERCENT else "linear"
+        given = {field: getattr(self, f"{prefix}_{field}", None) for field in asdict(RECIPES[name])}
+        given |= {"batch_size": self.batch_size, "momentum": self.momentum}
+        recipe = replace(RECIPES[name], **{field: value for field, value in given.items() if value is not None})
+        recipe = replace(recipe, milestones=tuple(sorted(recipe.milestones)))
+        if recipe.milestones and recipe.milestones[-1] >= recipe.epochs:
+            given_there = " ".join(map(str, recipe.milestones))
+            raise UsageError(f"--linear-milestones {given_there}: expected less than --linear-epochs {recipe.epochs}")
+        return recipe
+
+    def list_of(self, percent: int) -> tuple[str, Path] | None:
+        """The list of images for this share, and the flag that it comes from."""
+        path = {1: self.list_1, 10: self.list_10}[percent]
+        if path is not None:
+            return f"--list-{percent}", path
+        return ("--lists", self.lists / f"{percent}percent.txt") if self.lists is not None else None
 
 
 @dataclass
 class Run:
     """What the protocols have in common, and what there is already."""
 
-    options: Options
+    settings: Settings
+    device: torch.device
     encoder: Encoder
     tree: Tree
     out: Path
     metrics: Metrics
-    settings: dict[str, Any]  # all that a checkpoint must share with the run that it continues
+    shaping: dict[str, Any]  # all that a checkpoint must share with the run that it continues
     results: dict[str, Result] = field(default_factory=dict)  # of the protocols that are done
     step: int = 0  # epochs so far, of all protocols
     begun: dict[str, Any] | None = None  # the checkpoint of a protocol that is not done
 
+    def resume(self, saved: dict[str, Any]) -> None:
+        self.results, self.step = saved["results"], saved["step"]
+        self.begun = saved if "model" in saved else None
+
     def save(self, **state: Any) -> None:
-        state |= {"settings": self.settings, "results": self.results, "step": self.step}
+        state |= {"settings": self.shaping, "results": self.results, "step": self.step}
         checkpoint.save(self.out / reporting.CHECKPOINT, state, keep_previous=True)
 
     def finish(self, name: str, result: Result) -> None:
@@ -49,139 +126,78 @@ class Run:
         self.results[name] = result
         from_main(self.save)
 
+    def introduction(self) -> str:
+        """What is about to be evaluated, where, on what."""
+        tree, processes = self.tree, distributed.world_size()
+        devices = f"{self.device.type} in {processes} processes" if processes > 1 else f"{self.device}"
+        return (
+            f"{tree.name}: {len(tree.classes):,} classes, {len(tree.train):,} images to train on and "
+            f"{len(tree.validation):,} to validate on\n{self.encoder.arch}, {self.encoder.source}: "
+            f"{self.settings.precision} on {devices}; results go to {self.out}"
+        )
 
-def find_encoder(options: Options) -> Encoder:
+    def write_results(self) -> None:
+        """results.json, and a row of metrics for each protocol."""
+        for name, result in self.results.items():
+            self.metrics.add("evaluation", {"step": self.step, "protocol": name, **result})
+        encoder = {"weights": self.encoder.source, "arch": self.encoder.arch, "stem": self.encoder.stem}
+        facts = {**encoder, "data": str(self.settings.data), "settings": self.shaping, "protocols": self.results}
+        with reporting.replacing(self.out / reporting.RESULTS) as temporary:
+            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    def table(self) -> str:
+        """Each protocol with its accuracies, the published ones, and the epoch that was best; for people to read."""
+        rows = [["", *COLUMNS.values(), "published", "best epoch"]]
+        for name, result in self.results.items():
+            best = result.get("best_on_validation")
+            paper = " / ".join(f"{value:.1f} %" for value in PUBLISHED.get(name, ())) or "–"
+            chosen = f"{best['top1']:.2f} % ({best['epoch']})" if best else "–"
+            rows.append([name, *(f"{result[column]:.2f} %" for column in COLUMNS), paper, chosen])
+        return "\n".join([aligned(rows), *NOTES])
+
+
+def own_device(settings: Settings) -> torch.device:
+    """Where this process computes.
+
+    Raises:
+        UsageError: there is no such device, or the batch has not an image for each process.
+    """
+    if settings.batch_size < (processes := distributed.world_size()):
+        raise UsageError(f"--batch-size {settings.batch_size}: expected {processes} or more, an image for each process")
+    return find_device(settings.device)
+
+
+def find_encoder(settings: Settings, device: torch.device) -> Encoder:
     """The encoder of --weights, on the device and in eval().
 
     Raises:
-        UsageError: it cannot be loaded, or does not take photographs of --image-size.
+        UsageError: it cannot be loaded, or does not take images of --image-size.
     """
-    torch.manual_seed(options.seed)
-    if options.weights == RANDOM:
-        encoder = build_encoder(options.arch or "resnet50", options.stem or "imagenet")
+    torch.manual_seed(settings.seed)
+    if settings.weights == RANDOM:
+        encoder = build_encoder(settings.arch or "resnet50", settings.stem or "imagenet")
     else:
-        encoder = load_encoder(Path(options.weights), options.arch, options.stem)
+        encoder = load_encoder(Path(settings.weights), settings.arch, settings.stem)
     if encoder.arch == "digits-cnn":
-        raise UsageError(f"--weights {options.weights}: expected an encoder of photographs, got digits-cnn")
-    encoder = encoder._replace(module=encoder.module.to(options.device).eval())
-    _try(encoder, options)
-    return encoder
-
-
-@torch.no_grad()
-def _try(encoder: Encoder, options: Options) -> None:
-    """Some, such as transformers, take images of one size alone."""
-    side, expected = options.image_size, (2, encoder.features)
-    try:
-        found = encoder.module(torch.zeros(2, 3, side, side, device=options.device))
+        raise UsageError(f"--weights {settings.weights}: expected an encoder of photographs, got digits-cnn")
+    encoder = encoder._replace(module=encoder.module.to(device).eval())
+    side, expected = settings.image_size, (2, encoder.features)
+    try:  # some, such as transformers, take images of one size alone
+        with torch.no_grad():
+            found = encoder.module(torch.zeros(2, *settings.shape, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:  # each architecture has its own way to say no
         raise UsageError(f"--image-size {side}: {encoder.arch} cannot take such images ({first_line(error)})") from None
     if (shape := tuple(getattr(found, "shape", ()))) != expected:
         raise UsageError(f"--arch {encoder.arch}: expected features of shape {expected} for two images, got {shape}")
+    return encoder
 
 
-def settings_of(options: Options, tree: Tree, encoder: Encoder) -> dict[str, Any]:
+def shaping_of(settings: Settings, tree: Tree, encoder: Encoder) -> dict[str, Any]:
     """What decides about the results of every protocol, in plain values."""
-    return options.shaping() | {"images of --data": tree.fingerprint(), "--weights": digest(encoder.module)}
-
-
-@contextlib.contextmanager
-def opened(options: Options, encoder: Encoder, tree: Tree, settings: dict[str, Any], default: Path) -> Iterator[Run]:
-    """A new run in its output folder, or the one that --resume continues.
-
-    Args:
-        options: of the command line.
-        encoder: to be evaluated; it stays as it is.
-        tree: the images.
-        settings: all that shapes the results.
-        default: the output folder without --out.
-
-    Raises:
-        UsageError: the processes or the checkpoint do not agree with them, or the folder is taken or cannot be written.
-    """
-    wanted = from_main(lambda: reporting.find_checkpoint(options.resume, options.out, default))
-    saved, resumed = checkpoint.load(wanted, PARTS) if wanted else (None, None)
-    source = f"step {saved['step']} of {resumed}" if saved else "none"
-    distributed.require_agreement({"the checkpoint": source} | {name: str(value) for name, value in settings.items()})
-    if saved and resumed:
-        checkpoint.check_settings(resumed, saved["settings"], settings)
-    asked = {"overwrite": options.overwrite, "resume": options.resume, "resumed": resumed}
-    out = from_main(lambda: output_folder(options.out, default, **asked))
-    with contextlib.ExitStack() as stack:
-        continues = resumed is not None and resumed.parent.resolve() == out.resolve()
-        if is_main():
-            stack.enter_context(locked(out))
-            if not continues:
-                _clear(out)
-        step = saved["step"] if saved else 0
-        metrics = Metrics(out if is_main() else None, resumed if is_main() else None, step)
-        run = Run(options, encoder, tree, out, metrics, settings)
-        environment = {"device": str(options.device), "processes": distributed.world_size(), "torch": torch.__version__}
-        metrics.add("settings", settings | environment | {"command": sys.argv[1:]})
-        if saved and wanted and resumed:
-            _resume(run, saved, wanted, resumed)
-        yield run
-
-
-def output_folder(
-    out: Path | None, default: Path, *, overwrite: bool, resume: str | None, resumed: Path | None
-) -> Path:
-    """Make the folder of --out, as :func:`.reporting.make_output_folder`, but never of a pretraining run.
-
-    A run that ended before its first checkpoint has nothing to resume, and nothing to lose.
-
-    Raises:
-        UsageError: the folder holds other files, or cannot be made or written.
-    """
-    asked = out or default
-    overwrite = overwrite or (resume == "auto" and resumed is None and not (asked / reporting.RESULTS).exists())
-    if overwrite and (taken := _of_pretraining(asked)):
-        raise UsageError(f"--out {asked}: holds a pretraining run ({taken[0]}). Choose another folder")
-    return reporting.make_output_folder(out, default, overwrite=overwrite, resumed=resumed)
-
-
-def _of_pretraining(folder: Path) -> list[str]:
-    """The files there that a pretraining run wrote; of one that was stopped the checkpoints are all there is."""
-    taken = [name for name in OF_PRETRAINING if (folder / name).exists()]
-    for name in reporting.CHECKPOINTS:
-        with contextlib.suppress(OSError, ValueError):
-            content = checkpoint.read(folder / name)
-            settings = content.get("settings") if isinstance(content, dict) else None
-            taken += [name] if isinstance(settings, dict) and "projector" in settings else []
-    return taken
-
-
-def _clear(out: Path) -> None:
-    for name in (reporting.METRICS, reporting.RESULTS, *reporting.CHECKPOINTS, reporting.DAMAGED):
-        (out / name).unlink(missing_ok=True)
-
-
-def _resume(run: Run, saved: dict[str, Any], wanted: Path, found: Path) -> None:
-    run.results, run.step = saved["results"], saved["step"]
-    run.begun = saved if "model" in saved else None
-    print(f"continuing from {found}, after epoch {run.step} of all")
-    if found != wanted and is_main():
-        print(f"warning: {wanted} is damaged or missing: going on from {found}, the one before it", file=sys.stderr)
-        if wanted.parent.resolve() == run.out.resolve():
-            checkpoint.set_aside(wanted)
-
-
-def introduction(run: Run) -> str:
-    """What is about to be evaluated, where, on what."""
-    tree, options, processes = run.tree, run.options, distributed.world_size()
-    devices = f"{options.device.type} in {processes} processes" if processes > 1 else f"{options.device}"
-    return (
-        f"{tree.name}: {len(tree.classes):,} classes, {len(tree.train):,} images to train on and "
-        f"{len(tree.validation):,} to validate on\n"
-        f"{run.encoder.arch}, {run.encoder.source}: {options.precision} on {devices}; results go to {run.out}"
-    )
-
-
-def write_results(run: Run) -> None:
-    """results.json, and a row of metrics for each protocol."""
-    for name, result in run.results.items():
-        run.metrics.add("evaluation", {"step": run.step, "protocol": name, **result})
-    encoder = {"weights": run.encoder.source, "arch": run.encoder.arch, "stem": run.encoder.stem}
-    facts = {**encoder, "data": str(run.options.data), "settings": run.settings, "protocols": run.results}
-    with reporting.replacing(run.out / reporting.RESULTS) as temporary:
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    names = ("image_size", "batch_size", "precision", "seed", "channels", "value_range", "mean", "std")
+    return {name: getattr(settings, name) for name in names} | {
+        "images of --data": tree.fingerprint(),
+        "--weights": digest(encoder.module),
+        "protocols": [name for name in PROTOCOLS if name in settings.protocols],
+        "neighbours": settings.neighbours,
+    }

@@ -30,16 +30,8 @@ from barlow_recipes.reporting import BACKBONE, CHECKPOINT, CHECKPOINTS, RESULTS
 LOCK = ".lock"
 SETTINGS = "settings.yaml"  # the flags, for --settings
 OF_PRETRAINING = (reporting.REPORT, BACKBONE, *reporting.PICTURES)
-OWN = (
-    reporting.METRICS,
-    RESULTS,
-    SETTINGS,
-    "model.pt",
-    *CHECKPOINTS,
-    reporting.DAMAGED,
-    *OF_PRETRAINING,
-    reporting.WANDB_ID,
-)
+OWN = (*OF_PRETRAINING, reporting.METRICS, RESULTS, SETTINGS, "model.pt", *CHECKPOINTS, reporting.DAMAGED)
+OWN += (reporting.WANDB_ID,)
 OWN_PATTERNS = (f"{reporting.TENSORBOARD}/events.out.tfevents.*", "classifier-*.safetensors")
 
 
@@ -106,7 +98,7 @@ def opened(
     if saved and resumed:
         checkpoint.check_settings(resumed, saved.content["settings"], dict(shaping))
     del saved  # the caller may let go of the memory while the run goes on
-    out = from_main(lambda: _output_folder(settings, default, resumed, finished))
+    out = from_main(lambda: output_folder(settings, default, resumed, finished))
     continues = resumed is not None and resumed.parent.resolve() == out.resolve()
     with contextlib.ExitStack() as stack:
         if is_main():
@@ -140,8 +132,11 @@ def _write_settings(out: Path, settings: RunSettings) -> None:
             temporary.write_text(yaml.safe_dump(flags, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _output_folder(settings: RunSettings, default: Path, resumed: Path | None, finished: str) -> Path:
-    """A run that ended before its first checkpoint has nothing to resume, and nothing to lose."""
+def output_folder(settings: RunSettings, default: Path, resumed: Path | None, finished: str = RESULTS) -> Path:
+    """Make the folder, as :func:`make_output_folder`; see :func:`opened` about ``finished``.
+
+    A run that ended before its first checkpoint has nothing to resume, and nothing to lose.
+    """
     asked = settings.out or default
     lost = settings.resume == "auto" and resumed is None and not (asked / finished).exists()
     overwrite = settings.overwrite or lost
@@ -171,7 +166,7 @@ def find_checkpoint(resume: str | None, out: Path | None, default: Path) -> Path
     if resume != "auto":
         path = Path(resume)
         return path / CHECKPOINT if path.is_dir() else path
-    folders = [out] if out is not None else list(_numbered(default))
+    folders = [out] if out is not None else list(numbered(default))
     found = [folder for folder in folders if any((folder / name).is_file() for name in CHECKPOINTS)]
     return found[-1] / CHECKPOINT if found else None
 
@@ -187,7 +182,7 @@ def make_output_folder(out: Path | None, default: Path, *, overwrite: bool, resu
     if out is None and resumed is not None:
         out = resumed.parent
     if out is None:
-        taken = [] if overwrite else list(_numbered(default))
+        taken = [] if overwrite else list(numbered(default))
         out = default.with_name(f"{default.name}-{len(taken) + 1}") if taken else default
     try:
         continues = resumed is not None and resumed.parent.resolve() == out.resolve()
@@ -211,7 +206,7 @@ def _own_files(out: Path) -> list[Path]:
     return [*(out / name for name in OWN), *(path for pattern in OWN_PATTERNS for path in out.glob(pattern))]
 
 
-def _numbered(default: Path) -> Iterable[Path]:
+def numbered(default: Path) -> Iterable[Path]:
     """``default``, ``default-2``, ... as far as they exist."""
     for number in count(1):
         folder = default if number == 1 else default.with_name(f"{default.name}-{number}")

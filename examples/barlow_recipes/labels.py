@@ -3,86 +3,62 @@
 import os
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from barlow_recipes.data import hold_out
 from barlow_recipes.errors import UsageError, first_line
-from barlow_recipes.files import Catalogue
+from barlow_recipes.labelled import Tree, paths_of
 
 SPLIT_SEED = 0  # the same images for every --seed, so that runs can be compared
 
 
-class LabelledPart(NamedTuple):
-    images: Tensor  # (n,) their numbers in the catalogue, ascending
-    source: str  # in words
-
-
-def from_list(flag: str, path: Path, train: Catalogue, classes: list[str]) -> LabelledPart:
+def from_list(flag: str, path: Path, tree: Tree) -> tuple[Tensor, str]:
     """The images that a list names, one a line, such as n01440764_10043.JPEG of the class folder n01440764.
 
     Args:
         flag: that gave the path, for messages.
         path: of the list, such as SimCLR's ``imagenet_subsets/1percent.txt``.
-        train: the images of all classes.
-        classes: names of the class folders.
+        tree: whose training images they are.
+
+    Returns:
+        Their numbers (n,), ascending; and in words, where they come from.
 
     Raises:
-        UsageError: the list cannot be read, is empty, names a class or a file that is not there, or a file twice; or a
-            class has none.
+        UsageError: the list cannot be read, is empty, names a file that is not there, or twice; or a class has none.
     """
-    where = f"{flag} {path}"
+    where, expected = f"{flag} {path}", "expected a list of image files, one a line"
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where}: expected a list of image files, one a line ({first_line(error)})") from None
+        raise UsageError(f"{where}: {expected} ({first_line(error)})") from None
     if not names:
-        raise UsageError(f"{where}: expected a list of image files, one a line; it is empty")
-    _refuse(where, "listed twice", [name for name, count in Counter(names).items() if count > 1], len(names))
-    folders = {name: name.partition("_")[0] for name in names}
-    known = set(classes)
-    unknown = [name for name in names if folders[name] not in known]
-    _refuse(where, "of a class that train/ does not have", unknown, len(names))
-    paths = {name: f"{folders[name]}{os.sep}{name}" for name in names}
-    found = _numbers(train, set(paths.values()))
-    absent = [name for name in names if paths[name] not in found]
-    _refuse(where, "not in train/", absent, len(names))
+        raise UsageError(f"{where}: {expected}; it is empty")
+    wanted = {f"{name.partition('_')[0]}{os.sep}{name}": name for name in names}
+    found = {wanted[path]: number for number, path in enumerate(paths_of(tree.train)) if path in wanted}
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    for what, bad in (("listed twice", twice), ("not in train/", [name for name in names if name not in found])):
+        if bad:
+            raise UsageError(f"{where}: {len(bad)} of {len(names)} images are {what}, the first is {bad[0]}")
     images = torch.tensor(sorted(found.values()))
-    counts = torch.bincount(train.labels[images], minlength=len(classes))
-    lacking = (counts == 0).nonzero().flatten().tolist()
+    counts = torch.bincount(tree.train.labels[images], minlength=len(tree.classes)).tolist()
+    lacking = [name for name, count in zip(tree.classes, counts, strict=True) if not count]
     if lacking:
         raise UsageError(
-            f"{where}: expected an image of every class, {len(lacking)} of {len(classes)} have none, the first is "
-            f"{classes[lacking[0]]}"
+            f"{where}: expected an image of every class, {len(lacking)} of {len(counts)} have none, the first is "
+            f"{lacking[0]}"
         )
-    return LabelledPart(images, f"{len(images):,} images listed in {path.name}")
+    return images, f"{len(images):,} images listed in {path.name}"
 
 
-def _refuse(where: str, what: str, names: list[str], total: int) -> None:
-    if names:
-        raise UsageError(f"{where}: {len(names)} of {total} images are {what}, the first is {names[0]}")
-
-
-def _numbers(train: Catalogue, wanted: set[str]) -> dict[str, int]:
-    """The numbers of these paths below the catalogue's root, as far as they are there."""
-    packed, starts = train.names.numpy().tobytes(), train.starts.tolist()
-    found = {}
-    for number, file in enumerate(train.file.tolist()):
-        path = os.fsdecode(packed[starts[file] : starts[file + 1]])
-        if path in wanted:
-            found[path] = number
-    return found
-
-
-def stratified(percent: int, train: Catalogue, classes: list[str]) -> LabelledPart:
-    """That share of every class by a fixed seed, rounded down, but one image at least."""
-    labels = train.labels
+def stratified(percent: int, tree: Tree) -> tuple[Tensor, str]:
+    """That share of every class by a fixed seed, rounded down, but one image at least; and the same in words."""
+    labels = tree.train.labels
     chosen = hold_out(labels, percent / 100, SPLIT_SEED)
-    lacking = torch.bincount(labels[chosen], minlength=len(classes)) == 0
+    lacking = torch.bincount(labels[chosen], minlength=len(tree.classes)) == 0
     chosen |= hold_out(labels, 1.0, SPLIT_SEED, at_most=1) & lacking[labels]
     source = f"{int(chosen.sum()):,} images, {percent} % of each class by a fixed seed, not a published list"
     if lacking.any():
         source += f"; one image for each of {int(lacking.sum())} classes where that is less than one"
-    return LabelledPart(chosen.nonzero().flatten(), source)
+    return chosen.nonzero().flatten(), source

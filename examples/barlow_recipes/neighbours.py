@@ -1,80 +1,115 @@
-"""Nearest neighbours among many images: every process keeps the features of its own, and all answer together."""
+"""Nearest neighbours: of one process's images, or among many of which every process keeps the features of its own."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
-from barlow_recipes.classifier import Accuracy, Score, autocast
+from barlow_recipes.classifier import Scores, autocast
 from barlow_recipes.distributed import own_rows, totals, world_size
 from barlow_recipes.encoders import Encoder
-from barlow_recipes.images import Loader
-from barlow_recipes.probes import TEMPERATURE
+from barlow_recipes.errors import require
 
-NEIGHBOURS = 20
+NEIGHBOURS, TEMPERATURE = 20, 0.07
 MOST_SIMILARITIES = 2**27  # at a time on each process: half a gigabyte
 
 
 class Features(NamedTuple):
     values: Tensor  # (n, F) float32, on the device
-    labels: Tensor  # (n,)
+    labels: Tensor  # (n,), there
     unreadable: int
+
+
+@torch.no_grad()
+def extract(
+    represent: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    precision: str = "fp32",
+) -> Features:
+    """The features of the readable images, in batches of images (N, C, H, W) and labels (N,).
+
+    What is not finite in them counts as 0: an encoder that has diverged is at chance.
+    """
+    values, labels, unreadable = [torch.empty(0, 0, device=device)], [torch.empty(0, dtype=torch.int64)], 0
+    for pixels, targets in batches:
+        readable = targets >= 0
+        unreadable += int((~readable).sum())
+        if readable.any():
+            with autocast(device, precision):
+                found = represent(pixels[readable].to(device, non_blocking=True)).float()
+            values.append(found.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+            labels.append(targets[readable])
+    return Features(torch.cat(values[1:] or values), torch.cat(labels).to(device), unreadable)
+
+
+def vote(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int, *, shared: bool = False) -> Tensor:
+    """The votes of the k nearest images, each with weight exp(cosine / 0.07).
+
+    Args:
+        bank: (M, F), rows of length 1; of several processes with ``shared`` each has a part of it.
+        labels: (M,), from 0.
+        queries: (Q, F), rows of length 1, the same on all processes.
+        classes: how many there are.
+        k: neighbours; at most as many as there are take part.
+        shared: whether the processes vote together; they wait for each other.
+
+    Returns:
+        (Q, classes), −∞ for a class without a vote.
+
+    Source: Wu et al. (2018), arXiv 1805.01978, section 3.4.
+    """
+    similarity = queries.new_full((len(queries), k), -torch.inf)
+    nearest = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
+    own_k = min(k, len(bank))
+    similarity[:, :own_k], found = (queries @ bank.T).topk(own_k)
+    nearest[:, :own_k] = labels[found]
+    if shared:  # the nearest of all are among the nearest of each process
+        similarity, nearest = (_beside(values) for values in (similarity, nearest))
+        similarity, found = similarity.topk(k)
+        nearest = nearest.gather(1, found)
+    votes = similarity.new_zeros(len(queries), classes)
+    votes.scatter_add_(1, nearest, (similarity / TEMPERATURE).exp())
+    return votes.masked_fill_(votes == 0, -torch.inf)
 
 
 @torch.no_grad()
 def nearest(
     encoder: Encoder,
-    bank: Loader,
-    queries: Loader,
+    bank: Iterable[tuple[Tensor, Tensor]],
+    queries: Iterable[tuple[Tensor, Tensor]],
     classes: int,
     device: torch.device,
     precision: str = "fp32",
     k: int = NEIGHBOURS,
-) -> tuple[Accuracy, int]:
-    """How often the k nearest images of the bank vote for the truth, each with weight exp(cosine / 0.07).
+) -> dict[str, Any]:
+    """How often the k nearest images of the bank vote for the truth.
 
     As in the probes of pretraining, features are centred on the bank's mean and scaled to length 1. Of several
     processes each gives its own part of bank and queries. The features of the bank stay on the devices: those of
-    ImageNet by a ResNet-50 take 10.5 GB, on all of them together.
+    ImageNet by a ResNet-50 take 10.5 GB, and twice that for a moment, on all of them together.
 
     Returns:
-        The accuracy on the queries, where a class without a vote is never among the first five; and how many images of
+        As :meth:`.Scores.result`, where a class without a vote is never among the first five; and how many images of
         the bank could not be read.
-
-    Source: Wu et al. (2018), arXiv 1805.01978, section 3.4.
     """
-    encoder.module.eval()
-    own, asked = (extract(encoder, part, device, precision) for part in (bank, queries))
-    (size,) = totals([len(own.values)])
-    mean = _total(own.values.sum(dim=0)) / max(size, 1)
-    for features in (own.values, asked.values):
-        features.sub_(mean)
-        features.div_(features.norm(dim=1, keepdim=True).clamp_min_(1e-12))
-    everyones, truth = gathered(asked.values), gathered(asked.labels)
-    score = Score(classes, device)
+    own, asked = (extract(encoder.module.eval(), part, device, precision) for part in (bank, queries))
+    vectors, asking = (part.values.reshape(-1, encoder.features) for part in (own, asked))  # of no image, too
+    size, unreadable = totals([len(vectors), own.unreadable])
+    mean = _total(vectors.sum(dim=0)) / max(size, 1)
+    vectors, asking = (F.normalize(features.sub_(mean), dim=1, out=features) for features in (vectors, asking))
+    everyones, truth = gathered(asking), gathered(asked.labels)
+    scores = Scores(classes, device)
+    scores.unreadable = asked.unreadable
     together = max(1, MOST_SIMILARITIES * world_size() // max(size, 1))  # the same number on all processes
-    for queried, labels in zip(everyones.split(together), truth.split(together), strict=True):
-        votes, mine = _votes(own, queried, classes, min(k, size)), own_rows(len(queried))
-        score.add(votes[mine], labels[mine])
-    return score.accuracy(asked.unreadable), totals([own.unreadable])[0]
-
-
-def _votes(own: Features, queries: Tensor, classes: int, k: int) -> Tensor:
-    """(Q, classes) of all processes' images, −∞ for a class that no neighbour has.
-
-    The nearest k of all are among the nearest k of each process.
-    """
-    similarity = queries.new_full((len(queries), k), -torch.inf)
-    labels = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
-    own_k = min(k, len(own.values))
-    similarity[:, :own_k], found = (queries @ own.values.T).topk(own_k)
-    labels[:, :own_k] = own.labels[found]
-    similarity, labels = (_beside(values) for values in (similarity, labels))
-    similarity, found = similarity.topk(k)
-    votes = similarity.new_zeros(len(queries), classes)
-    votes.scatter_add_(1, labels.gather(1, found), (similarity / TEMPERATURE).exp())
-    return votes.masked_fill_(votes == 0, -torch.inf)
+    for some, labels in zip(everyones.split(together), truth.split(together), strict=True):
+        votes = vote(vectors, own.labels, some, classes, min(k, size), shared=world_size() > 1)
+        mine = own_rows(len(some))
+        scores.add(votes[mine], labels[mine])
+    return scores.result() | {"unreadable_in_bank": unreadable}
 
 
 def _beside(rows: Tensor) -> Tensor:
@@ -82,35 +117,12 @@ def _beside(rows: Tensor) -> Tensor:
     return gathered(rows).view(world_size(), *rows.shape).transpose(0, 1).flatten(1)
 
 
-def extract(encoder: Encoder, images: Loader, device: torch.device, precision: str) -> Features:
-    """The features of this process's readable images; what is not finite in them counts as 0."""
-    most = len(images.dataset)  # type: ignore[arg-type]
-    values, labels = torch.zeros(most, encoder.features, device=device), torch.zeros(most, dtype=torch.int64)
-    filled = unreadable = 0
-    for pixels, targets in images:
-        readable = targets >= 0
-        here = slice(filled, filled + int(readable.sum()))
-        unreadable += int((~readable).sum())
-        if here.start < here.stop:
-            with autocast(device, precision):
-                found = encoder.module(pixels[readable].to(device, non_blocking=True))
-            values[here] = found.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-            labels[here] = targets[readable]
-        filled = here.stop
-    return Features(values[:filled], labels[:filled].to(device), unreadable)
-
-
 def gathered(rows: Tensor) -> Tensor:
     """The rows of all processes, one process's after the other's."""
     if world_size() == 1:
         return rows
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)]))
-    padded = rows.new_zeros(max(map(int, counts)), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    everyones = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(everyones, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(everyones, counts, strict=True)])
+    utilities: Any = require("torchmetrics.utilities.distributed", "the accuracies")
+    return torch.cat(utilities.gather_all_tensors(rows.contiguous()))
 
 
 def _total(values: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from torch.optim.swa_utils import update_bn
 
 from barlow_recipes.data import Probe
 from barlow_recipes.errors import require
+from barlow_recipes.neighbours import extract, vote
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images and labels
 Represent = Callable[[Tensor], Tensor]  # images (N, C, H, W) to features (N, F)
 
-NEIGHBOURS, TEMPERATURE = 10, 0.07
+NEIGHBOURS = 10
 DRAWS = 30  # of the few labelled images: with one per class, the accuracy of a draw varies by several points
 
 
@@ -33,22 +34,6 @@ def untrained(backbone: nn.Module, batches: Batches, device: torch.device) -> nn
     # A single image has no variance, and a BatchNorm may refuse it.
     update_bn((images for images in readable if len(images) > 1), twin, device)
     return twin.eval()
-
-
-@torch.no_grad()
-def extract(represent: Represent, batches: Batches, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Features (N, F) in float32 and labels (N) of the readable images, on the device, and how many were not.
-
-    A feature that is not finite counts as 0: an encoder that has diverged is at chance.
-    """
-    features, labels = [], []
-    for images, targets in batches:
-        found = represent(images.to(device, non_blocking=True)).float()
-        features.append(found.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
-        labels.append(targets.to(device, non_blocking=True))
-    all_features, all_labels = torch.cat(features), torch.cat(labels)
-    readable = all_labels >= 0
-    return all_features[readable], all_labels[readable], int((~readable).sum())
 
 
 def evaluate(represent: Represent, probe: Probe, device: torch.device) -> dict[str, float]:
@@ -76,17 +61,10 @@ def knn_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k
     """Percent of queries (N, F) whose k nearest of the bank (M, F) vote for the truth, with weight exp(cosine / 0.07).
 
     All rows have length 1; where M < k, all vote.
-
-    Source: Wu et al. (2018), arXiv 1805.01978, section 3.4.
     """
-    correct = 0
     classes = int(torch.cat([labels, truth]).max()) + 1
-    for chunk, targets in zip(queries.split(1024), truth.split(1024), strict=True):
-        similarity, nearest = (chunk @ bank.T).topk(min(k, len(bank)))
-        votes = similarity.new_zeros(len(chunk), classes)
-        votes.scatter_add_(1, labels[nearest], (similarity / TEMPERATURE).exp())
-        correct += int((votes.argmax(dim=1) == targets).sum())
-    return 100 * correct / len(queries)
+    votes = [vote(bank, labels, some, classes, k).argmax(dim=1) for some in queries.split(1024)]
+    return 100 * int((torch.cat(votes) == truth).sum()) / len(queries)
 
 
 def linear_accuracy(train: Tensor, labels: Tensor, queries: Tensor, truth: Tensor) -> float:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree as ET
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -114,29 +113,22 @@ def voc_tree(root: Path, train: int = 8, test: int = 4, side: int = 96) -> Path:
             name = f"{seed:02}{number:04}"
             image.save(root / year / "JPEGImages" / f"{name}.jpg", quality=92)
             difficult = part == "test" and number == count - 1
-            _annotation(name, side, shapes, difficult).write(root / year / "Annotations" / f"{name}.xml")
+            (root / year / "Annotations" / f"{name}.xml").write_text(_annotation(side, shapes, difficult))
             names.append(name)
         (root / year / "ImageSets" / "Main" / f"{part}.txt").write_text("".join(f"{name}\n" for name in names))
     return root
 
 
-def _annotation(name: str, side: int, shapes: list[Shape], difficult: bool) -> "ET.ElementTree[ET.Element]":
+def _annotation(side: int, shapes: list[Shape], difficult: bool) -> str:
     """As in the devkit: pixels counted from 1, the last one inside."""
-    root = ET.Element("annotation")
-    ET.SubElement(root, "filename").text = f"{name}.jpg"
-    size = ET.SubElement(root, "size")
-    for key, value in (("width", side), ("height", side), ("depth", 3)):
-        ET.SubElement(size, key).text = str(value)
+    objects = []
     for number, shape in enumerate(shapes):
-        element = ET.SubElement(root, "object")
-        values = {"name": shape.name, "pose": "Unspecified", "truncated": 0, "difficult": int(difficult and not number)}
-        for key, value in values.items():
-            ET.SubElement(element, key).text = str(value)
         left, top, right, bottom = shape.box
-        box = ET.SubElement(element, "bndbox")
-        for key, value in (("xmin", left + 1), ("ymin", top + 1), ("xmax", right), ("ymax", bottom)):
-            ET.SubElement(box, key).text = str(int(value))
-    return ET.ElementTree(root)
+        corners = f"<xmin>{left + 1}</xmin><ymin>{top + 1}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax>"
+        flag = f"<difficult>{int(difficult and not number)}</difficult>"
+        objects.append(f"<object><name>{shape.name}</name>{flag}<bndbox>{corners}</bndbox></object>")
+    size = f"<size><width>{side}</width><height>{side}</height><depth>3</depth></size>"
+    return f"<annotation>{size}{''.join(objects)}</annotation>"
 
 
 def coco_tree(root: Path, train: int = 8, test: int = 4, side: int = 96) -> Path:
@@ -144,34 +136,23 @@ def coco_tree(root: Path, train: int = 8, test: int = 4, side: int = 96) -> Path
     (root / "annotations").mkdir(parents=True)
     for seed, (part, count) in enumerate({"train2017": train, "val2017": test}.items(), start=10):
         (root / part).mkdir()
-        content: dict[str, list[dict[str, object]]] = {
-            "images": [],
-            "annotations": [],
-            "categories": [{"id": 10 * k + 3, "name": name} for k, name in enumerate(CLASSES)],  # with gaps, as COCO's
-        }
+        categories = [{"id": 10 * k + 3, "name": name} for k, name in enumerate(CLASSES)]  # with gaps, as COCO's
+        content: dict[str, list[dict[str, object]]] = {"images": [], "annotations": [], "categories": categories}
         for number, image, shapes in _pictures(seed, count, side):
             name = f"{seed}{number:06}.jpg"
             image.save(root / part / name, quality=92)
             content["images"].append({"id": number, "file_name": name, "height": side, "width": side})
             for shape in shapes:
                 left, top, right, bottom = shape.box
-                content["annotations"].append({
-                    "id": len(content["annotations"]),
-                    "image_id": number,
-                    "category_id": 10 * CLASSES.index(shape.name) + 3,
-                    "bbox": [left, top, right - left, bottom - top],
-                    "area": (right - left) * (bottom - top),
-                    "segmentation": [[value for point in shape.outline for value in point]],
-                    "iscrowd": 0,
-                })  # fmt: skip
-        content["annotations"].append({
-            "id": len(content["annotations"]),
-            "image_id": 0,
-            "category_id": 3,
-            "bbox": [0, 0, 4, side],
-            "area": 4 * side,
-            "segmentation": {"size": [side, side], "counts": [0, 4 * side, (side - 4) * side]},  # four columns
-            "iscrowd": 1,
-        })  # fmt: skip
+                category, box = 10 * CLASSES.index(shape.name) + 3, [left, top, right - left, bottom - top]
+                outline = [[value for point in shape.outline for value in point]]
+                content["annotations"].append(_coco_object(number, category, box, outline))
+        columns = {"size": [side, side], "counts": [0, 4 * side, (side - 4) * side]}  # the first four
+        content["annotations"].append(_coco_object(0, 3, [0, 0, 4, side], columns) | {"iscrowd": 1})
         (root / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
     return root
+
+
+def _coco_object(image: int, category: int, box: list[float], segmentation: object) -> dict[str, object]:
+    content = {"image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+    return {**content, "segmentation": segmentation}

@@ -1,28 +1,37 @@
 """The classifier on fixed features against plain algebra, its groups and schedule, and what is frozen."""
 
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torchvision
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from barlow_recipes.classifier import (
     INITIAL_STD,
     Classifier,
-    accuracy,
+    Scores,
+    accuracies,
     build_classifier,
     build_optimizer,
     build_schedule,
     train_epoch,
+    write_classifier,
 )  # fmt: skip
-from barlow_recipes.encoders import Encoder
-from barlow_recipes.published import INATURALIST18, LINEAR, PLACES205, SEMI_SUPERVISED, Recipe
+from barlow_recipes.encoders import Encoder, build_encoder
+from barlow_recipes.published import RECIPES, Recipe
 
 CPU = torch.device("cpu")
 IMAGES, FEATURES, CLASSES = 45, 7, 6
-HEAVY = Recipe(epochs=3, batch_size=16, lr_classifier=0.3, lr_backbone=None, weight_decay=0.05)  # a decay that shows
+LINEAR, SEMI_SUPERVISED = RECIPES["linear"], RECIPES["semi-10"]
+HEAVY = Recipe(epochs=3, batch_size=16, lr_classifier=0.3, weight_decay=0.05)  # a decay that shows
 
 
 def encoder_of(module: nn.Module, features: int = FEATURES) -> Encoder:
@@ -61,7 +70,7 @@ def test_an_epoch_on_fixed_features_is_that_of_plain_algebra() -> None:
         for p, m, g in zip((weight, bias), momenta, (error.T @ x, error.sum(dim=0)), strict=True):
             m.copy_(HEAVY.momentum * m + (g + HEAVY.weight_decay * p))
             p.sub_(HEAVY.lr_classifier * m)
-    loss = train_epoch(classifier, build_optimizer(classifier, HEAVY), batches(features, labels), CPU)
+    loss, _ = train_epoch(classifier, build_optimizer(classifier, HEAVY), batches(features, labels), CPU)
     for found, expected in ((classifier.fc.weight, weight), (classifier.fc.bias, bias)):
         torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-10)
     assert loss == pytest.approx(sum(losses) / IMAGES, abs=1e-12)
@@ -81,8 +90,9 @@ def test_the_learning_rates_fall_by_a_cosine_per_epoch(recipe: Recipe) -> None:
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0] * len(highest), abs=1e-12)
 
 
-@pytest.mark.parametrize(("recipe", "drops"), [(PLACES205, (5, 9)), (INATURALIST18, (28, 56))])
-def test_the_learning_rates_of_transfer_fall_twice(recipe: Recipe, drops: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("name", "drops"), [("places205", (5, 9)), ("inaturalist18", (28, 56))])
+def test_the_learning_rates_of_transfer_fall_twice(name: str, drops: tuple[int, int]) -> None:
+    recipe = RECIPES[name]
     expected = [0.01 * 0.1 ** sum(epoch >= drop for drop in drops) for epoch in range(recipe.epochs)]
     rates = [recipe.lr_classifier * recipe.factor(epoch) for epoch in range(recipe.epochs)]
     assert rates == pytest.approx(expected, rel=1e-12)
@@ -92,14 +102,13 @@ def test_the_learning_rates_of_transfer_fall_twice(recipe: Recipe, drops: tuple[
 def test_the_published_numbers() -> None:
     """Of evaluate.py in facebookresearch/barlowtwins, and of PIRL."""
     published = {
-        LINEAR: (100, 256, 0.3, None, 1e-6, 0.9),
-        SEMI_SUPERVISED: (20, 256, 0.5, 0.005, 0.0, 0.9),
-        PLACES205: (14, 256, 0.01, None, 5e-4, 0.9),
-        INATURALIST18: (84, 256, 0.01, None, 5e-4, 0.9),
+        "linear": (100, 256, 0.3, None, 1e-6, 0.9),
+        "semi-1": (20, 256, 0.5, 0.005, 0.0, 0.9),
+        "semi-10": (20, 256, 0.5, 0.005, 0.0, 0.9),
+        "places205": (14, 256, 0.01, None, 5e-4, 0.9),
+        "inaturalist18": (84, 256, 0.01, None, 5e-4, 0.9),
     }
-    for recipe, numbers in published.items():
-        found = (recipe.epochs, recipe.batch_size, recipe.lr_classifier, recipe.lr_backbone)
-        assert (*found, recipe.weight_decay, recipe.momentum) == numbers
+    assert {name: tuple(vars(recipe).values())[:6] for name, recipe in RECIPES.items()} == published
 
 
 @pytest.mark.parametrize("recipe", [LINEAR, SEMI_SUPERVISED], ids=["frozen", "fine-tuned"])
@@ -130,7 +139,7 @@ def test_a_frozen_encoder_keeps_every_bit(recipe: Recipe) -> None:
     optimizer = build_optimizer(classifier, recipe)
     for _ in range(2):
         train_epoch(classifier, optimizer, batches(*photographs(), size=5), CPU)
-        accuracy(classifier, batches(*photographs()), CPU)
+        accuracies(classifier, batches(*photographs()), CPU)
     same = [torch.equal(value, before[name]) for name, value in encoder.module.state_dict().items()]
     assert same == [recipe.frozen] * len(before)
     assert any(value.grad is not None for value in encoder.module.parameters()) != recipe.frozen
@@ -165,22 +174,24 @@ def test_unreadable_images_are_as_if_they_were_absent(recipe: Recipe) -> None:
         parts = [with_unreadable(*part, every=2) if spoilt else part for part in batches(images, labels, 6)]
         if spoilt:
             parts.insert(1, (torch.zeros(2, 3, 8, 8), torch.tensor([-1, -1])))  # nothing to learn from: no step
-        loss = train_epoch(classifier, build_optimizer(classifier, recipe), parts, CPU)
-        found.append((loss, classifier.state_dict(), accuracy(classifier, parts, CPU)))
-    (loss, state, whole), (spoilt_loss, spoilt_state, rest) = found
-    assert spoilt_loss == loss
+        epoch = train_epoch(classifier, build_optimizer(classifier, recipe), parts, CPU)
+        found.append((epoch, classifier.state_dict(), accuracies(classifier, parts, CPU)))
+    (epoch, state, whole), (spoilt_epoch, spoilt_state, rest) = found
+    assert spoilt_epoch == epoch._replace(unreadable=8)
     assert all(torch.equal(value, spoilt_state[name]) for name, value in state.items())
-    assert rest == whole._replace(unreadable=8)
-    assert whole.images == 12
+    assert rest == whole | {"unreadable_in_validation": 8}
+    assert whole["validation_images"] == 12
 
 
 def test_an_epoch_without_a_readable_image_has_no_loss_and_takes_no_step() -> None:
     classifier = build_classifier(convolutional(), CLASSES, frozen=False)
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
     nothing = [(torch.zeros(2, 3, 8, 8), torch.tensor([-1, -1]))]
-    assert math.isnan(train_epoch(classifier, build_optimizer(classifier, SEMI_SUPERVISED), nothing, CPU))
+    loss, unreadable = train_epoch(classifier, build_optimizer(classifier, SEMI_SUPERVISED), nothing, CPU)
+    assert math.isnan(loss)
+    assert unreadable == 2
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
-    assert math.isnan(accuracy(classifier, nothing, CPU).top1)
+    assert math.isnan(accuracies(classifier, nothing, CPU)["top1"])
 
 
 class Table(nn.Module):
@@ -203,13 +214,48 @@ def test_accuracies_are_those_of_a_count_by_hand() -> None:
     labels = torch.randint(7, (200,), generator=generator)  # classes 7, 8 and 9 have no image
     ranks = [(row > row[label]).sum().item() for row, label in zip(logits, labels, strict=True)]
     of_class = [[rank == 0 for rank, label in zip(ranks, labels.tolist(), strict=True) if label == c] for c in range(7)]
-    found = accuracy(reading_off(), batches(logits, labels, 33), CPU)
-    assert found.top1 == pytest.approx(100 * sum(rank == 0 for rank in ranks) / 200, abs=1e-9)
-    assert found.top5 == pytest.approx(100 * sum(rank < 5 for rank in ranks) / 200, abs=1e-9)
+    found = accuracies(reading_off(), batches(logits, labels, 33), CPU)
+    assert found["top1"] == pytest.approx(100 * sum(rank == 0 for rank in ranks) / 200, abs=1e-9)
+    assert found["top5"] == pytest.approx(100 * sum(rank < 5 for rank in ranks) / 200, abs=1e-9)
     expected = 100 * sum(sum(right) / len(right) for right in of_class) / 7
-    assert found.mean_per_class == pytest.approx(expected, abs=1e-9)
-    assert abs(found.mean_per_class - found.top1) > 0.01  # the classes differ in size
-    assert (found.images, found.unreadable) == (200, 0)
+    assert found["mean_per_class"] == pytest.approx(expected, abs=1e-9)
+    assert abs(found["mean_per_class"] - found["top1"]) > 0.01  # the classes differ in size
+    assert (found["validation_images"], found["unreadable_in_validation"]) == (200, 0)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 5])
+def test_of_few_classes_all_but_the_excluded_ones_are_among_the_first_five(classes: int) -> None:
+    logits = torch.randn(20, classes, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(20) % classes
+    for excluded, expected in ((False, 100), (True, 100 - 100 * int((labels == 0).sum()) / 20)):
+        scores = Scores(classes, CPU)
+        scores.add(logits.index_fill(1, torch.tensor([0]), -torch.inf) if excluded else logits, labels)
+        assert scores.result()["top5"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("recipe", [LINEAR, SEMI_SUPERVISED], ids=["frozen", "fine-tuned"])
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "timm/test_vit", "timm/test_efficientnet"])
+def test_the_libraries_load_the_classifier_and_see_the_same(arch: str, recipe: Recipe, tmp_path: Path) -> None:
+    """Plain torchvision and plain timm, by the names and shapes of their own models."""
+    torch.manual_seed(0)
+    encoder, images = build_encoder(arch), torch.rand(4, 3, 160, 160)
+    classifier = build_classifier(encoder, CLASSES, frozen=recipe.frozen)
+    train_epoch(classifier, build_optimizer(classifier, recipe), [(images, torch.arange(4))], CPU)
+    path = tmp_path / "classifier.safetensors"
+    write_classifier(path, classifier, encoder, [f"class {number}" for number in range(CLASSES)], 160)
+    expected = classifier.eval()(images)
+    if arch.startswith("timm/"):
+        models = [timm.create_model(arch.removeprefix("timm/"), num_classes=CLASSES, checkpoint_path=path)]
+    else:
+        models = [torchvision.models.get_model(arch, num_classes=CLASSES)]
+        models[0].load_state_dict(load_file(path))
+    if arch == "resnet18":
+        models.append(timm.create_model(arch, num_classes=CLASSES, checkpoint_path=path))
+    for model in models:
+        assert torch.equal(model.eval()(images), expected)
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["classes"])[5] == "class 5"
+        assert file.metadata()["arch"] == arch
 
 
 def test_bf16_trains_the_same_classifier_but_for_rounding() -> None:

@@ -20,7 +20,7 @@ import sys
 sys.path.insert(0, {str(EXAMPLES)!r})
 import torch
 import imagenet_evaluate as program
-from barlow_recipes import neighbours, protocols as training
+from barlow_recipes import neighbours, protocols
 from barlow_recipes.distributed import is_main
 
 class Double(torch.nn.Module):
@@ -37,11 +37,11 @@ def finish_and_keep(run, name, result):
         torch.save(built[-1].state_dict(), run.out / (name + ".pt"))
     finish(run, name, result)
 
-built, build, finish = [], training.build_classifier, program.Run.finish
-training.build_classifier, program.Run.finish = build_in_float64, finish_and_keep
+built, build, finish = [], protocols.build_classifier, program.Run.finish
+protocols.build_classifier, program.Run.finish = build_in_float64, finish_and_keep
 neighbours.MOST_SIMILARITIES = 20  # two queries at a time; the parts of the bank are of 9 and 11 images
-nearest = program.nearest
-program.nearest = lambda encoder, *args: (encoder.module.float(), nearest(encoder, *args))[1]
+nearest = protocols.nearest
+protocols.nearest = lambda encoder, *args: (encoder.module.float(), nearest(encoder, *args))[1]
 sys.exit(program.main())
 """
 

@@ -1,112 +1,159 @@
-"""A detector's training, step by step; several processes take each step together."""
+"""A detector's training, step by step, and its test; several processes share every batch of both."""
 
-import contextlib
-from collections.abc import Iterator
-from functools import partial
+import copy
+from collections.abc import Mapping
 from itertools import islice
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn, optim
-from torch.optim.lr_scheduler import LambdaLR
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection import FasterRCNN
+from torchvision.transforms.v2.functional import to_dtype
 
 from barlow_recipes import distributed
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.data import seed_of
-from barlow_recipes.detection.images import Batch, TrainingBatches
-from barlow_recipes.detection.recipes import learning_rate_factor
-from barlow_recipes.detection.scores import Precise, floats
+from barlow_recipes.detection.images import Batch, Images
 from barlow_recipes.detection.settings import Settings
-from barlow_recipes.errors import Aborted
+from barlow_recipes.errors import Aborted, require
+from barlow_recipes.tables import aligned
 
 MEASURED = 2**40  # in place of an epoch's number: of the batches by which batch norms are measured again
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+NORMS = (BATCH_NORM, nn.GroupNorm, nn.LayerNorm)
+FIGURES = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}  # AP: the mean over IoU 0.5, 0.55, ..., 0.95
+MASK_THRESHOLD = 0.5
+Scores = dict[str, dict[str, float | None]]  # of "box" and "mask", in percent; None where nothing is to be found
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> optim.SGD:
     """SGD on what is not frozen; without weight decay for norms, as detectron2's WEIGHT_DECAY_NORM."""
-    norms = [p for module in model.modules() if isinstance(module, NORMS) for p in module.parameters()]
-    ids = {id(parameter) for parameter in norms}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    norms = {parameter for module in model.modules() if isinstance(module, NORMS) for parameter in module.parameters()}
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.requires_grad], "weight_decay": decay}
-        for parameters, decay in ((others, settings.weight_decay), (norms, 0.0))
+        {"params": [parameter for parameter in learning if parameter not in norms]},
+        {"params": [parameter for parameter in learning if parameter in norms], "weight_decay": 0.0},
     ]
-    kept = [group for group in groups if group["params"]]
-    return optim.SGD(kept, lr=settings.learning_rate, momentum=settings.momentum)
+    return optim.SGD(groups, settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay)
 
 
-def build_schedule(optimizer: optim.Optimizer, settings: Settings) -> LambdaLR:
-    """The schedule of the whole run, to be advanced after every step."""
-    factor = partial(
-        learning_rate_factor,
-        milestones=settings.milestones,
-        warmup=settings.warmup,
-        warmup_factor=settings.warmup_factor,
-    )
-    return LambdaLR(optimizer, factor)
+def learning_rate_factor(step: int, settings: Settings) -> float:
+    """What multiplies the learning rate in a step: linear to 1 in the warm-up, times 0.1 for each milestone passed."""
+    done = min(step / settings.warmup, 1.0) if settings.warmup else 1.0
+    decay = 0.1 ** sum(step >= milestone for milestone in settings.milestones)
+    return decay * (settings.warmup_factor * (1 - done) + done)
 
 
-def losses_of(network: nn.Module, batch: Batch, device: torch.device, masks: bool) -> dict[str, Tensor]:
-    """The detector's losses on this process's images."""
-    names = ("boxes", "labels", "masks") if masks else ("boxes", "labels")
-    targets = [{name: target[name].to(device, non_blocking=True) for name in names} for target in batch.targets]
-    losses: dict[str, Tensor] = network([floats(image, device) for image in batch.images], targets)
+def losses_of(network: nn.Module, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    targets = [{name: value.to(device, non_blocking=True) for name, value in each.items()} for each in batch.targets]
+    losses: dict[str, Tensor] = network(_floats(batch, device), targets)
     return losses
 
 
-def take_step(
-    network: nn.Module, state: TrainingState, batch: Batch, settings: Settings, masks: bool
-) -> dict[str, float]:
-    """One step of the optimiser, from gradients of all processes' images; the losses, as this process sees them.
+def _floats(batch: Batch, device: torch.device) -> list[Tensor]:
+    """From 0 to 1, as torchvision's detectors take them."""
+    return [to_dtype(image.to(device, non_blocking=True), scale=True) for image in batch.images]
 
-    Which sides and which regions are drawn is a pure function of (seed, step, rank): a resumed run draws the same. As
-    in detectron2, each process takes the mean over its own regions, so two processes' gradient is not to the bit that
-    of one; here, uneven shares of a batch weigh as many images as they have.
 
-    Raises:
-        Aborted: a loss is not finite. The step is not taken.
+def take_step(network: nn.Module, state: TrainingState, batch: Batch, settings: Settings) -> dict[str, float]:
+    """One step of the optimiser; the losses, as this process sees them. Aborted, and no step: one is not finite.
+
+    Which sides and regions are drawn is a pure function of (seed, step, rank). As in detectron2, each process takes the
+    mean over its own regions, so two processes' gradient is not that of one; uneven shares weigh as they have images.
     """
     torch.manual_seed(seed_of(settings.seed, state.step, distributed.rank()))
-    losses = losses_of(network, batch, settings.device, masks)
+    losses = losses_of(network, batch, state.device)
     total = torch.stack([*losses.values()]).sum()
     state.optimizer.zero_grad()
-    share = len(batch.images) * distributed.world_size() / settings.batch_size
-    (total * share).backward()
-    numbers = dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
+    (total * len(batch.images) * distributed.world_size() / settings.batch_size).backward()
+    numbers = {"loss": total.item()} | {name: loss.item() for name, loss in losses.items()}
     (bad,) = distributed.totals([not total.isfinite().item()])
     if bad:
         raise Aborted(f"step {state.step + 1}: the loss is not finite ({numbers}): try a smaller --learning-rate")
     state.optimizer.step()
     state.schedule.step()
     state.step += 1
-    return {"loss": sum(numbers.values()), **numbers}
-
-
-def endless(batches: TrainingBatches, step: int) -> Iterator[Batch]:
-    """The batches from a step of the run on, epoch after epoch."""
-    epoch, first = divmod(step, len(batches))
-    while True:
-        yield from batches.batches(epoch, first)
-        epoch, first = epoch + 1, 0
-
-
-@contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """A test amid the training leaves no trace in it: the batch norms' statistics are as before."""
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    yield
-    model.load_state_dict(kept, strict=False)
+    return numbers
 
 
 @torch.no_grad()
-def measure_norms(
-    network: nn.Module, model: GeneralizedRCNN, batches: TrainingBatches, settings: Settings, masks: bool
-) -> None:
-    """Measure the batch norms that are not frozen by training batches, as they are to be used in the test."""
-    if not settings.precise_batches:
+def tested(model: FasterRCNN, images: Images, settings: Settings, device: torch.device) -> FasterRCNN:
+    """A copy for the test: of its side, and with the batch norms' mean statistics of some training batches.
+
+    As in fvcore's ``PreciseBatchNorm``, which the published runs used; frozen batch norms stay as they are.
+    """
+    model = copy.deepcopy(model).train()
+    if settings.precise_batches:
+        for norm in model.modules():
+            if isinstance(norm, BATCH_NORM) and norm.training:
+                norm.reset_running_stats()
+                norm.momentum = None  # the cumulative mean
+        torch.manual_seed(seed_of(settings.seed, MEASURED, distributed.rank()))
+        for batch in islice(images.of_epoch(MEASURED), settings.precise_batches):
+            losses_of(model, batch, device)
+    model.transform.min_size = (settings.test_short_side,)
+    return model.eval()
+
+
+def build_metric(masks: bool, recall_points: int) -> Any:
+    """torchmetrics' average precision at ``recall_points`` points of recall: 101 as COCO, 11 as Pascal VOC 2007."""
+    return require("torchmetrics.detection", "average precision").MeanAveragePrecision(
+        iou_type=("bbox", "segm") if masks else "bbox",
+        rec_thresholds=[number / (recall_points - 1) for number in range(recall_points)],
+        backend="pycocotools",
+        sync_on_compute=False,  # it expects as many images of every process
+    )
+
+
+@torch.no_grad()
+def evaluate(model: FasterRCNN, images: Images, device: torch.device) -> tuple[Scores, int]:
+    """The scores of all processes' images, on rank 0 alone; and how many were left out because they cannot be read."""
+    metric, unreadable = build_metric(images.data.masks, images.data.recall_points), 0
+    for batch in images.of_test():
+        unreadable += batch.unreadable
+        if batch.images:
+            found = model(_floats(batch, device))
+            metric.update([*map(_with_booleans, found)], [*map(_with_booleans, batch.targets)])
+    _collect(metric)
+    (unreadable,) = distributed.totals([unreadable])
+    return (scores_of(metric.compute()) if distributed.is_main() else {}), unreadable
+
+
+def _with_booleans(objects: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, with masks of (N, H, W), as torchmetrics takes them; a detector's are (N, 1, H, W)."""
+    masks = {"masks": objects["masks"].flatten(0, -3) >= MASK_THRESHOLD} if "masks" in objects else {}
+    return {name: value.cpu() for name, value in (dict(objects) | masks).items()}
+
+
+def _collect(metric: Any) -> None:
+    """Bring what the processes have found to rank 0; their numbers of images may differ."""
+    if distributed.world_size() == 1:
         return
-    torch.manual_seed(seed_of(settings.seed, MEASURED, distributed.rank()))
-    with Precise(model):
-        for batch in islice(batches.batches(MEASURED), settings.precise_batches):
-            losses_of(network, batch, settings.device, masks)
+    everyones: list[Any] | None = [None] * distributed.world_size() if distributed.is_main() else None
+    dist.gather_object(dict(metric.metric_state), everyones)
+    for state in (everyones or [])[1:]:
+        for name, values in state.items():
+            getattr(metric, name).extend(values)
+
+
+def scores_of(computed: Mapping[str, Tensor]) -> Scores:
+    """torchmetrics' results, in percent; it says −1 where there is nothing to find."""
+    prefixes = {"box": "bbox_", "mask": "segm_"} if "bbox_map" in computed else {"box": ""}
+    return {
+        kind: {
+            figure: 100 * float(value) if (value := computed[prefix + name]) >= 0 else None
+            for figure, name in FIGURES.items()
+        }
+        for kind, prefix in prefixes.items()
+    }
+
+
+def table(rows: Mapping[str, Scores]) -> str:
+    """Scores of several runs, by their names."""
+    kinds = list(dict.fromkeys(kind for scores in rows.values() for kind in scores))
+    cells = [["", *(f"{kind} {figure}" for kind in kinds for figure in FIGURES)]]
+    for name, scores in rows.items():
+        values = [scores[kind][figure] for kind in kinds for figure in FIGURES]
+        cells.append([name, *("–" if value is None else f"{value:.1f}" for value in values)])
+    return aligned(cells)

@@ -1,6 +1,6 @@
 """The built-in data as tensors: what each task shows to its encoder, and which of the images have labels."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -15,14 +15,13 @@ from barlow_recipes.fashion_mnist import FINAL_BANK_PER_CLASS, NAME, SIDE, load_
 from barlow_recipes.pixels import as_float, normalized
 from barlow_recipes.presets import PRESETS
 from barlow_recipes.settings import read_settings
-from barlow_recipes.views import PAPER, ViewRecipe, colored, crop_small, draw, grayscale, small_views
+from barlow_recipes.views import PAPER, colored, crop_small, draw, grayscale, small_views
 
 if TYPE_CHECKING:
     from barlow_recipes.data import Probe
     from barlow_recipes.fashion_mnist import PlainBatches
 
 DIGITS, FASHION = "digits", NAME
-ENCODERS = {name: str(PRESETS[name]["arch"]) for name in (DIGITS, FASHION)}
 CLASSES = 10  # of either
 DIGIT_SIDE = 8
 TOGETHER = 512  # images that pass through an encoder at once
@@ -62,6 +61,24 @@ def labels_per_class(column: str, images: int) -> int:
     return max(1, images * int(share) // 100 // CLASSES) if share != column else int(column)
 
 
+@cache  # a process does several jobs, and Fashion-MNIST takes seconds to read
+def load(name: str, source: str) -> DataSet:
+    """Read digits or, from ``source``, Fashion-MNIST, split and coloured as for pretraining; nobody changes it.
+
+    Raises:
+        UsageError: a file is missing or damaged.
+    """
+    if name == DIGITS:
+        probe = cast("Probe", load_digits(1, seed=0, monitor=False).final)
+        train, test = (Labelled(*map(torch.cat, zip(*part, strict=True))) for part in (probe.bank, probe.queries))
+    else:
+        fashion = load_fashion_mnist(source, recipes=PAPER, batch_size=1, seed=0, monitor=False)
+        parts = cast("tuple[PlainBatches, PlainBatches]", cast("Probe", fashion.final)[:2])
+        train, test = (Labelled(part.images, part.labels) for part in parts)  # all of them, not the bank's alone
+    bank = hold_out(train.labels, 1, SPLIT_SEED, FINAL_BANK_PER_CLASS)
+    return DataSet(train, test, bank.nonzero()[:, 0])
+
+
 @dataclass(frozen=True)
 class Task:
     """An encoder, pretrained on one data set, and the images of the same or another one that it is to classify."""
@@ -79,7 +96,7 @@ class Task:
 
     @property
     def arch(self) -> str:
-        return ENCODERS[self.pretrained_on]
+        return str(PRESETS[self.pretrained_on]["arch"])
 
     def tries_without(self, column: str) -> bool:
         """Whether to train from scratch without augmentation, too.
@@ -89,12 +106,23 @@ class Task:
         return self.data == self.pretrained_on and column != "10%"
 
     def plain(self, images: Tensor) -> Tensor:
-        """What the encoder is to see of them."""
-        return _INPUTS[self.pretrained_on, self.data](images)
+        """What the encoder is to see of them: float32."""
+        pixels = as_float(images) if self.data == FASHION else images
+        if self.pretrained_on == self.data:
+            return normalized(pixels) if self.data == FASHION else pixels
+        return _fashion_as_digits(pixels) if self.data == FASHION else _digits_as_fashion(pixels)
 
     def augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """And with the random changes that pretraining on these images makes: float32."""
-        return _AUGMENTED[self.pretrained_on, self.data](images, generator)
+        """And with the random changes that pretraining on these images makes."""
+        if self.data == DIGITS:
+            return self.plain(augment_digits(images, generator))
+        first, second = (
+            draw(recipe, len(images), generator) for recipe in read_settings(["--data", NAME], "").recipes()
+        )
+        decisions = torch.where(torch.rand(len(images), 1, generator=generator) < 0.5, first, second)  # either view
+        if self.pretrained_on == FASHION:
+            return small_views(images, decisions)
+        return _fashion_as_digits(colored(crop_small(as_float(images), decisions), decisions))
 
     def batches(self, part: Labelled, numbers: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Images without augmentation, and their labels."""
@@ -103,50 +131,9 @@ class Task:
             yield self.plain(part.images[some]), part.labels[some]
 
 
-@cache  # a process does several jobs, and Fashion-MNIST takes seconds to read
-def load(name: str, source: str) -> DataSet:
-    """Read a data set, split and coloured as for pretraining; nobody changes what is returned.
-
-    Args:
-        name: "digits" or "fashion-mnist".
-        source: of Fashion-MNIST, as --data takes it.
-
-    Raises:
-        UsageError: a file is missing or damaged.
-    """
-    if name == DIGITS:
-        probe = cast("Probe", load_digits(1, seed=0, monitor=False).final)
-        train, test = (Labelled(*map(torch.cat, zip(*part, strict=True))) for part in (probe.bank, probe.queries))
-    else:
-        fashion = load_fashion_mnist(source, recipes=PAPER, batch_size=1, seed=0, monitor=False)
-        parts = cast("tuple[PlainBatches, PlainBatches]", cast("Probe", fashion.final)[:2])
-        train, test = (Labelled(part.images, part.labels) for part in parts)  # all of them, not the bank's alone
-    bank = hold_out(train.labels, 1, SPLIT_SEED, FINAL_BANK_PER_CLASS)
-    return DataSet(train, test, bank.nonzero()[:, 0])
-
-
-def _views() -> tuple[ViewRecipe, ViewRecipe]:
-    return read_settings(["--data", NAME], "").recipes()
-
-
-def _decisions(n: int, generator: torch.Generator) -> Tensor:
-    """Each image becomes view 1 or view 2 of pretraining."""
-    first, second = (draw(recipe, n, generator) for recipe in _views())
-    return torch.where(torch.rand(n, 1, generator=generator) < 0.5, first, second)
-
-
-def _augmented_fashion(images: Tensor, generator: torch.Generator) -> Tensor:
-    return small_views(images, _decisions(len(images), generator))
-
-
 def _fashion_as_digits(pixels: Tensor) -> Tensor:
     """Colours to grey, 28×28 to 8×8 by the mean of the areas; of floats in [0, 1]."""
     return F.adaptive_avg_pool2d(grayscale(pixels, pixels)[:, :1], DIGIT_SIDE)
-
-
-def _augmented_fashion_as_digits(images: Tensor, generator: torch.Generator) -> Tensor:
-    decisions = _decisions(len(images), generator)
-    return _fashion_as_digits(colored(crop_small(as_float(images), decisions), decisions))
 
 
 def _digits_as_fashion(pixels: Tensor) -> Tensor:
@@ -154,23 +141,6 @@ def _digits_as_fashion(pixels: Tensor) -> Tensor:
     larger = F.interpolate(pixels, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
     return normalized(larger.repeat(1, 3, 1, 1))
 
-
-def _augmented_digits_as_fashion(images: Tensor, generator: torch.Generator) -> Tensor:
-    return _digits_as_fashion(augment_digits(images, generator))
-
-
-_INPUTS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {  # by the encoder's data and the images'
-    (DIGITS, DIGITS): torch.Tensor.float,
-    (FASHION, FASHION): lambda images: normalized(as_float(images)),
-    (FASHION, DIGITS): _digits_as_fashion,
-    (DIGITS, FASHION): lambda images: _fashion_as_digits(as_float(images)),
-}
-_AUGMENTED: dict[tuple[str, str], Callable[[Tensor, torch.Generator], Tensor]] = {
-    (DIGITS, DIGITS): augment_digits,
-    (FASHION, FASHION): _augmented_fashion,
-    (FASHION, DIGITS): _augmented_digits_as_fashion,
-    (DIGITS, FASHION): _augmented_fashion_as_digits,
-}
 
 TASKS = {
     task.name: task

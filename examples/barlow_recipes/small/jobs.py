@@ -1,6 +1,5 @@
 """Parts of a program that need one another's results, done by a few processes of their own."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -8,12 +7,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import connection
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -34,126 +34,88 @@ class Job:
     told: str = field(default="", compare=False)  # in words
 
 
-class _Worker(NamedTuple):
-    process: BaseProcess
-    connection: Connection
-    log: Path
-
-
 def run_jobs(
     jobs: Iterable[Job],
-    *,
     processes: int,
     threads: int,
+    *,
     logs: Path,
     done: Callable[[Job, Result], None],
     already: Iterable[str] = (),
 ) -> None:
-    """Do all jobs, each as soon as it can be, the first of the list first.
+    """Do all jobs, each when it can be, the first of the list first.
 
-    Args:
-        jobs: in the order of their importance: long ones first.
-        processes: that work at the same time.
-        threads: of torch in each of them.
-        logs: the folder for what each of them prints.
-        done: told of each job, in this process.
-        already: the names of jobs that need not be done any more.
+    Each of the processes has so many threads of torch, and a file in ``logs`` for what it prints. ``done`` is told of
+    each job, in this process; what is ``already`` done, by its name, need not be done any more.
 
     Raises:
-        Aborted: a job has failed or its process has died. However it ends, no process is left.
+        Aborted: a job has failed or a process has died. However it ends, no process is left.
     """
-    waiting, finished = [job for job in jobs if job.name not in (known := set(already))], known
-    busy: dict[Connection, tuple[_Worker, Job]] = {}
-    workers = [_start(number, threads, logs) for number in range(1, min(processes, len(waiting)) + 1)]
-    idle = [*workers]
-    try:
-        while waiting or busy:
-            while idle and (job := next((job for job in waiting if finished.issuperset(job.needs)), None)):
-                worker = idle.pop(0)
-                waiting.remove(job)
-                busy[worker.connection] = worker, job
-                worker.connection.send((job.function, dict(job.arguments)))
-            for ready in connection.wait(list(busy)):
-                worker, job = busy.pop(ready)  # type: ignore[call-overload]
-                done(job, _result(worker, job))
-                finished.add(job.name)
-                idle.append(worker)
-    finally:
-        _end(workers, [worker for worker, _ in busy.values()])
-
-
-def _start(number: int, threads: int, logs: Path) -> _Worker:
+    finished = set(already)
+    waiting = [job for job in jobs if job.name not in finished]
+    running: dict[futures.Future[Result], Job] = {}
+    others, workers = {*multiprocessing.active_children()}, set[BaseProcess]()
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    log = logs / f"process-{number}.log"
-    process = context.Process(target=_serve, args=(there, threads, log), daemon=True)
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported there
+    pool = futures.ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(threads, logs))
     try:
-        process.start()
+        while waiting or running:
+            for job in [job for job in waiting if finished.issuperset(job.needs)]:
+                waiting.remove(job)
+                running[pool.submit(_do, job.function, job.arguments)] = job
+            workers |= {*multiprocessing.active_children()} - others
+            for ready in futures.wait(running, 1, futures.FIRST_COMPLETED).done:
+                job = running.pop(ready)
+                done(job, _result(ready, job))
+                finished.add(job.name)
+            # Of a process that dies in its first job Python 3.11's pool may not hear.
+            if died := [worker.exitcode for worker in workers if worker.exitcode]:
+                raise Aborted(f"a process has died (exit code {died[0]}): is there memory enough?")
+    except BaseException:
+        _terminate({*multiprocessing.active_children()} - others)
+        raise
     finally:
-        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
-    there.close()
-    return _Worker(process, here, log)
+        pool.shutdown(cancel_futures=True)
 
 
-def _result(worker: _Worker, job: Job) -> Result:
+def _result(ready: "futures.Future[Result]", job: Job) -> Result:
+    name = job.told or job.name
     try:
-        failure, result = worker.connection.recv()
-    except (EOFError, ConnectionError):
-        worker.process.join(PATIENCE)
-        code = worker.process.exitcode
-        raise Aborted(
-            f"{job.told or job.name}: its process has died (exit code {code}): is there memory enough?"
-        ) from None
-    if failure:
-        raise Aborted(f"{job.told or job.name}: {failure} (all of it: {worker.log})")
-    found: Result = result
-    return found
+        return ready.result()
+    except BrokenProcessPool:
+        raise Aborted(f"{name}, or what was beside it: a process has died: is there memory enough?") from None
+    except Aborted as error:
+        raise Aborted(f"{name}: {error}") from None
 
 
-def _end(workers: list[_Worker], busy: list[_Worker]) -> None:
-    """Those without a job end by themselves; the others get a signal, which pretraining obeys with a checkpoint."""
-    for worker in workers:
-        worker.connection.close()
-    for worker in busy:
-        worker.process.terminate()
-    for worker in workers:
-        worker.process.join(PATIENCE)
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+def _terminate(children: set[BaseProcess]) -> None:
+    """Pretraining obeys with a checkpoint."""
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(PATIENCE)
+        child.kill()
 
 
-def _serve(parent: Connection, threads: int, log: Path) -> None:
-    """In a process of its own: do what comes, until nothing more comes."""
-    _end_with_parent()
+def _begin(threads: int, logs: Path) -> None:
+    """In a process of its own, before its first job."""
+    number = multiprocessing.current_process().name.rpartition("-")[2]
+    sys.stdout = sys.stderr = (logs / f"process-{number}.log").open("a", encoding="utf-8", buffering=1)
     torch.set_num_threads(threads)
-    with log.open("a", encoding="utf-8", buffering=1) as file:
-        sys.stdout = sys.stderr = file
-        with contextlib.suppress(EOFError, KeyboardInterrupt, ConnectionError):  # the parent is gone, or is going
-            while True:
-                function, arguments = parent.recv()
-                parent.send(_done(function, arguments))
-
-
-def _done(function: Callable[..., Result], arguments: dict[str, Any]) -> tuple[str, Result]:
-    """The failure, if there is one, and the result."""
-    try:
-        return "", function(**arguments)
-    except Exception as error:
-        traceback.print_exc()
-        return f"{type(error).__name__}: {first_line(error)}", {}
-
-
-def _end_with_parent() -> None:
-    """Also where the parent has been killed, and could tell nobody."""
     parent = multiprocessing.parent_process()
-    if parent is None:
-        return
+    assert parent is not None
 
-    def watch(sentinel: int) -> None:
-        connection.wait([sentinel])
+    def end_with_parent() -> None:
+        """Also where it has been killed, and could tell nobody."""
+        connection.wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGTERM)  # pretraining saves
 
-    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _do(function: Callable[..., Result], arguments: Mapping[str, Any]) -> Result:
+    try:
+        return function(**arguments)
+    except Exception as error:
+        traceback.print_exc()
+        log = getattr(sys.stderr, "name", "")
+        raise Aborted(f"{type(error).__name__}: {first_line(error)} (all of it: {log})") from None

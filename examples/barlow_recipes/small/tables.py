@@ -1,17 +1,19 @@
-"""The accuracies of several seeds as a table: for people, for Markdown, for README.md."""
+"""The accuracies of several seeds as a table and as a picture: for people, for Markdown, for README.md."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from barlow_recipes.errors import UsageError
-from barlow_recipes.small.data import COLUMNS, KNN, MOST, TASKS
-from barlow_recipes.small.methods import METHODS, PRETRAINED, SCRATCH, UNTRAINED
+from barlow_recipes.errors import UsageError, require
+from barlow_recipes.pictures import BLUE, GREEN, GREY, ORANGE, drawing
+from barlow_recipes.small.data import CLASSES, COLUMNS, KNN, MOST, TASKS
+from barlow_recipes.small.methods import FINE_TUNED, METHODS, PRETRAINED, RAW, SCRATCH, UNTRAINED
 
 BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"
 TITLES = {KNN: "10-NN", "1": "1 a class", "10": "10 a class", "1%": "1 %", "10%": "10 %", MOST: "most"}
-Row = Mapping[str, Any]
+COLORS = {RAW: "#c9c9c9", UNTRAINED: GREY, SCRATCH: ORANGE, PRETRAINED: BLUE, FINE_TUNED: GREEN}
+DARK = "#3c3c3c"
 Results = Mapping[str, Any]  # of results.json
 
 
@@ -30,40 +32,40 @@ class Figure(NamedTuple):
 Cell = tuple[str, str, str]  # task, method, labels
 
 
-def summarize(rows: Sequence[Row]) -> dict[Cell, Figure]:
+def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[Cell, Figure]:
     """The mean over the seeds of the mean over a seed's draws, and the spread over the seeds.
 
     Where training from scratch was tried with and without augmentation, the one with the better mean counts.
     """
+    groups: dict[tuple[Cell, bool | None], dict[int, list[float]]] = {}
+    for row in rows:
+        key = (row["task"], row["method"], row["labels"]), row.get("augmented")
+        groups.setdefault(key, {}).setdefault(row["seed"], []).append(row["accuracy"])
     figures: dict[Cell, Figure] = {}
-    for (*cell, augmented), seeds in _by_seed(rows).items():
-        task, method, labels = cell
-        spread = statistics.stdev(seeds.values()) if len(seeds) > 1 else None
-        figure = Figure(statistics.fmean(seeds.values()), spread, len(seeds), augmented)
-        known = figures.get((task, method, labels))
-        figures[task, method, labels] = figure if known is None else max(known, figure, key=lambda each: each.mean)
+    for (cell, augmented), seeds in groups.items():
+        values = [statistics.fmean(draws) for draws in seeds.values()]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        figure = Figure(statistics.fmean(values), spread, len(values), augmented)
+        figures[cell] = max(figures.get(cell, figure), figure, key=lambda each: each.mean)
     return figures
 
 
-def _by_seed(rows: Sequence[Row]) -> dict[tuple[str, str, str, bool | None], dict[int, float]]:
-    """The mean over the draws of every seed."""
-    groups: dict[tuple[str, str, str, bool | None], dict[int, list[float]]] = {}
-    for row in rows:
-        key = row["task"], row["method"], row["labels"], row.get("augmented")
-        groups.setdefault(key, {}).setdefault(row["seed"], []).append(row["accuracy"])
-    return {key: {seed: statistics.fmean(found) for seed, found in seeds.items()} for key, seeds in groups.items()}
+def of_task(figures: Mapping[Cell, Figure], task: str) -> dict[tuple[str, str], Figure]:
+    return {(method, labels): figure for (name, method, labels), figure in figures.items() if name == task}
+
+
+def columns_of(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    return [column for column in COLUMNS if any(cell[-1] == column for cell in cells)]
 
 
 def markdown(results: Results) -> str:
     """The table, and in words what stands in it."""
     figures = summarize(results["rows"])
-    columns = [column for column in COLUMNS if any(labels == column for _, _, labels in figures)]
+    columns = columns_of([*figures])
     lines = [["", *(TITLES[column] for column in columns)], ["---", *("---:" for _ in columns)]]
     for task in TASKS:
-        own = {(method, labels): figure for (name, method, labels), figure in figures.items() if name == task}
-        if own:
-            lines.append([f"**{TASKS[task].title}**", *("" for _ in columns)])
-            lines += _lines(own, columns)
+        if own := of_task(figures, task):
+            lines += [[f"**{TASKS[task].title}**", *("" for _ in columns)], *_lines(own, columns)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table}\n\n{sentences(results)}"
 
@@ -71,8 +73,8 @@ def markdown(results: Results) -> str:
 def _lines(figures: Mapping[tuple[str, str], Figure], columns: Sequence[str]) -> list[list[str]]:
     """A line for each method; the best of a column in bold."""
     best = {
-        column: max(round(figure.mean, 1) for (_, labels), figure in figures.items() if labels == column)
-        for column in {labels for _, labels in figures}
+        column: max((round(figure.mean, 1) for (_, labels), figure in figures.items() if labels == column), default=0)
+        for column in columns
     }
 
     def cell(method: str, column: str) -> str:
@@ -88,61 +90,27 @@ def _lines(figures: Mapping[tuple[str, str], Figure], columns: Sequence[str]) ->
 def sentences(results: Results) -> str:
     """What the numbers are, where they come from, and what they took."""
     settings, environment = results["settings"], results["environment"]
-    seeds, versions = settings["seeds"], environment["versions"]
+    seeds, threads = settings["seeds"], environment["threads"]
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "of one seed"
     sizes = " and ".join(f"{size[MOST]:,} of {size['train']:,} {name}" for name, size in results["data"].items())
     epochs = " and ".join(f"{count} on {name}" for name, count in settings["epochs"].items())
-    threads = environment["threads"]
+    scratch = [row for row in results["rows"] if row["method"] == SCRATCH]
+    tried = {(row["task"], SCRATCH, row["labels"], row["augmented"]) for row in scratch}
+    cells = {each[:3] for each in tried}
+    both = [cell for cell in cells if {(*cell, True), (*cell, False)} <= tried]
+    better, others = sum(bool(summarize(scratch)[cell].augmented) for cell in both), len(cells) - len(both)
+    alone = f"; {others} more {'are' if others > 1 else 'is'} with them alone." if others else "."
     return "\n".join(
         (
             f"Percent of the test images, {spread} of weights, views and labels; the best in bold.",
             f"10-NN searches, and “most” are, {sizes}. Pixels and frozen encoders get a linear classifier.",
-            _from_scratch(results["rows"]),
+            "From scratch, the same encoder learns from the same labels, with and without the augmentations of "
+            f"pretraining: the better of the two counts, which is with them in {better} of {len(both)} cells{alone}",
             f"Epochs of pretraining: {epochs}. All of it took {results['seconds'] / 60:.1f} minutes on "
             f"{environment['device']}, in {environment['processes']} processes of {threads} "
-            f"thread{'s' * (threads != 1)}, with torch {versions['torch']}.",
+            f"thread{'s' * (threads != 1)}, with torch {environment['versions']['torch']}.",
         )
     )
-
-
-def _from_scratch(rows: Sequence[Row]) -> str:
-    """Where augmentation was the better, of the cells in which both were tried."""
-    scratch = [row for row in rows if row["method"] == SCRATCH]
-    tried: dict[Cell, set[bool]] = {}
-    for row in scratch:
-        tried.setdefault((row["task"], SCRATCH, row["labels"]), set()).add(row["augmented"])
-    both = [cell for cell, kinds in tried.items() if len(kinds) == 2]
-    better = sum(bool(summarize(scratch)[cell].augmented) for cell in both)
-    text = (
-        "From scratch, the same encoder learns from the same labels, with and without the augmentations of "
-        f"pretraining: the better of the two counts, which is with them in {better} of {len(both)} cells"
-    )
-    others = len(tried) - len(both)
-    return text + (f"; {others} more {'are' if others > 1 else 'is'} with them alone." if others else ".")
-
-
-def margins(rows: Sequence[Row]) -> str:
-    """How far the pretrained encoder is ahead where a few labels are used, in points, seed by seed."""
-    found, lines = _by_seed(rows), []
-    for (task, method, labels, _), accuracies in found.items():
-        if method != PRETRAINED or labels in (KNN, MOST):
-            continue
-        others = {
-            name + {True: " with augmentation", False: " without", None: ""}[augmented]: seeds
-            for (where, name, count, augmented), seeds in found.items()
-            if (where, count) == (task, labels) and name in (UNTRAINED, SCRATCH)
-        }
-        ahead = [
-            f"{_difference([accuracies[seed] - value for seed, value in seeds.items()])} {name}"
-            for name, seeds in others.items()
-        ]
-        lines.append(f"{TASKS[task].title}, {TITLES[labels]}: {', '.join(ahead)}")
-    return "\n".join(lines)
-
-
-def _difference(points: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(points):.1f}" if len(points) > 1 else ""
-    return f"{statistics.fmean(points):+.1f}{spread} over"
 
 
 def insert(readme: Path, now: str, text: str) -> str:
@@ -156,3 +124,39 @@ def insert(readme: Path, now: str, text: str) -> str:
     if not (found and closed):
         raise UsageError(f"--readme {readme}: expected the markers {BEGIN} and {END}, one after the other")
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def draw_accuracies(path: Path, results: Results) -> None:
+    """One panel for each task, a group of bars for each number of labels, a colour for each method."""
+    patches: Any = require("matplotlib.patches", "the picture")
+    figures = summarize(results["rows"])
+    tasks = [name for name in TASKS if of_task(figures, name)]
+    across, down = min(2, len(tasks)), -(-len(tasks) // 2)
+    with drawing(path, (5.2 * across + (2.2 if across == 1 else 0), 3.1 * down + 0.6)) as figure:
+        panels = [*figure.subplots(down, across, squeeze=False, sharey=True).flat]
+        for axes, task in zip(panels, tasks, strict=False):
+            _draw_task(axes, of_task(figures, task))
+            axes.set_title(TASKS[task].title)
+        for axes in panels[len(tasks) :]:
+            axes.set_visible(False)
+        present = [method for method in METHODS if any(name == method for _, name, _ in figures)]
+        handles = [patches.Patch(color=COLORS[method], label=method) for method in present]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(present), handlelength=1.0)
+
+
+def _draw_task(axes: Any, figures: Mapping[tuple[str, str], Figure]) -> None:
+    columns = columns_of([*figures])
+    width = 0.86 / max(4, *(sum(labels == column for _, labels in figures) for column in columns))
+    for place, column in enumerate(columns):
+        present = [method for method in METHODS if (method, column) in figures]
+        for number, method in enumerate(present):
+            x, bar = place + (number - (len(present) - 1) / 2) * width, figures[method, column]
+            error = {"ecolor": DARK, "elinewidth": 1, "capsize": 1.5}
+            axes.bar(x, bar.mean, 0.92 * width, yerr=bar.spread or None, color=COLORS[method], error_kw=error)
+            axes.text(x, bar.mean + (bar.spread or 0) + 0.8, f"{bar.mean:.0f}", ha="center", fontsize=7, color=DARK)
+    axes.axhline(100 / CLASSES, color=DARK, linestyle=":", linewidth=1)  # chance
+    axes.set_xticks(range(len(columns)), [TITLES[column] for column in columns])
+    axes.set_ylim(0, 109)
+    axes.set_yticks(range(0, 101, 20), [f"{value} %" for value in range(0, 101, 20)])
+    axes.grid(axis="x", visible=False)
+    axes.set_axisbelow(True)

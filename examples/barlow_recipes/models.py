@@ -9,31 +9,34 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from barlow_loss import Projector
-from barlow_recipes.encoders import build_backbone
+from barlow_recipes.encoders import build_encoder
 from barlow_recipes.errors import UsageError
 
 
 class BarlowTwins(nn.Module):
     """backbone: images to representations, which one keeps; projector: representations to embeddings, for the loss."""
 
-    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, projector: nn.Module, heads: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.backbone, self.projector = backbone, projector
+        self.backbone, self.projector, self.heads = backbone, projector, heads  # see Encoder.heads
 
     def forward(self, images: Tensor) -> Tensor:
         return cast("Tensor", self.projector(self.backbone(images)))
 
 
-def build_model(arch: str, projector: str, stem: str = "imagenet") -> BarlowTwins:
-    """Build an encoder by name and a projector by its layers, such as "8192-8192-8192".
+def build_model(
+    arch: str, projector: str, stem: str = "imagenet", channels: int = 3, image_size: int | None = None
+) -> BarlowTwins:
+    """Build an encoder, as :func:`.encoders.build_encoder`, and a projector by its layers, such as "8192-8192-8192".
 
     Raises:
-        UsageError: an unknown ``arch``, or torchvision is needed and missing.
+        UsageError: one of them cannot be built.
     """
-    backbone, features = build_backbone(arch, stem)
+    encoder = build_encoder(arch, stem, channels, image_size)
     *hidden, out_features = parse_projector(projector)
     hidden_features = hidden[0] if hidden else out_features
-    return BarlowTwins(backbone, Projector(features, hidden_features, out_features, num_layers=len(hidden) + 1))
+    layers = Projector(encoder.features, hidden_features, out_features, num_layers=len(hidden) + 1)
+    return BarlowTwins(encoder.module, layers, encoder.heads)
 
 
 def parse_projector(layers: str) -> list[int]:

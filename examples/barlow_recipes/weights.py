@@ -1,34 +1,53 @@
 """Weights from a file, whichever program has written it; nothing in it is run.
 
-| layout | what it holds |
+Of every file the part is taken in which the most names of the encoder, with its shapes, stand behind one prefix. What
+was taken and what was left is said.
+
+| written by | where the encoder lies |
 |---|---|
-| a run of this program | checkpoint.pt: encoder, projector, settings; backbone.pt: the encoder |
-| safetensors | the encoder, as exported by this program or any other |
-| facebookresearch/barlowtwins | checkpoint.pth: epoch, model (``module.backbone.*``, ...), optimizer; resnet50.pth |
-| torchvision, timm | a state_dict, with or without its classifier; bare, or as "state_dict" or "model" of a dict |
+| a run of this program | checkpoint.pt: ``model.backbone.*``, projector, settings; backbone.pt: bare |
+| safetensors | bare, as exported by this program or any other |
+| facebookresearch/barlowtwins | checkpoint.pth: ``model.module.backbone.*``, ...; resnet50.pth: bare |
+| torchvision, timm | bare, with or without its classifier; or in ``state_dict`` or ``model`` |
+| solo-learn, mmselfsup, mmpretrain | ``state_dict.backbone.*``, rather than ``momentum_backbone.*``; projectors have biases |
+| lightly | ``backbone.0.weight``, ...: an nn.Sequential, taken by order and shapes; bare, or in a Lightning checkpoint |
+| VISSL | ``classy_state_dict.base_model.model.trunk._feature_blocks.*``, or below ``model_state_dict`` |
+| MoCo | ``state_dict.module.encoder_q.*``, rather than ``encoder_k`` |
+| DINO | ``teacher.module.backbone.*``, rather than ``student`` |
+| BYOL | ``online_encoder.net.*``, rather than ``target_encoder`` |
+| DistributedDataParallel, torch.compile | behind ``module.``; ``_orig_mod.`` counts nowhere |
 """
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from os.path import commonprefix
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from barlow_recipes import checkpoint
-from barlow_recipes.encoders import SMALL_ARCHS, STEMS, Encoder, build_encoder, resnets
+from barlow_recipes.encoders import SMALL_ARCHS, STEMS, Encoder, build_encoder, is_within, resnets
 from barlow_recipes.errors import UsageError, first_line, require
 from barlow_recipes.reporting import BACKBONE, CHECKPOINT
 
 OURS, SAFETENSORS = "a checkpoint of this program", "safetensors"
 OFFICIAL, STATE_DICT = "a checkpoint of facebookresearch/barlowtwins", "a state_dict"
-WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-BACKBONE_PREFIX, PROJECTOR_PREFIX = "backbone.", "projector."
-
+SECOND = (
+    "momentum",
+    "target",
+    "encoder_k",
+    "key",
+    "student",
+    "ema",
+)  # in the names of an encoder that is not preferred
+COUNTER = "num_batches_tracked"  # batch norms of before torch 0.4 did not count their batches
 FIRST = ("resnet50", "resnet18")  # to be tried: an architecture takes 0.1 s
 
 State = dict[str, Tensor]
@@ -37,47 +56,58 @@ Shapes = Mapping[str, torch.Size]
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file says of an encoder: ``content`` is all of it; where it is silent, ``arch`` and ``stem`` are None."""
+    """What a file holds.
+
+    ``tensors`` are all, by the names that lead to them; ``settings`` what it says of its encoder ("arch", "stem", ...);
+    ``content`` all of it; ``ignored`` the kinds of objects that could only be read by running code.
+    """
 
     path: Path
     layout: str
-    backbone: State
-    projector: State = field(default_factory=dict)
-    arch: str | None = None
-    stem: str | None = None
+    tensors: State
+    settings: Mapping[str, Any] = field(default_factory=dict)
     content: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+
+class Match(NamedTuple):
+    """What of a file is for a module: its tensors, why they do not fit ("" if they do), and in words what was taken."""
+
+    state: State
+    problem: str
+    said: str
 
 
 def read_weights(path: Path) -> Weights:
     """Read a file, or of a run's folder its checkpoint, on the CPU.
 
     Raises:
-        UsageError: it is not there, damaged, or none of the layouts; or it could only be read by running code in it.
+        UsageError: it is not there, damaged, or has no tensors; or its tensors could only be read by running code.
     """
-    path = _file_of(path)
+    path, ignored = _file_of(path), ()
     try:
         if path.suffix == ".safetensors":
-            return _from_safetensors(path)
+            content, settings = _safetensors(path)
+            return Weights(path, SAFETENSORS, _tensors(path, content), settings, settings)
         own = checkpoint.is_ours(path)
-        content = checkpoint.read(path) if own else _foreign(path)
+        content, ignored = (checkpoint.read(path), ()) if own else _foreign(path)
     except FileNotFoundError:
         raise UsageError(f"weights {path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"weights {path}: cannot be read ({first_line(error)})") from None
     if not isinstance(content, Mapping):
         raise UsageError(f"weights {path}: expected a state_dict or a checkpoint, got {type(content).__name__}")
+    tensors = _tensors(path, content)
     if own and set(content) >= checkpoint.PARTS:
-        settings = content["settings"]
-        parts = _parts(path, content["model"])
-        return Weights(path, OURS, *parts, settings["arch"], settings["stem"], content)
-    layout = OFFICIAL if is_official(content) else STATE_DICT
-    inner = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), Mapping)), content)
-    return Weights(path, layout, *_parts(path, inner), content=content)
+        return Weights(path, OURS, tensors, content["settings"], content)
+    return Weights(path, OFFICIAL if is_official(content) else STATE_DICT, tensors, {}, content, ignored)
 
 
 def is_official(content: Mapping[str, Any]) -> bool:
     """Whether this is what the official program saves after an epoch."""
-    return isinstance(content.get("model"), Mapping) and {"epoch", "optimizer"} <= set(content)
+    model = content.get("model")
+    known = isinstance(model, Mapping) and any(str(name).startswith("module.projector.") for name in model)
+    return known and {"epoch", "optimizer"} <= set(content)
 
 
 def _file_of(path: Path) -> Path:
@@ -90,29 +120,50 @@ def _file_of(path: Path) -> Path:
     return found[0]
 
 
-def _from_safetensors(path: Path) -> Weights:
-    safetensors: Any = require("safetensors", str(path))
+def _safetensors(path: Path) -> tuple[State, dict[str, str]]:
+    library: Any = require("safetensors", str(path))
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+        with library.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except library.SafetensorError as error:
         raise ValueError(first_line(error)) from None
-    return Weights(path, SAFETENSORS, *_parts(path, state), metadata.get("arch"), metadata.get("stem"), metadata)
 
 
-def _exclude_bias_and_norm(_: object) -> None:
-    """Stands for the function that the official optimiser keeps in its groups, and that weights_only refuses."""
+class _Inert(list[Any]):
+    """Stands for whatever torch's reader of tensors and plain values refuses: it takes all, and does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+
+    def __setstate__(self, _: object) -> None: ...
 
 
-def _foreign(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([(_exclude_bias_and_norm, "__main__.exclude_bias_and_norm")]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever a hostile pickle raises
-        raise ValueError(f"not a file of tensors and plain values: {_reason(error)}") from None
+def _inert_mapping(name: str) -> type:
+    """One that makes plain mappings: torch's reader fills no others."""
+    return type(name, (), {"__new__": lambda *_: OrderedDict(), "__module__": "inert"})
+
+
+def _foreign(path: Path) -> tuple[Any, tuple[str, ...]]:
+    """What is in a pickle, and the names in it for which there is an inert stand-in.
+
+    Raises:
+        ValueError: it is no pickle, or it asks for more than tensors, plain values and objects.
+    """
+    inert: dict[str, type] = {}
+    while True:
+        try:
+            with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in inert.items()]):
+                return torch.load(path, map_location="cpu", weights_only=True), tuple(inert)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a hostile pickle raises
+            unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+            mapping = re.search(r"Can only SETITEM.* but got <class 'inert\.(\S+)'>", str(error))
+            name = mapping[1] if mapping else unknown[1] if unknown else ""
+            name = name if "." in name else f"builtins.{name}"  # as the message leaves out
+            if not mapping and (not unknown or name in inert):
+                raise ValueError(f"not a file of tensors and plain values: {_reason(error)}") from None
+            inert[name] = _inert_mapping(name) if mapping else type(name, (_Inert,), {"__module__": "inert"})
 
 
 def _reason(error: Exception) -> str:
@@ -121,28 +172,95 @@ def _reason(error: Exception) -> str:
     return lines[-2] if isinstance(error, UnpicklingError) and len(lines) > 2 else first_line(error)
 
 
-def _parts(path: Path, state: Mapping[str, Any]) -> tuple[State, State]:
-    """The encoder's tensors and the projector's, by their names there."""
-    tensors = {_bare(str(name)): value for name, value in state.items() if isinstance(value, Tensor)}
+def _tensors(path: Path, content: Mapping[Any, Any]) -> State:
+    tensors = dict(_named_tensors(content))
     if not tensors:
-        some = ", ".join(map(str, list(state)[:3]))
+        some = ", ".join(map(str, list(content)[:3]))
         raise UsageError(f"weights {path}: expected tensors by their names, got {some or 'nothing'}")
-    if not any(name.startswith(BACKBONE_PREFIX) for name in tensors):
-        return tensors, {}
-    backbone, projector = (
-        {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        for prefix in (BACKBONE_PREFIX, PROJECTOR_PREFIX)
+    return tensors
+
+
+def _named_tensors(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for key, value in content.items():
+        name = f"{prefix}{key}".replace("_orig_mod.", "")
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from _named_tensors(value, f"{name}.")
+
+
+def find(weights: Weights, module: nn.Module, heads: tuple[str, ...] = ()) -> Match:
+    """The part of a file that is for a module; ``heads`` are parts that it has no more, whose weights are left."""
+    tensors, expected = weights.tensors, shapes(module.state_dict())
+    fitting = Counter(
+        prefix for name in tensors for prefix, rest in _splits(name) if expected.get(rest) == tensors[name].shape
     )
-    return backbone, projector
+    most = max(fitting.values(), default=0)
+    prefix, *others = sorted((prefix for prefix in fitting if fitting[prefix] == most), key=_is_second) or [""]
+    inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    inside = {name: value for name, value in inside.items() if name in expected or not is_within(name, heads)}
+    parts = {name.partition(".")[0] for name in expected} | {name for name, _ in module.named_children()}
+    names = {name: f"{prefix}{name}" for name in inside if name.partition(".")[0] in parts}
+    problem, how = misfit(expected, {name: inside[name].shape for name in names}), ""
+    if problem and (ordered := sorted(_in_order(tensors, expected).items(), key=lambda found: _is_second(found[0]))):
+        (prefix, names), *rest = ordered
+        problem, how, others = "", " by order and shapes", [other for other, _ in rest]
+    elif problem:
+        problem = misfit(expected, shapes(inside))
+    state = {name: tensors[found] for name, found in names.items()}
+    said = [f"{len(state)} tensors{f' of {prefix}*' if prefix else ''}{how}"]
+    said += [f"rather than {', '.join(f'{other}*' for other in others)}"] if others else []
+    left = [name for name in tensors.keys() - names.values() if not name.startswith(tuple(others))]
+    groups = sorted({_group(name, prefix) for name in left})
+    said += [f"left {', '.join(groups[:4])}{f' and {len(groups) - 4} more' * (len(groups) > 4)}"] if groups else []
+    absent = [name for name in expected if name not in state]
+    said += [f"missing {len(absent)} {COUNTER}"] if absent and not problem else []
+    said += [f"not read, since that runs code: {', '.join(weights.ignored)}"] if weights.ignored else []
+    return Match(state, problem, "; ".join(said))
 
 
-def _bare(name: str) -> str:
-    while name.startswith(WRAPPERS):
-        name = name.partition(".")[2]
-    return name
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """Every way to part a name into a prefix and the rest."""
+    places = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
+    return ((name[:place], name[place:]) for place in places)
 
 
-def load_encoder(path: Path, arch: str | None = None, stem: str | None = None) -> Encoder:
+def _is_second(prefix: str) -> bool:
+    return any(word in prefix for word in SECOND)
+
+
+def _in_order(tensors: State, expected: Shapes) -> dict[str, dict[str, str]]:
+    """By prefix, where all that stands behind it has the expected kinds and shapes in order: names there by ours."""
+    wanted = [name for name in expected if not name.endswith(COUNTER)]
+    behind: dict[str, list[str]] = {}
+    for name in tensors:
+        for prefix, _ in _splits(name):
+            behind.setdefault(prefix, []).append(name)
+    found = {}
+    for prefix, names in behind.items():
+        counted = [name for name in names if not name.endswith(COUNTER)]
+        if [(_kind(name), tensors[name].shape) for name in counted] == [(_kind(n), expected[n]) for n in wanted]:
+            modules = {_module(name): _module(theirs) for name, theirs in zip(wanted, counted, strict=True)}
+            theirs = {name: f"{modules[_module(name)]}.{_kind(name)}" for name in expected if _module(name) in modules}
+            found[prefix] = {name: other for name, other in theirs.items() if other in tensors}
+    return found
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _group(name: str, prefix: str) -> str:
+    """Of a name what tells it from the prefix, and no more."""
+    parts = name.split(".")
+    return ".".join(parts[: len(commonprefix([parts, prefix.split(".")])) + 1])
+
+
+def load_encoder(path: Path, arch: str | None = None, stem: str | None = None, channels: int | None = None) -> Encoder:
     """The encoder that a file has the weights of.
 
     Args:
@@ -150,28 +268,47 @@ def load_encoder(path: Path, arch: str | None = None, stem: str | None = None) -
         arch: its architecture, as of :func:`~barlow_recipes.encoders.build_encoder`; None: what the file says or, where
             it is silent, what its names and shapes say of torchvision's ResNets.
         stem: likewise.
+        channels: of the images; None: what the file or the shape of its first convolution says.
 
     Raises:
         UsageError: the file cannot be read or its weights do not fit: with the first missing and unexpected names.
     """
     weights = read_weights(path)
-    found = (weights.arch, weights.stem) if weights.arch else recognized(weights.backbone)
+    said = weights.settings.get("arch"), weights.settings.get("stem", STEMS[0])
+    found = said if said[0] else recognized(weights)
     if arch is None and found is None:
+        problem = find(weights, *_without_memory("resnet50", STEMS[0])).problem
         raise UsageError(
             f"weights {weights.path}: no ResNet of torchvision has its names and shapes. Name the architecture with "
-            f"--arch, such as vit_b_16 or timm/convnext_tiny. {_misfit(build_encoder('resnet50'), weights.backbone)}"
+            f"--arch, such as vit_b_16 or timm/convnext_tiny. {problem}"
         )
     arch_found, stem_found = found or (None, None)
-    encoder = build_encoder(arch or arch_found or "", stem or stem_found or "imagenet")
-    named = f"{encoder.arch} with the {encoder.stem} stem" if encoder.arch in resnets() else encoder.arch
-    hint = f"; they fit --arch {arch_found} --stem {stem_found}" if arch_found else ""
-    fill(
-        encoder.module,
-        without(weights.backbone, encoder.heads),
-        f"weights {weights.path}: expected those of {named}",
-        hint,
+    if arch is None and ":" in arch_found:  # a file must not decide what is run
+        raise UsageError(f"weights {weights.path}: made by code of your own. Name it with --arch {arch_found}")
+    arch, stem = arch or arch_found, stem or stem_found or STEMS[0]
+    channels = channels or int(weights.settings.get("channels", 0)) or _channels(weights, arch, stem)
+    size = weights.settings.get("image_size") if arch == arch_found else None
+    encoder = build_encoder(arch, stem, channels, size and int(size))
+    match = find(weights, encoder.module, encoder.heads)
+    if match.problem:
+        named = f"{encoder.arch} with the {encoder.stem} stem" if encoder.arch in resnets() else encoder.arch
+        hint = f"; they fit --arch {arch_found} --stem {stem_found}" if arch_found else ""
+        raise UsageError(f"weights {weights.path}: expected those of {named}, but {match.problem}{hint}")
+    encoder.module.load_state_dict(match.state, strict=False)
+    mapping = "" if weights.layout == OURS else f": {match.said}"
+    return encoder._replace(source=f"{weights.path} ({weights.layout}{mapping})")
+
+
+def _channels(weights: Weights, arch: str, stem: str) -> int:
+    """Of the images, as the first convolution in the file says."""
+    if ":" in arch:
+        return 3
+    module, heads = _without_memory(arch, stem)
+    name, shape = next(
+        ((name, value.shape) for name, value in module.state_dict().items() if value.ndim == 4), ("", ())
     )
-    return encoder._replace(source=f"{weights.path} ({weights.layout})")
+    found = find(weights, module, heads).state.get(name)
+    return found.shape[1] if found is not None and found.ndim == 4 and shape[1] == 3 else 3
 
 
 def fill(module: nn.Module, state: State, expected: str, hint: str = "") -> None:
@@ -185,16 +322,9 @@ def fill(module: nn.Module, state: State, expected: str, hint: str = "") -> None
     module.load_state_dict(state, strict=False)
 
 
-def _misfit(encoder: Encoder, state: State) -> str:
-    return misfit(shapes(encoder.module.state_dict()), shapes(without(state, encoder.heads)))
-
-
 def misfit(expected: Shapes, found: Shapes) -> str:
-    """In words, why a state_dict with these shapes cannot be loaded; nothing if it can.
-
-    Batch norms of before torch 0.4 did not count their batches.
-    """
-    missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
+    """In words, why a state_dict with these shapes cannot be loaded; nothing if it can."""
+    missing = [name for name in expected if name not in found and not name.endswith(COUNTER)]
     unexpected = [name for name in found if name not in expected]
     if missing or unexpected:
         first = [f"the first missing is {missing[0]}"] if missing else []
@@ -204,11 +334,6 @@ def misfit(expected: Shapes, found: Shapes) -> str:
         if shape != expected[name]:
             return f"{name} is {tuple(shape)} instead of {tuple(expected[name])}"
     return ""
-
-
-def without(state: State, heads: tuple[str, ...]) -> State:
-    """The state without the parameters of the classifier."""
-    return {name: value for name, value in state.items() if name.rpartition(".")[0] not in heads}
 
 
 def shapes(state: State) -> dict[str, torch.Size]:
@@ -224,14 +349,18 @@ def digest(module: nn.Module) -> str:
     return sha256.hexdigest()
 
 
-def recognized(state: State) -> tuple[str, str] | None:
-    """The architecture and the stem, of those that pretraining knows, whose names and shapes these are."""
+def recognized(weights: Weights) -> tuple[str, str] | None:
+    """The architecture and the stem, of ResNets and the small ones, whose names and shapes these are."""
     known = [(arch, stem) for stem in STEMS for arch in sorted(resnets(), key=FIRST.__contains__, reverse=True)]
     known += [(arch, STEMS[0]) for arch in SMALL_ARCHS]
-    return next((pair for pair in known if not _misfit(_without_memory(*pair), state)), None)
+    for arch, stem in known:
+        if not find(weights, *_without_memory(arch, stem, _channels(weights, arch, stem))).problem:
+            return arch, stem
+    return None
 
 
 @cache
-def _without_memory(arch: str, stem: str) -> Encoder:
+def _without_memory(arch: str, stem: str, channels: int = 3) -> tuple[nn.Module, tuple[str, ...]]:
     with torch.device("meta"):
-        return build_encoder(arch, stem)
+        encoder = build_encoder(arch, stem, channels)
+    return encoder.module, encoder.heads

@@ -56,16 +56,25 @@ def build_encoder(arch: str, stem: str = "imagenet", channels: int = 3, image_si
     """
     if arch in SMALL_ARCHS:
         return _small_encoder(arch, stem, channels)
-    of_torchvision = ":" not in arch and not arch.startswith(TIMM)
-    if of_torchvision and arch in resnets():  # they take images of any size
+    if is_resnet(arch):  # they take images of any size
         return _of_torchvision(arch, stem, channels)
     if stem != "imagenet":
         raise UsageError(f"--stem {stem}: expected a ResNet of torchvision, got --arch {arch}")
-    if ":" in arch:
+    if is_own(arch):
         return _own(arch, channels, image_size)
-    options, *found = _plan(arch, channels, image_size)
-    build = _of_torchvision if of_torchvision else _of_timm
-    return build(arch, stem, channels, **options)._replace(**dict(zip(("features", "shape"), found, strict=True)))
+    options, features, shape = _plan(arch, channels, image_size)
+    build = _of_timm if arch.startswith(TIMM) else _of_torchvision
+    return build(arch, stem, channels, **options)._replace(features=features, shape=shape)
+
+
+def is_own(arch: str) -> bool:
+    """Whether it names code of the user's."""
+    return ":" in arch and not arch.startswith(TIMM)
+
+
+def is_resnet(arch: str) -> bool:
+    """Whether it is of torchvision's ResNet family."""
+    return not is_own(arch) and not arch.startswith(TIMM) and arch in resnets()
 
 
 def _small_encoder(arch: str, stem: str, channels: int) -> Encoder:

@@ -1,30 +1,27 @@
 """Weights from a file, whichever program has written it; nothing in it is run.
 
-Of every file the part is taken in which the most names of the encoder, with its shapes, stand behind one prefix. What
-was taken and what was left is said.
+Of all tensors in the file those are taken that stand, by the names and shapes of the encoder, behind the prefix where
+most of them fit; if they do not all fit, those that fit in order. What was taken and what was left is said.
 
 | written by | where the encoder lies |
 |---|---|
-| a run of this program | checkpoint.pt: ``model.backbone.*``, projector, settings; backbone.pt: bare |
-| safetensors | bare, as exported by this program or any other |
-| facebookresearch/barlowtwins | checkpoint.pth: ``model.module.backbone.*``, ...; resnet50.pth: bare |
-| torchvision, timm | bare, with or without its classifier; or in ``state_dict`` or ``model`` |
-| solo-learn, mmselfsup, mmpretrain | ``state_dict.backbone.*``, rather than ``momentum_backbone.*``; projectors have biases |
-| lightly | ``backbone.0.weight``, ...: an nn.Sequential, taken by order and shapes; bare, or in a Lightning checkpoint |
-| VISSL | ``classy_state_dict.base_model.model.trunk._feature_blocks.*``, or below ``model_state_dict`` |
-| MoCo | ``state_dict.module.encoder_q.*``, rather than ``encoder_k`` |
-| DINO | ``teacher.module.backbone.*``, rather than ``student`` |
-| BYOL | ``online_encoder.net.*``, rather than ``target_encoder`` |
-| DistributedDataParallel, torch.compile | behind ``module.``; ``_orig_mod.`` counts nowhere |
+| this program | checkpoint.pt: ``model.backbone.*`` beside projector and settings; backbone.pt and safetensors: bare |
+| facebookresearch/barlowtwins | checkpoint.pth: ``model.module.backbone.*``; resnet50.pth: bare |
+| torchvision, timm | bare, or behind ``state_dict.`` or ``model.``, with or without its classifier |
+| solo-learn, mmselfsup, mmpretrain | ``state_dict.backbone.*``, rather than ``momentum_backbone.*`` |
+| lightly | ``backbone.0.weight``, ...: an nn.Sequential, so in order; bare, or in a checkpoint of Lightning |
+| VISSL | ``classy_state_dict.base_model.model.trunk._feature_blocks.*``; others ``model_state_dict.*`` |
+| MoCo, DINO, BYOL | ``encoder_q``, ``teacher``, ``online_encoder``; not ``encoder_k``, ``student``, ``target`` |
+
+``module.`` and the like before or behind these are prefixes as well; ``_orig_mod.``, of torch.compile, counts nowhere.
 """
 
 import hashlib
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from os.path import commonprefix
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -33,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from barlow_recipes import checkpoint
-from barlow_recipes.encoders import SMALL_ARCHS, STEMS, Encoder, build_encoder, is_within, resnets
+from barlow_recipes.encoders import SMALL_ARCHS, STEMS, Encoder, build_encoder, is_own, is_within, resnets
 from barlow_recipes.errors import UsageError, first_line, require
 from barlow_recipes.reporting import BACKBONE, CHECKPOINT
 
@@ -192,31 +189,25 @@ def _named_tensors(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tup
 def find(weights: Weights, module: nn.Module, heads: tuple[str, ...] = ()) -> Match:
     """The part of a file that is for a module; ``heads`` are parts that it has no more, whose weights are left."""
     tensors, expected = weights.tensors, shapes(module.state_dict())
-    fitting = Counter(
-        prefix for name in tensors for prefix, rest in _splits(name) if expected.get(rest) == tensors[name].shape
-    )
+    splits = [(prefix, rest, name) for name in tensors for prefix, rest in _splits(name)]
+    fitting = Counter(prefix for prefix, rest, name in splits if expected.get(rest) == tensors[name].shape)
     most = max(fitting.values(), default=0)
-    prefix, *others = sorted((prefix for prefix in fitting if fitting[prefix] == most), key=_is_second) or [""]
-    inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    inside = {name: value for name, value in inside.items() if name in expected or not is_within(name, heads)}
+    prefixes = _best_first(prefix for prefix in fitting if fitting[prefix] == most) or [""]
+    inside = {
+        rest: name
+        for prefix, rest, name in splits
+        if prefix == prefixes[0] and (rest in expected or not is_within(rest, heads))
+    }
     parts = {name.partition(".")[0] for name in expected} | {name for name, _ in module.named_children()}
-    names = {name: f"{prefix}{name}" for name in inside if name.partition(".")[0] in parts}
-    problem, how = misfit(expected, {name: inside[name].shape for name in names}), ""
-    if problem and (ordered := sorted(_in_order(tensors, expected).items(), key=lambda found: _is_second(found[0]))):
-        (prefix, names), *rest = ordered
-        problem, how, others = "", " by order and shapes", [other for other, _ in rest]
+    names = {name: found for name, found in inside.items() if name.partition(".")[0] in parts}
+    problem, how = misfit(expected, {name: tensors[found].shape for name, found in names.items()}), ""
+    if problem and (ordered := _in_order(tensors, splits, expected)):
+        prefixes, how = _best_first(ordered), " in order"
+        problem, names = "", ordered[prefixes[0]]
     elif problem:
-        problem = misfit(expected, shapes(inside))
-    state = {name: tensors[found] for name, found in names.items()}
-    said = [f"{len(state)} tensors{f' of {prefix}*' if prefix else ''}{how}"]
-    said += [f"rather than {', '.join(f'{other}*' for other in others)}"] if others else []
-    left = [name for name in tensors.keys() - names.values() if not name.startswith(tuple(others))]
-    groups = sorted({_group(name, prefix) for name in left})
-    said += [f"left {', '.join(groups[:4])}{f' and {len(groups) - 4} more' * (len(groups) > 4)}"] if groups else []
-    absent = [name for name in expected if name not in state]
-    said += [f"missing {len(absent)} {COUNTER}"] if absent and not problem else []
-    said += [f"not read, since that runs code: {', '.join(weights.ignored)}"] if weights.ignored else []
-    return Match(state, problem, "; ".join(said))
+        problem = misfit(expected, {name: tensors[found].shape for name, found in inside.items()})
+    said = _words(weights, prefixes, names, len(expected) - len(names), how)
+    return Match({name: tensors[found] for name, found in names.items()}, problem, said)
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
@@ -225,42 +216,52 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
     return ((name[:place], name[place:]) for place in places)
 
 
-def _is_second(prefix: str) -> bool:
-    return any(word in prefix for word in SECOND)
+def _best_first(prefixes: Iterable[str]) -> list[str]:
+    """First those that do not belong to the slower or the smaller of two encoders."""
+    return sorted(prefixes, key=lambda prefix: any(word in prefix for word in SECOND))
 
 
-def _in_order(tensors: State, expected: Shapes) -> dict[str, dict[str, str]]:
+def _in_order(tensors: State, splits: list[tuple[str, str, str]], expected: Shapes) -> dict[str, dict[str, str]]:
     """By prefix, where all that stands behind it has the expected kinds and shapes in order: names there by ours."""
-    wanted = [name for name in expected if not name.endswith(COUNTER)]
     behind: dict[str, list[str]] = {}
-    for name in tensors:
-        for prefix, _ in _splits(name):
-            behind.setdefault(prefix, []).append(name)
-    found = {}
-    for prefix, names in behind.items():
-        counted = [name for name in names if not name.endswith(COUNTER)]
-        if [(_kind(name), tensors[name].shape) for name in counted] == [(_kind(n), expected[n]) for n in wanted]:
-            modules = {_module(name): _module(theirs) for name, theirs in zip(wanted, counted, strict=True)}
-            theirs = {name: f"{modules[_module(name)]}.{_kind(name)}" for name in expected if _module(name) in modules}
-            found[prefix] = {name: other for name, other in theirs.items() if other in tensors}
-    return found
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
+    for prefix, _, name in splits:
+        behind.setdefault(prefix, []).append(name)
+    wanted = [(_kind(name), shape) for name, shape in expected.items()]
+    return {
+        prefix: dict(zip(expected, names, strict=True))
+        for prefix, names in behind.items()
+        if len(names) == len(wanted) and [(_kind(name), tensors[name].shape) for name in names] == wanted
+    }
 
 
 def _kind(name: str) -> str:
+    """Such as "weight" or "running_mean"."""
     return name.rpartition(".")[2]
 
 
-def _group(name: str, prefix: str) -> str:
-    """Of a name what tells it from the prefix, and no more."""
-    parts = name.split(".")
-    return ".".join(parts[: len(commonprefix([parts, prefix.split(".")])) + 1])
+def _words(weights: Weights, prefixes: list[str], names: Mapping[str, str], missing: int, how: str) -> str:
+    """What was taken, what could have been, what was left, what is missing, and what was not read."""
+    prefix, *others = prefixes
+    parent = prefix[: prefix.rfind(".", 0, -1) + 1]
+    left = [name for name in weights.tensors.keys() - names.values() if not name.startswith(tuple(others))]
+    groups = sorted({name.removeprefix(prefix).removeprefix(parent).partition(".")[0] for name in left})
+    facts = {
+        "rather than": [f"{other}*" for other in others],
+        "left": groups[:4] + [f"{len(groups) - 4} more"] * (len(groups) > 4),
+        "missing": [f"{missing} {COUNTER}"] * (missing > 0),
+        "not read, since that runs code:": list(weights.ignored),
+    }
+    taken = f"{len(names)} tensors{f' of {prefix}*' if prefix else ''}{how}"
+    return "; ".join([taken, *(f"{label} {', '.join(values)}" for label, values in facts.items() if values)])
 
 
-def load_encoder(path: Path, arch: str | None = None, stem: str | None = None, channels: int | None = None) -> Encoder:
+def load_encoder(
+    path: Path,
+    arch: str | None = None,
+    stem: str | None = None,
+    channels: int | None = None,
+    image_size: int | None = None,
+) -> Encoder:
     """The encoder that a file has the weights of.
 
     Args:
@@ -269,30 +270,31 @@ def load_encoder(path: Path, arch: str | None = None, stem: str | None = None, c
             it is silent, what its names and shapes say of torchvision's ResNets.
         stem: likewise.
         channels: of the images; None: what the file or the shape of its first convolution says.
+        image_size: their side, for architectures that are built for one; None: what the file says.
 
     Raises:
         UsageError: the file cannot be read or its weights do not fit: with the first missing and unexpected names.
     """
     weights = read_weights(path)
-    said = weights.settings.get("arch"), weights.settings.get("stem", STEMS[0])
-    found = said if said[0] else recognized(weights)
+    settings = weights.settings
+    found = (settings["arch"], settings["stem"]) if "arch" in settings else recognized(weights)
     if arch is None and found is None:
         problem = find(weights, *_without_memory("resnet50", STEMS[0])).problem
         raise UsageError(
             f"weights {weights.path}: no ResNet of torchvision has its names and shapes. Name the architecture with "
             f"--arch, such as vit_b_16 or timm/convnext_tiny. {problem}"
         )
-    arch_found, stem_found = found or (None, None)
-    if arch is None and ":" in arch_found:  # a file must not decide what is run
+    arch_found, stem_found = found or ("", STEMS[0])
+    if arch is None and is_own(arch_found):  # a file must not decide what is run
         raise UsageError(f"weights {weights.path}: made by code of your own. Name it with --arch {arch_found}")
-    arch, stem = arch or arch_found, stem or stem_found or STEMS[0]
-    channels = channels or int(weights.settings.get("channels", 0)) or _channels(weights, arch, stem)
-    size = weights.settings.get("image_size") if arch == arch_found else None
-    encoder = build_encoder(arch, stem, channels, size and int(size))
+    arch, stem = arch or arch_found, stem or stem_found
+    channels = channels or int(settings.get("channels", 0)) or _channels(weights, arch, stem)
+    side = image_size or int(settings.get("image_size", 0)) or None
+    encoder = build_encoder(arch, stem, channels, side)
     match = find(weights, encoder.module, encoder.heads)
     if match.problem:
-        named = f"{encoder.arch} with the {encoder.stem} stem" if encoder.arch in resnets() else encoder.arch
-        hint = f"; they fit --arch {arch_found} --stem {stem_found}" if arch_found else ""
+        named = f"{arch} with the {stem} stem" if encoder.heads == ("fc",) else arch
+        hint = f"; they fit --arch {arch_found} --stem {stem_found}" if found else ""
         raise UsageError(f"weights {weights.path}: expected those of {named}, but {match.problem}{hint}")
     encoder.module.load_state_dict(match.state, strict=False)
     mapping = "" if weights.layout == OURS else f": {match.said}"
@@ -301,25 +303,12 @@ def load_encoder(path: Path, arch: str | None = None, stem: str | None = None, c
 
 def _channels(weights: Weights, arch: str, stem: str) -> int:
     """Of the images, as the first convolution in the file says."""
-    if ":" in arch:
+    if is_own(arch):
         return 3
     module, heads = _without_memory(arch, stem)
-    name, shape = next(
-        ((name, value.shape) for name, value in module.state_dict().items() if value.ndim == 4), ("", ())
-    )
+    name = next((name for name, value in module.state_dict().items() if value.ndim == 4 and value.shape[1] == 3), "")
     found = find(weights, module, heads).state.get(name)
-    return found.shape[1] if found is not None and found.ndim == 4 and shape[1] == 3 else 3
-
-
-def fill(module: nn.Module, state: State, expected: str, hint: str = "") -> None:
-    """Load a state_dict whose every tensor fits.
-
-    Raises:
-        UsageError: it does not; the message begins with ``expected``, names the first misfits and ends with ``hint``.
-    """
-    if problem := misfit(shapes(module.state_dict()), shapes(state)):
-        raise UsageError(f"{expected}, but {problem}{hint}")
-    module.load_state_dict(state, strict=False)
+    return found.shape[1] if found is not None and found.ndim == 4 else 3
 
 
 def misfit(expected: Shapes, found: Shapes) -> str:

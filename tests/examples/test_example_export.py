@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
-from barlow_recipes import exporting, model_card
+from barlow_recipes import exporting
 from barlow_recipes.encoders import build_encoder, resnets
 from barlow_recipes.errors import Aborted
 from barlow_recipes.weights import digest
@@ -99,16 +99,16 @@ def test_the_card_is_filled_from_the_run(resnet_run: Path, export: Export, tmp_p
         "# resnet18, pretrained with Barlow Twins on flowers",
         "takes images of shape 3×224×224 to 512 features. It has 11,176,512 parameters.",
         "| data | flowers |",
-        "| training images, without their labels | 36 |",
+        "| images | 36 |",
         "| epochs | 2 |",
-        "| batch size, of all processes together | 8 |",
-        "| world size | 1 |",
+        "| batch_size | 8 |",
+        "| processes | 1 |",
         "| device | cpu |",
         f"| torch | {torch.__version__.partition('+')[0]}",
         f"| done, steps | {saved['step']} |",
         "| done, whole epochs | 2 |",
-        "| flowers | linear | all 30 | 91.25 | 99.90 |",
-        "| detection | box | 39.2 | 59.0 | – |",
+        "| flowers | linear | labels all 30, top1 91.25, top5 99.9 |",
+        "|  | box | AP 39.21, AP50 59.04 |",
     ):
         assert line in card, line
     last = [json.loads(line) for line in (resnet_run / "metrics.jsonl").read_text().splitlines()]
@@ -155,7 +155,7 @@ def test_other_libraries_weights(export: Export, tmp_path: Path) -> None:
     )
     assert status == 0
     assert "convnext_atto.pth: the same bits when loaded by this program and timm" in output
-    assert 'timm.create_model("convnext_atto", num_classes=0)' in (tmp_path / "out" / "README.md").read_text()
+    assert "timm.create_model('convnext_atto', num_classes=0)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_official_checkpoint(export: Export, tmp_path: Path) -> None:
@@ -183,9 +183,8 @@ def test_nothing_is_overwritten_by_accident(export: Export, tmp_path: Path) -> N
         (None, "expected results.json of an evaluation"),
         ("{", "expected results.json"),
         ("{}", "neither protocols nor"),
-        ('{"protocols": []}', "is not of an evaluation or a transfer"),
-        ('{"protocols": {"linear": {"top1": 1.0}}}', "(KeyError: 'labels')"),
-        ('{"scores": {"box": {}}}', "(KeyError: 'AP')"),
+        ('{"protocols": []}', "expected results.json of an evaluation or a transfer"),
+        ('{"protocols": {"linear": 1.0}}', "expected results.json of an evaluation or a transfer"),
         (
             '{"protocols": {}, "weights": "b.pt", "settings": {"--weights": "a"}}',
             "its results are of other weights (b.pt)",
@@ -231,17 +230,6 @@ def test_the_card_of_an_earlier_checkpoint_has_nothing_of_later_steps(
     card = (tmp_path / "README.md").read_text()
     assert f"| done, steps | {torch.load(before, weights_only=True)['step']} |" in card
     assert "| done, whole epochs | 1 |" in card
-
-
-def test_the_card_of_digits_has_no_views_of_photographs() -> None:
-    settings = {"arch": "digits-cnn", "batch_size": 256, "blur": [1.0, 0.1]}
-    assert model_card._recipe(settings) == [("batch size, of all processes together", "256")]
-    assert ("blur, probability in each view", "1, 0.1") in model_card._recipe(settings | {"arch": "resnet18"})
-
-
-def test_an_encoder_of_another_image_size() -> None:
-    with torch.device("meta"):
-        assert exporting.example_shape(build_encoder("timm/vit_tiny_patch16_384")) == (3, 384, 384)
 
 
 def test_a_file_that_has_changed_on_its_way_is_noticed(tmp_path: Path) -> None:

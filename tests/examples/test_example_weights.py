@@ -17,7 +17,7 @@ from barlow_recipes import checkpoint
 from barlow_recipes.encoders import build_encoder
 from barlow_recipes.errors import UsageError
 from barlow_recipes.models import build_model
-from barlow_recipes.weights import load_encoder, read_weights
+from barlow_recipes.weights import find, load_encoder, read_weights
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -263,6 +263,6 @@ def test_what_a_checkpoint_says_of_itself(tmp_path: Path) -> None:
     }
     checkpoint.save(tmp_path / "checkpoint.pt", content)
     weights = read_weights(tmp_path)
-    assert (weights.arch, weights.stem) == ("resnet18", "cifar")
-    assert weights.projector.keys() == model.projector.state_dict().keys()
-    assert weights.backbone.keys() == model.backbone.state_dict().keys()
+    assert weights.settings == content["settings"]
+    for part in (model.backbone, model.projector):
+        assert find(weights, part).state.keys() == part.state_dict().keys()

@@ -88,7 +88,11 @@ def _load(model: BarlowTwins, weights: Weights) -> tuple[str, str]:
             f"weights {weights.path}: expected those of this encoder (--arch, --stem), but {encoder.problem}"
         )
     model.backbone.load_state_dict(encoder.state, strict=False)
-    tensors = {name: value for name, value in weights.tensors.items() if ".projector." in f".{name}"}
+    tensors = {
+        name.rpartition("projector.")[2]: value
+        for name, value in weights.tensors.items()
+        if ".projector." in f".{name}"
+    }
     if not tensors:
         return encoder.said, "the file has none"
     projector = find(replace(weights, tensors=tensors), model.projector)

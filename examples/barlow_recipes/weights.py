@@ -132,6 +132,8 @@ class _Inert(list[Any]):
     def __init__(self, *_: object) -> None:
         super().__init__()
 
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
     def __setstate__(self, _: object) -> None: ...
 
 
@@ -199,7 +201,7 @@ def find(weights: Weights, module: nn.Module, heads: tuple[str, ...] = ()) -> Ma
         if prefix == prefixes[0] and (rest in expected or not is_within(rest, heads))
     }
     parts = {name.partition(".")[0] for name in expected} | {name for name, _ in module.named_children()}
-    names = {name: found for name, found in inside.items() if name.partition(".")[0] in parts}
+    names = {name: found for name, found in inside.items() if name.partition(".")[0] in parts or name[0].isdigit()}
     problem, how = misfit(expected, {name: tensors[found].shape for name, found in names.items()}), ""
     if problem and (ordered := _in_order(tensors, splits, expected)):
         prefixes, how = _best_first(ordered), " in order"
@@ -227,11 +229,12 @@ def _in_order(tensors: State, splits: list[tuple[str, str, str]], expected: Shap
     for prefix, _, name in splits:
         behind.setdefault(prefix, []).append(name)
     wanted = [(_kind(name), shape) for name, shape in expected.items()]
-    return {
-        prefix: dict(zip(expected, names, strict=True))
+    fitting = {  # by the longest of prefixes that have the same behind them
+        tuple(names): prefix
         for prefix, names in behind.items()
         if len(names) == len(wanted) and [(_kind(name), tensors[name].shape) for name in names] == wanted
     }
+    return {prefix: dict(zip(expected, names, strict=True)) for names, prefix in fitting.items()}
 
 
 def _kind(name: str) -> str:

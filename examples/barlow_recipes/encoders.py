@@ -169,7 +169,9 @@ def _plan(arch: str, channels: int, image_size: int | None) -> tuple[dict[str, A
                 return options, _width(encoder, shape), shape
         except REFUSALS as error:
             reasons += [first_line(error)] if "unexpected keyword" not in str(error) else []
-    raise UsageError(f"--arch {arch}: cannot take images of {channels}×{image_size}×{image_size} ({reasons[-1]})")
+    raise UsageError(
+        f"--arch {arch}: cannot take {image_size or PHOTOGRAPH} pixels of {channels} channels ({reasons[-1]})"
+    )
 
 
 @torch.no_grad()
@@ -188,18 +190,17 @@ def _width(encoder: Encoder, shape: tuple[int, int, int], modes: Sequence[bool] 
 
 def _own(arch: str, channels: int, image_size: int | None) -> Encoder:
     """What the user's function gives; the width of its features is found by two images."""
-    function = imported(arch, "--arch")
-    shape = (channels, image_size or PHOTOGRAPH, image_size or PHOTOGRAPH)
-    told = {"channels": channels, "image_size": shape[1]}
+    function, side = imported(arch, "--arch"), image_size or PHOTOGRAPH
+    told = {"channels": channels, "image_size": side}
     module = function(**{name: told[name] for name in told if name in inspect.signature(function).parameters})
     if not isinstance(module, nn.Module):
         raise UsageError(f"--arch {arch}: expected a function that gives an nn.Module, got a {type(module).__name__}")
-    encoder = Encoder(module, 0, arch, "imagenet", shape=shape)
+    encoder = Encoder(module, 0, arch, "imagenet", shape=(channels, side, side))
     try:  # in evaluation alone: these are the weights that will be trained
-        features = _width(encoder, shape, [False])
+        features = _width(encoder, encoder.shape, [False])
     except REFUSALS as error:
         raise UsageError(
-            f"--arch {arch}: cannot take images of {'×'.join(map(str, shape))} ({first_line(error)})"
+            f"--arch {arch}: cannot take {side} pixels of {channels} channels ({first_line(error)})"
         ) from None
     module.train()
     return encoder._replace(features=features)

@@ -18,7 +18,7 @@ most of them fit; if they do not all fit, those that fit in order. What was take
 
 import hashlib
 import re
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -30,20 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from barlow_recipes import checkpoint
-from barlow_recipes.encoders import SMALL_ARCHS, STEMS, Encoder, build_encoder, is_own, is_within, resnets
+from barlow_recipes.encoders import SMALL_ARCHS, STEMS, Encoder, build_encoder, is_own, is_resnet, is_within, resnets
 from barlow_recipes.errors import UsageError, first_line, require
 from barlow_recipes.reporting import BACKBONE, CHECKPOINT
 
 OURS, SAFETENSORS = "a checkpoint of this program", "safetensors"
 OFFICIAL, STATE_DICT = "a checkpoint of facebookresearch/barlowtwins", "a state_dict"
-SECOND = (
-    "momentum",
-    "target",
-    "encoder_k",
-    "key",
-    "student",
-    "ema",
-)  # in the names of an encoder that is not preferred
+SECOND = ("momentum", "target", "encoder_k", "key", "student", "ema")  # in the prefix of an encoder not to prefer
 COUNTER = "num_batches_tracked"  # batch norms of before torch 0.4 did not count their batches
 FIRST = ("resnet50", "resnet18")  # to be tried: an architecture takes 0.1 s
 
@@ -191,55 +184,53 @@ def _named_tensors(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tup
 def find(weights: Weights, module: nn.Module, heads: tuple[str, ...] = ()) -> Match:
     """The part of a file that is for a module; ``heads`` are parts that it has no more, whose weights are left."""
     tensors, expected = weights.tensors, shapes(module.state_dict())
-    splits = [(prefix, rest, name) for name in tensors for prefix, rest in _splits(name)]
-    fitting = Counter(prefix for prefix, rest, name in splits if expected.get(rest) == tensors[name].shape)
-    most = max(fitting.values(), default=0)
-    prefixes = _best_first(prefix for prefix in fitting if fitting[prefix] == most) or [""]
-    inside = {
-        rest: name
-        for prefix, rest, name in splits
-        if prefix == prefixes[0] and (rest in expected or not is_within(rest, heads))
-    }
+    behind = _behind_prefixes(tensors)
+    fitting = {prefix: _number_that_fit(names, tensors, expected) for prefix, names in behind.items()}
+    most = max(1, *fitting.values())
+    prefixes = _preferred(prefix for prefix in behind if fitting[prefix] == most) or [""]
+    inside = {n: found for n, found in behind[prefixes[0]].items() if n in expected or not is_within(n, heads)}
     parts = {name.partition(".")[0] for name in expected} | {name for name, _ in module.named_children()}
     names = {name: found for name, found in inside.items() if name.partition(".")[0] in parts or name[0].isdigit()}
-    problem, how = misfit(expected, {name: tensors[found].shape for name, found in names.items()}), ""
-    if problem and (ordered := _in_order(tensors, splits, expected)):
-        prefixes, how = _best_first(ordered), " in order"
-        problem, names = "", ordered[prefixes[0]]
+    problem, how = misfit(expected, shapes(_taken(names, tensors))), ""
+    if problem and (in_order := _in_order(behind, tensors, expected)):
+        prefixes = _preferred(in_order)
+        problem, how, names = "", " in order", in_order[prefixes[0]]
     elif problem:
-        problem = misfit(expected, {name: tensors[found].shape for name, found in inside.items()})
+        problem = misfit(expected, shapes(_taken(inside, tensors)))
     said = _words(weights, prefixes, names, len(expected) - len(names), how)
-    return Match({name: tensors[found] for name, found in names.items()}, problem, said)
+    return Match(_taken(names, tensors), problem, said)
 
 
-def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """Every way to part a name into a prefix and the rest."""
-    places = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
-    return ((name[:place], name[place:]) for place in places)
+def _behind_prefixes(tensors: State) -> dict[str, dict[str, str]]:
+    """Of every prefix, shorter ones first, the names behind it: the rest of the name to the whole."""
+    behind: dict[str, dict[str, str]] = {"": {}}
+    for name in tensors:
+        for place in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
+            behind.setdefault(name[:place], {})[name[place:]] = name
+    return dict(sorted(behind.items(), key=lambda found: len(found[0])))
 
 
-def _best_first(prefixes: Iterable[str]) -> list[str]:
-    """First those that do not belong to the slower or the smaller of two encoders."""
+def _number_that_fit(names: Mapping[str, str], tensors: State, expected: Shapes) -> int:
+    return sum(expected.get(name) == tensors[found].shape for name, found in names.items())
+
+
+def _preferred(prefixes: Iterable[str]) -> list[str]:
+    """Last those of the slower or the worse of two encoders."""
     return sorted(prefixes, key=lambda prefix: any(word in prefix for word in SECOND))
 
 
-def _in_order(tensors: State, splits: list[tuple[str, str, str]], expected: Shapes) -> dict[str, dict[str, str]]:
-    """By prefix, where all that stands behind it has the expected kinds and shapes in order: names there by ours."""
-    behind: dict[str, list[str]] = {}
-    for prefix, _, name in splits:
-        behind.setdefault(prefix, []).append(name)
-    wanted = [(_kind(name), shape) for name, shape in expected.items()]
-    fitting = {  # by the longest of prefixes that have the same behind them
-        tuple(names): prefix
-        for prefix, names in behind.items()
-        if len(names) == len(wanted) and [(_kind(name), tensors[name].shape) for name in names] == wanted
-    }
-    return {prefix: dict(zip(expected, names, strict=True)) for names, prefix in fitting.items()}
+def _in_order(behind: Mapping[str, dict[str, str]], tensors: State, expected: Shapes) -> dict[str, dict[str, str]]:
+    """The names behind prefixes where, in order, all have the last parts and the shapes that are expected."""
+    wanted = [(name.rpartition(".")[2], shape) for name, shape in expected.items()]
+    found = {}
+    for prefix, names in behind.items():
+        if len(names) == len(wanted) and [(n.rpartition(".")[2], tensors[names[n]].shape) for n in names] == wanted:
+            found[tuple(names.values())] = prefix  # the longest of those that have the same behind them
+    return {prefix: dict(zip(expected, names, strict=True)) for names, prefix in found.items()}
 
 
-def _kind(name: str) -> str:
-    """Such as "weight" or "running_mean"."""
-    return name.rpartition(".")[2]
+def _taken(names: Mapping[str, str], tensors: State) -> State:
+    return {name: tensors[found] for name, found in names.items()}
 
 
 def _words(weights: Weights, prefixes: list[str], names: Mapping[str, str], missing: int, how: str) -> str:
@@ -279,8 +270,10 @@ def load_encoder(
         UsageError: the file cannot be read or its weights do not fit: with the first missing and unexpected names.
     """
     weights = read_weights(path)
-    settings = weights.settings
-    found = (settings["arch"], settings["stem"]) if "arch" in settings else recognized(weights)
+    said = {name: str(value) for name, value in weights.settings.items()}
+    found = (said["arch"], said.get("stem", STEMS[0])) if "arch" in said else None
+    if found is None and (arch is None or is_resnet(arch)):
+        found = recognized(weights)
     if arch is None and found is None:
         problem = find(weights, *_without_memory("resnet50", STEMS[0])).problem
         raise UsageError(
@@ -290,18 +283,22 @@ def load_encoder(
     arch_found, stem_found = found or ("", STEMS[0])
     if arch is None and is_own(arch_found):  # a file must not decide what is run
         raise UsageError(f"weights {weights.path}: made by code of your own. Name it with --arch {arch_found}")
-    arch, stem = arch or arch_found, stem or stem_found
-    channels = channels or int(settings.get("channels", 0)) or _channels(weights, arch, stem)
-    side = image_size or int(settings.get("image_size", 0)) or None
-    encoder = build_encoder(arch, stem, channels, side)
+    arch, stem = arch or arch_found, stem or (stem_found if arch in (None, arch_found) else STEMS[0])
+    channels = channels or _number(said.get("channels")) or _channels(weights, arch, stem)
+    encoder = build_encoder(arch, stem, channels, image_size or _number(said.get("image_size")))
     match = find(weights, encoder.module, encoder.heads)
     if match.problem:
         named = f"{arch} with the {stem} stem" if encoder.heads == ("fc",) else arch
-        hint = f"; they fit --arch {arch_found} --stem {stem_found}" if found else ""
+        found = found or recognized(weights)
+        hint = "; they fit --arch {} --stem {}".format(*found) if found else ""
         raise UsageError(f"weights {weights.path}: expected those of {named}, but {match.problem}{hint}")
     encoder.module.load_state_dict(match.state, strict=False)
     mapping = "" if weights.layout == OURS else f": {match.said}"
     return encoder._replace(source=f"{weights.path} ({weights.layout}{mapping})")
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isdigit() else None
 
 
 def _channels(weights: Weights, arch: str, stem: str) -> int:

@@ -7,7 +7,9 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -117,6 +119,8 @@ def test_the_card_is_filled_from_the_run(resnet_run: Path, export: Export, tmp_p
     ]
     assert f"| pretrained encoder | {knn:.1f} % |" in card
     assert not re.search(r"\bNone\b|\{\{|\{%", card)
+    about = huggingface_hub.ModelCard.load(tmp_path / "README.md").data
+    assert (about.library_name, about.pipeline_tag) == ("torchvision", "image-feature-extraction")
 
 
 def test_the_code_on_the_card_runs(
@@ -128,6 +132,86 @@ def test_the_code_on_the_card_runs(
     names = {"images": torch.rand(2, 3, 64, 64)}
     exec(code, names)
     assert names["features"].shape == (2, 512)
+
+
+def test_the_code_on_the_card_asks_timm_for_all_that_the_encoder_needs(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = build_encoder("timm/vit_tiny_patch16_224", channels=5, image_size=64)
+    exporting.write_files(encoder, tmp_path)
+    assert export("--weights", tmp_path / "backbone.safetensors", "--out", tmp_path / "out")[0] == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "takes images of shape 5×64×64 to 192 features" in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path / "out")
+    names = {"images": torch.rand(2, 5, 64, 64)}
+    exec(code, names)
+    assert torch.equal(names["features"], features_of(encoder.module, names["images"]))
+
+
+class Hub:
+    """What is asked of ``huggingface_hub.HfApi``, without a network."""
+
+    calls: ClassVar[list[tuple[str, dict]]] = []
+    refuses: ClassVar[str] = ""
+
+    def whoami(self) -> None:
+        self._do("whoami")
+
+    def create_repo(self, repository: str, **flags: object) -> str:
+        self._do("create_repo", repository=repository, **flags)
+        return f"https://hub.example/{repository}"
+
+    def upload_folder(self, **flags: object) -> None:
+        self._do("upload_folder", **flags)
+
+    def _do(self, name: str, **values: object) -> None:
+        self.calls.append((name, values))
+        if name == self.refuses:
+            raise OSError(f"no {name}\nand more lines")
+
+
+@pytest.mark.parametrize("refuses", ["", "whoami", "create_repo", "upload_folder"])
+def test_push(refuses: str, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    monkeypatch.setattr(Hub, "refuses", refuses)
+    torch.save(build_encoder("small-cnn").module.state_dict(), tmp_path / "any.pth")
+    out = tmp_path / "out"
+    status, output, errors = export("--weights", tmp_path / "any.pth", "--out", out, "--push", "me/it")
+    if refuses == "whoami":
+        reason = "expected somebody logged in to the Hugging Face Hub (no whoami). Log in with: hf auth login"
+        assert (status, errors) == (2, f"error: --push me/it: {reason}\n")
+        assert not out.exists()  # told before the work
+    elif refuses:
+        assert (status, errors) == (1, f"error: --push me/it: no {refuses}; the files are in {out}\n")
+    else:
+        assert (status, errors) == (0, "")
+        assert "uploaded to https://hub.example/me/it" in output
+        assert Hub.calls[-2:] == [
+            ("create_repo", {"repository": "me/it", "exist_ok": True}),
+            (
+                "upload_folder",
+                {"repo_id": "me/it", "folder_path": out, "allow_patterns": ["backbone.safetensors", "README.md"]},
+            ),
+        ]
+
+
+def test_push_without_a_login(export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real package, which asks nobody without a token."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    status, _, errors = export("--weights", tmp_path / "any.pth", "--push", "me/it")
+    assert status == 2
+    assert re.match(r"error: --push me/it: expected somebody logged in to the Hugging Face Hub \(.*[Tt]oken", errors)
+
+
+def test_push_without_the_package(export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    status, _, errors = export("--weights", tmp_path / "any.pth", "--push", "me/it")
+    assert status == 2
+    assert "--push me/it needs huggingface_hub, which cannot be imported" in errors
 
 
 @pytest.mark.slow

@@ -162,8 +162,8 @@ def test_a_projector_that_does_not_fit_is_left(projector: nn.Module, problem: st
     [
         ("timm/convnext_atto", lambda: timm.create_model("convnext_atto")),
         ("timm/vit_tiny_patch16_224", lambda: timm.create_model("vit_tiny_patch16_224")),
-        ("timm/resnet18", lambda: models.resnet18()),
-        ("mobilenet_v3_small", lambda: models.mobilenet_v3_small()),
+        ("timm/resnet18", models.resnet18),
+        ("mobilenet_v3_small", models.mobilenet_v3_small),
     ],
 )
 def test_beginning_with_the_weights_of_a_library(arch: str, theirs: Callable[[], nn.Module], tmp_path: Path) -> None:

@@ -3,11 +3,11 @@
     python examples/export_backbone.py --weights runs/imagenet-resnet50
     python examples/export_backbone.py --weights runs/imagenet-resnet50 --evaluation runs/evaluation --out to-publish
 
-The folder gets ``backbone.safetensors``; where torchvision or timm has the architecture, ``NAME.pth``, a
-state_dict for it; and ``README.md``, the model card, filled from the run's
-own records. Each file is read back, and the encoder in it compared bit for bit with the one that was exported.
+The folder gets ``backbone.safetensors``; where torchvision or timm has the architecture, ``NAME.pth``, a state_dict for
+it; and ``README.md``, the model card, filled from the run's own records. Each file is read back, and the encoder in it
+compared bit for bit with the one that was exported. --push uploads them.
 
-Any weights can be exported, also those of others; the card then says less. --push REPOSITORY uploads the folder.
+Any weights can be exported, also those of others; the card then says less.
 """
 
 from dataclasses import dataclass

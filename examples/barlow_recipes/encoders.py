@@ -19,6 +19,7 @@ TIMM = "timm/"  # before the name of an architecture of timm
 RANDOM = "random weights"
 PHOTOGRAPH = 224
 REFUSALS = (AssertionError, RuntimeError, TypeError, ValueError)  # each architecture has its own way to say no
+Shape = tuple[int, int, int]  # (C, H, W)
 
 
 class Encoder(NamedTuple):
@@ -35,7 +36,7 @@ class Encoder(NamedTuple):
     stem: str
     source: str = RANDOM
     heads: tuple[str, ...] = ()
-    shape: tuple[int, int, int] = (3, PHOTOGRAPH, PHOTOGRAPH)
+    shape: Shape = (3, PHOTOGRAPH, PHOTOGRAPH)
     options: Mapping[str, Any] = {}
 
 
@@ -64,7 +65,8 @@ def build_encoder(arch: str, stem: str = "imagenet", channels: int = 3, image_si
         return _own(arch, channels, image_size)
     options, features, shape = _plan(arch, channels, image_size)
     build = _of_timm if arch.startswith(TIMM) else _of_torchvision
-    return build(arch, stem, channels, **options)._replace(features=features, shape=shape)
+    encoder = build(arch, stem, channels, **options)
+    return encoder._replace(features=features or encoder.features, shape=shape or encoder.shape)
 
 
 def is_own(arch: str) -> bool:
@@ -150,33 +152,36 @@ def _of_timm(arch: str, stem: str, channels: int, **options: Any) -> Encoder:
 
 
 @cache
-def _plan(arch: str, channels: int, image_size: int | None) -> tuple[dict[str, Any], int, tuple[int, int, int]]:
+def _plan(arch: str, channels: int, image_size: int | None) -> tuple[dict[str, Any], int, Shape | None]:
     """How a library is to build an encoder for images of this size: found by trying, without memory for its weights.
 
     Returns:
-        What to ask for beside the name, the width of the features and the images' shape.
+        What to ask for beside the name, the width of the features, and the images' shape, where these were found out.
     """
     of_timm = arch.startswith(TIMM)
     build = _of_timm if of_timm else _of_torchvision
+    # torchvision's give a tensor, and Inception's other classifier, in training alone, takes large images alone.
+    modes = (True, False) if of_timm else (False,)
     ways: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}] if of_timm else [{}]
     ways += [{"img_size" if of_timm else "image_size": image_size}] if image_size else []
+    given = (channels, image_size, image_size) if image_size else None
     reasons = []
     for options in ways:
         try:
             with torch.device("meta"):
                 encoder = build(arch, "imagenet", channels, **options)
-                shape = (channels, image_size, image_size) if image_size else encoder.shape
-                return options, _width(encoder, shape), shape
+                return options, _width(encoder, given or encoder.shape, modes), given
+        except NotImplementedError:  # RegNets of torchvision need memory, and take images of any size
+            return options, 0, given
         except REFUSALS as error:
             reasons += [first_line(error)] if "unexpected keyword" not in str(error) else []
-    raise UsageError(
-        f"--arch {arch}: cannot take {image_size or PHOTOGRAPH} pixels of {channels} channels ({reasons[-1]})"
-    )
+    size = image_size or PHOTOGRAPH
+    raise UsageError(f"--arch {arch}: cannot take {size} pixels of {channels} channels ({reasons[-1]})")
 
 
 @torch.no_grad()
-def _width(encoder: Encoder, shape: tuple[int, int, int], modes: Sequence[bool] = (True, False)) -> int:
-    """Of the features that it makes of two images, in training and in evaluation."""
+def _width(encoder: Encoder, shape: Shape, modes: Sequence[bool]) -> int:
+    """Of the features that it makes of two images, in training (True) or in evaluation."""
     for training in modes:
         features = encoder.module.train(training)(torch.zeros(2, *shape))
         if not (isinstance(features, Tensor) and features.ndim == 2 and len(features) == 2):

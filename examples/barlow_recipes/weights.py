@@ -95,9 +95,9 @@ def read_weights(path: Path) -> Weights:
 
 def is_official(content: Mapping[str, Any]) -> bool:
     """Whether this is what the official program saves after an epoch."""
-    model = content.get("model")
-    known = isinstance(model, Mapping) and any(str(name).startswith("module.projector.") for name in model)
-    return known and {"epoch", "optimizer"} <= set(content)
+    kinds = {"model": Mapping, "optimizer": Mapping, "epoch": int}
+    known = all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+    return known and any(str(name).startswith("module.projector.") for name in content["model"])
 
 
 def _file_of(path: Path) -> Path:

@@ -83,7 +83,8 @@ def test_every_family_of_timm_is_pretrained_saved_evaluated_and_exported(arch: s
     BarlowTwinsLoss()(model(first), model(second)).backward()
     optimizer.step()
     moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
-    assert len(moved) > len(before) / 2
+    assert next(model.named_parameters())[0] in moved  # the gradient has come through
+    assert len(moved) > len(before) / 6  # of NFNet, whose branches begin at 0, few move at once
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
     torch.save(model.backbone.state_dict(), tmp_path / "backbone.pt")
@@ -133,6 +134,13 @@ def test_an_encoder_for_images_of_one_size_is_built_for_it(arch: str) -> None:
         encoder = build_encoder(arch, image_size=64)
         assert encoder.module(torch.rand(2, 3, 64, 64)).shape == (2, encoder.features)
     assert encoder.shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize("arch", ["regnet_x_400mf", "inception_v3"])
+def test_classifiers_of_torchvision_with_ways_of_their_own(arch: str) -> None:
+    encoder = build_encoder(arch)
+    with torch.no_grad():
+        assert encoder.module.eval()(torch.rand(2, *encoder.shape)).shape == (2, encoder.features)
 
 
 OWN = """

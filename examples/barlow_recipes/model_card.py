@@ -69,7 +69,9 @@ def read_record(weights: Path) -> dict[str, Any]:
     settings = newest.get("settings") or file.content.get("settings", {})
     accuracies = {row["representation"]: row for row in rows if row["kind"] == "evaluation" and "representation" in row}
     recipe = {key: settings[key] for key in sorted(settings) if key != "kind" and settings[key] is not None}
-    recipe |= {"done, steps": step, "done, whole epochs": epoch} if recipe else {}
+    if recipe:
+        command = " ".join(settings.get("command", []))
+        recipe |= {"command": f"`{command}`", "done, steps": step, "done, whole epochs": epoch}
     return {
         "settings": settings,
         "data": settings.get("data"),

@@ -103,6 +103,7 @@ def test_the_card_is_filled_from_the_run(resnet_run: Path, export: Export, tmp_p
         "| data | flowers |",
         "| images | 36 |",
         "| epochs | 2 |",
+        f"| command | `{' '.join(sys.argv[1:])}` |",  # of the process that called main
         "| batch_size | 8 |",
         "| processes | 1 |",
         "| device | cpu |",

@@ -5,7 +5,7 @@
     model = torch.hub.load(repository, "encoder", "export/backbone.safetensors")  # one of your own, with its weights
     projector = torch.hub.load(repository, "projector", "checkpoint.pth")
 
-They need torch alone; encoders need torchvision, safetensors files safetensors.
+They need torch alone; encoders need torchvision or timm, safetensors files safetensors.
 """
 
 import hashlib
@@ -61,16 +61,17 @@ def resnet50(pretrained: bool = True, weights: str = OFFICIAL) -> nn.Module:
     return model
 
 
-def encoder(weights: str, arch: str | None = None, stem: str | None = None) -> nn.Module:
+def encoder(weights: str, arch: str | None = None, stem: str | None = None, **images: int) -> nn.Module:
     """The encoder in a file of weights, in eval(): images (N, C, H, W) to features (N, F).
 
     Args:
         weights: a path or an address, of any layout that the example reads: its own runs and exports, the official
-            files, a state_dict of torchvision or timm.
-        arch: its architecture, where the file does not say it.
+            files, a state_dict of torchvision, timm or another program.
+        arch: its architecture, where the file does not say it: of torchvision, "timm/NAME" or "module:callable".
         stem: "imagenet" or "cifar", likewise.
+        images: their ``channels`` and ``image_size``, likewise.
     """
-    return load_encoder(_local(weights), arch, stem).module.eval()
+    return load_encoder(_local(weights), arch, stem, **images).module.eval()
 
 
 def _local(weights: str) -> Path:

@@ -3,9 +3,9 @@
     python examples/export_backbone.py --weights runs/imagenet-resnet50
     python examples/export_backbone.py --weights runs/imagenet-resnet50 --evaluation runs/evaluation --out to-publish
 
-The folder gets ``backbone.safetensors``; where torchvision has the architecture, ``NAME.pth``, a state_dict for
-``torchvision.models.NAME`` and ``timm.create_model("NAME")``; and ``README.md``, the model card, filled from the run's
-own records. Each file is read back, and the encoder in it compared bit for bit with the one that was exported.
+The folder gets ``backbone.safetensors``; where torchvision or timm has the architecture, ``NAME.pth``, a state_dict for
+it; and ``README.md``, the model card, filled from the run's own records. Each file is read back, and the encoder in it
+compared bit for bit with the one that was exported. --push uploads them.
 
 Any weights can be exported, also those of others; the card then says less.
 """
@@ -13,64 +13,63 @@ Any weights can be exported, also those of others; the card then says less.
 from dataclasses import dataclass
 from pathlib import Path
 
+from barlow_recipes.command_line import read
 from barlow_recipes.errors import UsageError
-from barlow_recipes.exporting import CARD, check, file_names, write_files
-from barlow_recipes.flags import Flags
-from barlow_recipes.model_card import check_evaluations, read_record, write_card
+from barlow_recipes.exporting import check, file_names, hub_of, push, write_files
+from barlow_recipes.model_card import read_record, read_results, write_card
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.weights import load_encoder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The flags, complete."""
+    """The flags."""
 
     weights: Path
-    arch: str | None
-    stem: str | None
-    evaluation: tuple[Path, ...]
-    out: Path
-    overwrite: bool
+    "a run's folder, or a file of weights"
+    arch: str | None = None
+    "architecture: of torchvision, timm/NAME or module:callable; without it as the file says"
+    stem: str | None = None
+    "first layers of a ResNet: imagenet or cifar; without it as the file says"
+    evaluation: tuple[Path, ...] = ()
+    "folders with a results.json of an evaluation or a transfer, for the card"
+    out: Path | None = None
+    "folder for the files; without it export/ in the run's folder, or beside the file"
+    overwrite: bool = False
+    "replace the files there"
+    push: str | None = None
+    "repository of the Hugging Face Hub, such as NAME/resnet50-barlow, to which to upload them"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; its exit status is that of :func:`~barlow_recipes.program.exit_status`."""
-    return exit_status(lambda: run(read_settings(argv)))
-
-
-def read_settings(argv: list[str] | None) -> Settings:
-    parser = Flags(__doc__ or "")
-    parser.add("--weights", Path, "a run's folder, or a file of weights", required=True, metavar="FILE")
-    parser.add("--arch", str, "architecture [by the file]")
-    parser.add("--stem", str, "first layers of a ResNet: imagenet or cifar [by the file]")
-    text = "folders with a results.json of an evaluation or a transfer, for the card"
-    parser.add("--evaluation", Path, text, nargs="+", default=(), metavar="FOLDER")
-    parser.add("--out", Path, "folder for the files [export/ in the run's folder, or beside the file]")
-    parser.switch("--overwrite", "replace the files there")
-    flags = vars(parser.parse_args(argv))
-    weights: Path = flags["weights"]
-    flags["out"] = flags["out"] or (weights if weights.is_dir() else weights.parent) / "export"
-    return Settings(**flags | {"evaluation": tuple(flags["evaluation"])})
+    return exit_status(lambda: run(read(Settings, argv, __doc__ or "")))
 
 
 def run(settings: Settings) -> None:
-    """Load, write, read back, describe."""
+    """Load, write, read back, describe, upload."""
+    hub = hub_of(settings.push) if settings.push else None  # now, not after the work
     encoder = load_encoder(settings.weights, settings.arch, settings.stem)
-    record = read_record(settings.weights, settings.evaluation)
-    check_evaluations(encoder, record)
-    taken = [name for name in file_names(encoder) if (settings.out / name).exists()]
+    record, results = read_record(settings.weights), read_results(settings.evaluation, encoder)
+    out = settings.out or (settings.weights if settings.weights.is_dir() else settings.weights.parent) / "export"
+    taken = [name for name in file_names(encoder) if (out / name).exists()]
     if taken and not settings.overwrite:
-        raise UsageError(f"--out {settings.out}: holds {taken[0]}. Choose another folder, or --overwrite")
+        raise UsageError(f"--out {out}: holds {taken[0]}. Choose another folder, or --overwrite")
     try:
-        settings.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {settings.out}: cannot be written ({error.strerror or error})") from None
-    files = write_files(encoder, settings.out)
+        raise UsageError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+    files = write_files(encoder, out)
     print(f"{encoder.arch} of {encoder.source}")
     for file in files:
         loaders = check(encoder, file)
         print(f"{file}: the same bits when loaded by {' and '.join(loaders)}")
-    print(write_card(settings.out / CARD, encoder, files, record))
+    card = write_card(encoder, files, record, results)
+    missing = [] if record["recipe"] else ["how it was pretrained"]
+    missing += [] if record["accuracies"] or results else ["what it is worth (--evaluation)"]
+    print(f"{card}: the model card" + (f"; it does not say {' nor '.join(missing)}" if missing else ""))
+    if hub and settings.push:
+        print(f"uploaded to {push(hub, settings.push, [*files, card])}")
 
 
 if __name__ == "__main__":

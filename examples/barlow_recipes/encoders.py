@@ -1,22 +1,33 @@
-"""Encoders of any architecture: those that pretraining knows, and torchvision's and timm's without their classifier."""
+"""Encoders of any architecture: our small ones, torchvision's and timm's without their classifier, and the user's."""
 
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from barlow_recipes.errors import UsageError, require
+from barlow_recipes.errors import UsageError, first_line, require
 
 SMALL_ARCHS = ("digits-cnn", "small-cnn")  # for the digits of 8 pixels, and for Fashion-MNIST
 STEMS = ("imagenet", "cifar")
 TIMM = "timm/"  # before the name of an architecture of timm
 RANDOM = "random weights"
+PHOTOGRAPH = 224
+REFUSALS = (AssertionError, RuntimeError, TypeError, ValueError)  # each architecture has its own way to say no
+Shape = tuple[int, int, int]  # (C, H, W)
 
 
 class Encoder(NamedTuple):
     """What makes features of images.
 
-    ``module`` takes images (N, C, H, W) to features (N, ``features``). ``heads`` are the names of the classifier that
-    it has no more: a file may have their weights.
+    ``module`` takes images (N, C, H, W) to features (N, ``features``); it was built for (C, H, W) = ``shape``.
+    ``heads`` are the names of the classifier that it has no more: a file may have their weights. ``options`` are what
+    its library was asked for beside the name.
     """
 
     module: nn.Module
@@ -25,76 +36,61 @@ class Encoder(NamedTuple):
     stem: str
     source: str = RANDOM
     heads: tuple[str, ...] = ()
+    shape: Shape = (3, PHOTOGRAPH, PHOTOGRAPH)
+    options: Mapping[str, Any] = {}
 
 
-def build_encoder(arch: str, stem: str = "imagenet") -> Encoder:
+def build_encoder(arch: str, stem: str = "imagenet", channels: int = 3, image_size: int | None = None) -> Encoder:
     """An encoder with random weights.
 
     Args:
-        arch: "digits-cnn", "small-cnn", a classifier of torchvision, such as "resnet50" or "vit_b_16", or of timm,
-            such as "timm/convnext_tiny".
+        arch: "digits-cnn" (grey), "small-cnn", a classifier of torchvision, such as "resnet50" or "vit_b_16", of timm,
+            such as "timm/convnext_tiny", or "module:callable", which gives an nn.Module; where it has arguments
+            ``channels`` and ``image_size``, it is told them.
         stem: the first layers of a ResNet: "imagenet", or "cifar" for images of 32 pixels.
+        channels: of an image.
+        image_size: its side in pixels, for architectures that are built for one; None: the architecture's own.
 
     Raises:
-        UsageError: no such architecture, or the package that has it is missing.
+        UsageError: no such architecture, it cannot take such images or does not give (N, F) features, or the package
+            that has it is missing.
     """
     if arch in SMALL_ARCHS:
-        return Encoder(*build_backbone(arch), arch, stem)
-    if arch.startswith(TIMM):
-        return _of_timm(arch, stem)
-    if arch in resnets():
-        return Encoder(*build_backbone(arch, stem), arch, stem, heads=("fc",))
-    return _of_torchvision(arch, stem)
+        return _small_encoder(arch, stem, channels)
+    if is_resnet(arch):  # they take images of any size
+        return _of_torchvision(arch, stem, channels)
+    if stem != "imagenet":
+        raise UsageError(f"--stem {stem}: expected a ResNet of torchvision, got --arch {arch}")
+    if is_own(arch):
+        return _own(arch, channels, image_size)
+    options, features, shape = _plan(arch, channels, image_size)
+    build = _of_timm if arch.startswith(TIMM) else _of_torchvision
+    encoder = build(arch, stem, channels, **options)
+    return encoder._replace(features=features or encoder.features, shape=shape or encoder.shape)
 
 
-def _of_torchvision(arch: str, stem: str) -> Encoder:
-    models = require("torchvision.models", f"--arch {arch}")
-    if arch not in models.list_models(module=models):
-        raise UsageError(
-            f"--arch {arch}: expected {', '.join(SMALL_ARCHS)}, a classifier of torchvision (resnet50, vit_b_16, ...) "
-            f"or of timm ({TIMM}convnext_tiny, ...)"
-        )
-    module = models.get_model(arch, weights=None)
-    linear = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    if not linear:
-        raise UsageError(f"--arch {arch}: expected a classifier that ends with a linear layer")
-    name, layer = linear[-1]
-    module.set_submodule(name, nn.Identity())
-    return Encoder(module, layer.in_features, arch, stem, heads=(name,))
+def is_own(arch: str) -> bool:
+    """Whether it names code of the user's."""
+    return ":" in arch and not arch.startswith(TIMM)
 
 
-def _of_timm(arch: str, stem: str) -> Encoder:
-    timm: Any = require("timm", f"--arch {arch}")
-    name = arch.removeprefix(TIMM)
-    if not timm.is_model(name):
-        alike = timm.list_models(f"*{name}*")[:5]
-        raise UsageError(f"--arch {arch}: timm has no model {name}" + (f"; it has {', '.join(alike)}" if alike else ""))
-    module = timm.create_model(name, pretrained=False, num_classes=0)
-    heads = module.default_cfg.get("classifier") or ()
-    # Some, such as MobileNetV3 and VGG, have a layer of another width between the last feature map and the classifier.
-    features = getattr(module, "head_hidden_size", module.num_features)
-    return Encoder(module, features, arch, stem, heads=(heads,) if isinstance(heads, str) else tuple(heads))
+def is_resnet(arch: str) -> bool:
+    """Whether it is of torchvision's ResNet family."""
+    return not is_own(arch) and not arch.startswith(TIMM) and arch in resnets()
 
 
-def build_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
-    """The encoder alone, with random weights, and the width of its features.
-
-    Raises:
-        UsageError: an unknown ``arch``, or torchvision is needed and missing.
-    """
-    return _small_encoder(arch) if arch in SMALL_ARCHS else _resnet(arch, stem)
-
-
-def _small_encoder(arch: str) -> tuple[nn.Module, int]:
-    """Four 3×3 convolutions and a pooling, for 1×8×8 images, or for 3×28×28, of which they see every second pixel."""
-    channels, stride, widths = (1, 1, (24, 48, 96, 96)) if arch == "digits-cnn" else (3, 2, (16, 32, 64, 128))
+def _small_encoder(arch: str, stem: str, channels: int) -> Encoder:
+    """Four 3×3 convolutions and a pooling, for 1×8×8 images, or for C×28×28, of which they see every second pixel."""
+    side, stride, widths = (8, 1, (24, 48, 96, 96)) if arch == "digits-cnn" else (28, 2, (16, 32, 64, 128))
+    width_before = channels = 1 if arch == "digits-cnn" else channels
     layers: list[nn.Module] = []
     for number, width in enumerate(widths):
         layers += [nn.MaxPool2d(2)] if number == 2 else []
-        convolution = nn.Conv2d(channels, width, 3, 1 if layers else stride, padding=1, bias=False)
+        convolution = nn.Conv2d(width_before, width, 3, 1 if layers else stride, padding=1, bias=False)
         layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-        channels = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
+        width_before = width
+    module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Encoder(module, widths[-1], arch, stem, shape=(channels, side, side))
 
 
 def resnets() -> list[str]:
@@ -103,19 +99,166 @@ def resnets() -> list[str]:
     return [name for name in models.list_models(module=models) if "resne" in name]
 
 
-def _resnet(arch: str, stem: str) -> tuple[nn.Module, int]:
-    """torchvision's ResNet family without the classifier; residual branches start at 0 (``zero_init_residual``).
+def _of_torchvision(arch: str, stem: str, channels: int, **options: Any) -> Encoder:
+    """A classifier without its last layer. Residual branches of a ResNet start at 0 (``zero_init_residual``).
 
     The "cifar" stem is one 3×3 convolution of stride 1 without pooling, for images of 32 pixels.
     """
     models = require("torchvision.models", f"--arch {arch}")
-    if arch not in (known := resnets()):
-        raise UsageError(f"--arch {arch}: expected one of {', '.join(known)}")
-    backbone = models.get_model(arch, weights=None, zero_init_residual=True)
-    features = backbone.fc.in_features
-    backbone.fc = nn.Identity()
+    if arch not in models.list_models(module=models):
+        raise UsageError(
+            f"--arch {arch}: expected {', '.join(SMALL_ARCHS)}, a classifier of torchvision (resnet50, vit_b_16, ...) "
+            f"or of timm ({TIMM}convnext_tiny, ...), or your own as module:callable"
+        )
+    start = {"zero_init_residual": True} if arch in resnets() else {}
+    module = models.get_model(arch, weights=None, **start, **options)
+    module.aux_logits = False  # of GoogLeNet and Inception: else they give a tuple in training
+    linear = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise UsageError(f"--arch {arch}: expected a classifier that ends with a linear layer")
+    name, layer = linear[-1]
+    module.set_submodule(name, nn.Identity())
     if stem == "cifar":
-        backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
-        backbone.maxpool = nn.Identity()
-    return backbone, features
+        module.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+        module.maxpool = nn.Identity()
+    elif channels != 3:
+        _replace_first_convolution(module, channels)
+    shape = (channels, PHOTOGRAPH, PHOTOGRAPH)
+    return Encoder(module, layer.in_features, arch, stem, heads=(name,), shape=shape, options=options)
+
+
+def _replace_first_convolution(module: nn.Module, channels: int) -> None:
+    """By one for other than three channels, whose weights are drawn as widely."""
+    name, old = next((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d))
+    shape = old.kernel_size, old.stride, old.padding, old.dilation, old.groups, old.bias is not None
+    new = nn.Conv2d(channels, old.out_channels, *shape)  # type: ignore[arg-type]
+    new.weight = nn.Parameter(torch.randn_like(new.weight) * old.weight.detach().std())
+    module.set_submodule(name, new)
+
+
+def _of_timm(arch: str, stem: str, channels: int, **options: Any) -> Encoder:
+    timm: Any = require("timm", f"--arch {arch}")
+    name = arch.removeprefix(TIMM)
+    if not timm.is_model(name):
+        alike = timm.list_models(f"*{name}*")[:5]
+        raise UsageError(f"--arch {arch}: timm has no model {name}" + (f"; it has {', '.join(alike)}" if alike else ""))
+    options |= {} if channels == 3 else {"in_chans": channels}
+    module = timm.create_model(name, pretrained=False, num_classes=0, **options)
+    heads = module.default_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    shape = (channels, *module.default_cfg["input_size"][1:])
+    return Encoder(module, module.num_features, arch, stem, heads=heads, shape=shape, options=options)
+
+
+@cache
+def _plan(arch: str, channels: int, image_size: int | None) -> tuple[dict[str, Any], int, Shape | None]:
+    """How a library is to build an encoder for images of this size: found by trying, without memory for its weights.
+
+    Returns:
+        What to ask for beside the name, the width of the features, and the images' shape, where these were found out.
+    """
+    of_timm = arch.startswith(TIMM)
+    build = _of_timm if of_timm else _of_torchvision
+    # torchvision's give a tensor, and Inception's other classifier, in training alone, takes large images alone.
+    modes = (True, False) if of_timm else (False,)
+    ways: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}] if of_timm else [{}]
+    ways += [{"img_size" if of_timm else "image_size": image_size}] if image_size else []
+    given = (channels, image_size, image_size) if image_size else None
+    reasons = []
+    for options in ways:
+        try:
+            with torch.device("meta"):
+                encoder = build(arch, "imagenet", channels, **options)
+                return options, _width(encoder, given or encoder.shape, modes), given
+        except NotImplementedError:  # RegNets of torchvision need memory, and take images of any size
+            return options, 0, given
+        except REFUSALS as error:
+            reasons += [first_line(error)] if "unexpected keyword" not in str(error) else []
+    size = image_size or PHOTOGRAPH
+    raise UsageError(f"--arch {arch}: cannot take {size} pixels of {channels} channels ({reasons[-1]})")
+
+
+@torch.no_grad()
+def _width(encoder: Encoder, shape: Shape, modes: Sequence[bool]) -> int:
+    """Of the features that it makes of two images, in training (True) or in evaluation."""
+    for training in modes:
+        features = encoder.module.train(training)(torch.zeros(2, *shape))
+        if not (isinstance(features, Tensor) and features.ndim == 2 and len(features) == 2):
+            found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+            raise UsageError(
+                f"--arch {encoder.arch}: expected features of shape (2, F) for two images, got {found}. An encoder "
+                "ends with a pooling, such as nn.AdaptiveAvgPool2d(1) and nn.Flatten(), and gives nothing else"
+            )
+    return features.shape[1]
+
+
+def _own(arch: str, channels: int, image_size: int | None) -> Encoder:
+    """What the user's function gives; the width of its features is found by two images."""
+    function, side = imported(arch, "--arch"), image_size or PHOTOGRAPH
+    told = {"channels": channels, "image_size": side}
+    module = function(**{name: told[name] for name in told if name in inspect.signature(function).parameters})
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"--arch {arch}: expected a function that gives an nn.Module, got a {type(module).__name__}")
+    encoder = Encoder(module, 0, arch, "imagenet", shape=(channels, side, side))
+    try:  # in evaluation alone: these are the weights that will be trained
+        features = _width(encoder, encoder.shape, [False])
+    except REFUSALS as error:
+        raise UsageError(
+            f"--arch {arch}: cannot take {side} pixels of {channels} channels ({first_line(error)})"
+        ) from None
+    module.train()
+    return encoder._replace(features=features)
+
+
+def imported(name: str, flag: str) -> Callable[..., Any]:
+    """What "module:callable" names; the module may lie in the working directory.
+
+    Raises:
+        UsageError: it cannot be imported, or has no such callable.
+    """
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = pkgutil.resolve_name(name)
+    except Exception as error:  # whatever the module raises
+        raise UsageError(f"{flag} {name}: cannot be imported ({type(error).__name__}: {first_line(error)})") from None
+    if not callable(found):
+        raise UsageError(f"{flag} {name}: expected a callable, got a {type(found).__name__}")
+    return found
+
+
+def freeze(encoder: nn.Module, names: Sequence[str]) -> None:
+    """Let parts of an encoder stand still: their parameters, and what their batch norms keep, also in training.
+
+    Args:
+        encoder: a module; its ``train()`` leaves the batch norms of these parts in evaluation.
+        names: of submodules or parameters, such as "layer1" or "layer4.0.conv1"; "all" is all of it.
+
+    Raises:
+        UsageError: it has no parameters of such a name.
+    """
+    for part in names:
+        found = [parameter for name, parameter in encoder.named_parameters() if is_within(name, [part])]
+        if not found:
+            known = dict.fromkeys(name.partition(".")[0] for name, _ in encoder.named_parameters())
+            raise UsageError(
+                f"--freeze {part}: the encoder has no such part; expected all, {', '.join(known)} or a part of one"
+            )
+        for parameter in found:
+            parameter.requires_grad_(False)
+    encoder.train = partial(_train_the_rest, encoder, tuple(names))  # type: ignore[method-assign]
+    encoder.train(encoder.training)
+
+
+def _train_the_rest(encoder: nn.Module, frozen: Sequence[str], mode: bool = True) -> nn.Module:
+    type(encoder).train(encoder, mode)
+    for name, module in encoder.named_modules():
+        if hasattr(module, "running_mean") and is_within(name, frozen):
+            module.eval()
+    return encoder
+
+
+def is_within(name: str, parts: Sequence[str]) -> bool:
+    """Whether a name is one of these, or of something inside of one; all are within "all"."""
+    return any(part == "all" or name == part or name.startswith(f"{part}.") for part in parts)

@@ -1,6 +1,7 @@
-"""An encoder in files of its own, and what other programs make of them."""
+"""An encoder in files of its own, what other programs make of them, and where they are published."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,40 @@ from torch import Tensor, nn
 
 from barlow_recipes import checkpoint
 from barlow_recipes.encoders import SMALL_ARCHS, TIMM, Encoder, resnets
-from barlow_recipes.errors import Aborted, require
+from barlow_recipes.errors import Aborted, UsageError, first_line, require
 from barlow_recipes.reporting import replacing
 from barlow_recipes.weights import load_encoder
 
 SAFETENSORS, CARD = "backbone.safetensors", "README.md"
-SIDES = {"digits-cnn": (1, 8), "small-cnn": (3, 28)}  # channels and pixels of what else is not a photograph
-PHOTOGRAPH = 3, 224
 
 
 def file_names(encoder: Encoder) -> list[str]:
     """What :func:`write_files` writes, and the card."""
-    return [SAFETENSORS, *([f"{_name(encoder)}.pth"] if _is_of_a_library(encoder) else []), CARD]
+    return [SAFETENSORS, *([f"{encoder.arch.removeprefix(TIMM)}.pth"] if _libraries(encoder) else []), CARD]
 
 
-def _name(encoder: Encoder) -> str:
-    return encoder.arch.removeprefix(TIMM)
+def _libraries(encoder: Encoder) -> dict[str, Callable[[], nn.Module]]:
+    """The libraries that build this encoder by its name: how, with nothing of this program."""
+    arch, options = encoder.arch, encoder.options
+    if arch in SMALL_ARCHS or encoder.stem != "imagenet" or (":" in arch and not arch.startswith(TIMM)):
+        return {}
+    timm: Any = require("timm", "exporting")
+    if arch.startswith(TIMM):
+        return {"timm": partial(timm.create_model, arch.removeprefix(TIMM), num_classes=0, **options)}
+    if encoder.shape[0] != 3:
+        return {}
+    ways: dict[str, Callable[[], nn.Module]] = {"torchvision": lambda: _of_torchvision(encoder)}
+    if arch in resnets() and timm.is_model(arch):  # whose names and layers are the same in both
+        ways["timm"] = partial(timm.create_model, arch, num_classes=0)
+    return ways
 
 
-def _is_of_a_library(encoder: Encoder) -> bool:
-    """Whether torchvision or timm builds this encoder by its name alone."""
-    return encoder.arch not in SMALL_ARCHS and encoder.stem == "imagenet"
+def _of_torchvision(encoder: Encoder) -> nn.Module:
+    models: Any = require("torchvision.models", "exporting")
+    model: nn.Module = models.get_model(encoder.arch, weights=None, **encoder.options)
+    for head in encoder.heads:
+        model.set_submodule(head, nn.Identity())
+    return model
 
 
 def write_files(encoder: Encoder, folder: Path) -> list[Path]:
@@ -39,16 +53,15 @@ def write_files(encoder: Encoder, folder: Path) -> list[Path]:
         Aborted: a file cannot be written.
     """
     library: Any = require("safetensors.torch", SAFETENSORS)
-    state = {name: value.detach().cpu().contiguous() for name, value in encoder.module.state_dict().items()}
-    metadata = {"format": "pt", "arch": encoder.arch, "stem": encoder.stem}
-    path = folder / SAFETENSORS
-    with replacing(path) as temporary:
-        temporary.write_bytes(library.save(state, metadata))
-    if not _is_of_a_library(encoder):
-        return [path]
-    other = folder / f"{_name(encoder)}.pth"
-    checkpoint.save(other, state)
-    return [path, other]
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in encoder.module.state_dict().items()}
+    channels, side, _ = encoder.shape
+    facts = {"arch": encoder.arch, "stem": encoder.stem, "channels": str(channels), "image_size": str(side)}
+    name, *others, _ = file_names(encoder)
+    with replacing(folder / name) as temporary:
+        temporary.write_bytes(library.save(state, {"format": "pt"} | facts))
+    for other in others:
+        checkpoint.save(folder / other, state)
+    return [folder / name for name in (name, *others)]
 
 
 def check(encoder: Encoder, path: Path) -> list[str]:
@@ -60,22 +73,16 @@ def check(encoder: Encoder, path: Path) -> list[str]:
     Raises:
         Aborted: one of them gives other features.
     """
-    images = torch.rand(2, *example_shape(encoder), generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, *encoder.shape, generator=torch.Generator().manual_seed(0))
     expected = _features(encoder.module, images)
-    ways = {"this program": lambda: load_encoder(path, encoder.arch, encoder.stem).module} | _libraries(encoder, path)
-    for way, load in ways.items():
-        if not torch.equal(_features(load(), images), expected):
+    loaded = {"this program": load_encoder(path, encoder.arch, encoder.stem, *encoder.shape[:2]).module}
+    for way, build in _libraries(encoder).items():
+        loaded[way] = build()
+        loaded[way].load_state_dict(_read(path))
+    for way, module in loaded.items():
+        if not torch.equal(_features(module, images), expected):
             raise Aborted(f"{path}: loaded by {way}, the encoder has other features than the one that was exported")
-    return list(ways)
-
-
-def example_shape(encoder: Encoder) -> tuple[int, int, int]:
-    """(C, H, W) of the images that the encoder is for."""
-    if encoder.arch.startswith(TIMM):  # some take images of one size alone
-        channels, height, width = encoder.module.default_cfg["input_size"]  # type: ignore[union-attr,index]
-        return channels, height, width
-    channels, side = SIDES.get(encoder.arch, PHOTOGRAPH)
-    return channels, side, side
+    return list(loaded)
 
 
 @torch.no_grad()
@@ -83,38 +90,42 @@ def _features(module: nn.Module, images: Tensor) -> Tensor:
     return module.cpu().eval()(images)
 
 
-def _libraries(encoder: Encoder, path: Path) -> dict[str, Callable[[], nn.Module]]:
-    """The libraries that build this architecture: each is given the file and nothing of this program."""
-    if not _is_of_a_library(encoder):
-        return {}
-    name, of_timm = _name(encoder), encoder.arch.startswith(TIMM)
-    ways: dict[str, Callable[[], nn.Module]] = {}
-    if not of_timm:
-        ways["torchvision"] = lambda: _by_torchvision(name, encoder.heads, path)
-    if of_timm or name in resnets():  # whose names and layers are the same in both
-        timm: Any = require("timm", "exporting for timm")
-        if timm.is_model(name):
-            ways["timm"] = lambda: _by_timm(timm, name, path)
-    return ways
-
-
-def _by_torchvision(name: str, heads: tuple[str, ...], path: Path) -> nn.Module:
-    models: Any = require("torchvision.models", "exporting for torchvision")
-    model: nn.Module = models.get_model(name, weights=None)
-    for head in heads:
-        model.set_submodule(head, nn.Identity())
-    model.load_state_dict(_read(path))
-    return model
-
-
-def _by_timm(timm: Any, name: str, path: Path) -> nn.Module:
-    model: nn.Module = timm.create_model(name, num_classes=0)
-    model.load_state_dict(_read(path))
-    return model
-
-
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         library: Any = require("safetensors.torch", path.name)
         return library.load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def hub_of(repository: str) -> Any:
+    """The Hugging Face Hub, where the user may write.
+
+    Raises:
+        UsageError: its package is missing, nobody is logged in, or it cannot be reached.
+    """
+    hub: Any = require("huggingface_hub", f"--push {repository}")
+    api = hub.HfApi()
+    try:
+        api.whoami()
+    except Exception as error:  # of the client below, as well
+        reason = f"expected somebody logged in to the Hugging Face Hub ({first_line(error)})"
+        raise UsageError(f"--push {repository}: {reason}. Log in with: hf auth login") from None
+    return api
+
+
+def push(api: Any, repository: str, files: Sequence[Path]) -> str:
+    """Upload the files of one folder to a repository, which is made if there is none.
+
+    Returns:
+        The address.
+
+    Raises:
+        Aborted: the hub does not take them.
+    """
+    try:
+        address = api.create_repo(repository, exist_ok=True)
+        names = [file.name for file in files]
+        api.upload_folder(repo_id=repository, folder_path=files[0].parent, allow_patterns=names)
+    except Exception as error:  # of the client below, as well
+        raise Aborted(f"--push {repository}: {first_line(error)}; the files are in {files[0].parent}") from None
+    return str(address)

@@ -12,7 +12,7 @@ from barlow_loss.diagnostics import noise_floor
 from barlow_recipes import pictures, probes
 from barlow_recipes.data import Probe
 from barlow_recipes.distributed import is_main, world_size
-from barlow_recipes.encoders import build_backbone
+from barlow_recipes.encoders import build_encoder
 from barlow_recipes.report import write_report
 from barlow_recipes.reporting import CROSS_CORRELATION, CURVES
 from barlow_recipes.run import Accuracies, Run
@@ -45,7 +45,7 @@ def random_backbone(now: Run) -> nn.Module:
     if now.begun is None:
         return now.state.model.backbone
     with torch.random.fork_rng(devices=[]):
-        backbone, _ = build_backbone(now.settings.arch, now.settings.stem)
+        backbone = build_encoder(now.settings.arch, now.settings.stem).module
     return backbone.to(now.settings.device)
 
 

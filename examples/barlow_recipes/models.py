@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from barlow_loss import Projector
-from barlow_recipes.encoders import build_backbone
+from barlow_recipes.encoders import build_encoder
 from barlow_recipes.errors import UsageError
 
 
@@ -20,11 +20,12 @@ class BarlowTwins(nn.Module):
     With ``chunks`` > 1 the images pass through the backbone in so many parts, one after the other. Of each part the
     features alone are kept, and the rest is computed again in the backward. Gradients are those of the whole batch for
     a backbone that treats images one by one (layer, group or frozen batch norms); another batch norm sees a part.
+    ``heads`` is that of the :class:`~barlow_recipes.encoders.Encoder`.
     """
 
-    def __init__(self, backbone: nn.Module, projector: nn.Module, chunks: int = 1) -> None:
+    def __init__(self, backbone: nn.Module, projector: nn.Module, heads: tuple[str, ...] = (), chunks: int = 1) -> None:
         super().__init__()
-        self.backbone, self.projector, self.chunks = backbone, projector, chunks
+        self.backbone, self.projector, self.heads, self.chunks = backbone, projector, heads, chunks
 
     def forward(self, images: Tensor) -> Tensor:
         return cast("Tensor", self.projector(self.represent(images)))
@@ -37,16 +38,19 @@ class BarlowTwins(nn.Module):
         return torch.cat([represent(part) for part in images.tensor_split(self.chunks) if len(part)])
 
 
-def build_model(arch: str, projector: str, stem: str = "imagenet") -> BarlowTwins:
-    """Build an encoder by name and a projector by its layers, such as "8192-8192-8192".
+def build_model(
+    arch: str, projector: str, stem: str = "imagenet", channels: int = 3, image_size: int | None = None
+) -> BarlowTwins:
+    """Build an encoder, as :func:`.encoders.build_encoder`, and a projector by its layers, such as "8192-8192-8192".
 
     Raises:
-        UsageError: an unknown ``arch``, or the package that has it is missing.
+        UsageError: one of them cannot be built.
     """
-    backbone, features = build_backbone(arch, stem)
+    encoder = build_encoder(arch, stem, channels, image_size)
     *hidden, out_features = parse_projector(projector)
     hidden_features = hidden[0] if hidden else out_features
-    return BarlowTwins(backbone, Projector(features, hidden_features, out_features, num_layers=len(hidden) + 1))
+    layers = Projector(encoder.features, hidden_features, out_features, num_layers=len(hidden) + 1)
+    return BarlowTwins(encoder.module, layers, encoder.heads)
 
 
 def has_batch_norms(backbone: nn.Module) -> bool:

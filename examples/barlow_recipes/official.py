@@ -1,5 +1,6 @@
 """Beginning from a file of weights, and going on from a checkpoint of facebookresearch/barlowtwins."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -10,11 +11,16 @@ from barlow_recipes.errors import UsageError
 from barlow_recipes.models import BarlowTwins
 from barlow_recipes.optimization import LARS
 from barlow_recipes.presets import LEARNING_RATE_BIASES
-from barlow_recipes.weights import OFFICIAL, Weights, fill, misfit, read_weights, shapes, without
+from barlow_recipes.weights import OFFICIAL, Weights, find, misfit, read_weights, shapes
 
 
-def initialize(model: BarlowTwins, path: Path) -> str:
-    """Put the weights of a file into the model, into the projector as well if the file has them.
+def initialize(model: BarlowTwins, path: Path, strict: bool = False) -> str:
+    """Put the weights of a file into the encoder, and into the projector if the file has one that fits.
+
+    Args:
+        model: the encoder and its projector.
+        path: of the file.
+        strict: whether the projector has to be there, and fit.
 
     Returns:
         In words, what came from where.
@@ -23,9 +29,11 @@ def initialize(model: BarlowTwins, path: Path) -> str:
         UsageError: the file cannot be read, or its weights do not fit.
     """
     weights = read_weights(path)
-    _load(model, weights)
-    what = "encoder and projector" if weights.projector else "the encoder (the projector has random weights)"
-    return f"begins with {what} of {weights.path}, {weights.layout}"
+    said, problem = _load(model, weights)
+    if strict and problem:
+        raise UsageError(f"weights {weights.path}: expected those of this --projector, but {problem}")
+    what = f"the encoder (the projector has random weights: {problem})" if problem else "encoder and projector"
+    return f"begins with {what} of {weights.path}, {weights.layout}: {said}"
 
 
 def find_official(path: Path) -> Weights | None:
@@ -55,7 +63,8 @@ def go_on(weights: Weights, state: TrainingState, learning_rate_biases: float, s
     epoch = int(weights.content["epoch"])
     if not isinstance(state.optimizer, LARS):
         raise UsageError(f"--resume {weights.path}: that run was optimised by LARS, expected --optimizer lars")
-    _load(state.model, weights)
+    if problem := _load(state.model, weights)[1]:
+        raise UsageError(f"--resume {weights.path}: expected the weights of this --projector, but {problem}")
     factors = (1.0, LEARNING_RATE_BIASES / learning_rate_biases if learning_rate_biases else 1.0)
     momenta = _momenta(weights, state, factors)
     state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": momenta})
@@ -64,11 +73,32 @@ def go_on(weights: Weights, state: TrainingState, learning_rate_biases: float, s
     return f"continues {weights.path}, {weights.layout}, after its epoch {epoch}"
 
 
-def _load(model: BarlowTwins, weights: Weights) -> None:
-    backbone = without(weights.backbone, ("fc",))
-    fill(model.backbone, backbone, f"weights {weights.path}: expected those of this encoder (--arch, --stem)")
-    if weights.projector:
-        fill(model.projector, weights.projector, f"weights {weights.path}: expected those of this --projector")
+def _load(model: BarlowTwins, weights: Weights) -> tuple[str, str]:
+    """Put in the encoder and, if it fits, the projector.
+
+    Returns:
+        In words, what was taken for the encoder, and why nothing for the projector.
+
+    Raises:
+        UsageError: the weights are not of this encoder.
+    """
+    encoder = find(weights, model.backbone, model.heads)
+    if encoder.problem:
+        raise UsageError(
+            f"weights {weights.path}: expected those of this encoder (--arch, --stem), but {encoder.problem}"
+        )
+    model.backbone.load_state_dict(encoder.state, strict=False)
+    tensors = {
+        name.rpartition("projector.")[2]: value
+        for name, value in weights.tensors.items()
+        if ".projector." in f".{name}"
+    }
+    if not tensors:
+        return encoder.said, "the file has none"
+    projector = find(replace(weights, tensors=tensors), model.projector)
+    if not projector.problem:
+        model.projector.load_state_dict(projector.state, strict=False)
+    return encoder.said, projector.problem
 
 
 def _momenta(weights: Weights, state: TrainingState, factors: tuple[float, float]) -> dict[int, dict[str, Tensor]]:

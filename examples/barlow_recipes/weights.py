@@ -1,34 +1,43 @@
 """Weights from a file, whichever program has written it; nothing in it is run.
 
-| layout | what it holds |
+Of all tensors in the file those are taken that stand, by the names and shapes of the encoder, behind the prefix where
+most of them fit; if they do not all fit, those that fit in order. What was taken and what was left is said.
+
+| written by | where the encoder lies |
 |---|---|
-| a run of this program | checkpoint.pt: encoder, projector, settings; backbone.pt: the encoder |
-| safetensors | the encoder, as exported by this program or any other |
-| facebookresearch/barlowtwins | checkpoint.pth: epoch, model (``module.backbone.*``, ...), optimizer; resnet50.pth |
-| torchvision, timm | a state_dict, with or without its classifier; bare, or as "state_dict" or "model" of a dict |
+| this program | checkpoint.pt: ``model.backbone.*`` beside projector and settings; backbone.pt and safetensors: bare |
+| facebookresearch/barlowtwins | checkpoint.pth: ``model.module.backbone.*``; resnet50.pth: bare |
+| torchvision, timm | bare, or behind ``state_dict.`` or ``model.``, with or without its classifier |
+| solo-learn, mmselfsup, mmpretrain | ``state_dict.backbone.*``, rather than ``momentum_backbone.*`` |
+| lightly | ``backbone.0.weight``, ...: an nn.Sequential, so in order; bare, or in a checkpoint of Lightning |
+| VISSL | ``classy_state_dict.base_model.model.trunk._feature_blocks.*``; others ``model_state_dict.*`` |
+| MoCo, DINO, BYOL | ``encoder_q``, ``teacher``, ``online_encoder``; not ``encoder_k``, ``student``, ``target`` |
+
+``module.`` and the like before or behind these are prefixes as well; ``_orig_mod.``, of torch.compile, counts nowhere.
 """
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from barlow_recipes import checkpoint
-from barlow_recipes.encoders import SMALL_ARCHS, STEMS, Encoder, build_encoder, resnets
+from barlow_recipes.encoders import SMALL_ARCHS, STEMS, Encoder, build_encoder, is_own, is_resnet, is_within, resnets
 from barlow_recipes.errors import UsageError, first_line, require
 from barlow_recipes.reporting import BACKBONE, CHECKPOINT
 
 OURS, SAFETENSORS = "a checkpoint of this program", "safetensors"
 OFFICIAL, STATE_DICT = "a checkpoint of facebookresearch/barlowtwins", "a state_dict"
-WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-BACKBONE_PREFIX, PROJECTOR_PREFIX = "backbone.", "projector."
-
+SECOND = ("momentum", "target", "encoder_k", "key", "student", "ema")  # in the prefix of an encoder not to prefer
+COUNTER = "num_batches_tracked"  # batch norms of before torch 0.4 did not count their batches
 FIRST = ("resnet50", "resnet18")  # to be tried: an architecture takes 0.1 s
 
 State = dict[str, Tensor]
@@ -37,47 +46,58 @@ Shapes = Mapping[str, torch.Size]
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file says of an encoder: ``content`` is all of it; where it is silent, ``arch`` and ``stem`` are None."""
+    """What a file holds.
+
+    ``tensors`` are all, by the names that lead to them; ``settings`` what it says of its encoder ("arch", "stem", ...);
+    ``content`` all of it; ``ignored`` the kinds of objects that could only be read by running code.
+    """
 
     path: Path
     layout: str
-    backbone: State
-    projector: State = field(default_factory=dict)
-    arch: str | None = None
-    stem: str | None = None
+    tensors: State
+    settings: Mapping[str, Any] = field(default_factory=dict)
     content: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+
+class Match(NamedTuple):
+    """What of a file is for a module: its tensors, why they do not fit ("" if they do), and in words what was taken."""
+
+    state: State
+    problem: str
+    said: str
 
 
 def read_weights(path: Path) -> Weights:
     """Read a file, or of a run's folder its checkpoint, on the CPU.
 
     Raises:
-        UsageError: it is not there, damaged, or none of the layouts; or it could only be read by running code in it.
+        UsageError: it is not there, damaged, or has no tensors; or its tensors could only be read by running code.
     """
-    path = _file_of(path)
+    path, ignored = _file_of(path), ()
     try:
         if path.suffix == ".safetensors":
-            return _from_safetensors(path)
+            content, settings = _safetensors(path)
+            return Weights(path, SAFETENSORS, _tensors(path, content), settings, settings)
         own = checkpoint.is_ours(path)
-        content = checkpoint.read(path) if own else _foreign(path)
+        content, ignored = (checkpoint.read(path), ()) if own else _foreign(path)
     except FileNotFoundError:
         raise UsageError(f"weights {path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"weights {path}: cannot be read ({first_line(error)})") from None
     if not isinstance(content, Mapping):
         raise UsageError(f"weights {path}: expected a state_dict or a checkpoint, got {type(content).__name__}")
+    tensors = _tensors(path, content)
     if own and set(content) >= checkpoint.PARTS:
-        settings = content["settings"]
-        parts = _parts(path, content["model"])
-        return Weights(path, OURS, *parts, settings["arch"], settings["stem"], content)
-    layout = OFFICIAL if is_official(content) else STATE_DICT
-    inner = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), Mapping)), content)
-    return Weights(path, layout, *_parts(path, inner), content=content)
+        return Weights(path, OURS, tensors, content["settings"], content)
+    return Weights(path, OFFICIAL if is_official(content) else STATE_DICT, tensors, {}, content, ignored)
 
 
 def is_official(content: Mapping[str, Any]) -> bool:
     """Whether this is what the official program saves after an epoch."""
-    return isinstance(content.get("model"), Mapping) and {"epoch", "optimizer"} <= set(content)
+    kinds = {"model": Mapping, "optimizer": Mapping, "epoch": int}
+    known = all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+    return known and any(str(name).startswith("module.projector.") for name in content["model"])
 
 
 def _file_of(path: Path) -> Path:
@@ -90,29 +110,52 @@ def _file_of(path: Path) -> Path:
     return found[0]
 
 
-def _from_safetensors(path: Path) -> Weights:
-    safetensors: Any = require("safetensors", str(path))
+def _safetensors(path: Path) -> tuple[State, dict[str, str]]:
+    library: Any = require("safetensors", str(path))
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+        with library.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except library.SafetensorError as error:
         raise ValueError(first_line(error)) from None
-    return Weights(path, SAFETENSORS, *_parts(path, state), metadata.get("arch"), metadata.get("stem"), metadata)
 
 
-def _exclude_bias_and_norm(_: object) -> None:
-    """Stands for the function that the official optimiser keeps in its groups, and that weights_only refuses."""
+class _Inert(list[Any]):
+    """Stands for whatever torch's reader of tensors and plain values refuses: it takes all, and does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __setstate__(self, _: object) -> None: ...
 
 
-def _foreign(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([(_exclude_bias_and_norm, "__main__.exclude_bias_and_norm")]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever a hostile pickle raises
-        raise ValueError(f"not a file of tensors and plain values: {_reason(error)}") from None
+def _inert_mapping(name: str) -> type:
+    """One that makes plain mappings: torch's reader fills no others."""
+    return type(name, (), {"__new__": lambda *_: OrderedDict(), "__module__": "inert"})
+
+
+def _foreign(path: Path) -> tuple[Any, tuple[str, ...]]:
+    """What is in a pickle, and the names in it for which there is an inert stand-in.
+
+    Raises:
+        ValueError: it is no pickle, or it asks for more than tensors, plain values and objects.
+    """
+    inert: dict[str, type] = {}
+    while True:
+        try:
+            with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in inert.items()]):
+                return torch.load(path, map_location="cpu", weights_only=True), tuple(inert)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a hostile pickle raises
+            unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+            mapping = re.search(r"Can only SETITEM.* but got <class 'inert\.(\S+)'>", str(error))
+            name = mapping[1] if mapping else unknown[1] if unknown else ""
+            name = name if "." in name else f"builtins.{name}"  # as the message leaves out
+            if not mapping and (not unknown or name in inert):
+                raise ValueError(f"not a file of tensors and plain values: {_reason(error)}") from None
+            inert[name] = _inert_mapping(name) if mapping else type(name, (_Inert,), {"__module__": "inert"})
 
 
 def _reason(error: Exception) -> str:
@@ -121,28 +164,98 @@ def _reason(error: Exception) -> str:
     return lines[-2] if isinstance(error, UnpicklingError) and len(lines) > 2 else first_line(error)
 
 
-def _parts(path: Path, state: Mapping[str, Any]) -> tuple[State, State]:
-    """The encoder's tensors and the projector's, by their names there."""
-    tensors = {_bare(str(name)): value for name, value in state.items() if isinstance(value, Tensor)}
+def _tensors(path: Path, content: Mapping[Any, Any]) -> State:
+    tensors = dict(_named_tensors(content))
     if not tensors:
-        some = ", ".join(map(str, list(state)[:3]))
+        some = ", ".join(map(str, list(content)[:3]))
         raise UsageError(f"weights {path}: expected tensors by their names, got {some or 'nothing'}")
-    if not any(name.startswith(BACKBONE_PREFIX) for name in tensors):
-        return tensors, {}
-    backbone, projector = (
-        {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        for prefix in (BACKBONE_PREFIX, PROJECTOR_PREFIX)
-    )
-    return backbone, projector
+    return tensors
 
 
-def _bare(name: str) -> str:
-    while name.startswith(WRAPPERS):
-        name = name.partition(".")[2]
-    return name
+def _named_tensors(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for key, value in content.items():
+        name = f"{prefix}{key}".replace("_orig_mod.", "")
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from _named_tensors(value, f"{name}.")
 
 
-def load_encoder(path: Path, arch: str | None = None, stem: str | None = None) -> Encoder:
+def find(weights: Weights, module: nn.Module, heads: tuple[str, ...] = ()) -> Match:
+    """The part of a file that is for a module; ``heads`` are parts that it has no more, whose weights are left."""
+    tensors, expected = weights.tensors, shapes(module.state_dict())
+    behind = _behind_prefixes(tensors)
+    fitting = {prefix: _number_that_fit(names, tensors, expected) for prefix, names in behind.items()}
+    most = max(1, *fitting.values())
+    prefixes = _preferred(prefix for prefix in behind if fitting[prefix] == most) or [""]
+    inside = {n: found for n, found in behind[prefixes[0]].items() if n in expected or not is_within(n, heads)}
+    parts = {name.partition(".")[0] for name in expected} | {name for name, _ in module.named_children()}
+    names = {name: found for name, found in inside.items() if name.partition(".")[0] in parts or name[0].isdigit()}
+    problem, how = misfit(expected, shapes(_taken(names, tensors))), ""
+    if problem and (in_order := _in_order(behind, tensors, expected)):
+        prefixes = _preferred(in_order)
+        problem, how, names = "", " in order", in_order[prefixes[0]]
+    elif problem:
+        problem = misfit(expected, shapes(_taken(inside, tensors)))
+    said = _words(weights, prefixes, names, len(expected) - len(names), how)
+    return Match(_taken(names, tensors), problem, said)
+
+
+def _behind_prefixes(tensors: State) -> dict[str, dict[str, str]]:
+    """Of every prefix, shorter ones first, the names behind it: the rest of the name to the whole."""
+    behind: dict[str, dict[str, str]] = {"": {}}
+    for name in tensors:
+        for place in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
+            behind.setdefault(name[:place], {})[name[place:]] = name
+    return dict(sorted(behind.items(), key=lambda found: len(found[0])))
+
+
+def _number_that_fit(names: Mapping[str, str], tensors: State, expected: Shapes) -> int:
+    return sum(expected.get(name) == tensors[found].shape for name, found in names.items())
+
+
+def _preferred(prefixes: Iterable[str]) -> list[str]:
+    """Last those of the slower or the worse of two encoders."""
+    return sorted(prefixes, key=lambda prefix: any(word in prefix for word in SECOND))
+
+
+def _in_order(behind: Mapping[str, dict[str, str]], tensors: State, expected: Shapes) -> dict[str, dict[str, str]]:
+    """The names behind prefixes where, in order, all have the last parts and the shapes that are expected."""
+    wanted = [(name.rpartition(".")[2], shape) for name, shape in expected.items()]
+    found = {}
+    for prefix, names in behind.items():
+        if len(names) == len(wanted) and [(n.rpartition(".")[2], tensors[names[n]].shape) for n in names] == wanted:
+            found[tuple(names.values())] = prefix  # the longest of those that have the same behind them
+    return {prefix: dict(zip(expected, names, strict=True)) for names, prefix in found.items()}
+
+
+def _taken(names: Mapping[str, str], tensors: State) -> State:
+    return {name: tensors[found] for name, found in names.items()}
+
+
+def _words(weights: Weights, prefixes: list[str], names: Mapping[str, str], missing: int, how: str) -> str:
+    """What was taken, what could have been, what was left, what is missing, and what was not read."""
+    prefix, *others = prefixes
+    parent = prefix[: prefix.rfind(".", 0, -1) + 1]
+    left = [name for name in weights.tensors.keys() - names.values() if not name.startswith(tuple(others))]
+    groups = sorted({name.removeprefix(prefix).removeprefix(parent).partition(".")[0] for name in left})
+    facts = {
+        "rather than": [f"{other}*" for other in others],
+        "left": groups[:4] + [f"{len(groups) - 4} more"] * (len(groups) > 4),
+        "missing": [f"{missing} {COUNTER}"] * (missing > 0),
+        "not read, since that runs code:": list(weights.ignored),
+    }
+    taken = f"{len(names)} tensors{f' of {prefix}*' if prefix else ''}{how}"
+    return "; ".join([taken, *(f"{label} {', '.join(values)}" for label, values in facts.items() if values)])
+
+
+def load_encoder(
+    path: Path,
+    arch: str | None = None,
+    stem: str | None = None,
+    channels: int | None = None,
+    image_size: int | None = None,
+) -> Encoder:
     """The encoder that a file has the weights of.
 
     Args:
@@ -150,51 +263,57 @@ def load_encoder(path: Path, arch: str | None = None, stem: str | None = None) -
         arch: its architecture, as of :func:`~barlow_recipes.encoders.build_encoder`; None: what the file says or, where
             it is silent, what its names and shapes say of torchvision's ResNets.
         stem: likewise.
+        channels: of the images; None: what the file or the shape of its first convolution says.
+        image_size: their side, for architectures that are built for one; None: what the file says.
 
     Raises:
         UsageError: the file cannot be read or its weights do not fit: with the first missing and unexpected names.
     """
     weights = read_weights(path)
-    found = (weights.arch, weights.stem) if weights.arch else recognized(weights.backbone)
+    said = {name: str(value) for name, value in weights.settings.items()}
+    found = (said["arch"], said.get("stem", STEMS[0])) if "arch" in said else None
+    if found is None and (arch is None or is_resnet(arch)):
+        found = recognized(weights)
     if arch is None and found is None:
+        problem = find(weights, *_without_memory("resnet50", STEMS[0])).problem
         raise UsageError(
             f"weights {weights.path}: no ResNet of torchvision has its names and shapes. Name the architecture with "
-            f"--arch, such as vit_b_16 or timm/convnext_tiny. {_misfit(build_encoder('resnet50'), weights.backbone)}"
+            f"--arch, such as vit_b_16 or timm/convnext_tiny. {problem}"
         )
-    arch_found, stem_found = found or (None, None)
-    encoder = build_encoder(arch or arch_found or "", stem or stem_found or "imagenet")
-    named = f"{encoder.arch} with the {encoder.stem} stem" if encoder.arch in resnets() else encoder.arch
-    hint = f"; they fit --arch {arch_found} --stem {stem_found}" if arch_found else ""
-    fill(
-        encoder.module,
-        without(weights.backbone, encoder.heads),
-        f"weights {weights.path}: expected those of {named}",
-        hint,
-    )
-    return encoder._replace(source=f"{weights.path} ({weights.layout})")
+    arch_found, stem_found = found or ("", STEMS[0])
+    if arch is None and is_own(arch_found):  # a file must not decide what is run
+        raise UsageError(f"weights {weights.path}: made by code of your own. Name it with --arch {arch_found}")
+    arch, stem = arch or arch_found, stem or (stem_found if arch in (None, arch_found) else STEMS[0])
+    channels = channels or _number(said.get("channels")) or _channels(weights, arch, stem)
+    encoder = build_encoder(arch, stem, channels, image_size or _number(said.get("image_size")))
+    match = find(weights, encoder.module, encoder.heads)
+    if match.problem:
+        named = f"{arch} with the {stem} stem" if encoder.heads == ("fc",) else arch
+        found = found or recognized(weights)
+        hint = "; they fit --arch {} --stem {}".format(*found) if found else ""
+        raise UsageError(f"weights {weights.path}: expected those of {named}, but {match.problem}{hint}")
+    encoder.module.load_state_dict(match.state, strict=False)
+    mapping = "" if weights.layout == OURS else f": {match.said}"
+    return encoder._replace(source=f"{weights.path} ({weights.layout}{mapping})")
 
 
-def fill(module: nn.Module, state: State, expected: str, hint: str = "") -> None:
-    """Load a state_dict whose every tensor fits.
-
-    Raises:
-        UsageError: it does not; the message begins with ``expected``, names the first misfits and ends with ``hint``.
-    """
-    if problem := misfit(shapes(module.state_dict()), shapes(state)):
-        raise UsageError(f"{expected}, but {problem}{hint}")
-    module.load_state_dict(state, strict=False)
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isdigit() else None
 
 
-def _misfit(encoder: Encoder, state: State) -> str:
-    return misfit(shapes(encoder.module.state_dict()), shapes(without(state, encoder.heads)))
+def _channels(weights: Weights, arch: str, stem: str) -> int:
+    """Of the images, as the first convolution in the file says."""
+    if is_own(arch):
+        return 3
+    module, heads = _without_memory(arch, stem)
+    name = next((name for name, value in module.state_dict().items() if value.ndim == 4 and value.shape[1] == 3), "")
+    found = find(weights, module, heads).state.get(name)
+    return found.shape[1] if found is not None and found.ndim == 4 else 3
 
 
 def misfit(expected: Shapes, found: Shapes) -> str:
-    """In words, why a state_dict with these shapes cannot be loaded; nothing if it can.
-
-    Batch norms of before torch 0.4 did not count their batches.
-    """
-    missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
+    """In words, why a state_dict with these shapes cannot be loaded; nothing if it can."""
+    missing = [name for name in expected if name not in found and not name.endswith(COUNTER)]
     unexpected = [name for name in found if name not in expected]
     if missing or unexpected:
         first = [f"the first missing is {missing[0]}"] if missing else []
@@ -204,11 +323,6 @@ def misfit(expected: Shapes, found: Shapes) -> str:
         if shape != expected[name]:
             return f"{name} is {tuple(shape)} instead of {tuple(expected[name])}"
     return ""
-
-
-def without(state: State, heads: tuple[str, ...]) -> State:
-    """The state without the parameters of the classifier."""
-    return {name: value for name, value in state.items() if name.rpartition(".")[0] not in heads}
 
 
 def shapes(state: State) -> dict[str, torch.Size]:
@@ -224,14 +338,18 @@ def digest(module: nn.Module) -> str:
     return sha256.hexdigest()
 
 
-def recognized(state: State) -> tuple[str, str] | None:
-    """The architecture and the stem, of those that pretraining knows, whose names and shapes these are."""
+def recognized(weights: Weights) -> tuple[str, str] | None:
+    """The architecture and the stem, of ResNets and the small ones, whose names and shapes these are."""
     known = [(arch, stem) for stem in STEMS for arch in sorted(resnets(), key=FIRST.__contains__, reverse=True)]
     known += [(arch, STEMS[0]) for arch in SMALL_ARCHS]
-    return next((pair for pair in known if not _misfit(_without_memory(*pair), state)), None)
+    for arch, stem in known:
+        if not find(weights, *_without_memory(arch, stem, _channels(weights, arch, stem))).problem:
+            return arch, stem
+    return None
 
 
 @cache
-def _without_memory(arch: str, stem: str) -> Encoder:
+def _without_memory(arch: str, stem: str, channels: int = 3) -> tuple[nn.Module, tuple[str, ...]]:
     with torch.device("meta"):
-        return build_encoder(arch, stem)
+        encoder = build_encoder(arch, stem, channels)
+    return encoder.module, encoder.heads

@@ -13,6 +13,7 @@ from programs import Nursery
 # Without the example's packages (pip install 'barlow-loss[examples]') there is nothing to test here.
 NEEDED = (
     "PIL",
+    "huggingface_hub",
     "matplotlib",
     "jinja2",
     "numpy",

@@ -1,14 +1,19 @@
-"""The model that is trained: its layers, activations that are computed twice, chunks of a batch."""
+"""The model that is trained: encoders, frozen parts, activations that are computed twice, chunks of a batch."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
-from barlow_loss import Projector, barlow_twins_loss
+from barlow_loss import BarlowTwinsLoss, Projector, barlow_twins_loss
+from barlow_recipes import exporting
+from barlow_recipes.encoders import build_encoder, freeze
 from barlow_recipes.errors import UsageError
 from barlow_recipes.models import BarlowTwins, build_model, checkpoint_activations, has_batch_norms, parse_projector
+from barlow_recipes.weights import load_encoder
 
 
 @pytest.mark.parametrize(
@@ -48,6 +53,193 @@ def test_residual_branches_begin_at_zero() -> None:
 def test_a_crooked_projector_is_named(layers: str) -> None:
     with pytest.raises(UsageError, match=f"--projector {layers}: expected widths"):
         parse_projector(layers)
+
+
+FAMILIES = {
+    "ConvNeXt": "convnext_atto", "ViT": "vit_tiny_patch16_224", "RegNet": "regnetx_002", "XCiT": "xcit_nano_12_p16_224",
+    "MobileNet": "mobilenetv3_small_050", "EdgeNeXt": "edgenext_xx_small", "MobileViT": "mobilevit_xxs",
+    "PVT": "pvt_v2_b0", "CoaT": "coat_lite_tiny", "ReXNet": "rexnet_100", "StarNet": "starnet_s1",
+    "InceptionNeXt": "inception_next_atto", "DeiT": "deit_tiny_distilled_patch16_224", "gMLP": "gmlp_ti16_224",
+}  # fmt: skip
+SLOW_FAMILIES = {
+    "ResNet": "resnet10t", "EfficientNet": "efficientnet_b0", "GhostNet": "ghostnet_050", "LeViT": "levit_128s",
+    "FastViT": "fastvit_t8", "TinyViT": "tiny_vit_5m_224", "MobileOne": "mobileone_s0", "RepVGG": "repvgg_a0",
+    "Swin": "swin_tiny_patch4_window7_224", "DenseNet": "densenet121", "HRNet": "hrnet_w18_small",
+    "PoolFormer": "poolformer_s12", "ResNeXt": "resnext26ts", "DaViT": "davit_tiny", "FocalNet": "focalnet_tiny_srf",
+    "MViT": "mvitv2_tiny", "Hiera": "hiera_tiny_224", "NFNet": "dm_nfnet_f0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arch", [*FAMILIES.values(), *(pytest.param(arch, marks=pytest.mark.slow) for arch in SLOW_FAMILIES.values())]
+)
+def test_every_family_of_timm_is_pretrained_saved_evaluated_and_exported(arch: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    side = 64
+    model = build_model(f"timm/{arch}", "32-32", image_size=side)
+    first, second = torch.rand(2, 4, 3, side, side)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    BarlowTwinsLoss()(model(first), model(second)).backward()
+    optimizer.step()
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert next(model.named_parameters())[0] in moved  # the gradient has come through
+    assert len(moved) > len(before) / 6  # of NFNet, whose branches begin at 0, few move at once
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+    torch.save(model.backbone.state_dict(), tmp_path / "backbone.pt")
+    encoder = load_encoder(tmp_path / "backbone.pt", f"timm/{arch}", image_size=side)
+    with torch.no_grad():
+        features = encoder.module.eval()(first)
+        assert torch.equal(features, model.backbone.eval()(first))
+    assert features.shape == (4, encoder.features)
+
+    files = exporting.write_files(encoder, tmp_path)
+    assert [exporting.check(encoder, file) for file in files] == [["this program", "timm"]] * 2
+    exported = load_encoder(files[0])  # which says all of it
+    assert exported[1:4] == (encoder.features, f"timm/{arch}", "imagenet")
+    with torch.no_grad():
+        assert torch.equal(exported.module.eval()(first), features)
+
+
+@pytest.mark.parametrize("channels", [1, 12])
+@pytest.mark.parametrize(
+    ("arch", "side"),
+    [
+        ("small-cnn", 28),
+        ("resnet18", 32),
+        ("mobilenet_v3_small", 64),
+        ("timm/convnext_atto", 64),
+        ("timm/vit_tiny_patch16_224", 64),
+    ],
+)
+def test_images_of_other_than_three_channels(arch: str, side: int, channels: int) -> None:
+    torch.manual_seed(0)
+    encoder, usual = (build_encoder(arch, channels=number, image_size=side) for number in (channels, 3))
+    assert encoder.shape[0] == channels
+    assert encoder.module(torch.rand(2, channels, side, side)).shape == (2, encoder.features)
+    first, before = (
+        next(layer for layer in found.module.modules() if isinstance(layer, nn.Conv2d)) for found in (encoder, usual)
+    )
+    assert first.weight.shape[1] == channels
+    if arch in ("resnet18", "mobilenet_v3_small"):  # ours, drawn as widely as the one that it replaces
+        assert abs(first.weight.std() / before.weight.std() - 1) < 0.1
+    cifar = build_encoder("resnet18", "cifar", channels).module
+    assert cifar.conv1.weight.shape == (64, channels, 3, 3)
+
+
+@pytest.mark.parametrize("arch", ["vit_b_32", "timm/levit_128s", "googlenet"])
+def test_an_encoder_for_images_of_one_size_is_built_for_it(arch: str) -> None:
+    with torch.device("meta"):
+        encoder = build_encoder(arch, image_size=64)
+        assert encoder.module(torch.rand(2, 3, 64, 64)).shape == (2, encoder.features)
+    assert encoder.shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize("arch", ["regnet_x_400mf", "inception_v3"])
+def test_classifiers_of_torchvision_with_ways_of_their_own(arch: str) -> None:
+    encoder = build_encoder(arch)
+    with torch.no_grad():
+        assert encoder.module.eval()(torch.rand(2, *encoder.shape)).shape == (2, encoder.features)
+
+
+OWN = """
+import torch
+from torch import nn
+
+def plain():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def told(channels, image_size):
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size**2, 7))
+
+def a_map():
+    return nn.Conv2d(3, 8, 3)
+
+class Pair(nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3)), images
+
+class Data(nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3)) if images.sum().item() == 0 else images.amax((2, 3))
+
+def nothing():
+    return 3
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    monkeypatch.delitem(__import__("sys").modules, "my_own", raising=False)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(("name", "channels", "features"), [("plain", 3, 8), ("told", 5, 7), ("Data", 4, 4)])
+def test_an_encoder_of_ones_own(name: str, channels: int, features: int, tmp_path: Path) -> None:
+    arch = f"my_own:{name}"
+    encoder = build_encoder(arch, channels=channels, image_size=16)
+    assert (encoder.features, encoder.module.training, encoder.shape) == (features, True, (channels, 16, 16))
+    (file,) = exporting.write_files(encoder, tmp_path)
+    if name != "Data":  # it has no weights
+        assert exporting.check(encoder, file) == ["this program"]
+        loaded = load_encoder(file, arch)
+        assert torch.equal(*(next(found.module.parameters()) for found in (loaded, encoder)))
+    assert build_model(arch, "6-5", channels=channels, image_size=16)(torch.rand(2, channels, 16, 16)).shape == (2, 5)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        (
+            "my_own:a_map",
+            r"expected features of shape \(2, F\) for two images, got shape \(2, 8, 14, 14\)\. An encoder ends",
+        ),
+        ("my_own:Pair", "for two images, got a tuple"),
+        ("my_own:nothing", "expected a function that gives an nn.Module, got a int"),
+        ("my_own:number", "expected a callable, got a int"),
+        ("my_own:absent", "cannot be imported"),
+        ("no_module:build", "cannot be imported .ModuleNotFoundError"),
+        ("timm/inception_v4", r"cannot take 16 pixels of 3 channels \("),
+        ("timm/efficientformer_l1", r"cannot take 16 pixels of 3 channels \("),  # its attention is built for 224 pixels
+    ],
+)
+def test_an_encoder_that_cannot_be_used(arch: str, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^--arch {arch}: .*{message}"):
+        build_encoder(arch, image_size=16)
+
+
+def test_a_stem_is_of_a_resnet() -> None:
+    with pytest.raises(
+        UsageError, match="--stem cifar: expected a ResNet of torchvision, got --arch timm/convnext_atto"
+    ):
+        build_encoder("timm/convnext_atto", "cifar")
+
+
+@pytest.mark.parametrize("names", [("conv1", "bn1", "layer1"), ("all",), ("layer4.0.conv1",)])
+def test_frozen_parts_stand_still(names: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model = build_model("resnet18", "16", "cifar")
+    freeze(model.backbone, names)
+    model = copy.deepcopy(model)  # as synchronising processes may
+    before = copy.deepcopy(model.backbone.state_dict())
+    model.eval()
+    train(model.train())
+    after = model.backbone.state_dict()
+    still = {name for name, value in after.items() if torch.equal(value, before[name])}
+    expected = {name for name in after if names == ("all",) or name.startswith(tuple(f"{part}." for part in names))}
+    assert expected <= still
+    assert still - expected == set()
+
+
+def test_a_frozen_part_has_to_exist() -> None:
+    with pytest.raises(UsageError, match=r"--freeze layer5: .*expected all, conv1, bn1, layer1, .* or a part of one"):
+        freeze(models.resnet18(), ["layer1", "layer5"])
 
 
 def train(model: nn.Module, steps: int = 3) -> Tensor:

@@ -1,16 +1,19 @@
 """Pretraining that begins with somebody's weights, or goes on where the official program has stopped."""
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from official_files import official_model, write_official
 from outcomes import SMALL_RESNET, rows
 from torch import nn
 from torchvision import models
 
+from barlow_recipes.errors import UsageError
 from barlow_recipes.models import build_model
 from barlow_recipes.official import initialize
 
@@ -41,7 +44,11 @@ def test_init(which: int, parts: set[str], official: tuple, run: Run, jpegs: Pat
     flags = (*SMALL_RESNET, *STANDING, "--data", jpegs, "--out", "out", "--init", official[which])
     status, output, errors = run(*flags, "--limit-steps", 1)
     assert (status, errors) == (0, "")
-    what = "encoder and projector" if "projector" in parts else "the encoder (the projector has random weights)"
+    what = (
+        "encoder and projector"
+        if "projector" in parts
+        else "the encoder (the projector has random weights: the file has none)"
+    )
     assert f"note: begins with {what} of {official[which]}" in output
     saved = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
     assert matching(saved["model"], parameters(official[0])) == parts
@@ -86,11 +93,11 @@ def test_the_official_run_is_resumed(official: tuple, run: Run, jpegs: Path, tmp
     ("flags", "message"),
     [
         (
-            ("--init", 1, "--projector", "64-64"),
-            "expected those of this --projector, but 1 names are missing|unexpected",
+            ("--resume", 1, "--projector", "64-64"),
+            "expected the weights of this --projector, but 0 names are missing and 6 unexpected",
         ),
         (
-            ("--init", 1, "--projector", "64-64-32"),
+            ("--resume", 1, "--projector", "64-64-32"),
             r"this --projector, but 6\.weight is \(64, 64\) instead of \(32, 64\)",
         ),
         (("--init", 1, "--arch", "resnet34"), "this encoder .* the first missing is layer1.2.conv1.weight"),
@@ -122,6 +129,47 @@ def test_beginning_with_a_classifier_of_torchvision_leaves_its_last_layer_out(tm
     theirs, model = models.resnet18(), build_model("resnet18", "16-16")
     torch.save(theirs.state_dict(), tmp_path / "any.pth")
     said = initialize(model, tmp_path / "any.pth")
-    assert "the encoder (the projector has random weights)" in said
+    assert "the encoder (the projector has random weights: the file has none)" in said
+    assert said.endswith("a state_dict: 120 tensors; left fc")
     found = model.backbone.state_dict()
     assert all(torch.equal(found[name], value) for name, value in theirs.state_dict().items() if name[:3] != "fc.")
+
+
+@pytest.mark.parametrize(
+    ("projector", "problem"),
+    [
+        (nn.Sequential(nn.Linear(512, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16)), "unexpected is 0.bias"),
+        (nn.Sequential(nn.Linear(512, 8, bias=False)), "0.weight is (8, 512) instead of (16, 512)"),
+    ],
+)
+def test_a_projector_that_does_not_fit_is_left(projector: nn.Module, problem: str, tmp_path: Path) -> None:
+    """As of solo-learn and VICReg; those who want both say so."""
+    theirs = nn.ModuleDict({"backbone": models.resnet18(), "projector": projector})
+    torch.save({"state_dict": theirs.state_dict()}, tmp_path / "any.ckpt")
+    model = build_model("resnet18", "16" if len(projector) == 1 else "16-16")
+    before = copy.deepcopy(model.projector.state_dict())
+    said = initialize(model, tmp_path / "any.ckpt")
+    assert "begins with the encoder (the projector has random weights: " in said
+    assert problem in said
+    assert torch.equal(model.backbone.conv1.weight, theirs["backbone"].conv1.weight)
+    assert all(torch.equal(value, before[name]) for name, value in model.projector.state_dict().items())
+    with pytest.raises(UsageError, match=r"expected those of this --projector, but .*" + re.escape(problem)):
+        initialize(model, tmp_path / "any.ckpt", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("arch", "theirs"),
+    [
+        ("timm/convnext_atto", lambda: timm.create_model("convnext_atto")),
+        ("timm/vit_tiny_patch16_224", lambda: timm.create_model("vit_tiny_patch16_224")),
+        ("timm/resnet18", models.resnet18),
+        ("mobilenet_v3_small", models.mobilenet_v3_small),
+    ],
+)
+def test_beginning_with_the_weights_of_a_library(arch: str, theirs: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """Files of classifiers, for images of another size."""
+    classifier, model = theirs(), build_model(arch, "16-16", image_size=64)
+    torch.save(classifier.state_dict(), tmp_path / "any.pth")
+    assert "; left " in initialize(model, tmp_path / "any.pth")
+    found, saved = model.backbone.state_dict(), classifier.state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in found.items())

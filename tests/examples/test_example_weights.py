@@ -1,9 +1,16 @@
 """Encoders out of files of every layout, and what is said of a file that does not fit."""
 
+import argparse
+import collections
+import enum
+import functools
+import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,10 +21,11 @@ from torch import Tensor, nn
 from torchvision import models
 
 from barlow_recipes import checkpoint
+from barlow_recipes import weights as weights_module
 from barlow_recipes.encoders import build_encoder
 from barlow_recipes.errors import UsageError
 from barlow_recipes.models import build_model
-from barlow_recipes.weights import load_encoder, read_weights
+from barlow_recipes.weights import find, load_encoder, read_weights
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -161,25 +169,227 @@ def test_an_unknown_architecture_has_to_be_named(tmp_path: Path) -> None:
         load_encoder(path)
 
 
+def behind(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in module.state_dict().items()}
+
+
+def sequential(resnet: nn.Module) -> nn.Module:
+    """As in lightly's tutorials."""
+    return nn.Sequential(*list(resnet.children())[:-1])
+
+
+def without_pooling(resnet: nn.Module) -> nn.Module:
+    return nn.Sequential(*(child for child in resnet.children() if not isinstance(child, (nn.Linear, nn.MaxPool2d))))
+
+
+Layout = Callable[[nn.Module, nn.Module], dict]
+LAYOUTS: dict[str, tuple[Layout, str]] = {
+    "solo-learn": (
+        lambda first, second: {
+            "state_dict": behind("momentum_backbone.", second)
+            | behind("backbone.", first)
+            | behind("projector.", nn.Linear(2, 3)),
+            "pytorch-lightning_version": "1.6",
+        },
+        "120 tensors of state_dict.backbone.*; rather than state_dict.momentum_backbone.*; left fc, projector",
+    ),
+    "lightly": (
+        lambda first, _: behind("backbone.", sequential(first)) | behind("projection_head.layers.", nn.Linear(2, 3)),
+        "120 tensors of backbone.* in order; left projection_head",
+    ),
+    "lightly, in Lightning": (
+        lambda first, second: {
+            "state_dict": behind("backbone_momentum.", sequential(second)) | behind("backbone.", sequential(first)),
+            "loops": {},
+        },
+        "of state_dict.backbone.* in order; rather than state_dict.backbone_momentum.*",
+    ),
+    "SimCLR": (lambda first, _: behind("f.", without_pooling(first)), "120 tensors of f.* in order"),
+    "VISSL": (
+        lambda first, _: {
+            "phase": 3,
+            "classy_state_dict": {
+                "base_model": {
+                    "model": {"trunk": behind("_feature_blocks.", first), "heads": behind("0.clf.", nn.Linear(2, 3))}
+                }
+            },
+        },
+        "of classy_state_dict.base_model.model.trunk._feature_blocks.*; left classy_state_dict, fc",
+    ),
+    "VISSL, model_state_dict": (
+        lambda first, _: {"model_state_dict": behind("_feature_blocks.", first)},
+        "of model_state_dict._feature_blocks.*",
+    ),
+    "mmselfsup": (
+        lambda first, second: {
+            "meta": {"epoch": 3},
+            "state_dict": behind("backbone.", first) | behind("neck.fc0.", nn.Linear(2, 3)),
+            "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}},
+        },
+        "of state_dict.backbone.*; left fc, neck, optimizer",
+    ),
+    "MoCo": (
+        lambda first, second: {
+            "arch": "resnet18",
+            "state_dict": behind("module.encoder_k.", second)
+            | behind("module.encoder_q.", first)
+            | {"module.encoder_q.fc.0.weight": torch.ones(2, 2), "module.queue": torch.ones(2)},
+        },
+        "of state_dict.module.encoder_q.*; rather than state_dict.module.encoder_k.*; left fc, queue",
+    ),
+    "DINO": (
+        lambda first, second: {
+            "student": behind("module.backbone.", second) | behind("module.head.mlp.0.", nn.Linear(2, 3)),
+            "teacher": behind("backbone.", first) | behind("head.mlp.0.", nn.Linear(2, 3)),
+            "epoch": 3,
+        },
+        "of teacher.backbone.*; rather than student.module.backbone.*; left fc, head, student",
+    ),
+    "BYOL": (
+        lambda first, second: behind("target_encoder.net.", second) | behind("online_encoder.net.", first),
+        "of online_encoder.net.*; rather than target_encoder.net.*",
+    ),
+    "encoder": (lambda first, _: behind("encoder.", first), "of encoder.*; left fc"),
+    "model": (lambda first, _: {"model": behind("model.", first)}, "of model.model.*; left fc"),
+    "an average beside it": (
+        lambda first, second: {"model_ema": second.state_dict(), "model": first.state_dict()},
+        "of model.*; rather than model_ema.*",
+    ),
+    "compiled": (lambda first, _: behind("module.backbone._orig_mod.", first), "of module.backbone.*; left fc"),
+    "wrapped inside": (lambda first, _: behind("backbone.module.", first), "of backbone.module.*; left fc"),
+    "of before torch 0.4": (
+        lambda first, _: {name: value for name, value in first.state_dict().items() if "num_batches" not in name},
+        "100 tensors; left fc; missing 20 num_batches_tracked",
+    ),
+}
+
+
+@pytest.mark.parametrize("named", [None, "resnet18"])
+@pytest.mark.parametrize(("layout", "said"), LAYOUTS.values(), ids=LAYOUTS)
+def test_files_of_other_programs(layout: Layout, said: str, named: str | None, tmp_path: Path, images: Tensor) -> None:
+    first, second = models.resnet18(), models.resnet18()
+    for module in (first, second):
+        module.bn1.running_mean.uniform_()
+    torch.save(layout(first, second), tmp_path / "any.ckpt")
+    encoder = load_encoder(tmp_path / "any.ckpt", named)
+    first.fc = nn.Identity()
+    assert torch.equal(features_of(encoder.module, images), features_of(first, images))
+    assert said in encoder.source
+
+
+def test_longer_encoders_of_numbered_layers_are_not_taken_for_shorter_ones(tmp_path: Path) -> None:
+    longer = build_encoder("small-cnn").module
+    torch.save((longer + nn.Sequential(nn.Linear(128, 128))).state_dict(), tmp_path / "any.pth")
+    with pytest.raises(UsageError, match=r"the first unexpected is 15\.weight"):
+        load_encoder(tmp_path / "any.pth", "small-cnn")
+
+
+def test_an_unused_part_of_a_file_costs_no_search(tmp_path: Path) -> None:
+    """Of a named architecture that is no ResNet only its own names are compared."""
+    torch.save(timm.create_model("convnext_atto").state_dict(), tmp_path / "any.pth")
+    weights_module._without_memory.cache_clear()
+    load_encoder(tmp_path / "any.pth", "timm/convnext_atto")
+    assert weights_module._without_memory.cache_info().currsize == 1
+
+
+def test_deeper_encoders_are_not_taken_for_others(tmp_path: Path) -> None:
+    """ResNet-101 has all names of ResNet-50 with the same shapes, and more."""
+    with torch.device("meta"):
+        state = models.resnet101().state_dict()
+    torch.save(
+        {"state_dict": {f"backbone.{name}": torch.zeros(value.shape) for name, value in state.items()}},
+        tmp_path / "any.ckpt",
+    )
+    with pytest.raises(UsageError, match=r"first unexpected is layer3\.6\.conv1\.weight; they fit --arch resnet101"):
+        load_encoder(tmp_path / "any.ckpt", "resnet50")
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("arch", ["resnet18", "small-cnn", "timm/resnet10t", "mobilenet_v3_small"])
+def test_the_channels_are_seen_from_the_file(arch: str, channels: int, tmp_path: Path) -> None:
+    encoder = build_encoder(arch, channels=channels)
+    torch.save(encoder.module.state_dict(), tmp_path / "any.pth")
+    found = load_encoder(tmp_path / "any.pth", None if arch in ("resnet18", "small-cnn") else arch)
+    assert found.shape[0] == channels
+    x = torch.rand(2, *found.shape)
+    assert torch.equal(features_of(found.module, x), features_of(encoder.module, x))
+
+
+class Settings(dict):
+    """A mapping of a program's own."""
+
+
+class Kind(enum.Enum):
+    LARGE = 1
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("beside", "named"),
+    [
+        (argparse.Namespace(lr=0.1, out=Path("x")), "argparse.Namespace"),
+        (np.float64(0.5), "numpy"),
+        (np.zeros(3), "numpy.ndarray"),
+        (collections.defaultdict(list, {"a": [1]}), "collections.defaultdict"),
+        (Settings(lr=0.1), "Settings"),
+        ([Kind.LARGE, slice(3)], "Kind"),
+        (functools.partial(print, "it runs"), "functools.partial"),
+        ({np.int64(3): "a"}, "numpy"),
+    ],
+)
+def test_what_is_not_tensors_is_not_read(beside: object, named: str, new: bool, tmp_path: Path, images: Tensor) -> None:
+    model = build_encoder("resnet18").module
+    content = {"args": beside, "state_dict": behind("encoder.", model), "more": [beside]}
+    torch.save(content, tmp_path / "any.pth", _use_new_zipfile_serialization=new)
+    encoder = load_encoder(tmp_path / "any.pth")
+    assert torch.equal(features_of(encoder.module, images), features_of(model, images))
+    _, not_read = encoder.source.split("not read, since that runs code:")
+    assert named in not_read
+
+
 class Hostile:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.call = function, arguments
 
     def __reduce__(self) -> tuple[Callable, tuple]:
-        return Path.touch, (self.marker,)
+        return self.call
 
 
-@pytest.mark.parametrize("inside", ["checkpoint", "plain pickle", "official checkpoint"])
-def test_code_in_a_file_is_not_run(inside: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("inside", ["checkpoint", "official checkpoint", "legacy", "plain pickle"])
+@pytest.mark.parametrize("function", [Path.touch, shutil.copy], ids=["method", "function"])
+def test_code_in_a_file_is_not_run(function: Callable, inside: str, tmp_path: Path) -> None:
     path, marker = tmp_path / "hostile.pth", tmp_path / "was run"
-    hostile = Hostile(marker)
+    model = build_encoder("small-cnn").module
+    hostile = Hostile(function, *([Path(__file__)] if function is shutil.copy else []), marker)
+    content: dict = {"epoch": hostile, "model": behind("module.backbone.", model), "optimizer": {}}
+    content["model"] |= {"module.projector.0.weight": torch.ones(1)} if inside == "official checkpoint" else {}
     if inside == "plain pickle":
-        path.write_bytes(pickle.dumps({"model": hostile}))
+        path.write_bytes(pickle.dumps(content))
     else:
-        torch.save({"epoch": hostile, "model": {"module.backbone.x": torch.ones(1)}, "optimizer": {}}, path)
-    with pytest.raises(UsageError, match="not a file of tensors and plain values"):
-        load_encoder(path)
+        torch.save(content, path, _use_new_zipfile_serialization=inside != "legacy")
+    if inside == "plain pickle" or function is Path.touch:
+        with pytest.raises(UsageError, match="not a file of tensors and plain values"):
+            load_encoder(path)
+    else:
+        assert "not read, since that runs code: " in load_encoder(path).source
     assert not marker.exists()
+    pickle.loads(pickle.dumps(hostile))
+    assert marker.exists()  # so it could have been
+
+
+def test_a_module_of_the_system_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": {"x": torch.ones(1)}, "call": os.getcwd}, tmp_path / "any.pth")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_encoder(tmp_path / "any.pth")
+
+
+def test_a_file_does_not_decide_what_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own_of_a_file.py").write_text("import pathlib\npathlib.Path('was run').touch()\n")
+    save_file({"weight": torch.ones(2, 2)}, "any.safetensors", {"arch": "own_of_a_file:build", "stem": "imagenet"})
+    with pytest.raises(UsageError, match="Name it with --arch own_of_a_file:build"):
+        load_encoder(Path("any.safetensors"))
+    assert not Path("was run").exists()
 
 
 @pytest.mark.parametrize(
@@ -263,6 +473,6 @@ def test_what_a_checkpoint_says_of_itself(tmp_path: Path) -> None:
     }
     checkpoint.save(tmp_path / "checkpoint.pt", content)
     weights = read_weights(tmp_path)
-    assert (weights.arch, weights.stem) == ("resnet18", "cifar")
-    assert weights.projector.keys() == model.projector.state_dict().keys()
-    assert weights.backbone.keys() == model.backbone.state_dict().keys()
+    assert weights.settings == content["settings"]
+    for part in (model.backbone, model.projector):
+        assert find(weights, part).state.keys() == part.state_dict().keys()

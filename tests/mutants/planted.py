@@ -584,7 +584,8 @@ EXAMPLE_STEPS = [
     *_in(
         "examples/barlow_recipes/weights.py",
         ("tests/examples/test_example_weights.py",),
-        ("one-wrapper-taken-off", "while name.startswith(WRAPPERS):", "if name.startswith(WRAPPERS):"),
+        ("longer-sequence-taken-for-a-shorter-one", " or name[0].isdigit()}", "}"),
+        ("slower-encoder-preferred", "any(word in prefix for word in SECOND)", "False"),
     ),
 ]
 

@@ -35,6 +35,7 @@ from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.digits import load_digits
 from barlow_recipes.distributed import from_main, is_main
+from barlow_recipes.encoders import freeze
 from barlow_recipes.errors import Aborted, Interrupted, Stopped, UsageError, first_line, require
 from barlow_recipes.fashion_mnist import is_fashion_mnist, load_fashion_mnist
 from barlow_recipes.images import ImagePairs, load_images
@@ -42,9 +43,9 @@ from barlow_recipes.metrics import Mirror, TensorBoard, WeightsAndBiases
 from barlow_recipes.models import BarlowTwins, build_model, checkpoint_activations, has_batch_norms
 from barlow_recipes.official import find_official, go_on, initialize
 from barlow_recipes.optimization import build_optimizer, build_schedule
+from barlow_recipes.outputs import BACKBONE
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.report import versions
-from barlow_recipes.reporting import BACKBONE
 from barlow_recipes.run import Accuracies, Run
 from barlow_recipes.settings import Settings, read_settings
 from barlow_recipes.signals import StopRequests, arrived, stop_requests
@@ -111,7 +112,10 @@ def prepare_torch(settings: Settings) -> None:
 
 
 def prepare_model(settings: Settings) -> BarlowTwins:
-    model = build_model(settings.arch, settings.projector, settings.stem).to(settings.device)
+    shape = settings.stem, settings.channels, settings.image_size
+    model = build_model(settings.arch, settings.projector, *shape).to(settings.device)
+    if settings.freeze:
+        freeze(model.backbone, settings.freeze)
     model = model.to(memory_format=torch.channels_last) if settings.channels_last else model
     if settings.checkpoint_activations:
         checkpoint_activations(model.backbone)
@@ -170,7 +174,7 @@ def begin(settings: Settings, state: TrainingState, theirs: Weights | None, step
     """Where a new run does not begin with random weights: give it the others, and say in words which."""
     if theirs:
         return go_on(theirs, state, settings.learning_rate_biases, steps_per_epoch)
-    return initialize(state.model, Path(settings.init)) if settings.init else None
+    return initialize(state.model, settings.init, settings.init_strict) if settings.init else None
 
 
 def introduction(now: Run) -> str:

@@ -28,7 +28,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models.detection import FasterRCNN
 
-from barlow_recipes import checkpoint, distributed, folders, reporting
+from barlow_recipes import checkpoint, distributed, folders, outputs
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.command_line import find_device
 from barlow_recipes.detection import training
@@ -75,7 +75,7 @@ class Run:
 
     def save(self) -> None:
         content = self.state.state_dict() | {"settings": self.shaping}
-        checkpoint.save(self.out / reporting.CHECKPOINT, content, keep_previous=True)
+        checkpoint.save(self.out / outputs.CHECKPOINT, content, keep_previous=True)
 
     def measure(self) -> tuple[training.Scores, FasterRCNN]:
         """Test the model as it is, and keep the scores in the run's history."""
@@ -162,7 +162,7 @@ def train_detector(now: Run, requests: StopRequests) -> None:
             if number or state.step % settings.save_every == 0 or state.step == last:
                 from_main(now.save)
             if number:
-                saved = f"after iteration {state.step}, saved in {now.out / reporting.CHECKPOINT}"
+                saved = f"after iteration {state.step}, saved in {now.out / outputs.CHECKPOINT}"
                 raise Stopped(f"stopped by {number.name} {saved}: continue with --resume", number)
             if settings.evaluate_every and state.step % settings.evaluate_every == 0 and state.step < last:
                 measured, _ = now.measure()
@@ -174,7 +174,7 @@ def finish(now: Run) -> None:
     measured, tested = now.measure()
     if is_main():
         reached = results(now, measured)
-        with reporting.replacing(now.out / reporting.RESULTS) as temporary:
+        with outputs.replacing(now.out / outputs.RESULTS) as temporary:
             temporary.write_text(json.dumps(reached, indent=2) + "\n", encoding="utf-8")
         built = {"arch": now.encoder.arch, "stem": now.encoder.stem, "settings": now.settings.shaping()}
         of_data = {"classes": list(now.data.classes), "masks": now.data.masks}

@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from barlow_recipes import distributed
 from barlow_recipes.encoders import Encoder
 from barlow_recipes.errors import require
+from barlow_recipes.outputs import replacing
 from barlow_recipes.published import Recipe
-from barlow_recipes.reporting import replacing
 from barlow_recipes.steps import AUTOCAST
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images (N, C, H, W) and labels (N,), below 0 for what cannot be read

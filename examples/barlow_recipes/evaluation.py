@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from barlow_recipes import checkpoint, distributed, reporting
+from barlow_recipes import checkpoint, distributed, outputs
 from barlow_recipes.command_line import Positive, Real, find_device
 from barlow_recipes.distributed import from_main
 from barlow_recipes.encoders import Encoder, build_encoder
@@ -119,7 +119,7 @@ class Run:
 
     def save(self, **state: Any) -> None:
         state |= {"settings": self.shaping, "results": self.results, "step": self.step}
-        checkpoint.save(self.out / reporting.CHECKPOINT, state, keep_previous=True)
+        checkpoint.save(self.out / outputs.CHECKPOINT, state, keep_previous=True)
 
     def finish(self, name: str, result: Result) -> None:
         """Keep the result of a protocol that is done."""
@@ -142,7 +142,7 @@ class Run:
             self.metrics.add("evaluation", {"step": self.step, "protocol": name, **result})
         encoder = {"weights": self.encoder.source, "arch": self.encoder.arch, "stem": self.encoder.stem}
         facts = {**encoder, "data": str(self.settings.data), "settings": self.shaping, "protocols": self.results}
-        with reporting.replacing(self.out / reporting.RESULTS) as temporary:
+        with outputs.replacing(self.out / outputs.RESULTS) as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     def table(self) -> str:

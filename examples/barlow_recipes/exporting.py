@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from barlow_recipes import checkpoint
 from barlow_recipes.encoders import SMALL_ARCHS, TIMM, Encoder, resnets
 from barlow_recipes.errors import Aborted, UsageError, first_line, require
-from barlow_recipes.reporting import replacing
+from barlow_recipes.outputs import replacing
 from barlow_recipes.weights import load_encoder
 
 SAFETENSORS, CARD = "backbone.safetensors", "README.md"

@@ -20,19 +20,19 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from barlow_recipes import checkpoint, distributed, reporting
+from barlow_recipes import checkpoint, distributed, outputs
 from barlow_recipes.command_line import RunSettings, plain
 from barlow_recipes.distributed import from_main, is_main
 from barlow_recipes.errors import UsageError
 from barlow_recipes.metrics import Metrics, Mirror
-from barlow_recipes.reporting import BACKBONE, CHECKPOINT, CHECKPOINTS, RESULTS
+from barlow_recipes.outputs import BACKBONE, CHECKPOINT, CHECKPOINTS, RESULTS
 
 LOCK = ".lock"
 SETTINGS = "settings.yaml"  # the flags, for --settings
-OF_PRETRAINING = (reporting.REPORT, BACKBONE, *reporting.PICTURES)
-OWN = (*OF_PRETRAINING, reporting.METRICS, RESULTS, SETTINGS, "model.pt", *CHECKPOINTS, reporting.DAMAGED)
-OWN += (reporting.WANDB_ID,)
-OWN_PATTERNS = (f"{reporting.TENSORBOARD}/events.out.tfevents.*", "classifier-*.safetensors")
+OF_PRETRAINING = (outputs.REPORT, BACKBONE, *outputs.PICTURES)
+OWN = (*OF_PRETRAINING, outputs.METRICS, RESULTS, SETTINGS, "model.pt", *CHECKPOINTS, outputs.DAMAGED)
+OWN += (outputs.WANDB_ID,)
+OWN_PATTERNS = (f"{outputs.TENSORBOARD}/events.out.tfevents.*", "classifier-*.safetensors")
 
 
 class Saved(NamedTuple):
@@ -128,7 +128,7 @@ def _tell_of_damage(metrics: Metrics, asked: Path, resumed: Path, step: int | No
 def _write_settings(out: Path, settings: RunSettings) -> None:
     if isinstance(settings, RunSettings):
         flags = plain(settings, without=("device", "out", "overwrite", "resume"))
-        with reporting.replacing(out / SETTINGS) as temporary:
+        with outputs.replacing(out / SETTINGS) as temporary:
             temporary.write_text(yaml.safe_dump(flags, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

@@ -13,8 +13,8 @@ from barlow_recipes import pictures, probes
 from barlow_recipes.data import Probe
 from barlow_recipes.distributed import is_main, world_size
 from barlow_recipes.encoders import build_encoder
+from barlow_recipes.outputs import CROSS_CORRELATION, CURVES
 from barlow_recipes.report import write_report
-from barlow_recipes.reporting import CROSS_CORRELATION, CURVES
 from barlow_recipes.run import Accuracies, Run
 from barlow_recipes.views import finished
 
@@ -45,7 +45,9 @@ def random_backbone(now: Run) -> nn.Module:
     if now.begun is None:
         return now.state.model.backbone
     with torch.random.fork_rng(devices=[]):
-        backbone = build_encoder(now.settings.arch, now.settings.stem).module
+        settings = now.settings
+        shape = settings.stem, settings.channels, settings.image_size
+        backbone = build_encoder(settings.arch, *shape).module
     return backbone.to(now.settings.device)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from barlow_recipes.errors import UsageError, first_line, require
-from barlow_recipes.reporting import METRICS, TENSORBOARD, WANDB_ID, replacing, writing
+from barlow_recipes.outputs import METRICS, TENSORBOARD, WANDB_ID, replacing, writing
 
 HISTORY = ("baseline", "step", "epoch", "collapse", "profile", "event", "test")  # kinds that a resumed run keeps
 Row = dict[str, Any]

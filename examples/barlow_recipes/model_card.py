@@ -12,8 +12,8 @@ from barlow_recipes.encoders import TIMM, Encoder, is_own
 from barlow_recipes.errors import UsageError, first_line, require
 from barlow_recipes.exporting import CARD, SAFETENSORS
 from barlow_recipes.metrics import Row
+from barlow_recipes.outputs import BACKBONE, METRICS, RESULTS, replacing
 from barlow_recipes.pixels import MEAN, STD
-from barlow_recipes.reporting import BACKBONE, METRICS, RESULTS, replacing
 from barlow_recipes.tables import accuracy_cells
 from barlow_recipes.weights import OFFICIAL, OURS, digest, read_weights
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from barlow_recipes.errors import require
 from barlow_recipes.metrics import Row
-from barlow_recipes.reporting import replacing
+from barlow_recipes.outputs import replacing
 from barlow_recipes.tables import accuracies_of, label_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 from barlow_loss import __version__
 from barlow_recipes.errors import require
-from barlow_recipes.reporting import CROSS_CORRELATION, CURVES, REPORT, replacing
+from barlow_recipes.outputs import CROSS_CORRELATION, CURVES, REPORT, replacing
 from barlow_recipes.run import Run
 from barlow_recipes.tables import accuracy_cells
 

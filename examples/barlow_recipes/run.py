@@ -11,7 +11,7 @@ from barlow_recipes import checkpoint
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.metrics import Metrics
-from barlow_recipes.reporting import CHECKPOINT
+from barlow_recipes.outputs import CHECKPOINT
 from barlow_recipes.settings import Settings
 from barlow_recipes.timing import Stopwatch
 

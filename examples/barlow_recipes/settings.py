@@ -61,6 +61,8 @@ class ModelSettings:
     "widths of the projector's layers"
     init: Path | None = None
     "file of weights to begin with: encoder and, if the file has one that fits, projector"
+    init_strict: bool = False
+    "the file must have a projector that fits"
     freeze: tuple[str, ...] = ()
     "parts of the encoder that do not learn, by their names, such as conv1 layer1; or all"
 
@@ -214,7 +216,8 @@ def read_settings(argv: Sequence[str] | None, description: str) -> Settings:
     default = _defaults(first, first.preset or small or "one-gpu", prefer_cpu=small is not None)
     settings = read(Settings, argv, description, default)
     _check(settings)
-    return replace(settings, device=default.device)
+    mean, std = settings.statistics()
+    return replace(settings, device=default.device, mean=mean, std=std)
 
 
 def _defaults(first: First, name: str, *, prefer_cpu: bool) -> Settings:
@@ -253,4 +256,5 @@ def _check(settings: Settings) -> None:
     if pairs < (least := max(2, distributed.world_size())):
         needed = least * settings.accumulate
         raise UsageError(f"--batch-size {settings.batch_size}: expected {needed} or more, a pair for each process")
+    settings.check_pixels()
     parse_projector(settings.projector)

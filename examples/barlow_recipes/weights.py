@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from barlow_recipes import checkpoint
 from barlow_recipes.encoders import SMALL_ARCHS, STEMS, Encoder, build_encoder, is_own, is_resnet, is_within, resnets
 from barlow_recipes.errors import UsageError, first_line, require
-from barlow_recipes.reporting import BACKBONE, CHECKPOINT
+from barlow_recipes.outputs import BACKBONE, CHECKPOINT
 
 OURS, SAFETENSORS = "a checkpoint of this program", "safetensors"
 OFFICIAL, STATE_DICT = "a checkpoint of facebookresearch/barlowtwins", "a state_dict"

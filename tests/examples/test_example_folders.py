@@ -13,7 +13,7 @@ from outcomes import rows
 from barlow_recipes import checkpoint, command_line, folders
 from barlow_recipes.command_line import Positive, RunSettings
 from barlow_recipes.errors import UsageError
-from barlow_recipes.reporting import BACKBONE
+from barlow_recipes.outputs import BACKBONE
 
 PARTS = {"settings", "step"}
 

@@ -6,7 +6,7 @@ import pytest
 
 from barlow_recipes.errors import Aborted, UsageError
 from barlow_recipes.folders import clear, find_checkpoint, make_output_folder
-from barlow_recipes.reporting import replacing
+from barlow_recipes.outputs import replacing
 
 
 def test_default_folders_are_numbered(tmp_path: Path) -> None:

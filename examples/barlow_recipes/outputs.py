@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from barlow_recipes.errors import Aborted
 
@@ -15,15 +14,6 @@ DAMAGED = "checkpoint.damaged.pt"
 PICTURES = CURVES, CROSS_CORRELATION = "curves.png", "cross_correlation.png"
 TENSORBOARD = "tensorboard"  # a folder of event files
 WANDB_ID = "wandb.id"
-
-
-def __getattr__(name: str) -> Any:
-    """What has moved to folders, for callers that still look for it here."""
-    if name not in ("find_checkpoint", "make_output_folder", "clear"):
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    from barlow_recipes import folders  # it imports this module
-
-    return getattr(folders, name)
 
 
 @contextmanager

@@ -1,14 +1,13 @@
 """Nearest neighbours: of one process's images, or among many of which every process keeps the features of its own."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from barlow_recipes.classifier import Scores, autocast
+from barlow_recipes.classifier import Batches, Scores, autocast, summed
 from barlow_recipes.distributed import own_rows, totals, world_size
 from barlow_recipes.encoders import Encoder
 from barlow_recipes.errors import require
@@ -25,10 +24,7 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 def extract(
-    represent: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    device: torch.device,
-    precision: str = "fp32",
+    represent: Callable[[Tensor], Tensor], batches: Batches, device: torch.device, precision: str = "fp32"
 ) -> Features:
     """The features of the readable images, in batches of images (N, C, H, W) and labels (N,).
 
@@ -68,7 +64,7 @@ def vote(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int, *,
     similarity[:, :own_k], found = (queries @ bank.T).topk(own_k)
     nearest[:, :own_k] = labels[found]
     if shared:  # the nearest of all are among the nearest of each process
-        similarity, nearest = (_beside(values) for values in (similarity, nearest))
+        similarity, nearest = (torch.cat(_everyones(values), dim=1) for values in (similarity, nearest))
         similarity, found = similarity.topk(k)
         nearest = nearest.gather(1, found)
     votes = similarity.new_zeros(len(queries), classes)
@@ -79,8 +75,8 @@ def vote(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int, *,
 @torch.no_grad()
 def nearest(
     encoder: Encoder,
-    bank: Iterable[tuple[Tensor, Tensor]],
-    queries: Iterable[tuple[Tensor, Tensor]],
+    bank: Batches,
+    queries: Batches,
     classes: int,
     device: torch.device,
     precision: str = "fp32",
@@ -99,9 +95,9 @@ def nearest(
     own, asked = (extract(encoder.module.eval(), part, device, precision) for part in (bank, queries))
     vectors, asking = (part.values.reshape(-1, encoder.features) for part in (own, asked))  # of no image, too
     size, unreadable = totals([len(vectors), own.unreadable])
-    mean = _total(vectors.sum(dim=0)) / max(size, 1)
+    mean = summed(vectors.sum(dim=0)) / max(size, 1)
     vectors, asking = (F.normalize(features.sub_(mean), dim=1, out=features) for features in (vectors, asking))
-    everyones, truth = gathered(asking), gathered(asked.labels)
+    everyones, truth = (torch.cat(_everyones(rows)) for rows in (asking, asked.labels))
     scores = Scores(classes, device)
     scores.unreadable = asked.unreadable
     together = max(1, MOST_SIMILARITIES * world_size() // max(size, 1))  # the same number on all processes
@@ -112,20 +108,9 @@ def nearest(
     return scores.result() | {"unreadable_in_bank": unreadable}
 
 
-def _beside(rows: Tensor) -> Tensor:
-    """The columns of all processes, (Q, k) of each, as (Q, W·k)."""
-    return gathered(rows).view(world_size(), *rows.shape).transpose(0, 1).flatten(1)
-
-
-def gathered(rows: Tensor) -> Tensor:
-    """The rows of all processes, one process's after the other's."""
+def _everyones(rows: Tensor) -> list[Tensor]:
+    """The rows of each process, of which some may have none."""
     if world_size() == 1:
-        return rows
+        return [rows]
     utilities: Any = require("torchmetrics.utilities.distributed", "the accuracies")
-    return torch.cat(utilities.gather_all_tensors(rows.contiguous()))
-
-
-def _total(values: Tensor) -> Tensor:
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return values
+    return utilities.gather_all_tensors(rows.contiguous())

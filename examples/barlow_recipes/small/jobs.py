@@ -9,9 +9,8 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from barlow_recipes.errors import Aborted, first_line
 
 Result = dict[str, Any]
 PATIENCE = 20  # seconds that a process may take to end after it has been asked to
+DEATH = "a process has died: is there memory enough?"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ class Job:
     function: Callable[..., Result]
     arguments: Mapping[str, Any]
     needs: tuple[str, ...] = ()  # the names of jobs that come before
-    told: str = field(default="", compare=False)  # in words
 
 
 def run_jobs(
@@ -54,46 +53,34 @@ def run_jobs(
     finished = set(already)
     waiting = [job for job in jobs if job.name not in finished]
     running: dict[futures.Future[Result], Job] = {}
-    others, workers = {*multiprocessing.active_children()}, set[BaseProcess]()
+    others, workers = {*multiprocessing.active_children()}, set[Any]()
     context = multiprocessing.get_context("spawn")
     pool = futures.ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(threads, logs))
     try:
         while waiting or running:
             for job in [job for job in waiting if finished.issuperset(job.needs)]:
                 waiting.remove(job)
-                running[pool.submit(_do, job.function, job.arguments)] = job
+                running[pool.submit(_do, job)] = job
             workers |= {*multiprocessing.active_children()} - others
             for ready in futures.wait(running, 1, futures.FIRST_COMPLETED).done:
                 job = running.pop(ready)
-                done(job, _result(ready, job))
+                done(job, ready.result())
                 finished.add(job.name)
             # Of a process that dies in its first job Python 3.11's pool may not hear.
-            if died := [worker.exitcode for worker in workers if worker.exitcode]:
-                raise Aborted(f"a process has died (exit code {died[0]}): is there memory enough?")
-    except BaseException:
-        _terminate({*multiprocessing.active_children()} - others)
+            if any(worker.exitcode for worker in workers):
+                raise Aborted(DEATH)
+    except BaseException as error:
+        workers |= {*multiprocessing.active_children()} - others
+        for worker in workers:
+            worker.terminate()  # pretraining obeys with a checkpoint
+        for worker in workers:
+            worker.join(PATIENCE)
+            worker.kill()
+        if isinstance(error, BrokenProcessPool):
+            raise Aborted(DEATH) from None
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _result(ready: "futures.Future[Result]", job: Job) -> Result:
-    name = job.told or job.name
-    try:
-        return ready.result()
-    except BrokenProcessPool:
-        raise Aborted(f"{name}, or what was beside it: a process has died: is there memory enough?") from None
-    except Aborted as error:
-        raise Aborted(f"{name}: {error}") from None
-
-
-def _terminate(children: set[BaseProcess]) -> None:
-    """Pretraining obeys with a checkpoint."""
-    for child in children:
-        child.terminate()
-    for child in children:
-        child.join(PATIENCE)
-        child.kill()
 
 
 def _begin(threads: int, logs: Path) -> None:
@@ -101,21 +88,21 @@ def _begin(threads: int, logs: Path) -> None:
     number = multiprocessing.current_process().name.rpartition("-")[2]
     sys.stdout = sys.stderr = (logs / f"process-{number}.log").open("a", encoding="utf-8", buffering=1)
     torch.set_num_threads(threads)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
-    def end_with_parent() -> None:
-        """Also where it has been killed, and could tell nobody."""
+
+def _end_with_parent() -> None:
+    """Also where it has been killed, and could tell nobody."""
+    if parent := multiprocessing.parent_process():
         connection.wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)  # pretraining saves
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.kill(os.getpid(), signal.SIGTERM)  # pretraining saves
 
 
-def _do(function: Callable[..., Result], arguments: Mapping[str, Any]) -> Result:
+def _do(job: Job) -> Result:
     try:
-        return function(**arguments)
+        return job.function(**job.arguments)
     except Exception as error:
         traceback.print_exc()
-        log = getattr(sys.stderr, "name", "")
-        raise Aborted(f"{type(error).__name__}: {first_line(error)} (all of it: {log})") from None
+        raise Aborted(
+            f"{job.name}: {type(error).__name__}: {first_line(error)} (all of it: {sys.stderr.name})"
+        ) from None

@@ -15,12 +15,11 @@ encoder a folder of its own, as examples/imagenet_pretrain.py writes it.
 """
 
 import json
-import platform
+import re
 import signal
 import time
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,13 +33,14 @@ from barlow_recipes.errors import Aborted, Interrupted, UsageError, require
 from barlow_recipes.fashion_mnist import INSTALLED, NAME, PACKAGE, is_fashion_mnist
 from barlow_recipes.outputs import BACKBONE, RESULTS, replacing
 from barlow_recipes.program import exit_status, start
+from barlow_recipes.report import versions
 from barlow_recipes.small import methods, tables
 from barlow_recipes.small.data import COLUMNS, DIGITS, FASHION, MOST, TASKS, load
 from barlow_recipes.small.jobs import Job, Result, run_jobs
 
-PACKAGES = ("torch", "sklearn", "numpy")
 EPOCHS = {DIGITS: 25, FASHION: 2}
 QUICK = {"epochs": 5, "seeds": 2, "effort": 0.1}
+BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"  # of the table in README.md
 COMMITTED = Path("docs/evaluation.json")
 File = Annotated[Path | None, optional_value(Path, COMMITTED)]
 
@@ -185,9 +185,8 @@ def begin(settings: Settings, threads: int, resumed: Path | None) -> Result:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": settings.processes,
         "threads": threads,
-        "system": platform.platform(),
         "cores": own_cores(),
-        "versions": {"python": platform.python_version()} | {name: import_module(name).__version__ for name in PACKAGES},
+        "versions": versions(),
     }
     if resumed:
         results = json.loads(resumed.read_text(encoding="utf-8"))
@@ -229,9 +228,8 @@ def plan_jobs(settings: Settings, out: Path) -> list[Job]:
     return encoders + probes + trained[::-1]
 
 
-@methods.timed
 def pretrain(data: str, source: str, seed: int, epochs: int, out: str, device: str, resume: bool) -> Result:
-    """Run examples/imagenet_pretrain.py, without its evaluations, which are this program's; says what it took.
+    """Run examples/imagenet_pretrain.py, without its evaluations, which are this program's.
 
     Raises:
         Aborted: it has failed, or a signal has stopped it.
@@ -254,7 +252,9 @@ def put_into_readme(path: Path, readme: Path, *, check: bool) -> None:
         now = readme.read_text(encoding="utf-8")
     except (OSError, json.JSONDecodeError) as error:
         raise UsageError(f"{path}, {readme}: cannot be read ({error})") from None
-    wanted = tables.insert(readme, now, tables.markdown(results))
+    wanted, found = re.subn(f"(?s)(?<={BEGIN}\n).*?(?=\n{END})", lambda _: tables.markdown(results), now)
+    if not found:
+        raise UsageError(f"--readme {readme}: expected the markers {BEGIN} and {END}, one after the other")
     if not check:
         readme.write_text(wanted, encoding="utf-8")
     elif now != wanted:

@@ -10,10 +10,9 @@ semi-1, semi-10: encoder and classifier fine-tuned on 1 % or 10 % of the labels;
 10percent.txt say (google-research/simclr, imagenet_subsets/). places205, inaturalist18: linear, with the numbers of
 those transfers. All numbers are the published ones, and flags.
 
-Several processes share every batch and take the steps that one would take. A checkpoint is written after each epoch;
-with --resume the same command begins or continues a run. The results are those of the last epoch, in ``results.json``
-and, epoch by epoch, in ``metrics.jsonl``; its classifiers are ``classifier-NAME.safetensors``, to be loaded by
-torchvision or timm.
+Several processes take the steps that one would take. With --resume the same command begins or continues a run. The
+results are those of the last epoch, in ``results.json`` and ``metrics.jsonl``; ``classifier-NAME.safetensors`` are its
+classifiers, to be loaded by torchvision or timm.
 
 Source: Zbontar et al. (2021), arXiv 2103.03230, and evaluate.py of facebookresearch/barlowtwins; Misra & van der Maaten
 (2020), arXiv 1912.01991.
@@ -81,7 +80,7 @@ def find_protocol(name: str, settings: Settings, tree: Tree) -> Protocol:
     if percent is None:
         return Protocol(name, recipe, tree.train, f"all {len(tree.train):,} images of train/")
     images, source = (
-        labels.from_list("--lists", settings.lists / f"{percent}percent.txt", tree)
+        labels.from_list(settings.lists / f"{percent}percent.txt", tree)
         if settings.lists
         else labels.stratified(percent, tree)
     )

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -72,9 +72,10 @@ def shared(classifier: Classifier) -> nn.Module:
     return network
 
 
-class Epoch(NamedTuple):
-    loss: float  # the mean over the readable images of all processes; NaN if there are none
-    unreadable: int  # left out, of all processes
+def readable(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Those that could be read, on the device."""
+    there = labels >= 0
+    return images[there].to(device, non_blocking=True), labels[there].to(device, non_blocking=True)
 
 
 def train_epoch(
@@ -84,29 +85,23 @@ def train_epoch(
     device: torch.device,
     precision: str = "fp32",
     after_step: Callable[[], object] = lambda: None,
-) -> Epoch:
-    """Take a step for every batch; images that cannot be read are left out.
+) -> tuple[float, int]:
+    """Take a step for every batch, by the gradient of the mean over its images; those that cannot be read are left out.
 
     Of several processes each gives its own rows of every batch, in as many batches as the others; shares may differ in
-    length and be empty. The gradient is that of the mean over the whole batch.
+    length and be empty. Labels are on the CPU.
 
-    Args:
-        network: the classifier, or what :func:`shared` made of it.
-        optimizer: of :func:`build_optimizer`.
-        batches: of an epoch; images may be anywhere, labels are on the CPU.
-        device: of the network.
-        precision: "fp32", or "bf16" for autocast.
-        after_step: called after every batch.
+    Returns:
+        The mean loss over the readable images of all processes, NaN if there are none; and how many were left out.
     """
     network.train()
     losses = [torch.zeros((), device=device)]
     seen = left_out = 0
     for images, labels in batches:
-        readable = labels >= 0
-        count, unreadable = distributed.totals([int(readable.sum()), int((~readable).sum())])
+        own, truth = readable(images, labels, device)
+        count, unreadable = distributed.totals([len(truth), len(labels) - len(truth)])
         seen, left_out = seen + count, left_out + unreadable
         if count:
-            own, truth = (part[readable].to(device, non_blocking=True) for part in (images, labels))
             with autocast(device, precision):
                 logits = network(own)
             loss = F.cross_entropy(logits, truth, reduction="sum")
@@ -117,23 +112,21 @@ def train_epoch(
             losses.append(loss.detach())
         after_step()
     total = summed(torch.stack(losses).cpu().double().sum())
-    return Epoch(float(total) / seen if seen else math.nan, left_out)
+    return float(total) / seen if seen else math.nan, left_out
 
 
 @torch.no_grad()
 def accuracies(network: Classifier, batches: Batches, device: torch.device, precision: str = "fp32") -> dict[str, Any]:
     """How often the truth has the greatest logit, and one of the five greatest; leaves the network in eval().
 
-    Of several processes each gives its own part of the images; they wait for each other at the end alone. The result is
-    that of :meth:`Scores.result`.
+    Of several processes each gives its own images; they wait for each other at the end. See :meth:`Scores.result`.
     """
     network.eval()
     scores = Scores(network.fc.out_features, device)
     for images, labels in batches:
-        readable = labels >= 0
-        scores.unreadable += int((~readable).sum())
-        if readable.any():
-            own, truth = (part[readable].to(device, non_blocking=True) for part in (images, labels))
+        own, truth = readable(images, labels, device)
+        scores.unreadable += len(labels) - len(truth)
+        if len(truth):
             with autocast(device, precision):
                 scores.add(network(own), truth)
     return scores.result()

@@ -72,15 +72,14 @@ def opened(
     """Make or go back to the output folder, and hold it until the end.
 
     Args:
-        settings: for ``out``, ``overwrite`` and ``resume``; all of its fields go into settings.yaml.
+        settings: the flags, for settings.yaml; ``out``, ``overwrite`` and ``resume`` choose the folder.
         default: the folder without ``out``; a number is added where it is taken.
         shaping: what decides about the outcome, in plain values: the same as in ``saved.content["settings"]``.
         saved: what the run goes on from: its ``content["step"]``, in ``unit``, says which metrics stay.
         finished: the file that a run of this program leaves at its end: ``--resume auto`` without a checkpoint begins
             anew where it is not there yet. A folder with a pretraining run is for another one (BACKBONE) alone.
         unit: what ``step`` counts, in words.
-        agreed: what must be the same on all processes, beside ``shaping``; "the checkpoint" is the words for it.
-        told: goes into the metrics, beside ``shaping``.
+        agreed: what, beside ``shaping``, must be the same on all processes; ``told`` goes into the metrics.
         mirrors: makes other places for the metrics, of the folder and the step that a run goes on from.
 
     Raises:
@@ -123,18 +122,15 @@ def output_folder(settings: RunSettings, default: Path, resumed: Path | None, fi
     asked = settings.out or default
     lost = settings.resume == "auto" and resumed is None and not (asked / finished).exists()
     overwrite = settings.overwrite or lost
-    if overwrite and finished != BACKBONE and (taken := _of_pretraining(asked)):
-        raise UsageError(f"--out {asked}: holds a pretraining run ({taken[0]}). Choose another folder")
+    if overwrite and finished != BACKBONE and _is_of_pretraining(asked):
+        raise UsageError(f"--out {asked}: holds a pretraining run. Choose another folder")
     return make_output_folder(settings.out, default, overwrite=overwrite, resumed=resumed)
 
 
-def _of_pretraining(folder: Path) -> list[str]:
-    """The files there that a pretraining run wrote; of one that was stopped the checkpoints are all there is."""
-    taken = [name for name in OF_PRETRAINING if (folder / name).exists()]
-    for name in CHECKPOINTS:
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            taken += [name] if "projector" in checkpoint.read(folder / name).get("settings", {}) else []
-    return taken
+def _is_of_pretraining(folder: Path) -> bool:
+    """By the files that it ends with or, if it was stopped, by its flags."""
+    ended = any((folder / name).exists() for name in OF_PRETRAINING)
+    return ended or ((folder / SETTINGS).exists() and "projector:" in (folder / SETTINGS).read_text(encoding="utf-8"))
 
 
 def find_checkpoint(resume: str | None, out: Path | None, default: Path) -> Path | None:
@@ -153,9 +149,7 @@ def find_checkpoint(resume: str | None, out: Path | None, default: Path) -> Path
 
 
 def make_output_folder(out: Path | None, default: Path, *, overwrite: bool, resumed: Path | None) -> Path:
-    """Make the folder for this run's files, without touching another run's.
-
-    Without ``out`` it is ``default``, or ``default-2``, ``default-3``, ... if that is taken, or the resumed run's own.
+    """``out``; without it the resumed run's own, or ``default``, or ``default-2``, ``default-3``, ... if that is taken.
 
     Raises:
         UsageError: the folder holds another run's files, or cannot be made or written.

@@ -14,13 +14,8 @@ from barlow_recipes.labelled import Tree, paths_of
 SPLIT_SEED = 0  # the same images for every --seed, so that runs can be compared
 
 
-def from_list(flag: str, path: Path, tree: Tree) -> tuple[Tensor, str]:
-    """The training images that a list names, one a line, such as n01440764_10043.JPEG of the class folder n01440764.
-
-    Args:
-        flag: that gave the path, for messages.
-        path: of the list, such as SimCLR's ``imagenet_subsets/1percent.txt``.
-        tree: whose training images they are.
+def from_list(path: Path, tree: Tree) -> tuple[Tensor, str]:
+    """The training images that a list names, such as n01440764_10043.JPEG of the class folder n01440764.
 
     Returns:
         Their numbers (n,), ascending; and in words, where they come from.
@@ -28,7 +23,7 @@ def from_list(flag: str, path: Path, tree: Tree) -> tuple[Tensor, str]:
     Raises:
         UsageError: the list cannot be read, is empty, names a file that is not there, or twice; or a class has none.
     """
-    where = f"{flag} {path}: expected a list of image files, one a line"
+    where = f"--lists {path}: expected a list of image files, one a line"
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

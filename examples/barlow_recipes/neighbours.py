@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from barlow_recipes.classifier import Batches, Scores, autocast, summed
+from barlow_recipes.classifier import Batches, Scores, autocast, readable, summed
 from barlow_recipes.distributed import own_rows, totals, world_size
 from barlow_recipes.encoders import Encoder
 from barlow_recipes.errors import require
@@ -30,31 +30,24 @@ def extract(
 
     What is not finite in them counts as 0: an encoder that has diverged is at chance.
     """
-    values, labels, unreadable = [torch.empty(0, 0, device=device)], [torch.empty(0, dtype=torch.int64)], 0
+    unreadable, values = 0, [torch.empty(0, 0, device=device)]
+    labels = [torch.empty(0, dtype=torch.int64, device=device)]
     for pixels, targets in batches:
-        readable = targets >= 0
-        unreadable += int((~readable).sum())
-        if readable.any():
+        images, truth = readable(pixels, targets, device)
+        unreadable += len(targets) - len(truth)
+        if len(truth):
             with autocast(device, precision):
-                found = represent(pixels[readable].to(device, non_blocking=True)).float()
+                found = represent(images).float()
             values.append(found.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
-            labels.append(targets[readable])
-    return Features(torch.cat(values[1:] or values), torch.cat(labels).to(device), unreadable)
+            labels.append(truth)
+    return Features(torch.cat(values[1:] or values), torch.cat(labels), unreadable)
 
 
 def vote(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int, *, shared: bool = False) -> Tensor:
-    """The votes of the k nearest images, each with weight exp(cosine / 0.07).
+    """The votes (Q, classes) of the k nearest images, each with weight exp(cosine / 0.07); −∞ for a class without any.
 
-    Args:
-        bank: (M, F), rows of length 1; of several processes with ``shared`` each has a part of it.
-        labels: (M,), from 0.
-        queries: (Q, F), rows of length 1, the same on all processes.
-        classes: how many there are.
-        k: neighbours; at most as many as there are take part.
-        shared: whether the processes vote together; they wait for each other.
-
-    Returns:
-        (Q, classes), −∞ for a class without a vote.
+    Of (M, F) ``bank`` with its (M,) ``labels``, and (Q, F) ``queries``, all rows have length 1. With ``shared`` each
+    process has a part of the bank, and the same queries.
 
     Source: Wu et al. (2018), arXiv 1805.01978, section 3.4.
     """
@@ -86,11 +79,8 @@ def nearest(
 
     As in the probes of pretraining, features are centred on the bank's mean and scaled to length 1. Of several
     processes each gives its own part of bank and queries. The features of the bank stay on the devices: those of
-    ImageNet by a ResNet-50 take 10.5 GB, and twice that for a moment, on all of them together.
-
-    Returns:
-        As :meth:`.Scores.result`, where a class without a vote is never among the first five; and how many images of
-        the bank could not be read.
+    ImageNet by a ResNet-50 take 10.5 GB, and twice that for a moment, on all of them together. See
+    :meth:`.Scores.result`; a class without a vote is never among the first five.
     """
     own, asked = (extract(encoder.module.eval(), part, device, precision) for part in (bank, queries))
     vectors, asking = (part.values.reshape(-1, encoder.features) for part in (own, asked))  # of no image, too

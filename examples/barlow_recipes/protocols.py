@@ -39,10 +39,7 @@ class Protocol:
 def train(run: Run, protocol: Protocol) -> Result:
     """Train a classifier, on a copy of the encoder if it is to be fine-tuned, and measure it after every epoch.
 
-    The classifier of the last epoch becomes a file of the output folder.
-
-    Returns:
-        The accuracies after the last epoch; beside them those of the epoch that was best on the validation images.
+    The accuracies and the classifier that remain are those of the last epoch; the best one's accuracies stand beside.
 
     Raises:
         Aborted: no image can be read, the loss is not finite, or a batch is too small for batch normalisation.

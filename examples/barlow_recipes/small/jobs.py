@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -27,7 +28,7 @@ class Job(NamedTuple):
 
 
 def run_jobs(jobs: Sequence[Job], processes: int, threads: int, logs: Path) -> Iterator[tuple[str, Result]]:
-    """Do all jobs, in the order of the list, but after all others those that wait; each is told with its result.
+    """Do all jobs, in the order of the list, but after all others those that wait: their names, results and seconds.
 
     Each of the processes has so many threads of torch, and a file in ``logs`` for what it prints.
 
@@ -57,7 +58,10 @@ def _begin(threads: int, logs: Path) -> None:
 
 def _do(job: Job) -> tuple[str, Result]:
     try:
-        return job.name, job.function(**job.arguments)
+        wall, cpu = time.perf_counter(), time.process_time()
+        found = job.function(**job.arguments)
+        took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        return job.name, found | took
     except Exception as error:
         traceback.print_exc()
         raise Aborted(f"{job.name}: {type(error).__name__}: {first_line(error)} (see {sys.stderr.name})") from None

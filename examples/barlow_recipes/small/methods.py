@@ -1,9 +1,7 @@
 """The parts of the evaluation on the built-in data, each a function of plain values: a process does them in turn."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +31,11 @@ EFFORTS = ((1, 10, 300, 60), (50, 50, 600, 100), (300, 50, 600, 200), (3000, 100
 Row = dict[str, Any]
 
 
-def timed(function: Callable[..., Row]) -> Callable[..., Row]:
-    """Have what it took beside what it returns: seconds, and those of the processor."""
-
-    @wraps(function)
-    def call(*args: Any, **arguments: Any) -> Row:
-        wall, cpu = time.perf_counter(), time.process_time()
-        found = function(*args, **arguments)
-        return found | {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-
-    return call
-
-
 def draws(data: DataSet, column: str, seed: int) -> list[Tensor]:
     """The labelled images' numbers, of each draw: the same for every method, and of every seed its own."""
     return [data.labelled(column, 1000 * seed + draw) for draw in range(DRAWS.get(column, 1))]
 
 
-@timed
 def probe(task: str, source: str, weights: str, columns: list[str], seed: int, device: str) -> Row:
     """What pixels, the untrained and the pretrained encoder of ``weights`` are worth without changing them.
 
@@ -59,7 +44,7 @@ def probe(task: str, source: str, weights: str, columns: list[str], seed: int, d
     to length 1.
 
     Returns:
-        Its rows: an accuracy, in percent of the test images, of each method in each column; and what it took.
+        ``rows``: an accuracy, in percent of the test images, of each method in each column.
     """
     where, doing, rows = torch.device(device), TASKS[task], []
     data = load(doing.data, source)
@@ -92,15 +77,11 @@ def row_of(task: str, seed: int, method: str, column: str, draw: int, **more: An
     return {"task": task, "seed": seed, "method": method, "labels": column, "draw": draw} | more
 
 
-@timed
 def supervise(task: str, source: str, weights: str | None, column: str, seed: int, effort: float, device: str) -> Row:
     """Train the same encoder with the same labels: as many as ``column`` says.
 
     From ``weights`` it is fine-tuned with augmentation; without them it begins at random, both with augmentation and,
     where the task asks for it, without. ``effort`` is a factor of the number of steps.
-
-    Returns:
-        Its rows, and what it took.
     """
     doing, method, rows = TASKS[task], FINE_TUNED if weights else SCRATCH, []
     data = load(doing.data, source)
@@ -108,10 +89,9 @@ def supervise(task: str, source: str, weights: str | None, column: str, seed: in
         for augmented in (True,) if weights or not doing.tries_without(column) else (True, False):
             torch.manual_seed(seed)
             encoder = load_encoder(Path(weights), doing.arch) if weights else build_encoder(doing.arch)
+            encoder.module.to(device)
             recipe = recipe_for(len(numbers), augmented=augmented, effort=effort)
-            trained = train_with_labels(
-                doing, data, numbers, encoder, recipe, augmented=augmented, seed=seed, device=torch.device(device)
-            )
+            trained = train_with_labels(doing, data, numbers, encoder, recipe, augmented=augmented, seed=seed)
             rows.append(row_of(task, seed, method, column, draw, augmented=augmented, **trained))
     return {"rows": rows}
 
@@ -125,15 +105,7 @@ def recipe_for(labels: int, *, augmented: bool, effort: float = 1.0) -> Recipe:
 
 
 def train_with_labels(
-    task: Task,
-    data: DataSet,
-    numbers: Tensor,
-    encoder: Encoder,
-    recipe: Recipe,
-    *,
-    augmented: bool,
-    seed: int,
-    device: torch.device,
+    task: Task, data: DataSet, numbers: Tensor, encoder: Encoder, recipe: Recipe, *, augmented: bool, seed: int
 ) -> Row:
     """Train the encoder itself, with a linear layer on it, on these training images; then look at the test images.
 
@@ -143,8 +115,8 @@ def train_with_labels(
         ``accuracy`` in percent of the test images, the mean ``loss`` of the last epoch, and how many ``steps`` it took.
     """
     torch.manual_seed(seed)
-    encoder.module.to(device).to(memory_format=torch.channels_last)
-    network = Classifier(encoder, CLASSES, frozen=False).to(device)
+    device = next(encoder.module.parameters()).device
+    network = Classifier(encoder, CLASSES, frozen=False).to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(network, recipe)
     schedule = LambdaLR(optimizer, recipe.factor)
     generator, steps = torch.Generator().manual_seed(seed), math.ceil(len(numbers) / recipe.batch_size)
@@ -157,7 +129,7 @@ def train_with_labels(
             yield seen.contiguous(memory_format=torch.channels_last), data.train.labels[some]
 
     for _ in range(recipe.epochs):
-        loss = train_epoch(network, optimizer, batches(), device).loss
+        loss, _ = train_epoch(network, optimizer, batches(), device)
         schedule.step()
     measured = accuracies(network, task.batches(data.test), device)
     return {"accuracy": measured["top1"], "loss": loss, "steps": recipe.epochs * steps}

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from barlow_recipes.errors import UsageError, require
+from barlow_recipes.errors import require
 from barlow_recipes.pictures import BLUE, GREEN, GREY, ORANGE, drawing
 from barlow_recipes.small.data import CLASSES, COLUMNS, KNN, MOST, TASKS
 from barlow_recipes.small.methods import FINE_TUNED, METHODS, PRETRAINED, RAW, SCRATCH, UNTRAINED
 
-BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"
 TITLES = {KNN: "10-NN", "1": "1 a class", "10": "10 a class", "1%": "1 %", "10%": "10 %", MOST: "most"}
 COLORS = {RAW: "#c9c9c9", UNTRAINED: GREY, SCRATCH: ORANGE, PRETRAINED: BLUE, FINE_TUNED: GREEN}
 DARK = "#3c3c3c"
@@ -101,19 +100,6 @@ def sentences(results: Results) -> str:
             f"thread{'s' * (threads != 1)}, with torch {environment['versions']['torch']}.",
         )
     )
-
-
-def insert(readme: Path, now: str, text: str) -> str:
-    """``now``, what the file holds, with ``text`` between the two markers.
-
-    Raises:
-        UsageError: the markers are not there.
-    """
-    before, found, rest = now.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not (found and closed):
-        raise UsageError(f"--readme {readme}: expected the markers {BEGIN} and {END}, one after the other")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
 def draw_accuracies(path: Path, results: Results) -> None:

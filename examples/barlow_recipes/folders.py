@@ -79,7 +79,8 @@ def opened(
         finished: the file that a run of this program leaves at its end: ``--resume auto`` without a checkpoint begins
             anew where it is not there yet. A folder with a pretraining run is for another one (BACKBONE) alone.
         unit: what ``step`` counts, in words.
-        agreed: what, beside ``shaping``, must be the same on all processes; ``told`` goes into the metrics.
+        agreed: what must be the same on all processes, beside ``shaping``.
+        told: goes into the metrics, beside ``shaping``.
         mirrors: makes other places for the metrics, of the folder and the step that a run goes on from.
 
     Raises:

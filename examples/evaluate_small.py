@@ -9,9 +9,7 @@ neighbours and by linear classifiers with few and many labels, beside raw pixels
 encoder trained from scratch with the same labels. The test images serve the final numbers alone.
 
 The output folder gets ``results.json`` with every single accuracy, ``table.md`` and ``accuracies.png``, and for every
-encoder a folder of its own, as examples/imagenet_pretrain.py writes it.
-
-``--check`` and ``--update`` compare README.md with the results in a file, or put the table there.
+encoder the folder that examples/imagenet_pretrain.py writes.
 """
 
 import json

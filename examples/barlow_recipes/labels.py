@@ -51,7 +51,5 @@ def stratified(percent: int, tree: Tree) -> tuple[Tensor, str]:
     chosen = hold_out(labels, percent / 100, SPLIT_SEED)
     lacking = torch.bincount(labels[chosen], minlength=len(tree.classes)) == 0
     chosen |= hold_out(labels, 1.0, SPLIT_SEED, at_most=1) & lacking[labels]
-    source = f"{int(chosen.sum()):,} images, {percent} % of each class by a fixed seed, not a published list"
-    if lacking.any():
-        source += f"; one image for each of {int(lacking.sum())} classes where that is less than one"
-    return chosen.nonzero().flatten(), source
+    images = chosen.nonzero().flatten()
+    return images, f"{len(images):,} images, {percent} % of each class or one, by a fixed seed, not a published list"

@@ -54,8 +54,8 @@ def train(run: Run, protocol: Protocol) -> Result:
             row = training.next_epoch(bar)
             run.step += 1
             run.metrics.add("epoch", {"step": run.step, "protocol": protocol.name, **row})
-            parts = [f"loss {row['loss']:.4g}", *_told(row), f"{row['images_per_second']:,.0f} images/s"]
-            bar.write(f"{protocol.name}, epoch {row['epoch']}/{epochs}: {', '.join([*parts, *_left_out(row)])}")
+            learned = f"loss {row['loss']:.4g}, {row['images_per_second']:,.0f} images/s"
+            bar.write(f"{protocol.name}, epoch {row['epoch']}/{epochs}: {learned}, {_told(row)}")
             run.save(**training.state_dict())
     path = run.out / f"classifier-{protocol.name}.safetensors"
     kept = training.classifier, run.encoder, run.tree.classes, run.settings.image_size
@@ -128,7 +128,7 @@ def vote(run: Run) -> Result:
     tree, settings, k = run.tree, run.settings, run.settings.neighbours
     bank, queries = centres(tree.train, settings), centres(tree.validation, settings)
     result = _checked(nearest(run.encoder, bank, queries, len(tree.classes), run.device, settings.precision, k))
-    print(f"knn: {', '.join([*_told(result), f'{k} neighbours', *_left_out(result)])}")
+    print(f"knn: {k} neighbours, {_told(result)}")
     return result | {"neighbours": k, "labels": f"all {len(tree.train):,} images of train/"}
 
 
@@ -138,10 +138,7 @@ def _checked(measured: Result) -> Result:
     return measured
 
 
-def _told(row: Result) -> list[str]:
-    return [f"top-1 {row['top1']:.2f} %", f"top-5 {row['top5']:.2f} %"]
-
-
-def _left_out(row: Result) -> list[str]:
+def _told(row: Result) -> str:
     counts = {part: row.get(f"unreadable_in_{part}", 0) for part in ("training", "validation", "bank")}
-    return [f"{count} unreadable in {part}, left out" for part, count in counts.items() if count]
+    left_out = [f"{count} unreadable in {part}, left out" for part, count in counts.items() if count]
+    return ", ".join([f"top-1 {row['top1']:.2f} %", f"top-5 {row['top5']:.2f} %", *left_out])

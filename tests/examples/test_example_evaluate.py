@@ -58,10 +58,7 @@ def results(folder: Path | str) -> dict[str, Any]:
 
 def last_epoch(folder: str) -> dict[str, Any]:
     """The state after the last epoch; the checkpoint itself is that of the finished run."""
-    state = checkpoint.read(Path(folder) / "checkpoint.previous.pt")
-    for result in state["results"].values():
-        result.pop("images_per_second", None)
-    return state
+    return checkpoint.read(Path(folder) / "checkpoint.previous.pt")
 
 
 def test_all_protocols(call: Call, tmp_path: Path) -> None:
@@ -72,14 +69,11 @@ def test_all_protocols(call: Call, tmp_path: Path) -> None:
     out = Path("runs/flowers-evaluation")
     assert output.splitlines()[-1].endswith(f"Results: {out}")
     assert {path.name for path in out.iterdir()} == FILES | PRODUCTS
-    for line in (
-        "flowers: 3 classes, 18 images to train on and 6 to validate on",
-        "small-cnn, random weights: fp32 on cpu; results go to runs/flowers-evaluation",
-        "semi-10: 3 images, 10 % of each class by a fixed seed, not a published list; one image for each of 3 classes "
-        "where that is less than one",
-    ):
-        assert line in output.splitlines()
-    assert re.search(r"^linear, epoch 2/2: loss \S+, top-1 \S+ %, top-5 100.00 %, \S+ images/s$", output, re.MULTILINE)
+    lines = output.splitlines()
+    assert "flowers: 3 classes, 18 images to train on and 6 to validate on" in lines
+    assert "small-cnn, random weights: fp32 on cpu; results go to runs/flowers-evaluation" in lines
+    assert "semi-10: 3 images, 10 % of each class or one, by a fixed seed, not a published list" in lines
+    assert re.search(r"^linear, epoch 2/2: loss \S+, \S+ images/s, top-1 \S+ %, top-5 100.00 %$", output, re.MULTILINE)
 
     found = results(out)["protocols"]
     assert list(found) == ["linear", "knn", "semi-1", "semi-10"]
@@ -130,8 +124,10 @@ def test_a_transfer_to_a_tree_with_test_in_the_place_of_val(call: Call, tmp_path
     assert re.search(r"^places205 +\S+ % +100.00 % +\S+ % +54.1 % ", output, re.MULTILINE)
     assert list(results("out")["protocols"]) == ["places205"]
     assert [row["lr_classifier"] for row in rows(Path("out"), "epoch")] == pytest.approx([0.01, 0.001, 0.0001])
-    status, _, errors = call("--settings", "out/settings.yaml", "--out", "out", "--resume", "--linear-lr-classifier", 1)
-    assert (status, "places205 lr_classifier was 0.01 and is now 1.0" in errors) == (2, True)
+    other = ("--linear-lr-classifier", 1, "--seed", 1)
+    status, _, errors = call("--settings", "out/settings.yaml", "--out", "out", "--resume", *other)
+    assert (status, "places205 lr_classifier was 0.01 and is now 1.0; seed was 0 and is now 1" in errors) == (2, True)
+    assert "--weights was" in errors  # the random ones are those of the seed
 
 
 def test_the_last_epoch_is_the_result_whichever_was_best(
@@ -347,25 +343,6 @@ FLAGS = {
 def test_a_bad_flag_gets_one_line(mistake: str, call: Call, tree: Path) -> None:
     given = ("--data", tree, *SMALL, *mistake.split()) if mistake else ()
     told(call(*given), FLAGS[mistake])
-
-
-def test_weights_of_another_architecture_are_refused(call: Call, tree: Path) -> None:
-    torch.save(build_encoder("resnet18").module.state_dict(), "weights.pth")
-    flags = ("--data", tree, *SMALL, "--protocols", "knn", "--weights", "weights.pth")
-    status, _, errors = call(*flags, "--arch", "small-cnn")
-    assert status == 2
-    assert errors.startswith("error: weights weights.pth: expected those of small-cnn")
-    assert call(*flags, "--arch", "resnet18")[0] == 0
-    assert results("runs/flowers-evaluation")["arch"] == "resnet18"
-
-
-def test_a_resume_under_other_numbers_names_them(call: Call, tree: Path) -> None:
-    flags = ("--data", tree, *SMALL, "--protocols", "linear", "--out", "out")
-    assert call(*flags, "--linear-epochs", 1)[0] == 0
-    status, _, errors = call(*flags, "--linear-epochs", 2, "--seed", 1, "--resume")
-    assert status == 2
-    assert "linear epochs was 1 and is now 2; seed was 0 and is now 1" in errors
-    assert "--weights was" in errors  # the random ones are those of the seed
 
 
 def test_a_class_without_a_vote_is_not_among_the_first_five() -> None:

@@ -115,7 +115,7 @@ def completed(settings: Settings) -> Settings:
     if settings.data and not is_fashion_mnist(settings.data):
         raise UsageError(f"--data {settings.data}: expected a folder with the four files of Fashion-MNIST")
     there = settings.data or INSTALLED.is_dir() or Path(NAME).exists()
-    wanted = settings.only or ((DIGITS,) if settings.quick else tuple(TASKS))
+    wanted: tuple[str, ...] = settings.only or ((DIGITS,) if settings.quick else tuple(TASKS))
     tasks = tuple(name for name in TASKS if name in wanted and (there or name == DIGITS))
     if missing := [name for name in wanted if name not in tasks]:
         absent = f"Fashion-MNIST is not in {INSTALLED}: apt install {PACKAGE}, or give its folder to --data"
@@ -126,11 +126,12 @@ def completed(settings: Settings) -> Settings:
     if not any(column in TASKS[task].columns for task in tasks for column in columns):
         raise UsageError(f"--labels {' '.join(columns)}: expected some of the columns of {', '.join(tasks)}")
     device = command_line.find_device(settings.device)
-    numbers = {"seeds": 3, "effort": 1.0} | (QUICK if settings.quick else {})
-    numbers |= {name: value for name in ("seeds", "epochs", "effort") if (value := getattr(settings, name)) is not None}
-    full = replace(settings, data=settings.data or NAME, only=tasks, labels=columns, device=device, **numbers)
+    found: dict[str, Any] = {"data": settings.data or NAME, "only": tasks, "labels": columns, "device": device}
+    found |= {"seeds": 3, "effort": 1.0} | (QUICK if settings.quick else {})
+    found |= {name: value for name in ("seeds", "epochs", "effort") if (value := getattr(settings, name)) is not None}
+    full = replace(settings, **found)
     processes = settings.processes or (own_cores() if device.type == "cpu" else 1)
-    return replace(full, processes=min(processes, full.seeds * len(full.epochs_of)))
+    return replace(full, processes=min(processes, found["seeds"] * len(full.epochs_of)))
 
 
 def evaluate(settings: Settings) -> None:

@@ -45,7 +45,7 @@ def run(argv: Sequence[str] | None) -> None:
     for module, reason in (("torchmetrics.classification", "the accuracies"), ("safetensors.torch", "the classifiers")):
         require(module, reason)  # now, not hours later
     settings.check_pixels()
-    wanted = [name for name in PROTOCOLS if name in settings.protocols]
+    wanted: list[str] = [name for name in PROTOCOLS if name in settings.protocols]
     if not wanted:
         raise UsageError(f"--protocols: expected some of {', '.join(PROTOCOLS)}")
     if settings.batch_size < (processes := distributed.world_size()):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -81,14 +81,14 @@ def training_view(settings: Reading) -> View:
     """
     v2: Any = require("torchvision.transforms.v2", "--data")
     cut = [v2.RandomResizedCrop(settings.image_size), v2.RandomHorizontalFlip()]
-    return v2.Compose([*cut, as_float, settings.normalized])
+    return cast("View", v2.Compose([*cut, as_float, settings.normalized]))
 
 
 def centre_view(settings: Reading) -> View:
     """The centre of an image, with 1/8 of the shorter side cut off: (C, H, W) to (C, side, side) float32."""
     v2: Any = require("torchvision.transforms.v2", "--data")
     cut = [v2.Resize(round(settings.image_size * RESIZE)), v2.CenterCrop(settings.image_size)]
-    return v2.Compose([*cut, as_float, settings.normalized])
+    return cast("View", v2.Compose([*cut, as_float, settings.normalized]))
 
 
 class Views(Labelled):

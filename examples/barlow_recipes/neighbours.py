@@ -103,4 +103,4 @@ def _everyones(rows: Tensor) -> list[Tensor]:
     if world_size() == 1:
         return [rows]
     utilities: Any = require("torchmetrics.utilities.distributed", "the accuracies")
-    return utilities.gather_all_tensors(rows.contiguous())
+    return list(utilities.gather_all_tensors(rows.contiguous()))

@@ -4,7 +4,7 @@ import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -27,7 +27,9 @@ class Job(NamedTuple):
     waits: bool = False
 
 
-def run_jobs(jobs: Sequence[Job], processes: int, threads: int, logs: Path) -> Iterator[tuple[str, Result]]:
+def run_jobs(
+    jobs: Sequence[Job], processes: int, threads: int, logs: Path
+) -> Generator[tuple[str, Result], None, None]:
     """Do all jobs, in the order of the list, but after all others those that wait: their names, results and seconds.
 
     Each of the processes has so many threads of torch, and a file in ``logs`` for what it prints.

@@ -116,7 +116,7 @@ def train_with_labels(
     """
     torch.manual_seed(seed)
     device = next(encoder.module.parameters()).device
-    network = Classifier(encoder, CLASSES, frozen=False).to(device, memory_format=torch.channels_last)
+    network = Classifier(encoder, CLASSES, frozen=False).to(memory_format=torch.channels_last).to(device)
     optimizer = build_optimizer(network, recipe)
     schedule = LambdaLR(optimizer, recipe.factor)
     generator, steps = torch.Generator().manual_seed(seed), math.ceil(len(numbers) / recipe.batch_size)

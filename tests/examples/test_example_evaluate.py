@@ -238,15 +238,16 @@ def test_images_of_four_channels(call: Call, tree: Path, tmp_path: Path) -> None
     flags = ("--data", "fields", *SMALL, "--protocols", "linear", "knn", "--linear-epochs", 2, "--channels", 4)
     status, _, errors = call(*flags)
     assert (status, "--value-range" in errors) == (2, True), errors
-    torch.save(build_encoder("resnet18", channels=4).module.state_dict(), "bands.pth")
-    for out, more in (("random", ()), ("file", ("--weights", "bands.pth", "--arch", "resnet18"))):
+    torch.save(build_encoder("small-cnn", channels=4).module.state_dict(), "bands.pth")
+    for out, more in (("random", ()), ("file", ("--weights", "bands.pth"))):
         status, _, errors = call(*flags, "--value-range", 0, 2, "--out", out, *more)
         assert (status, errors) == (0, "")
         assert results(out)["protocols"]["knn"]["top1"] == 100
-    status, _, errors = call("--data", tree, *SMALL, "--weights", "bands.pth", "--arch", "resnet18")
-    assert (status, "weights bands.pth: expected those of resnet18" in errors) == (2, True), errors
+    status, _, errors = call("--data", tree, *SMALL, "--weights", "bands.pth")
+    assert (status, "weights bands.pth: expected those of small-cnn" in errors) == (2, True), errors
 
 
+@pytest.mark.slow
 def test_an_encoder_of_one_size_is_built_for_that_of_the_images(call: Call, tree: Path) -> None:
     status, _, errors = call("--data", tree, *SMALL, "--arch", "vit_b_32", "--protocols", "knn")
     assert (status, errors) == (0, "")

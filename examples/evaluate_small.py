@@ -9,17 +9,14 @@ neighbours and by linear classifiers with few and many labels, beside raw pixels
 encoder trained from scratch with the same labels. The test images serve the final numbers alone.
 
 The output folder gets ``results.json`` with every single accuracy, ``table.md`` and ``accuracies.png``, and for every
-encoder a folder of its own, as examples/imagenet_pretrain.py writes it.
-
-``--check`` and ``--update`` compare README.md with the results in a file, or put the table there.
+encoder the folder that examples/imagenet_pretrain.py writes.
 """
 
 import json
-import os
-import platform
+import re
 import signal
-import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -34,12 +31,14 @@ from barlow_recipes.errors import Aborted, Interrupted, UsageError, require
 from barlow_recipes.fashion_mnist import INSTALLED, NAME, PACKAGE, is_fashion_mnist
 from barlow_recipes.outputs import BACKBONE, RESULTS, replacing
 from barlow_recipes.program import exit_status, start
+from barlow_recipes.report import versions
 from barlow_recipes.small import methods, tables
 from barlow_recipes.small.data import COLUMNS, DIGITS, FASHION, MOST, TASKS, load
 from barlow_recipes.small.jobs import Job, Result, run_jobs
 
 EPOCHS = {DIGITS: 25, FASHION: 2}
 QUICK = {"epochs": 5, "seeds": 2, "effort": 0.1}
+BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"  # of the table in README.md
 COMMITTED = Path("docs/evaluation.json")
 File = Annotated[Path | None, optional_value(Path, COMMITTED)]
 
@@ -116,7 +115,7 @@ def completed(settings: Settings) -> Settings:
     if settings.data and not is_fashion_mnist(settings.data):
         raise UsageError(f"--data {settings.data}: expected a folder with the four files of Fashion-MNIST")
     there = settings.data or INSTALLED.is_dir() or Path(NAME).exists()
-    wanted = settings.only or ((DIGITS,) if settings.quick else tuple(TASKS))
+    wanted: tuple[str, ...] = settings.only or ((DIGITS,) if settings.quick else tuple(TASKS))
     tasks = tuple(name for name in TASKS if name in wanted and (there or name == DIGITS))
     if missing := [name for name in wanted if name not in tasks]:
         absent = f"Fashion-MNIST is not in {INSTALLED}: apt install {PACKAGE}, or give its folder to --data"
@@ -126,46 +125,47 @@ def completed(settings: Settings) -> Settings:
     columns = tuple(column for column in COLUMNS if column in (settings.labels or COLUMNS))
     if not any(column in TASKS[task].columns for task in tasks for column in columns):
         raise UsageError(f"--labels {' '.join(columns)}: expected some of the columns of {', '.join(tasks)}")
-    numbers = {"data": settings.data or NAME, "only": tasks, "labels": columns, "seeds": 3, "effort": 1.0}
-    numbers |= QUICK if settings.quick else {}
-    given = {name: value for name in ("seeds", "epochs", "effort") if (value := getattr(settings, name)) is not None}
-    full = replace(settings, **numbers | given, device=command_line.find_device(settings.device))
-    processes = settings.processes or (own_cores() if full.device.type == "cpu" else 1)
-    return replace(full, processes=min(processes, full.seeds * len(full.epochs_of)))
+    device = command_line.find_device(settings.device)
+    found: dict[str, Any] = {"data": settings.data or NAME, "only": tasks, "labels": columns, "device": device}
+    found |= {"seeds": 3, "effort": 1.0} | (QUICK if settings.quick else {})
+    found |= {name: value for name in ("seeds", "epochs", "effort") if (value := getattr(settings, name)) is not None}
+    full = replace(settings, **found)
+    processes = settings.processes or (own_cores() if device.type == "cpu" else 1)
+    return replace(full, processes=min(processes, found["seeds"] * len(full.epochs_of)))
 
 
 def evaluate(settings: Settings) -> None:
     """Do the jobs, and write the results after each of them."""
     started, default = time.perf_counter(), Path("runs/evaluation")
-    known = [settings.out] if settings.out else [*folders.numbered(default)]
+    known = [settings.out] if settings.out else folders.numbered(default)
     earlier = [path for folder in known if settings.resume and (path := folder / RESULTS).exists()]
     resumed = earlier[-1] if earlier else None
     out = folders.make_output_folder(settings.out, default, overwrite=settings.overwrite, resumed=resumed)
+    threads = max(1, own_cores() // settings.processes)
     with folders.locked(out):
-        results = begin(settings, resumed)
+        results = begin(settings, threads, resumed)
         write(out, results)
-        jobs, before = plan_jobs(settings, out), results["seconds"]
-        left = sum(job.name not in results["jobs"] for job in jobs)
-        size = f"{len(settings.only)} tasks, {settings.seeds} seeds, {left} parts in {settings.processes} processes"
-        print(f"{size}; results go to {out}")
-
-        def done(job: Job, found: Result) -> None:
-            results["rows"] += found.pop("rows", [])
-            results["jobs"][job.name] = found
-            results["seconds"] = before + time.perf_counter() - started
-            write(out, results)
-            count = f"{len(results['jobs'])}/{len(jobs)}"
-            print(f"[{time.perf_counter() - started:4.0f} s] {count:>5} {job.told}: {found['seconds']:.0f} s")
-
+        planned, before = plan_jobs(settings, out), results["seconds"]
+        jobs = [job for job in planned if job.name not in results["jobs"]]
+        size = f"{len(settings.only)} tasks, {settings.seeds} seeds, {len(jobs)} parts"
+        print(f"{size} in {settings.processes} processes; results go to {out}")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the program as Ctrl-C does
         try:
-            run_jobs(jobs, settings.processes, threads(settings), logs=out, done=done, already=[*results["jobs"]])
+            with closing(run_jobs(jobs, settings.processes, threads, logs=out)) as done:
+                for name, found in done:
+                    results["rows"] += found.pop("rows", [])
+                    results["jobs"][name] = found
+                    seconds = time.perf_counter() - started
+                    write(out, results | {"seconds": before + seconds})
+                    count = f"{len(results['jobs'])}/{len(planned)}"
+                    print(f"[{seconds:4.0f} s] {count:>5} {name}: {found['seconds']:.0f} s")
         except KeyboardInterrupt:
-            kept = f"{len(results['jobs'])} of {len(jobs)} parts are kept in {out}: continue with --resume"
+            kept = f"{len(results['jobs'])} of {len(planned)} parts are kept in {out}: continue with --resume"
             raise Interrupted(f"interrupted; {kept}") from None
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        write(out, results | {"complete": True})
+        results |= {"seconds": before + time.perf_counter() - started, "complete": True}
+        write(out, results)
     text = tables.markdown(results)
     with replacing(out / "table.md") as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")
@@ -173,26 +173,19 @@ def evaluate(settings: Settings) -> None:
     print(f"\n{text}\n\n{results['seconds']:.0f} seconds. Results: {out}")
 
 
-def threads(settings: Settings) -> int:
-    """Of each process."""
-    return max(1, own_cores() // settings.processes)
-
-
-def begin(settings: Settings, resumed: Path | None) -> Result:
+def begin(settings: Settings, threads: int, resumed: Path | None) -> Result:
     """What there is already, or nothing.
 
     Raises:
         UsageError: other settings made what is there.
     """
-    packages = {name: sys.modules[name].__version__ for name in ("torch", "sklearn", "numpy") if name in sys.modules}
-    on_gpu = settings.device.type == "cuda"
+    device = settings.device
     environment = {
-        "device": torch.cuda.get_device_name(settings.device) if on_gpu else settings.device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": settings.processes,
-        "threads": threads(settings),
-        "system": platform.platform(),
+        "threads": threads,
         "cores": own_cores(),
-        "versions": {"python": platform.python_version()} | packages,
+        "versions": versions(),
     }
     if resumed:
         results = json.loads(resumed.read_text(encoding="utf-8"))
@@ -212,51 +205,39 @@ def write(out: Path, results: Result) -> None:
 
 
 def plan_jobs(settings: Settings, out: Path) -> list[Job]:
-    """Pretraining first, the longest ahead; then what needs it, and what does not."""
+    """Pretraining first, the longest ahead; then what does not need it."""
     common = {"source": settings.data, "device": str(settings.device)}
     encoders, probes, trained = [], [], []
     for data, seed in product((FASHION, DIGITS), range(settings.seeds)):
-        if data in settings.epochs_of:
-            given = {"data": data, "seed": seed, "epochs": settings.epochs_of[data], "resume": settings.resume}
-            given |= common | {"out": str(out / f"{data}-seed-{seed}")}
-            told = f"pretraining on {data}, seed {seed}"
-            encoders.append(Job(f"{data}/pretraining/{seed}", pretrain, given, told=told))
+        if epochs := settings.epochs_of.get(data):
+            given = {"data": data, "seed": seed, "epochs": epochs, "out": str(out / f"{data}-seed-{seed}")}
+            given |= common | {"resume": settings.resume}
+            encoders.append(Job(f"{data}/pretraining/{seed}", pretrain, given))
     for name, seed in product(settings.only, range(settings.seeds)):
         task = TASKS[name]
-        before = (f"{task.pretrained_on}/pretraining/{seed}",)
         weights = str(out / f"{task.pretrained_on}-seed-{seed}" / BACKBONE)
         given = common | {"task": name, "seed": seed}
         asked = given | {"weights": weights, "columns": [each for each in task.columns if each in settings.labels]}
-        told = f"probes, {task.title}, seed {seed}"
-        probes.append(Job(f"{name}/probes/{seed}", methods.probe, asked, before, told))
-        supervised = [(methods.SCRATCH, None, (), column) for column in task.trained]
-        supervised += [(methods.FINE_TUNED, weights, before, column) for column in task.fine_tuned]
-        for method, file, needs, column in (each for each in supervised if each[-1] in settings.labels):
+        probes.append(Job(f"{name}/probes/{seed}", methods.probe, asked, waits=True))
+        supervised = [(methods.SCRATCH, None, column) for column in task.trained]
+        supervised += [(methods.FINE_TUNED, weights, column) for column in task.fine_tuned]
+        for method, file, column in (each for each in supervised if each[-1] in settings.labels):
             asked = given | {"weights": file, "column": column, "effort": settings.effort}
-            told = f"{method}, {task.title}, {tables.TITLES[column]}, seed {seed}"
-            trained.append(Job(f"{name}/{method}/{column}/{seed}", methods.supervise, asked, needs, told))
+            trained.append(Job(f"{name}/{method}/{column}/{seed}", methods.supervise, asked, waits=bool(file)))
     return encoders + probes + trained[::-1]
 
 
 def pretrain(data: str, source: str, seed: int, epochs: int, out: str, device: str, resume: bool) -> Result:
     """Run examples/imagenet_pretrain.py, without its evaluations, which are this program's.
 
-    Returns:
-        What it took.
-
     Raises:
-        Aborted: it has failed.
+        Aborted: it has failed, or a signal has stopped it.
     """
-    found: Result = {}
     flags = ["--data", source] if data == FASHION else []
     flags += ["--seed", str(seed), "--epochs", str(epochs), "--no-probe", "--no-evaluation", "--device", device]
-    with methods.timed(found):
-        status = imagenet_pretrain.main([*flags, "--out", out, "--resume" if resume else "--overwrite"])
-    if status > 128:  # a signal has stopped it: this process is to end
-        os._exit(status)
-    if status:
+    if status := imagenet_pretrain.main([*flags, "--out", out, "--resume" if resume else "--overwrite"]):
         raise Aborted(f"exit status {status}")
-    return found
+    return {}
 
 
 def put_into_readme(path: Path, readme: Path, *, check: bool) -> None:
@@ -270,7 +251,9 @@ def put_into_readme(path: Path, readme: Path, *, check: bool) -> None:
         now = readme.read_text(encoding="utf-8")
     except (OSError, json.JSONDecodeError) as error:
         raise UsageError(f"{path}, {readme}: cannot be read ({error})") from None
-    wanted = tables.insert(readme, now, tables.markdown(results))
+    wanted, found = re.subn(f"(?s)(?<={BEGIN}\n).*?(?=\n{END})", lambda _: tables.markdown(results), now)
+    if not found:
+        raise UsageError(f"--readme {readme}: expected the markers {BEGIN} and {END}, one after the other")
     if not check:
         readme.write_text(wanted, encoding="utf-8")
     elif now != wanted:

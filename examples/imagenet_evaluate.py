@@ -1,7 +1,7 @@
 """Measure what a pretrained encoder is worth on ImageNet, or on any images in train/ and val/ with class folders.
 
     python examples/imagenet_evaluate.py --data DIR --weights runs/imagenet-resnet50/backbone.pt
-    python examples/imagenet_evaluate.py --data DIR --weights resnet50.pth --protocols semi-1 --list-1 1percent.txt
+    python examples/imagenet_evaluate.py --data DIR --weights resnet50.pth --protocols semi-1 --lists imagenet_subsets
     python examples/imagenet_evaluate.py --data places205 --weights resnet50.pth --protocols places205
     torchrun --nproc-per-node 8 examples/imagenet_evaluate.py --data DIR --weights FILE
 
@@ -10,10 +10,9 @@ semi-1, semi-10: encoder and classifier fine-tuned on 1 % or 10 % of the labels;
 10percent.txt say (google-research/simclr, imagenet_subsets/). places205, inaturalist18: linear, with the numbers of
 those transfers. All numbers are the published ones, and flags.
 
-Several processes share every batch and take the steps that one would take. A checkpoint is written after each epoch;
-with --resume the same command begins or continues a run. The results are those of the last epoch, in ``results.json``
-and, epoch by epoch, in ``metrics.jsonl``; its classifiers are ``classifier-NAME.safetensors``, to be loaded by
-torchvision or timm.
+Several processes take the steps that one would take. With --resume the same command begins or continues a run. The
+results are those of the last epoch, in ``results.json`` and ``metrics.jsonl``; ``classifier-NAME.safetensors`` are its
+classifiers, to be loaded by torchvision or timm.
 
 Source: Zbontar et al. (2021), arXiv 2103.03230, and evaluate.py of facebookresearch/barlowtwins; Misra & van der Maaten
 (2020), arXiv 1912.01991.
@@ -23,15 +22,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from barlow_recipes import command_line, folders, labels, protocols
-from barlow_recipes.distributed import from_main
+from barlow_recipes import command_line, distributed, folders, labels, protocols
 from barlow_recipes.errors import UsageError, require
-from barlow_recipes.evaluation import PARTS, PERCENT, PROTOCOLS, Run, Settings, find_encoder, own_device, shaping_of
+from barlow_recipes.evaluation import PARTS, PERCENT, PROTOCOLS, Run, Settings, find_encoder, shaping_of
 from barlow_recipes.images import look_at_some
 from barlow_recipes.labelled import Tree, load_tree
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.protocols import Protocol
-from barlow_recipes.published import Recipe
 
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, or --precision bf16"
 
@@ -48,14 +45,15 @@ def run(argv: Sequence[str] | None) -> None:
     for module, reason in (("torchmetrics.classification", "the accuracies"), ("safetensors.torch", "the classifiers")):
         require(module, reason)  # now, not hours later
     settings.check_pixels()
-    wanted = [name for name in PROTOCOLS if name in settings.protocols]
+    wanted: list[str] = [name for name in PROTOCOLS if name in settings.protocols]
     if not wanted:
         raise UsageError(f"--protocols: expected some of {', '.join(PROTOCOLS)}")
-    device, recipes = own_device(settings), {name: settings.recipe(name) for name in wanted if name != "knn"}
-    tree = load_tree(settings.data)
+    if settings.batch_size < (processes := distributed.world_size()):
+        raise UsageError(f"--batch-size {settings.batch_size}: expected {processes} or more, an image for each process")
+    device, tree = command_line.find_device(settings.device), load_tree(settings.data)
     for part in (tree.train, tree.validation):
         look_at_some(part, str(part.root), settings)
-    trained = {name: _protocol(name, recipe, settings, tree) for name, recipe in recipes.items()}
+    trained = {name: find_protocol(name, settings, tree) for name in wanted if name != "knn"}
     encoder = find_encoder(settings, device)
     shaping = shaping_of(settings, tree, encoder)
     for protocol in trained.values():
@@ -71,16 +69,21 @@ def run(argv: Sequence[str] | None) -> None:
             print(f"{name}: {protocol.source}")
         for name in [name for name in wanted if name not in now.results]:
             now.finish(name, protocols.vote(now) if name == "knn" else protocols.train(now, trained[name]))
-        from_main(now.write_results)
+        distributed.from_main(now.write_results)
         print("\n" + now.table(), end="\n\n")
         print(f"{time.perf_counter() - started:.0f} seconds. Results: {out}")
 
 
-def _protocol(name: str, recipe: Recipe, settings: Settings, tree: Tree) -> Protocol:
-    if name not in PERCENT:
+def find_protocol(name: str, settings: Settings, tree: Tree) -> Protocol:
+    """With its recipe and its labelled images."""
+    recipe, percent = settings.recipe(name), PERCENT.get(name)
+    if percent is None:
         return Protocol(name, recipe, tree.train, f"all {len(tree.train):,} images of train/")
-    listed = settings.list_of(PERCENT[name])
-    images, source = labels.from_list(*listed, tree) if listed else labels.stratified(PERCENT[name], tree)
+    images, source = (
+        labels.from_list(settings.lists / f"{percent}percent.txt", tree)
+        if settings.lists
+        else labels.stratified(percent, tree)
+    )
     return Protocol(name, recipe, tree.train.subset(images), source)
 
 

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from barlow_recipes import distributed
 from barlow_recipes.encoders import Encoder
@@ -23,19 +22,19 @@ from barlow_recipes.published import Recipe
 from barlow_recipes.steps import AUTOCAST
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images (N, C, H, W) and labels (N,), below 0 for what cannot be read
-INITIAL_STD = 0.01  # of the classifier's weight
+INITIAL_STD = 0.01  # of the linear layer's weight; its bias starts at 0
 TOP = 5
 
 
 class Classifier(nn.Module):
-    """encoder: images to features; fc: features to logits. A frozen encoder stays in eval(), without gradients."""
+    """The encoder itself, not a copy, and a new linear layer ``fc``; a frozen encoder stays in eval(), no gradients."""
 
-    def __init__(self, encoder: nn.Module, features: int, classes: int, *, frozen: bool) -> None:
+    def __init__(self, encoder: Encoder, classes: int, *, frozen: bool) -> None:
         super().__init__()
-        self.encoder, self.fc, self.frozen = encoder, nn.Linear(features, classes), frozen
+        self.encoder, self.fc, self.frozen = encoder.module, nn.Linear(encoder.features, classes), frozen
         nn.init.normal_(self.fc.weight, std=INITIAL_STD)
         nn.init.zeros_(self.fc.bias)
-        encoder.requires_grad_(not frozen)
+        self.encoder.requires_grad_(not frozen)
         self.train()
 
     def train(self, mode: bool = True) -> "Classifier":
@@ -52,16 +51,6 @@ class Classifier(nn.Module):
         with torch.autocast(images.device.type, enabled=False):  # 16 bits would make ties among a thousand logits
             return cast("Tensor", self.fc(features.to(self.fc.weight.dtype)))
 
-    @property
-    def learner(self) -> nn.Module:
-        """The part that training changes."""
-        return self.fc if self.frozen else self
-
-
-def build_classifier(encoder: Encoder, classes: int, *, frozen: bool) -> Classifier:
-    """Put a new linear layer on the encoder itself, not on a copy: weight from N(0, 0.01²), bias 0."""
-    return Classifier(encoder.module, encoder.features, classes, frozen=frozen)
-
 
 def build_optimizer(classifier: Classifier, recipe: Recipe) -> SGD:
     """SGD, two groups at most: weight and bias of the linear layer; then, if fine-tuned, all of the encoder.
@@ -74,11 +63,6 @@ def build_optimizer(classifier: Classifier, recipe: Recipe) -> SGD:
     return SGD(groups, lr=recipe.lr_classifier, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
-def build_schedule(optimizer: SGD, recipe: Recipe) -> LRScheduler:
-    """The learning rates of every epoch; to be stepped once after each, also after its validation."""
-    return LambdaLR(optimizer, recipe.factor)
-
-
 def shared(classifier: Classifier) -> nn.Module:
     """What to train in place of the classifier, so that several processes take the step that one would take."""
     if distributed.world_size() == 1 or not classifier.frozen:
@@ -88,9 +72,10 @@ def shared(classifier: Classifier) -> nn.Module:
     return network
 
 
-class Epoch(NamedTuple):
-    loss: float  # the mean over the readable images of all processes; NaN if there are none
-    unreadable: int  # left out, of all processes
+def readable(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Those that could be read, on the device."""
+    there = labels >= 0
+    return images[there].to(device, non_blocking=True), labels[there].to(device, non_blocking=True)
 
 
 def train_epoch(
@@ -100,62 +85,50 @@ def train_epoch(
     device: torch.device,
     precision: str = "fp32",
     after_step: Callable[[], object] = lambda: None,
-) -> Epoch:
-    """Take a step for every batch, whose images may be anywhere, and labels are on the CPU.
+) -> tuple[float, int]:
+    """Take a step for every batch, by the gradient of the mean over its images; those that cannot be read are left out.
 
     Of several processes each gives its own rows of every batch, in as many batches as the others; shares may differ in
-    length and be empty. The gradient is that of the mean over the whole batch. Images that cannot be read are left out.
+    length and be empty. Labels are on the CPU.
 
-    Args:
-        network: the classifier, or what :func:`shared` made of it.
-        optimizer: of :func:`build_optimizer`.
-        batches: of an epoch.
-        device: of the network.
-        precision: "fp32", or "bf16" for autocast.
-        after_step: called after every batch.
+    Returns:
+        The mean loss over the readable images of all processes, NaN if there are none; and how many were left out.
     """
     network.train()
-    losses: list[Tensor] = []
+    losses = [torch.zeros((), device=device)]
     seen = left_out = 0
     for images, labels in batches:
-        readable = labels >= 0
-        count, unreadable = distributed.totals([int(readable.sum()), int((~readable).sum())])
+        own, truth = readable(images, labels, device)
+        count, unreadable = distributed.totals([len(truth), len(labels) - len(truth)])
         seen, left_out = seen + count, left_out + unreadable
         if count:
-            own, truth = (part[readable].to(device, non_blocking=True) for part in (images, labels))
             with autocast(device, precision):
                 logits = network(own)
-            loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), truth, reduction="sum")
+            loss = F.cross_entropy(logits, truth, reduction="sum")
             optimizer.zero_grad()
             # DistributedDataParallel takes the mean over the processes, however few rows one of them has.
             (loss * (distributed.world_size() / count)).backward()
             optimizer.step()
             losses.append(loss.detach())
         after_step()
-    total = torch.stack(losses).cpu().double().sum() if losses else torch.zeros((), dtype=torch.float64)
-    if distributed.world_size() > 1:
-        dist.all_reduce(total)
-    return Epoch(float(total) / seen if seen else math.nan, left_out)
+    total = summed(torch.stack(losses).cpu().double().sum())
+    return float(total) / seen if seen else math.nan, left_out
 
 
 @torch.no_grad()
-def accuracies(network: nn.Module, batches: Batches, device: torch.device, precision: str = "fp32") -> dict[str, Any]:
+def accuracies(network: Classifier, batches: Batches, device: torch.device, precision: str = "fp32") -> dict[str, Any]:
     """How often the truth has the greatest logit, and one of the five greatest; leaves the network in eval().
 
-    Of several processes each gives its own part of the images; they wait for each other at the end alone. The result is
-    that of :meth:`Scores.result`.
+    Of several processes each gives its own images; they wait for each other at the end. See :meth:`Scores.result`.
     """
-    classifier = cast("Classifier", getattr(network, "module", network))  # of DistributedDataParallel
-    classifier.eval()
-    scores = Scores(classifier.fc.out_features, device)
+    network.eval()
+    scores = Scores(network.fc.out_features, device)
     for images, labels in batches:
-        readable = labels >= 0
-        scores.unreadable += int((~readable).sum())
-        if readable.any():
-            own, truth = (part[readable].to(device, non_blocking=True) for part in (images, labels))
+        own, truth = readable(images, labels, device)
+        scores.unreadable += len(labels) - len(truth)
+        if len(truth):
             with autocast(device, precision):
-                logits = classifier(own)
-            scores.add(logits, truth)
+                scores.add(network(own), truth)
     return scores.result()
 
 
@@ -187,14 +160,25 @@ class Scores:
             first, five = (metric.compute().cpu()[: self.classes].double() for metric in self.counts)
         right, images = first[:, 0], first[:, 4]
         there = images > 0
-        percents = right.sum() / images.sum(), five[:, 0].sum() / images.sum(), (right[there] / images[there]).mean()
-        found = dict(zip(("top1", "top5", "mean_per_class"), (100 * float(share) for share in percents), strict=True))
         (unreadable,) = distributed.totals([self.unreadable])
-        return {**found, "validation_images": int(images.sum()), "unreadable_in_validation": unreadable}
+        return {
+            "top1": 100 * float(right.sum() / images.sum()),
+            "top5": 100 * float(five[:, 0].sum() / images.sum()),
+            "mean_per_class": 100 * float((right[there] / images[there]).mean()),
+            "validation_images": int(images.sum()),
+            "unreadable_in_validation": unreadable,
+        }
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, AUTOCAST.get(precision), precision != "fp32")
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over the processes, in place."""
+    if distributed.world_size() > 1:
+        dist.all_reduce(values)
+    return values
 
 
 def write_classifier(path: Path, classifier: Classifier, encoder: Encoder, classes: list[str], side: int) -> None:
@@ -210,10 +194,7 @@ def write_classifier(path: Path, classifier: Classifier, encoder: Encoder, class
     state = dict(classifier.encoder.state_dict())
     for head in encoder.heads or ("fc",):
         state |= {f"{head}.{name}": value for name, value in classifier.fc.state_dict().items()}
+    tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     metadata = {"format": "pt", "arch": encoder.arch, "stem": encoder.stem, "image_size": str(side)}
-    content = library.save(
-        {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()},
-        metadata | {"classes": json.dumps(classes)},
-    )
     with replacing(path) as temporary:
-        temporary.write_bytes(content)
+        temporary.write_bytes(library.save(tensors, metadata | {"classes": json.dumps(classes)}))

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 
 from barlow_recipes import checkpoint, distributed, outputs
-from barlow_recipes.command_line import Positive, Real, find_device
+from barlow_recipes.command_line import Positive, Real
 from barlow_recipes.distributed import from_main
 from barlow_recipes.encoders import Encoder, build_encoder
-from barlow_recipes.errors import UsageError, first_line
+from barlow_recipes.errors import UsageError
 from barlow_recipes.labelled import Reading, Tree
 from barlow_recipes.metrics import Metrics
 from barlow_recipes.neighbours import NEIGHBOURS
@@ -69,10 +69,6 @@ class Settings(Reading):
     "that vote in knn"
     lists: Path | None = None
     "folder with 1percent.txt and 10percent.txt; without it a share of each class by a fixed seed"
-    list_1: Path | None = None
-    "the images of semi-1; without it 1percent.txt of --lists"
-    list_10: Path | None = None
-    "the images of semi-10; without it 10percent.txt of --lists"
 
     def recipe(self, name: str) -> Recipe:
         """The published one of a protocol, with the numbers that are given in place of its own.
@@ -84,18 +80,10 @@ class Settings(Reading):
         given = {field: getattr(self, f"{prefix}_{field}", None) for field in asdict(RECIPES[name])}
         given |= {"batch_size": self.batch_size, "momentum": self.momentum}
         recipe = replace(RECIPES[name], **{field: value for field, value in given.items() if value is not None})
-        recipe = replace(recipe, milestones=tuple(sorted(recipe.milestones)))
-        if recipe.milestones and recipe.milestones[-1] >= recipe.epochs:
-            given_there = " ".join(map(str, recipe.milestones))
-            raise UsageError(f"--linear-milestones {given_there}: expected less than --linear-epochs {recipe.epochs}")
+        if max(recipe.milestones, default=0) >= recipe.epochs:
+            milestones = " ".join(map(str, recipe.milestones))
+            raise UsageError(f"--linear-milestones {milestones}: expected less than --linear-epochs {recipe.epochs}")
         return recipe
-
-    def list_of(self, percent: int) -> tuple[str, Path] | None:
-        """The list of images for this share, and the flag that it comes from."""
-        path = {1: self.list_1, 10: self.list_10}[percent]
-        if path is not None:
-            return f"--list-{percent}", path
-        return ("--lists", self.lists / f"{percent}percent.txt") if self.lists is not None else None
 
 
 @dataclass
@@ -119,15 +107,14 @@ class Run:
 
     def save(self, **state: Any) -> None:
         state |= {"settings": self.shaping, "results": self.results, "step": self.step}
-        checkpoint.save(self.out / outputs.CHECKPOINT, state, keep_previous=True)
+        from_main(lambda: checkpoint.save(self.out / outputs.CHECKPOINT, state, keep_previous=True))
 
     def finish(self, name: str, result: Result) -> None:
         """Keep the result of a protocol that is done."""
         self.results[name] = result
-        from_main(self.save)
+        self.save()
 
     def introduction(self) -> str:
-        """What is about to be evaluated, where, on what."""
         tree, processes = self.tree, distributed.world_size()
         devices = f"{self.device.type} in {processes} processes" if processes > 1 else f"{self.device}"
         return (
@@ -156,48 +143,28 @@ class Run:
         return "\n".join([aligned(rows), *NOTES])
 
 
-def own_device(settings: Settings) -> torch.device:
-    """Where this process computes.
-
-    Raises:
-        UsageError: there is no such device, or the batch has not an image for each process.
-    """
-    if settings.batch_size < (processes := distributed.world_size()):
-        raise UsageError(f"--batch-size {settings.batch_size}: expected {processes} or more, an image for each process")
-    return find_device(settings.device)
-
-
 def find_encoder(settings: Settings, device: torch.device) -> Encoder:
-    """The encoder of --weights, on the device and in eval().
+    """The encoder of --weights, for images of --channels and --image-size, on the device and in eval().
 
     Raises:
-        UsageError: it cannot be loaded, or does not take images of --image-size.
+        UsageError: it cannot be loaded, or does not take such images.
     """
     torch.manual_seed(settings.seed)
+    shape = settings.channels, settings.image_size
     if settings.weights == RANDOM:
-        encoder = build_encoder(settings.arch or "resnet50", settings.stem or "imagenet")
+        encoder = build_encoder(settings.arch or "resnet50", settings.stem or "imagenet", *shape)
     else:
-        encoder = load_encoder(Path(settings.weights), settings.arch, settings.stem)
-    if encoder.arch == "digits-cnn":
-        raise UsageError(f"--weights {settings.weights}: expected an encoder of photographs, got digits-cnn")
-    encoder = encoder._replace(module=encoder.module.to(device).eval())
-    side, expected = settings.image_size, (2, encoder.features)
-    try:  # some, such as transformers, take images of one size alone
-        with torch.no_grad():
-            found = encoder.module(torch.zeros(2, *settings.shape, device=device))
-    except (AssertionError, RuntimeError, ValueError) as error:  # each architecture has its own way to say no
-        raise UsageError(f"--image-size {side}: {encoder.arch} cannot take such images ({first_line(error)})") from None
-    if (shape := tuple(getattr(found, "shape", ()))) != expected:
-        raise UsageError(f"--arch {encoder.arch}: expected features of shape {expected} for two images, got {shape}")
-    return encoder
+        encoder = load_encoder(Path(settings.weights), settings.arch, settings.stem, *shape)
+    if encoder.shape[0] != settings.channels:
+        raise UsageError(f"--channels {settings.channels}: {encoder.arch} takes images of {encoder.shape[0]} alone")
+    return encoder._replace(module=encoder.module.to(device).eval())
 
 
 def shaping_of(settings: Settings, tree: Tree, encoder: Encoder) -> dict[str, Any]:
     """What decides about the results of every protocol, in plain values."""
-    names = ("image_size", "batch_size", "precision", "seed", "channels", "value_range", "mean", "std")
+    names = ("image_size", "batch_size", "precision", "seed", "channels", "value_range", "mean", "std", "neighbours")
     return {name: getattr(settings, name) for name in names} | {
         "images of --data": tree.fingerprint(),
         "--weights": digest(encoder.module),
         "protocols": [name for name in PROTOCOLS if name in settings.protocols],
-        "neighbours": settings.neighbours,
     }

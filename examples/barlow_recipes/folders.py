@@ -12,8 +12,8 @@ locked, empty of another run's files, and has the run's ``settings.yaml`` and it
 import contextlib
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from itertools import count
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +30,7 @@ from barlow_recipes.outputs import BACKBONE, CHECKPOINT, CHECKPOINTS, RESULTS
 LOCK = ".lock"
 SETTINGS = "settings.yaml"  # the flags, for --settings
 OF_PRETRAINING = (outputs.REPORT, BACKBONE, *outputs.PICTURES)
-OWN = (*OF_PRETRAINING, outputs.METRICS, RESULTS, SETTINGS, "model.pt", *CHECKPOINTS, outputs.DAMAGED)
-OWN += (outputs.WANDB_ID,)
+OWN = (*OF_PRETRAINING, *CHECKPOINTS, outputs.DAMAGED, outputs.METRICS, RESULTS, SETTINGS, "model.pt", outputs.WANDB_ID)
 OWN_PATTERNS = (f"{outputs.TENSORBOARD}/events.out.tfevents.*", "classifier-*.safetensors")
 
 
@@ -41,11 +40,6 @@ class Saved(NamedTuple):
     content: dict[str, Any]
     path: Path  # the file that it comes from
     asked: Path  # the file that was asked for: another one, where that is damaged or missing
-
-
-class Opened(NamedTuple):
-    path: Path  # the folder
-    metrics: Metrics
 
 
 def find(settings: RunSettings, default: Path) -> Path | None:
@@ -74,18 +68,18 @@ def opened(
     agreed: Mapping[str, object] | None = None,
     told: Mapping[str, object] | None = None,
     mirrors: Callable[[Path, int | None], list[Mirror]] = lambda folder, step: [],
-) -> Iterator[Opened]:
+) -> Iterator[tuple[Path, Metrics]]:
     """Make or go back to the output folder, and hold it until the end.
 
     Args:
-        settings: for ``out``, ``overwrite`` and ``resume``; all of its fields go into settings.yaml.
+        settings: the flags, for settings.yaml; ``out``, ``overwrite`` and ``resume`` choose the folder.
         default: the folder without ``out``; a number is added where it is taken.
         shaping: what decides about the outcome, in plain values: the same as in ``saved.content["settings"]``.
         saved: what the run goes on from: its ``content["step"]``, in ``unit``, says which metrics stay.
         finished: the file that a run of this program leaves at its end: ``--resume auto`` without a checkpoint begins
             anew where it is not there yet. A folder with a pretraining run is for another one (BACKBONE) alone.
         unit: what ``step`` counts, in words.
-        agreed: what must be the same on all processes, beside ``shaping``; "the checkpoint" is the words for it.
+        agreed: what must be the same on all processes, beside ``shaping``.
         told: goes into the metrics, beside ``shaping``.
         mirrors: makes other places for the metrics, of the folder and the step that a run goes on from.
 
@@ -93,43 +87,32 @@ def opened(
         UsageError: the processes, or run and checkpoint, do not agree; the folder is taken or cannot be written.
     """
     step, resumed, asked = (saved.content["step"], saved.path, saved.asked) if saved else (None, None, None)
-    facts = {"the checkpoint": f"{unit} {step} of {resumed}" if saved else "none"} | dict(agreed or {}) | dict(shaping)
+    facts = {"the checkpoint": f"{unit} {step} of {resumed}" if saved else "none", **(agreed or {}), **shaping}
     distributed.require_agreement({name: str(value) for name, value in facts.items()})
     if saved and resumed:
         checkpoint.check_settings(resumed, saved.content["settings"], dict(shaping))
     del saved  # the caller may let go of the memory while the run goes on
     out = from_main(lambda: output_folder(settings, default, resumed, finished))
-    continues = resumed is not None and resumed.parent.resolve() == out.resolve()
-    with contextlib.ExitStack() as stack:
+    with locked(out) if is_main() else contextlib.nullcontext():
         if is_main():
-            stack.enter_context(locked(out))
-            if not continues:
+            if not _is_in(resumed, out):
                 clear(out)
-            _write_settings(out, settings)
+            flags = plain(settings, without=("device", "out", "overwrite", "resume"))
+            with outputs.replacing(out / SETTINGS) as temporary:
+                temporary.write_text(yaml.safe_dump(flags, sort_keys=False, allow_unicode=True), encoding="utf-8")
         metrics = Metrics(out, resumed, step or 0, mirrors(out, step)) if is_main() else Metrics(None)
         place = {"command": sys.argv[1:], "processes": distributed.world_size(), "torch": torch.__version__}
         metrics.add("settings", {**shaping, **place, **(told or {})})
-        if resumed and asked:
+        if resumed:
             print(f"continuing from {resumed}, after {unit} {step}")
-            if resumed != asked:
-                _tell_of_damage(metrics, asked, resumed, step, aside=asked.parent.resolve() == out.resolve())
-        yield Opened(out, metrics)
-
-
-def _tell_of_damage(metrics: Metrics, asked: Path, resumed: Path, step: int | None, *, aside: bool) -> None:
-    text = f"{asked} is damaged or missing: going on from {resumed}, the one before it"
-    metrics.add("event", {"step": step, "text": text})
-    if is_main():
-        print(f"warning: {text}", file=sys.stderr)
-        if aside:
-            checkpoint.set_aside(asked)
-
-
-def _write_settings(out: Path, settings: RunSettings) -> None:
-    if isinstance(settings, RunSettings):
-        flags = plain(settings, without=("device", "out", "overwrite", "resume"))
-        with outputs.replacing(out / SETTINGS) as temporary:
-            temporary.write_text(yaml.safe_dump(flags, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        if asked and resumed != asked:
+            text = f"{asked} is damaged or missing: going on from {resumed}, the one before it"
+            metrics.add("event", {"step": step, "text": text})
+            if is_main():
+                print(f"warning: {text}", file=sys.stderr)
+                if _is_in(asked, out):
+                    checkpoint.set_aside(asked)
+        yield out, metrics
 
 
 def output_folder(settings: RunSettings, default: Path, resumed: Path | None, finished: str = RESULTS) -> Path:
@@ -140,20 +123,15 @@ def output_folder(settings: RunSettings, default: Path, resumed: Path | None, fi
     asked = settings.out or default
     lost = settings.resume == "auto" and resumed is None and not (asked / finished).exists()
     overwrite = settings.overwrite or lost
-    if overwrite and finished != BACKBONE and (taken := _of_pretraining(asked)):
-        raise UsageError(f"--out {asked}: holds a pretraining run ({taken[0]}). Choose another folder")
+    if overwrite and finished != BACKBONE and _is_of_pretraining(asked):
+        raise UsageError(f"--out {asked}: holds a pretraining run. Choose another folder")
     return make_output_folder(settings.out, default, overwrite=overwrite, resumed=resumed)
 
 
-def _of_pretraining(folder: Path) -> list[str]:
-    """The files there that a pretraining run wrote; of one that was stopped the checkpoints are all there is."""
-    taken = [name for name in OF_PRETRAINING if (folder / name).exists()]
-    for name in CHECKPOINTS:
-        with contextlib.suppress(OSError, ValueError):
-            content = checkpoint.read(folder / name)
-            settings = content.get("settings") if isinstance(content, dict) else None
-            taken += [name] if isinstance(settings, dict) and "projector" in settings else []
-    return taken
+def _is_of_pretraining(folder: Path) -> bool:
+    """By the files that it ends with or, if it was stopped, by its flags."""
+    ended = any((folder / name).exists() for name in OF_PRETRAINING)
+    return ended or ((folder / SETTINGS).exists() and "projector:" in (folder / SETTINGS).read_text(encoding="utf-8"))
 
 
 def find_checkpoint(resume: str | None, out: Path | None, default: Path) -> Path | None:
@@ -166,15 +144,13 @@ def find_checkpoint(resume: str | None, out: Path | None, default: Path) -> Path
     if resume != "auto":
         path = Path(resume)
         return path / CHECKPOINT if path.is_dir() else path
-    folders = [out] if out is not None else list(numbered(default))
+    folders = [out] if out is not None else numbered(default)
     found = [folder for folder in folders if any((folder / name).is_file() for name in CHECKPOINTS)]
     return found[-1] / CHECKPOINT if found else None
 
 
 def make_output_folder(out: Path | None, default: Path, *, overwrite: bool, resumed: Path | None) -> Path:
-    """Make the folder for this run's files, without touching another run's.
-
-    Without ``out`` it is ``default``, or ``default-2``, ``default-3``, ... if that is taken, or the resumed run's own.
+    """``out``; without it the resumed run's own, or ``default``, or ``default-2``, ``default-3``, ... if that is taken.
 
     Raises:
         UsageError: the folder holds another run's files, or cannot be made or written.
@@ -182,11 +158,10 @@ def make_output_folder(out: Path | None, default: Path, *, overwrite: bool, resu
     if out is None and resumed is not None:
         out = resumed.parent
     if out is None:
-        taken = [] if overwrite else list(numbered(default))
+        taken = [] if overwrite else numbered(default)
         out = default.with_name(f"{default.name}-{len(taken) + 1}") if taken else default
     try:
-        continues = resumed is not None and resumed.parent.resolve() == out.resolve()
-        if not (continues or overwrite) and any(path.exists() for path in _own_files(out)):
+        if not (_is_in(resumed, out) or overwrite) and any(path.exists() for path in _own_files(out)):
             raise UsageError(f"--out {out}: holds another run. Choose another folder, --overwrite or --resume")
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -194,6 +169,10 @@ def make_output_folder(out: Path | None, default: Path, *, overwrite: bool, resu
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror or error})") from None
     return out
+
+
+def _is_in(path: Path | None, folder: Path) -> bool:
+    return path is not None and path.parent.resolve() == folder.resolve()
 
 
 def clear(out: Path) -> None:
@@ -206,13 +185,10 @@ def _own_files(out: Path) -> list[Path]:
     return [*(out / name for name in OWN), *(path for pattern in OWN_PATTERNS for path in out.glob(pattern))]
 
 
-def numbered(default: Path) -> Iterable[Path]:
+def numbered(default: Path) -> list[Path]:
     """``default``, ``default-2``, ... as far as they exist."""
-    for number in count(1):
-        folder = default if number == 1 else default.with_name(f"{default.name}-{number}")
-        if not folder.exists():
-            return
-        yield folder
+    folders = chain([default], (default.with_name(f"{default.name}-{number}") for number in count(2)))
+    return [*takewhile(Path.exists, folders)]
 
 
 @contextlib.contextmanager

@@ -2,24 +2,22 @@
 
 import math
 import os
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from barlow_recipes.command_line import Positive, RunSettings, Side
 from barlow_recipes.data import EpochBatches, seed_of
-from barlow_recipes.decoding import decode
 from barlow_recipes.distributed import own_rows
 from barlow_recipes.errors import UsageError, require
 from barlow_recipes.files import Catalogue, class_folders, index_folder
-from barlow_recipes.images import Loader
+from barlow_recipes.images import Labelled, Loader
 from barlow_recipes.pixels import PixelSettings, as_float
 
 HELD_OUT = ("val", "test")  # the first of them that is there
@@ -35,11 +33,6 @@ class Reading(RunSettings, PixelSettings):
     "side of the square that the encoder sees"
     batch_size: Positive = 256
     "images in a step, of all processes together"
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the encoder sees."""
-        return self.channels, self.image_size, self.image_size
 
 
 class Tree(NamedTuple):
@@ -60,28 +53,19 @@ def load_tree(root: Path) -> Tree:
     Raises:
         UsageError: there is no such folder, it has no classes or an empty one, or the parts differ in their classes.
     """
-    if not root.is_dir():
-        raise UsageError(f"--data {root}: no such folder")
-    folders = [_part(root, names) for names in (["train"], HELD_OUT)]
-    train, held_out = map(index_folder, folders)
-    classes = [class_folders(folder) for folder in folders]
-    for one, other in ((0, 1), (1, 0)):
-        if missing := sorted(set(classes[one]) - set(classes[other])):
-            raise UsageError(
-                f"--data {root}: expected the same class folders in train/ and {folders[1].name}/; {len(missing)} of "
-                f"{folders[one].name}/ are not in {folders[other].name}/, the first is {missing[0]}"
-            )
-    return Tree(root.resolve().name, classes[0], train, held_out)
-
-
-def _part(root: Path, names: Sequence[str]) -> Path:
-    found = [root / name for name in names if (root / name).is_dir()]
-    if not found:
-        wanted = " or ".join(f"{name}/" for name in names)
-        raise UsageError(f"--data {root}: expected a folder {wanted} of class folders")
-    if not class_folders(found[0]):
-        raise UsageError(f"--data {found[0]}: no class folders. Sort its images into one folder for each class")
-    return found[0]
+    parts = []
+    for names in (("train",), HELD_OUT):
+        there = [root / name for name in names if (root / name).is_dir()]
+        if not there:
+            raise UsageError(f"--data {root}: expected a folder {'/ or '.join(names)}/ of class folders")
+        parts.append(index_folder(there[0]))
+    classes, others = (class_folders(part.root) for part in parts)
+    if alone := sorted({*classes} ^ {*others}):
+        raise UsageError(
+            f"--data {root}: expected the same class folders in train/ and {parts[1].root.name}/; {len(alone)} are in "
+            f"one of them alone, the first is {alone[0]}"
+        )
+    return Tree(root.resolve().name, classes, *parts)
 
 
 def paths_of(part: Catalogue) -> list[str]:
@@ -95,40 +79,30 @@ def training_view(settings: Reading) -> View:
 
     Source: evaluate.py of facebookresearch/barlowtwins; bilinear, where pretraining is bicubic.
     """
-    v2 = require("torchvision.transforms.v2", "--data")
-    crop = v2.RandomResizedCrop(settings.image_size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
-    return partial(_pixels, v2.Compose([crop, v2.RandomHorizontalFlip()]), settings)
+    v2: Any = require("torchvision.transforms.v2", "--data")
+    cut = [v2.RandomResizedCrop(settings.image_size), v2.RandomHorizontalFlip()]
+    return cast("View", v2.Compose([*cut, as_float, settings.normalized]))
 
 
 def centre_view(settings: Reading) -> View:
     """The centre of an image, with 1/8 of the shorter side cut off: (C, H, W) to (C, side, side) float32."""
-    v2 = require("torchvision.transforms.v2", "--data")
-    side = settings.image_size
-    resize = v2.Resize(round(side * RESIZE), interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
-    return partial(_pixels, v2.Compose([resize, v2.CenterCrop(side)]), settings)
+    v2: Any = require("torchvision.transforms.v2", "--data")
+    cut = [v2.Resize(round(settings.image_size * RESIZE)), v2.CenterCrop(settings.image_size)]
+    return cast("View", v2.Compose([*cut, as_float, settings.normalized]))
 
 
-def _pixels(cut: View, settings: Reading, image: Tensor) -> Tensor:
-    return settings.normalized(as_float(cut(image)))
+class Views(Labelled):
+    """A random view of an image, a pure function of (seed, epoch, index), and its label: −1 where it cannot be read."""
 
+    def __init__(self, catalogue: Catalogue, settings: Reading) -> None:
+        super().__init__(catalogue, training_view(settings), settings)
+        self.seed = settings.seed
 
-class Views(Dataset[tuple[Tensor, int]]):
-    """A view of an image, a pure function of (seed, epoch, index), and its label: −1 where it cannot be read."""
-
-    def __init__(self, catalogue: Catalogue, view: View, settings: Reading) -> None:
-        self.catalogue, self.view, self.settings = catalogue, view, settings
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:  # type: ignore[override]
         epoch, index = key
-        try:
-            image, label = decode(*self.catalogue.read(index), self.settings), int(self.catalogue.labels[index])
-        except OSError:
-            image, label = torch.zeros(self.settings.channels, 8, 8, dtype=torch.uint8), -1
-        seed = seed_of(self.settings.seed, epoch, index)
         with torch.random.fork_rng(devices=[]):  # without workers this is the process that trains
-            torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            return self.view(image), label
+            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+            return super().__getitem__(index)
 
 
 class EveryImage(EpochBatches):
@@ -147,8 +121,7 @@ class TrainingImages:
 
     def __init__(self, catalogue: Catalogue, settings: Reading) -> None:
         self.order = EveryImage(len(catalogue), settings.batch_size, settings.seed)
-        views = Views(catalogue, training_view(settings), settings)
-        self.loader = _loader(views, self.order, persistent_workers=settings.workers > 0)
+        self.loader = _loader(Views(catalogue, settings), settings, self.order, persistent_workers=settings.workers > 0)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -160,16 +133,16 @@ class TrainingImages:
 
 def centres(catalogue: Catalogue, settings: Reading) -> Loader:
     """This process's part of the images, without augmentation and in their order."""
-    own = torch.arange(len(catalogue))[own_rows(len(catalogue))]
-    keys = [[(0, index) for index in part.tolist()] for part in own.split(settings.batch_size) if len(part)]
-    return _loader(Views(catalogue, centre_view(settings), settings), keys)
+    own = range(len(catalogue))[own_rows(len(catalogue))]
+    batches = [own[start : start + settings.batch_size] for start in range(0, len(own), settings.batch_size)]
+    return _loader(Labelled(catalogue, centre_view(settings), settings), settings, batches)
 
 
-def _loader(views: Views, keys: Iterable[list[tuple[int, int]]], **more: Any) -> Loader:
-    settings = views.settings
+def _loader(images: Labelled, settings: Reading, batches: Iterable[Any], **more: Any) -> Loader:
     pinned = torch.cuda.is_available() and (settings.device is None or settings.device.type == "cuda")
-    more |= {"num_workers": settings.workers, "pin_memory": pinned, "collate_fn": partial(_collated, settings.shape)}
-    return Loader(views, settings.loader_timeout, batch_sampler=keys, **more)
+    shape = settings.channels, settings.image_size, settings.image_size
+    more |= {"num_workers": settings.workers, "pin_memory": pinned, "collate_fn": partial(_collated, shape)}
+    return Loader(images, settings.loader_timeout, batch_sampler=batches, **more)
 
 
 def _collated(shape: tuple[int, ...], samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,8 @@ from barlow_recipes.labelled import Tree, paths_of
 SPLIT_SEED = 0  # the same images for every --seed, so that runs can be compared
 
 
-def from_list(flag: str, path: Path, tree: Tree) -> tuple[Tensor, str]:
-    """The images that a list names, one a line, such as n01440764_10043.JPEG of the class folder n01440764.
-
-    Args:
-        flag: that gave the path, for messages.
-        path: of the list, such as SimCLR's ``imagenet_subsets/1percent.txt``.
-        tree: whose training images they are.
+def from_list(path: Path, tree: Tree) -> tuple[Tensor, str]:
+    """The training images that a list names, such as n01440764_10043.JPEG of the class folder n01440764.
 
     Returns:
         Their numbers (n,), ascending; and in words, where they come from.
@@ -28,27 +23,25 @@ def from_list(flag: str, path: Path, tree: Tree) -> tuple[Tensor, str]:
     Raises:
         UsageError: the list cannot be read, is empty, names a file that is not there, or twice; or a class has none.
     """
-    where, expected = f"{flag} {path}", "expected a list of image files, one a line"
+    where = f"--lists {path}: expected a list of image files, one a line"
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where}: {expected} ({first_line(error)})") from None
+        raise UsageError(f"{where} ({first_line(error)})") from None
     if not names:
-        raise UsageError(f"{where}: {expected}; it is empty")
+        raise UsageError(f"{where}; it is empty")
     wanted = {f"{name.partition('_')[0]}{os.sep}{name}": name for name in names}
     found = {wanted[path]: number for number, path in enumerate(paths_of(tree.train)) if path in wanted}
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    for what, bad in (("listed twice", twice), ("not in train/", [name for name in names if name not in found])):
+    images = torch.tensor(sorted(found.values()), dtype=torch.int64)
+    counts = torch.bincount(tree.train.labels[images], minlength=len(tree.classes))
+    problems = {
+        "images are listed twice": (len(names), [name for name, count in Counter(names).items() if count > 1]),
+        "images are not in train/": (len(names), [name for name in names if name not in found]),
+        "classes have none": (len(counts), [tree.classes[label] for label in (counts == 0).nonzero()]),
+    }
+    for problem, (of, bad) in problems.items():
         if bad:
-            raise UsageError(f"{where}: {len(bad)} of {len(names)} images are {what}, the first is {bad[0]}")
-    images = torch.tensor(sorted(found.values()))
-    counts = torch.bincount(tree.train.labels[images], minlength=len(tree.classes)).tolist()
-    lacking = [name for name, count in zip(tree.classes, counts, strict=True) if not count]
-    if lacking:
-        raise UsageError(
-            f"{where}: expected an image of every class, {len(lacking)} of {len(counts)} have none, the first is "
-            f"{lacking[0]}"
-        )
+            raise UsageError(f"{where}; {len(bad)} of {of} {problem}, the first is {bad[0]}")
     return images, f"{len(images):,} images listed in {path.name}"
 
 
@@ -58,7 +51,5 @@ def stratified(percent: int, tree: Tree) -> tuple[Tensor, str]:
     chosen = hold_out(labels, percent / 100, SPLIT_SEED)
     lacking = torch.bincount(labels[chosen], minlength=len(tree.classes)) == 0
     chosen |= hold_out(labels, 1.0, SPLIT_SEED, at_most=1) & lacking[labels]
-    source = f"{int(chosen.sum()):,} images, {percent} % of each class by a fixed seed, not a published list"
-    if lacking.any():
-        source += f"; one image for each of {int(lacking.sum())} classes where that is less than one"
-    return chosen.nonzero().flatten(), source
+    images = chosen.nonzero().flatten()
+    return images, f"{len(images):,} images, {percent} % of each class or one, by a fixed seed, not a published list"

@@ -1,14 +1,13 @@
 """Nearest neighbours: of one process's images, or among many of which every process keeps the features of its own."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from barlow_recipes.classifier import Scores, autocast
+from barlow_recipes.classifier import Batches, Scores, autocast, readable, summed
 from barlow_recipes.distributed import own_rows, totals, world_size
 from barlow_recipes.encoders import Encoder
 from barlow_recipes.errors import require
@@ -25,40 +24,30 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 def extract(
-    represent: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    device: torch.device,
-    precision: str = "fp32",
+    represent: Callable[[Tensor], Tensor], batches: Batches, device: torch.device, precision: str = "fp32"
 ) -> Features:
     """The features of the readable images, in batches of images (N, C, H, W) and labels (N,).
 
     What is not finite in them counts as 0: an encoder that has diverged is at chance.
     """
-    values, labels, unreadable = [torch.empty(0, 0, device=device)], [torch.empty(0, dtype=torch.int64)], 0
+    unreadable, values = 0, [torch.empty(0, 0, device=device)]
+    labels = [torch.empty(0, dtype=torch.int64, device=device)]
     for pixels, targets in batches:
-        readable = targets >= 0
-        unreadable += int((~readable).sum())
-        if readable.any():
+        images, truth = readable(pixels, targets, device)
+        unreadable += len(targets) - len(truth)
+        if len(truth):
             with autocast(device, precision):
-                found = represent(pixels[readable].to(device, non_blocking=True)).float()
+                found = represent(images).float()
             values.append(found.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
-            labels.append(targets[readable])
-    return Features(torch.cat(values[1:] or values), torch.cat(labels).to(device), unreadable)
+            labels.append(truth)
+    return Features(torch.cat(values[1:] or values), torch.cat(labels), unreadable)
 
 
 def vote(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int, *, shared: bool = False) -> Tensor:
-    """The votes of the k nearest images, each with weight exp(cosine / 0.07).
+    """The votes (Q, classes) of the k nearest images, each with weight exp(cosine / 0.07); −∞ for a class without any.
 
-    Args:
-        bank: (M, F), rows of length 1; of several processes with ``shared`` each has a part of it.
-        labels: (M,), from 0.
-        queries: (Q, F), rows of length 1, the same on all processes.
-        classes: how many there are.
-        k: neighbours; at most as many as there are take part.
-        shared: whether the processes vote together; they wait for each other.
-
-    Returns:
-        (Q, classes), −∞ for a class without a vote.
+    Of (M, F) ``bank`` with its (M,) ``labels``, and (Q, F) ``queries``, all rows have length 1. With ``shared`` each
+    process has a part of the bank, and the same queries.
 
     Source: Wu et al. (2018), arXiv 1805.01978, section 3.4.
     """
@@ -68,7 +57,7 @@ def vote(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int, *,
     similarity[:, :own_k], found = (queries @ bank.T).topk(own_k)
     nearest[:, :own_k] = labels[found]
     if shared:  # the nearest of all are among the nearest of each process
-        similarity, nearest = (_beside(values) for values in (similarity, nearest))
+        similarity, nearest = (torch.cat(_everyones(values), dim=1) for values in (similarity, nearest))
         similarity, found = similarity.topk(k)
         nearest = nearest.gather(1, found)
     votes = similarity.new_zeros(len(queries), classes)
@@ -79,8 +68,8 @@ def vote(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int, *,
 @torch.no_grad()
 def nearest(
     encoder: Encoder,
-    bank: Iterable[tuple[Tensor, Tensor]],
-    queries: Iterable[tuple[Tensor, Tensor]],
+    bank: Batches,
+    queries: Batches,
     classes: int,
     device: torch.device,
     precision: str = "fp32",
@@ -90,18 +79,15 @@ def nearest(
 
     As in the probes of pretraining, features are centred on the bank's mean and scaled to length 1. Of several
     processes each gives its own part of bank and queries. The features of the bank stay on the devices: those of
-    ImageNet by a ResNet-50 take 10.5 GB, and twice that for a moment, on all of them together.
-
-    Returns:
-        As :meth:`.Scores.result`, where a class without a vote is never among the first five; and how many images of
-        the bank could not be read.
+    ImageNet by a ResNet-50 take 10.5 GB, and twice that for a moment, on all of them together. See
+    :meth:`.Scores.result`; a class without a vote is never among the first five.
     """
     own, asked = (extract(encoder.module.eval(), part, device, precision) for part in (bank, queries))
     vectors, asking = (part.values.reshape(-1, encoder.features) for part in (own, asked))  # of no image, too
     size, unreadable = totals([len(vectors), own.unreadable])
-    mean = _total(vectors.sum(dim=0)) / max(size, 1)
+    mean = summed(vectors.sum(dim=0)) / max(size, 1)
     vectors, asking = (F.normalize(features.sub_(mean), dim=1, out=features) for features in (vectors, asking))
-    everyones, truth = gathered(asking), gathered(asked.labels)
+    everyones, truth = (torch.cat(_everyones(rows)) for rows in (asking, asked.labels))
     scores = Scores(classes, device)
     scores.unreadable = asked.unreadable
     together = max(1, MOST_SIMILARITIES * world_size() // max(size, 1))  # the same number on all processes
@@ -112,20 +98,9 @@ def nearest(
     return scores.result() | {"unreadable_in_bank": unreadable}
 
 
-def _beside(rows: Tensor) -> Tensor:
-    """The columns of all processes, (Q, k) of each, as (Q, W·k)."""
-    return gathered(rows).view(world_size(), *rows.shape).transpose(0, 1).flatten(1)
-
-
-def gathered(rows: Tensor) -> Tensor:
-    """The rows of all processes, one process's after the other's."""
+def _everyones(rows: Tensor) -> list[Tensor]:
+    """The rows of each process, of which some may have none."""
     if world_size() == 1:
-        return rows
+        return [rows]
     utilities: Any = require("torchmetrics.utilities.distributed", "the accuracies")
-    return torch.cat(utilities.gather_all_tensors(rows.contiguous()))
-
-
-def _total(values: Tensor) -> Tensor:
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return values
+    return list(utilities.gather_all_tensors(rows.contiguous()))

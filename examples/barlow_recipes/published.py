@@ -3,8 +3,6 @@
 import math
 from dataclasses import dataclass
 
-DECAY = 0.1  # of the learning rates, at a milestone
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -23,12 +21,9 @@ class Recipe:
         return self.lr_backbone is None
 
     def factor(self, epoch: int) -> float:
-        """What the learning rates are multiplied by in an epoch; the first is 0.
-
-        Without milestones it is (1 + cos(π epoch / epochs)) / 2.
-        """
+        """What the learning rates are multiplied by in an epoch, the first is 0; by default (1 + cos(πt)) / 2."""
         if self.milestones:
-            return DECAY ** sum(epoch >= milestone for milestone in self.milestones)
+            return 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
         return (1 + math.cos(math.pi * epoch / self.epochs)) / 2
 
 

@@ -27,18 +27,18 @@ class Double(torch.nn.Module):
     def forward(self, images):
         return images.double()
 
-def build_in_float64(encoder, classes, *, frozen):
-    module = torch.nn.Sequential(Double(), encoder.module)
-    built.append(build(encoder._replace(module=module), classes, frozen=frozen).double())
-    return built[-1]
+class InFloat64(protocols.Classifier):
+    def __init__(self, encoder, classes, *, frozen):
+        super().__init__(encoder._replace(module=torch.nn.Sequential(Double(), encoder.module)), classes, frozen=frozen)
+        built.append(self.double())
 
 def finish_and_keep(run, name, result):
     if name != "knn" and is_main():
         torch.save(built[-1].state_dict(), run.out / (name + ".pt"))
     finish(run, name, result)
 
-built, build, finish = [], protocols.build_classifier, program.Run.finish
-protocols.build_classifier, program.Run.finish = build_in_float64, finish_and_keep
+built, finish = [], program.Run.finish
+protocols.Classifier, program.Run.finish = InFloat64, finish_and_keep
 neighbours.MOST_SIMILARITIES = 20  # two queries at a time; the parts of the bank are of 9 and 11 images
 nearest = protocols.nearest
 protocols.nearest = lambda encoder, *args: (encoder.module.float(), nearest(encoder, *args))[1]
@@ -62,12 +62,10 @@ def both(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Both:
     root = make_tree(folder / "flowers", train=7, validation=3)
     spoil(root / "train" / "n01" / "n01_0.JPEG")
     spoil(root / "val" / "n01" / "n01_0.JPEG")
-    (folder / "list.txt").write_text(
-        "\n".join(f"{name}.JPEG" for name in ["n01_1", "n01_2", "n02_4", "n03_1", "n03_6"])
-    )
+    (folder / "10percent.txt").write_text("n01_1.JPEG\nn01_2.JPEG\nn02_4.JPEG\nn03_1.JPEG\nn03_6.JPEG\n")
     (folder / "program.py").write_text(PROGRAM)
     flags = ("--data", root, *SMALL, "--batch-size", 4, "--protocols", "linear", "knn", "semi-10", "--neighbours", 3)
-    flags += ("--linear-epochs", 3, "--semi-epochs", 2, "--semi-lr-classifier", 0.05, "--list-10", "list.txt")
+    flags += ("--linear-epochs", 3, "--semi-epochs", 2, "--semi-lr-classifier", 0.05, "--lists", folder)
     program = folder / "program.py"
     return Both(folder, *(launch(nursery, folder, count, program, *flags, "--out", str(count)) for count in (1, 2)))
 
@@ -83,6 +81,7 @@ def test_two_processes_say_what_one_does(both: Both) -> None:
     assert "small-cnn, random weights: fp32 on cpu in 2 processes; results go to 2" in together.output
     files = {path.name for path in (folder / "1").iterdir()}
     assert {path.name for path in (folder / "2").iterdir()} == files
+    assert "semi-10: 5 images listed in 10percent.txt" in together.output
 
 
 @pytest.mark.parametrize("protocol", ["linear", "semi-10"])

@@ -99,6 +99,17 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew() -> None:
     train(settings("--out", "out", "--overwrite"), 0, finished=BACKBONE)
 
 
+def test_a_pretraining_run_that_was_stopped_is_not_overwritten_and_not_resumed_by_another_program() -> None:
+    out = train(settings("--out", "out"), 1)
+    with (out / "settings.yaml").open("a") as file:
+        file.write("projector: 64-64\n")
+    with pytest.raises(UsageError, match="--out out: holds a pretraining run"):
+        train(settings("--out", "out", "--overwrite"), 1)
+    with pytest.raises(UsageError, match="not a checkpoint of this program"):
+        folders.load(out / "checkpoint.pt", {"results", "step"})
+    assert checkpoint.read(out / "checkpoint.pt")["step"] == 1
+
+
 def test_one_run_at_a_time() -> None:
     fork = multiprocessing.get_context("fork")
     busy = pytest.raises(UsageError, match="--out out: another run is writing there")

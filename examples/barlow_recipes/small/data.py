@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,6 @@ from barlow_recipes.pixels import as_float, normalized
 from barlow_recipes.presets import PRESETS
 from barlow_recipes.settings import read_settings
 from barlow_recipes.views import PAPER, colored, crop_small, draw, grayscale, small_views
-
-if TYPE_CHECKING:
-    from barlow_recipes.data import Probe
-    from barlow_recipes.fashion_mnist import PlainBatches
 
 DIGITS, FASHION = "digits", NAME
 CLASSES = 10  # of either
@@ -43,10 +39,7 @@ class DataSet(NamedTuple):
     bank: Tensor  # numbers of the training images among which neighbours are sought; the most that have labels
 
     def labelled(self, column: str, seed: int) -> Tensor:
-        """The numbers of the training images that have labels: the same for every method.
-
-        A larger number of them contains the smaller ones of the same seed.
-        """
+        """The numbers of the training images that have labels; more labels of a seed contain the fewer."""
         if column in (KNN, MOST):
             return self.bank
         labels = self.train.labels
@@ -69,12 +62,11 @@ def load(name: str, source: str) -> DataSet:
         UsageError: a file is missing or damaged.
     """
     if name == DIGITS:
-        probe = cast("Probe", load_digits(1, seed=0, monitor=False).final)
-        train, test = (Labelled(*map(torch.cat, zip(*part, strict=True))) for part in (probe.bank, probe.queries))
+        parts: Any = load_digits(1, seed=0, monitor=False).final
+        train, test = (Labelled(*map(torch.cat, zip(*part, strict=True))) for part in (parts.bank, parts.queries))
     else:
-        fashion = load_fashion_mnist(source, recipes=PAPER, batch_size=1, seed=0, monitor=False)
-        parts = cast("tuple[PlainBatches, PlainBatches]", cast("Probe", fashion.final)[:2])
-        train, test = (Labelled(part.images, part.labels) for part in parts)  # all of them, not the bank's alone
+        parts = load_fashion_mnist(source, recipes=PAPER, batch_size=1, seed=0, monitor=False).final
+        train, test = (Labelled(part.images, part.labels) for part in (parts.bank, parts.queries))  # all, not some
     bank = hold_out(train.labels, 1, SPLIT_SEED, FINAL_BANK_PER_CLASS)
     return DataSet(train, test, bank.nonzero()[:, 0])
 
@@ -99,26 +91,21 @@ class Task:
         return str(PRESETS[self.pretrained_on]["arch"])
 
     def tries_without(self, column: str) -> bool:
-        """Whether to train from scratch without augmentation, too.
-
-        Where it is not tried it would take long, or it was tried: on the same images, with fewer labels.
-        """
+        """Whether to train from scratch without augmentation, too: where it was not tried with fewer labels."""
         return self.data == self.pretrained_on and column != "10%"
 
     def plain(self, images: Tensor) -> Tensor:
         """What the encoder is to see of them: float32."""
-        pixels = as_float(images) if self.data == FASHION else images
-        if self.pretrained_on == self.data:
-            return normalized(pixels) if self.data == FASHION else pixels
-        return _fashion_as_digits(pixels) if self.data == FASHION else _digits_as_fashion(pixels)
+        if self.data == DIGITS:
+            return images if self.pretrained_on == DIGITS else _digits_as_fashion(images)
+        return normalized(as_float(images)) if self.pretrained_on == FASHION else _fashion_as_digits(as_float(images))
 
     def augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """And with the random changes that pretraining on these images makes."""
         if self.data == DIGITS:
             return self.plain(augment_digits(images, generator))
-        first, second = (
-            draw(recipe, len(images), generator) for recipe in read_settings(["--data", NAME], "").recipes()
-        )
+        recipes = read_settings(["--data", NAME], "").recipes()
+        first, second = (draw(recipe, len(images), generator) for recipe in recipes)
         decisions = torch.where(torch.rand(len(images), 1, generator=generator) < 0.5, first, second)  # either view
         if self.pretrained_on == FASHION:
             return small_views(images, decisions)

@@ -1,99 +1,54 @@
-"""Parts of a program that need one another's results, done by a few processes of their own."""
+"""Parts of a program, done by a few processes of their own."""
 
 import multiprocessing
-import os
-import signal
 import sys
-import threading
+import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from multiprocessing import connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from barlow_recipes.errors import Aborted, first_line
+from barlow_recipes.errors import Aborted, first_line, require
 
 Result = dict[str, Any]
-PATIENCE = 20  # seconds that a process may take to end after it has been asked to
+IDLE = 60  # seconds, after which a process ends: also where the program has been killed, and could tell nobody
 
 
-@dataclass(frozen=True)
-class Job:
-    """A function of plain values that returns plain values, in a module that another process can import."""
+class Job(NamedTuple):
+    """A function of plain values that returns plain values; one that waits needs what the others do."""
 
     name: str
     function: Callable[..., Result]
     arguments: Mapping[str, Any]
-    needs: tuple[str, ...] = ()  # the names of jobs that come before
-    told: str = field(default="", compare=False)  # in words
+    waits: bool = False
 
 
 def run_jobs(
-    jobs: Iterable[Job],
-    processes: int,
-    threads: int,
-    *,
-    logs: Path,
-    done: Callable[[Job, Result], None],
-    already: Iterable[str] = (),
-) -> None:
-    """Do all jobs, each when it can be, the first of the list first.
+    jobs: Sequence[Job], processes: int, threads: int, logs: Path
+) -> Generator[tuple[str, Result], None, None]:
+    """Do all jobs, in the order of the list, but after all others those that wait: their names, results and seconds.
 
-    Each of the processes has so many threads of torch, and a file in ``logs`` for what it prints. ``done`` is told of
-    each job, in this process; what is ``already`` done, by its name, need not be done any more.
+    Each of the processes has so many threads of torch, and a file in ``logs`` for what it prints.
 
     Raises:
         Aborted: a job has failed or a process has died. However it ends, no process is left.
     """
-    finished = set(already)
-    waiting = [job for job in jobs if job.name not in finished]
-    running: dict[futures.Future[Result], Job] = {}
-    others, workers = {*multiprocessing.active_children()}, set[BaseProcess]()
-    context = multiprocessing.get_context("spawn")
-    pool = futures.ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(threads, logs))
+    loky: Any = require("joblib.externals.loky", "the work in several processes")  # it sees when a process dies
+    pool = loky.ProcessPoolExecutor(processes, timeout=IDLE, initializer=_begin, initargs=(threads, logs))
     try:
-        while waiting or running:
-            for job in [job for job in waiting if finished.issuperset(job.needs)]:
-                waiting.remove(job)
-                running[pool.submit(_do, job.function, job.arguments)] = job
-            workers |= {*multiprocessing.active_children()} - others
-            for ready in futures.wait(running, 1, futures.FIRST_COMPLETED).done:
-                job = running.pop(ready)
-                done(job, _result(ready, job))
-                finished.add(job.name)
-            # Of a process that dies in its first job Python 3.11's pool may not hear.
-            if died := [worker.exitcode for worker in workers if worker.exitcode]:
-                raise Aborted(f"a process has died (exit code {died[0]}): is there memory enough?")
-    except BaseException:
-        _terminate({*multiprocessing.active_children()} - others)
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _result(ready: "futures.Future[Result]", job: Job) -> Result:
-    name = job.told or job.name
-    try:
-        return ready.result()
+        for waits in (False, True):
+            submitted = [pool.submit(_do, job) for job in jobs if job.waits == waits]
+            for ready in futures.as_completed(submitted):
+                yield ready.result()
+        pool.shutdown()
     except BrokenProcessPool:
-        raise Aborted(f"{name}, or what was beside it: a process has died: is there memory enough?") from None
-    except Aborted as error:
-        raise Aborted(f"{name}: {error}") from None
-
-
-def _terminate(children: set[BaseProcess]) -> None:
-    """Pretraining obeys with a checkpoint."""
-    for child in children:
-        child.terminate()
-    for child in children:
-        child.join(PATIENCE)
-        child.kill()
+        raise Aborted("a process has died: is there memory enough?") from None
+    finally:
+        pool.shutdown(kill_workers=True)
 
 
 def _begin(threads: int, logs: Path) -> None:
@@ -101,21 +56,14 @@ def _begin(threads: int, logs: Path) -> None:
     number = multiprocessing.current_process().name.rpartition("-")[2]
     sys.stdout = sys.stderr = (logs / f"process-{number}.log").open("a", encoding="utf-8", buffering=1)
     torch.set_num_threads(threads)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        """Also where it has been killed, and could tell nobody."""
-        connection.wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)  # pretraining saves
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _do(function: Callable[..., Result], arguments: Mapping[str, Any]) -> Result:
+def _do(job: Job) -> tuple[str, Result]:
     try:
-        return function(**arguments)
+        wall, cpu = time.perf_counter(), time.process_time()
+        found = job.function(**job.arguments)
+        took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        return job.name, found | took
     except Exception as error:
         traceback.print_exc()
-        log = getattr(sys.stderr, "name", "")
-        raise Aborted(f"{type(error).__name__}: {first_line(error)} (all of it: {log})") from None
+        raise Aborted(f"{job.name}: {type(error).__name__}: {first_line(error)} (see {sys.stderr.name})") from None

@@ -1,18 +1,17 @@
 """The parts of the evaluation on the built-in data, each a function of plain values: a process does them in turn."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
 from barlow_recipes import probes
-from barlow_recipes.classifier import accuracies, build_classifier, build_optimizer, build_schedule, train_epoch
+from barlow_recipes.classifier import Classifier, accuracies, build_optimizer, train_epoch
 from barlow_recipes.encoders import Encoder, build_encoder
 from barlow_recipes.neighbours import extract
 from barlow_recipes.published import Recipe
@@ -32,14 +31,6 @@ EFFORTS = ((1, 10, 300, 60), (50, 50, 600, 100), (300, 50, 600, 200), (3000, 100
 Row = dict[str, Any]
 
 
-@contextmanager
-def timed(found: Row) -> Iterator[None]:
-    """Note the seconds, and those of the processor."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    yield
-    found |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-
-
 def draws(data: DataSet, column: str, seed: int) -> list[Tensor]:
     """The labelled images' numbers, of each draw: the same for every method, and of every seed its own."""
     return [data.labelled(column, 1000 * seed + draw) for draw in range(DRAWS.get(column, 1))]
@@ -48,48 +39,42 @@ def draws(data: DataSet, column: str, seed: int) -> list[Tensor]:
 def probe(task: str, source: str, weights: str, columns: list[str], seed: int, device: str) -> Row:
     """What pixels, the untrained and the pretrained encoder of ``weights`` are worth without changing them.
 
-    ``source`` is that of Fashion-MNIST; the seed is that of the untrained encoder, and of the draw of labels.
+    ``source`` is that of Fashion-MNIST; the seed is that of the untrained encoder, and of the draw of labels. As in
+    :func:`~barlow_recipes.probes.evaluate`, features are centred on the bank's mean, which needs no labels, and scaled
+    to length 1.
 
     Returns:
-        Its rows: an accuracy of each method in each column; and what it took.
+        ``rows``: an accuracy, in percent of the test images, of each method in each column.
     """
-    found: Row = {"rows": []}
-    where, doing = torch.device(device), TASKS[task]
-    with timed(found):
-        data = load(doing.data, source)
-        torch.manual_seed(seed)
-        initial = build_encoder(doing.arch).module.to(where)
-        representations: dict[str, Callable[[Tensor], Tensor]] = {
-            RAW: probes.raw_pixels,
-            UNTRAINED: probes.untrained(initial, doing.batches(data.train, data.bank), where),
-            PRETRAINED: load_encoder(Path(weights), doing.arch).module.to(where).eval(),
-        }
-        for method, represent in representations.items():
-            # Pixels without a draw of labels are the same for every seed.
-            asked = [column for column in columns if not (method == RAW and seed > 0 and column in (KNN, MOST))]
-            for column, draw, accuracy in _probed(represent, doing, data, asked, seed, where):
-                row = {"task": task, "seed": seed, "method": method, "labels": column, "draw": draw}
-                found["rows"].append(row | {"accuracy": accuracy})
-    return found
+    where, doing, rows = torch.device(device), TASKS[task], []
+    data = load(doing.data, source)
+    torch.manual_seed(seed)
+    initial = build_encoder(doing.arch).module.to(where)
+    representations: dict[str, Callable[[Tensor], Tensor]] = {
+        RAW: probes.raw_pixels,
+        UNTRAINED: probes.untrained(initial, doing.batches(data.train, data.bank), where),
+        PRETRAINED: load_encoder(Path(weights), doing.arch).module.to(where).eval(),
+    }
+    for method, represent in representations.items():
+        bank, test = (
+            extract(represent, doing.batches(*part), where) for part in ((data.train, data.bank), (data.test,))
+        )
+        mean = bank.values.mean(dim=0)
+        for column in columns:
+            if method == RAW and seed > 0 and column in (KNN, MOST):
+                continue  # pixels without a draw of labels are the same for every seed
+            for draw, numbers in enumerate(draws(data, column, seed)):
+                shown = numbers is not data.bank
+                own = extract(represent, doing.batches(data.train, numbers), where) if shown else bank
+                features, queries = (F.normalize(part.values - mean, dim=1) for part in (own, test))
+                measure = probes.knn_accuracy if column == KNN else probes.linear_accuracy
+                accuracy = measure(features, own.labels, queries, test.labels)
+                rows.append(row_of(task, seed, method, column, draw, accuracy=accuracy))
+    return {"rows": rows}
 
 
-def _probed(
-    represent: Callable[[Tensor], Tensor], task: Task, data: DataSet, columns: list[str], seed: int, where: torch.device
-) -> Iterator[tuple[str, int, float]]:
-    """The accuracy, in percent of the test images, of nearest neighbours and of linear classifiers.
-
-    Every representation is treated as by :func:`~barlow_recipes.probes.evaluate`: centred on the mean of the bank,
-    which needs no labels, each vector scaled to length 1.
-    """
-    asked = [(column, draw, chosen) for column in columns for draw, chosen in enumerate(draws(data, column, seed))]
-    wanted, places = torch.cat([data.bank, *(chosen for _, _, chosen in asked)]).unique(return_inverse=True)
-    train, test = (extract(represent, task.batches(*part), where) for part in ((data.train, wanted), (data.test,)))
-    bank, *chosen = (places.to(where) for places in places.split([len(data.bank), *(len(each[2]) for each in asked)]))
-    mean = train.values[bank].mean(dim=0)
-    features, queries = (F.normalize(part.values - mean, dim=1) for part in (train, test))
-    for (column, draw, _), own in zip(asked, chosen, strict=True):
-        measure = probes.knn_accuracy if column == KNN else probes.linear_accuracy
-        yield column, draw, measure(features[own], train.labels[own], queries, test.labels)
+def row_of(task: str, seed: int, method: str, column: str, draw: int, **more: Any) -> Row:
+    return {"task": task, "seed": seed, "method": method, "labels": column, "draw": draw} | more
 
 
 def supervise(task: str, source: str, weights: str | None, column: str, seed: int, effort: float, device: str) -> Row:
@@ -97,26 +82,18 @@ def supervise(task: str, source: str, weights: str | None, column: str, seed: in
 
     From ``weights`` it is fine-tuned with augmentation; without them it begins at random, both with augmentation and,
     where the task asks for it, without. ``effort`` is a factor of the number of steps.
-
-    Returns:
-        Its rows, and what it took.
     """
-    found: Row = {"rows": []}
-    doing = TASKS[task]
-    with timed(found):
-        data = load(doing.data, source)
-        for draw, numbers in enumerate(draws(data, column, seed)):
-            for augmented in (True,) if weights or not doing.tries_without(column) else (True, False):
-                torch.manual_seed(seed)
-                encoder = load_encoder(Path(weights), doing.arch) if weights else build_encoder(doing.arch)
-                row = {"task": task, "seed": seed, "method": FINE_TUNED if weights else SCRATCH, "labels": column}
-                row |= {"draw": draw, "augmented": augmented}
-                recipe = recipe_for(len(numbers), augmented=augmented, effort=effort)
-                trained = train_with_labels(
-                    doing, data, numbers, encoder, recipe, augmented=augmented, seed=seed, device=torch.device(device)
-                )
-                found["rows"].append(row | trained)
-    return found
+    doing, method, rows = TASKS[task], FINE_TUNED if weights else SCRATCH, []
+    data = load(doing.data, source)
+    for draw, numbers in enumerate(draws(data, column, seed)):
+        for augmented in (True,) if weights or not doing.tries_without(column) else (True, False):
+            torch.manual_seed(seed)
+            encoder = load_encoder(Path(weights), doing.arch) if weights else build_encoder(doing.arch)
+            encoder.module.to(device)
+            recipe = recipe_for(len(numbers), augmented=augmented, effort=effort)
+            trained = train_with_labels(doing, data, numbers, encoder, recipe, augmented=augmented, seed=seed)
+            rows.append(row_of(task, seed, method, column, draw, augmented=augmented, **trained))
+    return {"rows": rows}
 
 
 def recipe_for(labels: int, *, augmented: bool, effort: float = 1.0) -> Recipe:
@@ -128,15 +105,7 @@ def recipe_for(labels: int, *, augmented: bool, effort: float = 1.0) -> Recipe:
 
 
 def train_with_labels(
-    task: Task,
-    data: DataSet,
-    numbers: Tensor,
-    encoder: Encoder,
-    recipe: Recipe,
-    *,
-    augmented: bool,
-    seed: int,
-    device: torch.device,
+    task: Task, data: DataSet, numbers: Tensor, encoder: Encoder, recipe: Recipe, *, augmented: bool, seed: int
 ) -> Row:
     """Train the encoder itself, with a linear layer on it, on these training images; then look at the test images.
 
@@ -146,10 +115,10 @@ def train_with_labels(
         ``accuracy`` in percent of the test images, the mean ``loss`` of the last epoch, and how many ``steps`` it took.
     """
     torch.manual_seed(seed)
-    encoder.module.to(device).to(memory_format=torch.channels_last)
-    network = build_classifier(encoder, CLASSES, frozen=False).to(device)
+    device = next(encoder.module.parameters()).device
+    network = Classifier(encoder, CLASSES, frozen=False).to(memory_format=torch.channels_last).to(device)
     optimizer = build_optimizer(network, recipe)
-    schedule = build_schedule(optimizer, recipe)
+    schedule = LambdaLR(optimizer, recipe.factor)
     generator, steps = torch.Generator().manual_seed(seed), math.ceil(len(numbers) / recipe.batch_size)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -160,7 +129,7 @@ def train_with_labels(
             yield seen.contiguous(memory_format=torch.channels_last), data.train.labels[some]
 
     for _ in range(recipe.epochs):
-        loss = train_epoch(network, optimizer, batches(), device).loss
+        loss, _ = train_epoch(network, optimizer, batches(), device)
         schedule.step()
     measured = accuracies(network, task.batches(data.test), device)
     return {"accuracy": measured["top1"], "loss": loss, "steps": recipe.epochs * steps}

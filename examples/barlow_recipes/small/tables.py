@@ -1,16 +1,15 @@
 """The accuracies of several seeds as a table and as a picture: for people, for Markdown, for README.md."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from barlow_recipes.errors import UsageError, require
+from barlow_recipes.errors import require
 from barlow_recipes.pictures import BLUE, GREEN, GREY, ORANGE, drawing
 from barlow_recipes.small.data import CLASSES, COLUMNS, KNN, MOST, TASKS
 from barlow_recipes.small.methods import FINE_TUNED, METHODS, PRETRAINED, RAW, SCRATCH, UNTRAINED
 
-BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"
 TITLES = {KNN: "10-NN", "1": "1 a class", "10": "10 a class", "1%": "1 %", "10%": "10 %", MOST: "most"}
 COLORS = {RAW: "#c9c9c9", UNTRAINED: GREY, SCRATCH: ORANGE, PRETRAINED: BLUE, FINE_TUNED: GREEN}
 DARK = "#3c3c3c"
@@ -50,41 +49,32 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[Cell, Figure]:
     return figures
 
 
-def of_task(figures: Mapping[Cell, Figure], task: str) -> dict[tuple[str, str], Figure]:
-    return {(method, labels): figure for (name, method, labels), figure in figures.items() if name == task}
-
-
-def columns_of(cells: Sequence[tuple[str, ...]]) -> list[str]:
-    return [column for column in COLUMNS if any(cell[-1] == column for cell in cells)]
+def _axes(cells: Iterable[Cell]) -> list[list[str]]:
+    """The tasks, the methods and the columns that occur, each in its order."""
+    known = zip((TASKS, METHODS, COLUMNS), map(set, zip(*cells, strict=True)), strict=True)
+    return [[name for name in order if name in present] for order, present in known]
 
 
 def markdown(results: Results) -> str:
-    """The table, and in words what stands in it."""
+    """The table, the best of a task and column in bold; and in words what stands in it."""
     figures = summarize(results["rows"])
-    columns = columns_of([*figures])
+    tasks, methods, columns = _axes(figures)
     lines = [["", *(TITLES[column] for column in columns)], ["---", *("---:" for _ in columns)]]
-    for task in TASKS:
-        if own := of_task(figures, task):
-            lines += [[f"**{TASKS[task].title}**", *("" for _ in columns)], *_lines(own, columns)]
+    for task in tasks:
+        lines.append([f"**{TASKS[task].title}**", *("" for _ in columns)])
+        own = {cell[1:]: figure for cell, figure in figures.items() if cell[0] == task}
+        best = {
+            c: max((round(figure.mean, 1) for (_, of), figure in own.items() if of == c), default=0) for c in columns
+        }
+        for method in methods:
+            row = [own.get((method, column)) for column in columns]
+            texts = [
+                "–" if figure is None else f"**{figure}**" if round(figure.mean, 1) == best[column] else str(figure)
+                for column, figure in zip(columns, row, strict=True)
+            ]
+            lines += [[method, *texts]] if any(row) else []
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table}\n\n{sentences(results)}"
-
-
-def _lines(figures: Mapping[tuple[str, str], Figure], columns: Sequence[str]) -> list[list[str]]:
-    """A line for each method; the best of a column in bold."""
-    best = {
-        column: max((round(figure.mean, 1) for (_, labels), figure in figures.items() if labels == column), default=0)
-        for column in columns
-    }
-
-    def cell(method: str, column: str) -> str:
-        figure = figures.get((method, column))
-        if figure is None:
-            return "–"
-        return f"**{figure}**" if round(figure.mean, 1) == best[column] else str(figure)
-
-    present = [method for method in METHODS if any(name == method for name, _ in figures)]
-    return [[method, *(cell(method, column) for column in columns)] for method in present]
 
 
 def sentences(results: Results) -> str:
@@ -95,17 +85,16 @@ def sentences(results: Results) -> str:
     sizes = " and ".join(f"{size[MOST]:,} of {size['train']:,} {name}" for name, size in results["data"].items())
     epochs = " and ".join(f"{count} on {name}" for name, count in settings["epochs"].items())
     scratch = [row for row in results["rows"] if row["method"] == SCRATCH]
-    tried = {(row["task"], SCRATCH, row["labels"], row["augmented"]) for row in scratch}
-    cells = {each[:3] for each in tried}
-    both = [cell for cell in cells if {(*cell, True), (*cell, False)} <= tried]
-    better, others = sum(bool(summarize(scratch)[cell].augmented) for cell in both), len(cells) - len(both)
-    alone = f"; {others} more {'are' if others > 1 else 'is'} with them alone." if others else "."
+    alone = {(row["task"], SCRATCH, row["labels"]) for row in scratch if row["augmented"]}
+    both = alone & {(row["task"], SCRATCH, row["labels"]) for row in scratch if not row["augmented"]}
+    better, others = sum(bool(summarize(scratch)[cell].augmented) for cell in both), len(alone - both)
+    more = f"; {others} more {'are' if others > 1 else 'is'} with them alone." if others else "."
     return "\n".join(
         (
             f"Percent of the test images, {spread} of weights, views and labels; the best in bold.",
             f"10-NN searches, and “most” are, {sizes}. Pixels and frozen encoders get a linear classifier.",
             "From scratch, the same encoder learns from the same labels, with and without the augmentations of "
-            f"pretraining: the better of the two counts, which is with them in {better} of {len(both)} cells{alone}",
+            f"pretraining: the better of the two counts, which is with them in {better} of {len(both)} cells{more}",
             f"Epochs of pretraining: {epochs}. All of it took {results['seconds'] / 60:.1f} minutes on "
             f"{environment['device']}, in {environment['processes']} processes of {threads} "
             f"thread{'s' * (threads != 1)}, with torch {environment['versions']['torch']}.",
@@ -113,47 +102,33 @@ def sentences(results: Results) -> str:
     )
 
 
-def insert(readme: Path, now: str, text: str) -> str:
-    """``now``, what the file holds, with ``text`` between the two markers.
-
-    Raises:
-        UsageError: the markers are not there.
-    """
-    before, found, rest = now.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not (found and closed):
-        raise UsageError(f"--readme {readme}: expected the markers {BEGIN} and {END}, one after the other")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
-
-
 def draw_accuracies(path: Path, results: Results) -> None:
     """One panel for each task, a group of bars for each number of labels, a colour for each method."""
     patches: Any = require("matplotlib.patches", "the picture")
     figures = summarize(results["rows"])
-    tasks = [name for name in TASKS if of_task(figures, name)]
+    tasks, methods, _ = _axes(figures)
     across, down = min(2, len(tasks)), -(-len(tasks) // 2)
     with drawing(path, (5.2 * across + (2.2 if across == 1 else 0), 3.1 * down + 0.6)) as figure:
         panels = [*figure.subplots(down, across, squeeze=False, sharey=True).flat]
         for axes, task in zip(panels, tasks, strict=False):
-            _draw_task(axes, of_task(figures, task))
+            _draw_task(axes, {cell: value for cell, value in figures.items() if cell[0] == task})
             axes.set_title(TASKS[task].title)
         for axes in panels[len(tasks) :]:
             axes.set_visible(False)
-        present = [method for method in METHODS if any(name == method for _, name, _ in figures)]
-        handles = [patches.Patch(color=COLORS[method], label=method) for method in present]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(present), handlelength=1.0)
+        handles = [patches.Patch(color=COLORS[method], label=method) for method in methods]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(methods), handlelength=1.0)
 
 
-def _draw_task(axes: Any, figures: Mapping[tuple[str, str], Figure]) -> None:
-    columns = columns_of([*figures])
-    width = 0.86 / max(4, *(sum(labels == column for _, labels in figures) for column in columns))
+def _draw_task(axes: Any, figures: Mapping[Cell, Figure]) -> None:
+    (task,), methods, columns = _axes(figures)
+    width = 0.86 / max(4, len(methods))
     for place, column in enumerate(columns):
-        present = [method for method in METHODS if (method, column) in figures]
+        present = [method for method in methods if (task, method, column) in figures]
         for number, method in enumerate(present):
-            x, bar = place + (number - (len(present) - 1) / 2) * width, figures[method, column]
+            x, bar = place + (number - (len(present) - 1) / 2) * width, figures[task, method, column]
             error = {"ecolor": DARK, "elinewidth": 1, "capsize": 1.5}
-            axes.bar(x, bar.mean, 0.92 * width, yerr=bar.spread or None, color=COLORS[method], error_kw=error)
-            axes.text(x, bar.mean + (bar.spread or 0) + 0.8, f"{bar.mean:.0f}", ha="center", fontsize=7, color=DARK)
+            bars = axes.bar(x, bar.mean, 0.92 * width, yerr=bar.spread or None, color=COLORS[method], error_kw=error)
+            axes.bar_label(bars, fmt="%.0f", padding=1, fontsize=7, color=DARK)
     axes.axhline(100 / CLASSES, color=DARK, linestyle=":", linewidth=1)  # chance
     axes.set_xticks(range(len(columns)), [TITLES[column] for column in columns])
     axes.set_ylim(0, 109)

@@ -203,7 +203,7 @@ def find_images(source: str) -> tuple[Images, tuple[str, ...]]:
     )
     if sum(map(bool, (images, shards, parquet))) > 1:
         raise UsageError(f"--data {root}: found {kinds(files)}; expected images, .tar or .parquet alone: give one kind")
-    others = {*files} - {*images, *(str(path.relative_to(root)) for path in (*shards, *parquet))}
+    others = sorted({*files} - {*images, *(str(path.relative_to(root)) for path in (*shards, *parquet))})
     notes = (f"left out of {root}: {kinds(others)}",) if others else ()
     if shards:
         return index_shards(root, shards), notes

@@ -106,21 +106,23 @@ def test_every_digit_is_moved_in_its_own_way_and_stays_in_sight() -> None:
     assert views.mean(0)[0, 3:5, 3:5].min() > 0.7  # centred on average
 
 
-FORMATS: dict[str, tuple[str, str]] = {
-    "jpeg": ("RGB", "JPEG"),
-    "grey jpeg": ("L", "JPEG"),
-    "cmyk jpeg": ("CMYK", "JPEG"),
-    "png": ("RGB", "PNG"),
-    "png with alpha": ("RGBA", "PNG"),
-    "png with a palette": ("P", "PNG"),
-    "webp": ("RGB", "WEBP"),
-    "tiff": ("RGB", "TIFF"),
-    "bmp": ("RGB", "BMP"),
-}
+FORMATS = [
+    "RGB JPEG",
+    "L JPEG",
+    "CMYK JPEG",
+    "RGB PNG",
+    "RGBA PNG",
+    "P PNG",
+    "LA PNG",
+    "RGB WEBP",
+    "RGB TIFF",
+    "RGB BMP",
+]
 
 
-@pytest.mark.parametrize(("mode", "file_format"), FORMATS.values(), ids=FORMATS)
-def test_any_usual_format_becomes_three_channels_of_eight_bits(mode: str, file_format: str) -> None:
+@pytest.mark.parametrize("kind", FORMATS)
+def test_any_usual_format_becomes_three_channels_of_eight_bits(kind: str) -> None:
+    mode, file_format = kind.split()
     grey = torch.linspace(0, 255, 1200).view(30, 40)
     content = saved(Image.fromarray(grey.to(torch.uint8).numpy()).convert(mode), file_format)
     for channels in (3, 1):
@@ -232,13 +234,12 @@ def test_a_broken_file_is_an_oserror(content: bytes) -> None:
         decode(content, "a.png")
 
 
-def random_view(image: Tensor) -> Tensor:
-    return image[:, :8, :8] + torch.rand(3, 8, 8)
-
-
 def test_a_view_depends_on_seed_epoch_index_and_number_alone(jpegs: Path) -> None:
+    def noisy(image: Tensor) -> Tensor:
+        return image + torch.rand(image.shape)
+
     def views(seed: int, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        return TwoViews(catalogue, (random_view, random_view), seed, tolerated=5)[epoch, index][:2]
+        return TwoViews(catalogue, (noisy, noisy), seed, tolerated=5)[epoch, index][:2]
 
     catalogue = index_folder(jpegs / "train")
     first = views(0, 2, 3)

@@ -197,7 +197,7 @@ USAGE = {
     "an unknown encoder": ("--data . --arch vgg16", "--arch vgg16: expected one of resnet101, "),
     "no whole step": ("--batch-size 2000 --accumulate 2", "--batch-size 2000: expected at most the number of images"),
     "no folder": ("--data nowhere", "--data nowhere: no such file or folder"),
-    "a batch beyond the data": ("--batch-size 5000", "--batch-size 5000 is more than the 1302 digits"),
+    "a batch beyond the data": ("--batch-size 5000", "--batch-size 5000 is more than the 1302 images"),
     "a missing checkpoint": ("--resume nowhere.pt", "--resume nowhere.pt: no such file"),
 }
 

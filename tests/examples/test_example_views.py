@@ -26,6 +26,12 @@ from barlow_recipes.views import (
     small_views,
 )
 
+
+def torchvisions_blur(image: Tensor, sigma: float) -> Tensor:
+    padded = F.pad(image, [6] * 4, padding_mode="edge")
+    return F.gaussian_blur(padded, [13, 13], [sigma] * 2)[:, 6:-6, 6:-6]
+
+
 MANY = 40_000
 CPU = torch.device("cpu")
 NOTHING = ViewRecipe(flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0)
@@ -39,12 +45,6 @@ OPERATIONS = {
     views.blur: (torchvisions_blur, 0.1, 2),
     views.solarize: (lambda image, _: F.solarize(image, 0.5), 0, 0),
 }
-
-
-def torchvisions_blur(image: Tensor, sigma: float) -> Tensor:
-    padded = F.pad(image, [6] * 4, padding_mode="edge")
-    return F.gaussian_blur(padded, [13, 13], [sigma] * 2)[:, 6:-6, 6:-6]
-
 
 recipes = pytest.mark.parametrize("recipe", PAPER, ids=["view 1", "view 2"])
 
@@ -192,7 +192,7 @@ def test_a_workers_crop_and_flip_are_those_of_the_recipe() -> None:
 
 @recipes
 def test_a_worker_and_the_device_make_the_same_view(recipe: ViewRecipe) -> None:
-    """As image_view makes, from the same seed: the decisions are drawn in the same order."""
+    """From the same seed: the decisions are drawn in the same order."""
     photos = torch.randint(0, 256, (6, 3, 60, 50), generator=generator(), dtype=torch.uint8)
     halves, wholes = [], []
     before = photos.clone()

@@ -37,7 +37,7 @@ from torchvision.transforms import functional as F
 
 from barlow_recipes.decoding import decode
 from barlow_recipes.pixels import MEAN, STD, as_float
-from barlow_recipes.views import ORDERS, PAPER, Decisions, ViewRecipe, colored, draw, View
+from barlow_recipes.views import ORDERS, PAPER, Decisions, View, ViewRecipe, colored, draw
 from machine import RESULTS, environment
 from timing import interleave, ratios, spread
 

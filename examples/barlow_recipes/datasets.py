@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,8 +34,8 @@ class Items:
         values = [label.item() if isinstance(label, Tensor) else label for label in ([] if labels is None else labels)]
         if len(values) != images or any(isinstance(value, (list, dict)) or value is None for value in values):
             values = [0] * images
-        classes = {value: number for number, value in enumerate(sorted(set(values)))}
-        return cls(name, dataset, column, torch.tensor([classes[value] for value in values]), torch.arange(images))
+        classes = torch.from_numpy(np.unique(values, return_inverse=True)[1])
+        return cls(name, dataset, column, classes, torch.arange(images))
 
     def __len__(self) -> int:
         return len(self.numbers)

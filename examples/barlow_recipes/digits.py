@@ -23,10 +23,9 @@ def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) 
     test = hold_out(labels, 1 / 5)
     watched = torch.zeros_like(test)
     watched[~test] = hold_out(labels[~test], 1 / 10 if monitor else 0)
-    pretraining = images[~test & ~watched]
-    trained, seen, watching, tested = (
-        PlainBatches(images, labels, part) for part in (~test, ~test & ~watched, watched, test)
-    )
+    parts = (~test & ~watched, watched, ~test, test)
+    seen, watching, known, tested = (PlainBatches(images, labels, part) for part in parts)
+    pretraining = images[parts[0]]
 
     def view(numbers: Tensor, generator: torch.Generator) -> Tensor:
         return augment_digits(pretraining[numbers], generator)[rows]
@@ -37,7 +36,7 @@ def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) 
         images=len(pretraining),
         pairs=MemoryPairs(len(pretraining), (view, view), batch_size, seed),
         monitor=Probe(seen, watching, linear=False, labels_per_class=(1,)) if monitor else None,
-        final=Probe(trained, tested, linear=True, labels_per_class=(1, 5)),
+        final=Probe(known, tested, linear=True, labels_per_class=(1, 5)),
     )
 
 

@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,8 +44,9 @@ class Catalogue:
         return cls(root, np.array([os.fsencode(name) for name in files]), table)
 
     @classmethod
-    def of_files(cls, root: Path, files: Iterable[str], labels: Iterable[int]) -> "Catalogue":
-        """Of whole files, by label and name."""
+    def of_files(cls, root: Path, files: Sequence[str], classes: Sequence[str]) -> "Catalogue":
+        """Of whole files, by class and name."""
+        labels = np.unique(classes, return_inverse=True)[1].tolist()
         images = sorted(zip(labels, files, strict=True))
         table = torch.tensor([(label, number, 0, WHOLE_FILE) for number, (label, _) in enumerate(images)])
         return cls.of(root, (name for _, name in images), table)
@@ -141,14 +142,11 @@ def index_folder(root: Path, files: Iterable[str] | None = None, *, labelled: bo
     if "" in folder_of:
         if labelled:
             raise UsageError(f"--data {root}: expected class folders alone, found {folder_of.count('')} images beside")
-        return Catalogue.of_files(root, images, [0] * len(images))
+        return Catalogue.of_files(root, images, [""] * len(images))
     if empty := sorted({*classes} - {*folder_of}):
-        raise UsageError(
-            f"--data {root}: no image in {len(empty)} of {len(classes)} class folders, the first is {empty[0]}. Remove "
-            f"it or fill it ({', '.join(SUFFIXES)})"
-        )
-    numbers = {name: number for number, name in enumerate(classes)}
-    return Catalogue.of_files(root, images, [numbers[name] for name in folder_of])
+        count = f"{len(empty)} of {len(classes)} class folders"
+        raise UsageError(f"--data {root}: no image in {count}, the first is {empty[0]}. Remove it or fill it")
+    return Catalogue.of_files(root, images, folder_of)
 
 
 def index_list(path: Path) -> Catalogue:
@@ -176,9 +174,8 @@ def index_list(path: Path) -> Catalogue:
     labels = ["".join(row[label : label + 1]) for row in rows]
     others = [name for name in files if not is_image(name)]
     if others or not files:
-        found = f"{others[0]!r}" if others else "nothing"
+        found = repr(others[0]) if others else "nothing"
         raise UsageError(f"--data {path}: expected a path of an image in each line ({' '.join(SUFFIXES)}), got {found}")
     if any(labels) and not all(labels):
         raise UsageError(f"--data {path}: {labels.count('')} of {len(files)} images have no label")
-    numbers = {name: number for number, name in enumerate(sorted({*labels}))}
-    return Catalogue.of_files(path.parent, files, [numbers[name] for name in labels])
+    return Catalogue.of_files(path.parent, files, labels)

@@ -21,7 +21,7 @@ from barlow_recipes.files import CAN_READ, LISTS, Catalogue, files_below, index_
 from barlow_recipes.pixels import USUAL, PixelSettings
 from barlow_recipes.shards import choose_shards, index_shards
 from barlow_recipes.signals import leave_stopping_to_parent
-from barlow_recipes.views import UnfinishedView, View, ViewRecipe, image_without_augmentation
+from barlow_recipes.views import View, ViewRecipe, image_without_augmentation
 
 Images = Catalogue | Items
 Transform = Callable[[Tensor], Any]
@@ -45,8 +45,13 @@ class TwoViews(Dataset[tuple[Any, Any, int, str]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any, int, str]:
         epoch, index = key
         image, failures, reason = self._read(index)
-        view1, view2 = (self._view(number, image, epoch, index) for number in (1, 2))
-        return view1, view2, failures, reason
+        views = []
+        with torch.random.fork_rng(devices=[]):  # without workers this is the process that trains
+            for number, view in enumerate(self.views, start=1):
+                seed = seed_of(self.seed, epoch, index, number)
+                torch.default_generator.manual_seed(seed)  # a microsecond; torch.manual_seed takes a hundred
+                views.append(view(image))
+        return views[0], views[1], failures, reason
 
     def _read(self, index: int) -> tuple[Tensor, int, str]:
         """The image, or the next readable one. After more failures than a whole epoch may have, a black one."""
@@ -57,12 +62,6 @@ class TwoViews(Dataset[tuple[Any, Any, int, str]]):
             except OSError as error:
                 reason = reason or str(error)
         return _black(self.pixels), self.tolerated + 1, reason
-
-    def _view(self, number: int, image: Tensor, epoch: int, index: int) -> Tensor | UnfinishedView:
-        with torch.random.fork_rng(devices=[]):  # without workers this is the process that trains
-            seed = seed_of(self.seed, epoch, index, number)
-            torch.default_generator.manual_seed(seed)  # a microsecond; torch.manual_seed takes a hundred
-            return self.views[number - 1](image)
 
 
 class Labelled(Dataset[tuple[Tensor, int]]):
@@ -234,7 +233,8 @@ def look_at_some(images: Images, source: str, pixels: PixelSettings) -> bool:
         except OSError as error:
             unreadable.append(str(error))
     if not decoded:
-        raise UsageError(f"--data {source}: {len(unreadable)} images were tried, and none can be read: {unreadable[0]}")
+        tried = f"of {len(unreadable)} images that were tried"
+        raise UsageError(f"--data {source}: {tried}, none can be read: {unreadable[0]}")
     deep = [image.aminmax() for image in decoded if image.is_floating_point()]
     least, brightest = (min(low.item() for low, _ in deep), max(high.item() for _, high in deep)) if deep else (0, 1)
     if brightest < DARK and pixels.value_range is None:
@@ -275,7 +275,8 @@ def load_images(
     held_out = hold_out(images.labels, fraction, at_most=MOST_HELD_OUT_PER_CLASS)
     pretraining = images.subset((~held_out).nonzero()[:, 0])
     tolerated = max(TOLERATED_UNREADABLE[0], int(len(pretraining) * TOLERATED_UNREADABLE[1]))
-    views = [View(recipe, image_size, pixels, eight_bits, finish=augment_on == "workers") for recipe in recipes]
+    left = {"workers": None, "device": torch.uint8 if eight_bits else torch.float32}[augment_on]
+    views = [View(recipe, image_size, pixels, left) for recipe in recipes]
     loading = {"num_workers": workers, "pin_memory": pin_memory}
 
     def plain(part: Images, chosen: Tensor) -> Loader:

@@ -103,31 +103,25 @@ def _crop_sizes(recipe: ViewRecipe, n: int, generator: torch.Generator | None) -
 class View:
     """The random transformation of view 1 or view 2 by a worker, by torch's default generator.
 
-    From (C, H, W), uint8 or float in [0, 1], to (C, size, size) float32; or, unless it is to ``finish``, to what
-    :func:`finished` takes: then ``eight_bits`` decides about uint8 or float32, whatever the image is.
+    From (C, H, W), uint8 or float in [0, 1], to (C, size, size) float32; or to what :func:`finished` takes, if pixels
+    are to be ``left`` in uint8 or float32.
     """
 
     def __init__(
-        self,
-        recipe: ViewRecipe,
-        size: int,
-        pixels: PixelSettings = USUAL,
-        eight_bits: bool = True,
-        *,
-        finish: bool = True,
+        self, recipe: ViewRecipe, size: int, pixels: PixelSettings = USUAL, left: torch.dtype | None = None
     ) -> None:
         v2: Any = require("torchvision.transforms.v2", "--data")
         crop = v2.RandomResizedCrop(size, recipe.crop_scale, CROP_RATIO, v2.InterpolationMode.BICUBIC, antialias=True)
         self.crop = v2.Compose([crop, v2.RandomHorizontalFlip(recipe.flip)])
-        self.recipe, self.pixels, self.eight_bits, self.finish = recipe, pixels, eight_bits, finish
+        self.recipe, self.pixels, self.left = recipe, pixels, left
 
     def __call__(self, image: Tensor) -> Tensor | UnfinishedView:
         cropped, decisions = self.crop(image), draw(self.recipe, 1)
-        if self.finish:
-            return self.pixels.normalized(colored(as_float(cropped[None]), decisions))[0]
-        if self.eight_bits and cropped.is_floating_point():
+        if self.left is None:
+            return finished(UnfinishedView(cropped[None], decisions), torch.device("cpu"), self.pixels)[0]
+        if self.left == torch.uint8 and cropped.is_floating_point():
             cropped = cropped.clamp(0, 1).mul(255).round().byte()
-        return UnfinishedView(cropped if self.eight_bits else as_float(cropped), decisions[0])
+        return UnfinishedView(cropped if self.left == torch.uint8 else as_float(cropped), decisions[0])
 
 
 def finished(view: Tensor | UnfinishedView, device: torch.device, pixels: PixelSettings = USUAL) -> Tensor:

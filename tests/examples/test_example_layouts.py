@@ -190,7 +190,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing files": (
         put("list.txt", "".join(f"{number}.png\n" for number in range(9)), given="list.txt"),
-        r"9 images were tried, and none can be read: .*No such file.*0\.png",
+        r"9 images that were tried, none can be read: .*No such file.*0\.png",
     ),
     "12 bits": (
         put("{}.tif", tiff(np.full((8, 8), 4000, "u2")), 9),

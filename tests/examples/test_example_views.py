@@ -197,7 +197,7 @@ def test_a_worker_and_the_device_make_the_same_view(recipe: ViewRecipe) -> None:
     halves, wholes = [], []
     before = photos.clone()
     for number, photo in enumerate(photos):
-        halves.append(seeded(View(recipe, 32, finish=False), photo, number))
+        halves.append(seeded(View(recipe, 32, left=torch.uint8), photo, number))
         wholes.append(seeded(View(recipe, 32), photo, number))
         assert torch.equal(wholes[-1], seeded(View(recipe, 32), photo, number))
     assert torch.equal(photos, before)  # which make the other view, too
@@ -226,7 +226,7 @@ def test_views_of_any_number_of_channels(channels: int, kind: torch.dtype) -> No
     image = noise if kind == torch.float32 else (255 * noise).to(kind)
     for recipe in PAPER:
         whole = torch.stack([seeded(View(recipe, 32, pixels), image, seed) for seed in range(40)])
-        worker = View(recipe, 32, pixels, kind == torch.uint8, finish=False)
+        worker = View(recipe, 32, pixels, kind)
         half = default_collate([seeded(worker, image, seed) for seed in range(40)])
         assert half.pixels.dtype == kind
         torch.testing.assert_close(finished(half, CPU, pixels), whole, rtol=0, atol=1e-5)

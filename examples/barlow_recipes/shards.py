@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from barlow_recipes import checkpoint
 from barlow_recipes.errors import Aborted, UsageError, first_line
@@ -41,7 +42,7 @@ def index_shards(root: Path, shards: Sequence[Path]) -> Catalogue:
     Raises:
         UsageError: a shard is damaged or has no image, or some of the images have no label.
     """
-    table = None
+    table: Tensor | None = None
     with suppress(OSError, RuntimeError, ValueError):  # no index is kept, no home, damage
         table = checkpoint.read(_place(shards))
     if table is None:

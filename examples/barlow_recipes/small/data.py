@@ -18,8 +18,7 @@ from barlow_recipes.settings import read_settings
 from barlow_recipes.views import PAPER, colored, crop_small, draw, grayscale, small_views
 
 if TYPE_CHECKING:
-    from barlow_recipes.data import Probe
-    from barlow_recipes.fashion_mnist import PlainBatches
+    from barlow_recipes.data import PlainBatches, Probe
 
 DIGITS, FASHION = "digits", NAME
 CLASSES = 10  # of either

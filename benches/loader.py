@@ -37,7 +37,7 @@ from torchvision.transforms import functional as F
 
 from barlow_recipes.decoding import decode
 from barlow_recipes.pixels import MEAN, STD, as_float
-from barlow_recipes.views import ORDERS, PAPER, Decisions, ViewRecipe, colored, draw, image_view
+from barlow_recipes.views import ORDERS, PAPER, Decisions, View, ViewRecipe, colored, draw
 from machine import RESULTS, environment
 from timing import interleave, ratios, spread
 
@@ -176,7 +176,7 @@ def agreement(photos: list[bytes]) -> Record:
             raise AssertionError(f"expected at most {MOST_DISTANCE} grey levels between the pipelines: {row}")
     images = [(official_decode(content), decode(content, "photo")) for content in photos]
     for number, recipe in enumerate(PAPER, start=1):
-        makers = official_view(recipe), image_view(recipe, SIZE)
+        makers = official_view(recipe), View(recipe, SIZE)
         drawn = [
             [measures(make(pair[which])) for pair in images for _ in range(OWN_DRAWS)]
             for which, make in enumerate(makers)
@@ -215,7 +215,7 @@ def timed(turns: dict[str, Turn], rounds: int) -> Record:
 def measure(photos: list[bytes], rounds: int) -> Record:
     """Both views of an image, from its bytes."""
     theirs = partial(both_views, official_decode, [official_view(recipe) for recipe in PAPER])
-    ours = partial(both_views, partial(decode, name="photo"), [image_view(recipe, SIZE) for recipe in PAPER])
+    ours = partial(both_views, partial(decode, name="photo"), [View(recipe, SIZE) for recipe in PAPER])
     their_photos, our_photos = cycle(photos), cycle(photos)
     turns: dict[str, Turn] = {OFFICIAL: lambda: theirs(next(their_photos)), OURS: lambda: ours(next(our_photos))}
     size = statistics.mean(map(len, photos))

@@ -5,13 +5,15 @@
 The last line has --mean, --std and, where the files' type does not tell what is black and what is white, --value-range.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from sklearn.preprocessing import StandardScaler
 
 from barlow_recipes.command_line import Positive, read
-from barlow_recipes.decoding import SIXTEEN_BITS, raw
+from barlow_recipes.decoding import raw, white
 from barlow_recipes.errors import UsageError
 from barlow_recipes.images import DARK, find_images
 from barlow_recipes.pixels import PixelSettings
@@ -35,10 +37,10 @@ def main(argv: list[str] | None = None) -> int:
 def describe(settings: Settings) -> None:
     """Read images as they are, and add up."""
     images, notes = find_images(settings.data)
-    numbers = torch.linspace(0, len(images) - 1, min(len(images), settings.images)).long().tolist()
-    sizes, kinds, unreadable = Counter[str](), Counter[str](), list[str]()
-    sums = torch.zeros(3, settings.channels, dtype=torch.float64)  # of ones, values, squares
-    low, high, natural = float("inf"), float("-inf"), 0.0
+    numbers = range(0, len(images), math.ceil(len(images) / settings.images))
+    sizes, kinds, unreadable = Counter[str](), Counter[torch.dtype](), list[str]()
+    scaler = StandardScaler()
+    low, high = float("inf"), float("-inf")
     for number in numbers:
         try:
             image = raw(*images.read(number), settings)
@@ -46,32 +48,27 @@ def describe(settings: Settings) -> None:
             unreadable.append(str(error))
             continue
         sizes[f"{image.shape[2]}×{image.shape[1]}"] += 1
-        kinds[str(image.dtype).removeprefix("torch.")] += 1
-        natural = max(natural, white(image.dtype))
+        kinds[image.dtype] += 1
         values = image.double()
         low, high = min(low, values.min().item()), max(high, values.max().item())
-        sums += torch.stack([(values**power).sum(dim=(1, 2)) for power in range(3)])
+        scaler.partial_fit(values.flatten(1).T.numpy())
     print(*notes, f"{settings.data}: {len(images):,} images, {len(numbers):,} read", sep="\n")
     if unreadable:
         print(f"{len(unreadable)} cannot be read, the first: {unreadable[0]}")
     if not sizes:
         raise UsageError(f"--data {settings.data}: no image can be read")
     for title, counts in (("width×height", sizes), ("type", kinds)):
-        print(f"{title}: {', '.join(f'{name} ({count:,})' for name, count in counts.most_common(5))}")
+        found = ", ".join(f"{name} ({count:,})" for name, count in counts.most_common(5))
+        print(f"{title}: {found}".replace("torch.", ""))
     print(f"channels: {settings.channels}, values from {low:g} to {high:g}")
+    natural = max(map(white, kinds))
     fits = low >= 0 and natural * DARK <= high <= natural and len(kinds) == 1
-    black, white_ = settings.value_range or ((0.0, natural) if fits else (low, high))
-    means, spread = sums[1] / sums[0], white_ - black
-    deviations = (sums[2] / sums[0] - means**2).clamp(min=0).sqrt() / spread
-    flags = {"channels": [settings.channels], "mean": ((means - black) / spread).tolist(), "std": deviations.tolist()}
+    black, bright = settings.value_range or ((0.0, natural) if fits else (low, high))
+    mean, std = (scaler.mean_ - black) / (bright - black), scaler.var_**0.5 / (bright - black)
+    flags = {"channels": [settings.channels], "mean": mean, "std": std}
     if settings.value_range or not fits:
-        flags["value-range"] = [black, white_]
+        flags["value-range"] = [black, bright]
     print(*(f"--{name} {' '.join(f'{value:.5g}' for value in values)}" for name, values in flags.items()))
-
-
-def white(kind: torch.dtype) -> float:
-    """The value that is 1 where no range is declared."""
-    return 255.0 if kind == torch.uint8 else 1.0 if kind.is_floating_point or kind == torch.bool else SIXTEEN_BITS
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """What every data set of the example offers: pairs of views to train on, labelled images to probe with.
 
-No random state travels from step to step. The order of the images is a pure function of (seed, epoch) and each view
-one of (seed, epoch, position, view), so a run that stops and resumes, with any number of workers, sees the same pixels.
-Several processes share every batch: each takes its rows of it, which have the pixels that one process would see.
+The order is a pure function of (seed, epoch), each view one of (seed, epoch, position, view): a run that resumes, with
+any number of workers, sees the same pixels, and of several processes each takes its rows of every batch.
 """
 
 import hashlib
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from barlow_recipes.pixels import USUAL, PixelSettings
+from barlow_recipes.errors import UsageError
+from barlow_recipes.pixels import USUAL, PixelSettings, as_float, normalized
 from barlow_recipes.views import UnfinishedView
 
 WHOLE = slice(None)
+SPLIT_SEED = 0  # what is held out is the same for every --seed, so that runs can be compared
 MemoryView = Callable[[Tensor, torch.Generator], Tensor]
 
 
@@ -38,6 +40,7 @@ class Batch(NamedTuple):
 class Pairs(Protocol):
     """Training data: its length is the number of batches in an epoch."""
 
+    order: "EpochBatches"
     first_unreadable: str  # the file that could not be read, and why; "" for none
 
     def __len__(self) -> int: ...
@@ -46,21 +49,17 @@ class Pairs(Protocol):
 
 
 class Probe(NamedTuple):
-    """Labelled images, in batches of (images, labels), that measure what the encoder has learned.
+    """Labelled images, in batches of (images, labels); a label below 0 marks an image that cannot be read."""
 
-    Accuracy is measured on ``queries``; ``bank`` holds the neighbours and the labelled examples. A label below 0 marks
-    an image that cannot be read.
-    """
-
-    bank: Iterable[tuple[Tensor, Tensor]]
-    queries: Iterable[tuple[Tensor, Tensor]]
+    bank: Iterable[tuple[Tensor, Tensor]]  # the neighbours and the labelled examples
+    queries: Iterable[tuple[Tensor, Tensor]]  # to measure the accuracy on
     linear: bool  # whether to fit a linear probe to the whole bank
     labels_per_class: tuple[int, ...]  # the sizes of the few-label probes' training sets
 
 
 @dataclass(frozen=True)
 class PretrainingData:
-    """A data set, split before pretraining begins."""
+    """A data set, split before pretraining begins; UsageError if it is smaller than a batch."""
 
     name: str
     images: int  # in the pretraining part
@@ -72,12 +71,16 @@ class PretrainingData:
     tolerated_unreadable: int = 0  # per epoch
     fingerprint: str = ""  # of what and where the images are; the same on every process, or their rows do not fit
 
+    def __post_init__(self) -> None:
+        if not len(self.pairs):
+            size = self.pairs.order.batch_size
+            raise UsageError(f"--batch-size {size} is more than the {self.images} images to pretrain on")
+
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index), or some rows of each: one shuffle per epoch, the incomplete last batch dropped.
 
-    Set ``epoch`` and ``first_step`` before iterating. The indices carry the epoch, so workers that outlive an epoch
-    need no message.
+    Set ``epoch`` and ``first_step`` before iterating. Workers that outlive an epoch learn of it from the keys.
     """
 
     def __init__(self, images: int, batch_size: int, seed: int, rows: slice = WHOLE) -> None:
@@ -96,15 +99,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 class MemoryPairs:
-    """Two views of images in memory: decided about for whole batches, whichever rows of them are wanted.
-
-    Args:
-        images: how many.
-        views: what makes view 1 and view 2 of a batch, from the images' numbers (N,), by the generator alone, and
-            returns the rows that are wanted.
-        batch_size: of all processes together.
-        seed: of order and views.
-    """
+    """Two views of so many images in memory, by one function each: of a batch's numbers (N,) and a generator."""
 
     first_unreadable = ""
 
@@ -124,23 +119,23 @@ class MemoryPairs:
             yield Batch((view1, view2), unreadable=0)
 
 
-def hold_out(labels: Tensor, fraction: float, seed: int, at_most: int | None = None) -> Tensor:
-    """Choose the same fraction of every class.
+class PlainBatches:
+    """Labelled images in memory, without augmentation, of which (N,) booleans choose; uint8 is normalised."""
 
-    Args:
-        labels: (N,) integers.
-        fraction: of each class, between 0 and 1, rounded down.
-        seed: of the choice.
-        at_most: images per class; None for no limit.
+    def __init__(self, images: Tensor, labels: Tensor, chosen: Tensor) -> None:
+        self.images, self.labels, self.chosen = images, labels, chosen
 
-    Returns:
-        (N,) booleans, True for the chosen.
-    """
-    generator = torch.Generator().manual_seed(seed_of(seed))
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    shuffled = torch.randperm(len(labels), generator=generator)
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for numbers in self.chosen.nonzero()[:, 0].split(512):
+            images = self.images[numbers]
+            yield images if images.is_floating_point() else normalized(as_float(images)), self.labels[numbers]
+
+
+def hold_out(labels: Tensor, fraction: float, seed: int = SPLIT_SEED, at_most: int = sys.maxsize) -> Tensor:
+    """Choose the same fraction of every class, rounded down: (N,) labels to (N,) booleans."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed_of(seed)))
     grouped = shuffled[labels[shuffled].argsort(stable=True)]
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
     for members in grouped.split(torch.bincount(labels).tolist()):
-        count = int(len(members) * fraction)
-        chosen[members[: count if at_most is None else min(count, at_most)]] = True
+        chosen[members[: min(int(len(members) * fraction), at_most)]] = True
     return chosen

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,16 @@ class Items:
     labels: Tensor  # (N,), from 0; all 0 without labels
     numbers: Tensor  # (N,)
 
+    @classmethod
+    def of(cls, name: str, dataset: Any, column: str | None, labels: Any) -> "Items":
+        """All of them. Labels of any kind become numbers; there are none if there is not one for each image."""
+        images = len(dataset)
+        values = [label.item() if isinstance(label, Tensor) else label for label in ([] if labels is None else labels)]
+        if len(values) != images or any(isinstance(value, (list, dict)) or value is None for value in values):
+            values = [0] * images
+        classes = torch.from_numpy(np.unique(values, return_inverse=True)[1])
+        return cls(name, dataset, column, classes, torch.arange(images))
+
     def __len__(self) -> int:
         return len(self.numbers)
 
@@ -41,14 +52,10 @@ class Items:
     def read(self, index: int) -> tuple[Any, str]:
         """A Pillow image, bytes, an array or a Tensor, and what to call it."""
         number = int(self.numbers[index])
-        item, name = self.dataset[number], f"{self.name}, image {number}"
-        if self.column is not None:
-            item = item[self.column]
-        elif isinstance(item, (tuple, list)):
-            item = item[0]
-        if isinstance(item, dict):  # Hugging Face's, not decoded
-            item = item["bytes"] or Path(item["path"]).read_bytes()
-        return item, name
+        item = self.dataset[number]
+        if self.column is not None:  # Hugging Face's, not decoded
+            item = item[self.column]["bytes"] or Path(item[self.column]["path"]).read_bytes()
+        return item[0] if isinstance(item, (tuple, list)) else item, f"{self.name}, image {number}"
 
 
 def from_hugging_face(path: Path, parquet: Sequence[Path] = ()) -> Items:
@@ -59,32 +66,20 @@ def from_hugging_face(path: Path, parquet: Sequence[Path] = ()) -> Items:
     """
     hugging_face = require("datasets", f"--data {path}")
     try:
-        if parquet:
-            found = hugging_face.Dataset.from_parquet([str(file) for file in parquet])
-        else:
-            found = hugging_face.load_from_disk(str(path))
+        files = [str(file) for file in parquet]
+        found = hugging_face.Dataset.from_parquet(files) if files else hugging_face.load_from_disk(str(path))
+        found = found["train"] if isinstance(found, dict) else found
     except Exception as error:  # pyarrow and datasets have their own
-        raise UsageError(f"--data {path}: cannot be read as a data set ({first_line(error)})") from None
-    if isinstance(found, dict):
-        if "train" not in found:
-            raise UsageError(
-                f"--data {path}: expected a split called train among {', '.join(found)}; give one's folder"
-            )
-        found = found["train"]
+        raise UsageError(
+            f"--data {path}: expected a data set, of splits one called train ({first_line(error)})"
+        ) from None
     columns = found.features
-    images = [
-        name
-        for name, feature in columns.items()
-        if isinstance(feature, hugging_face.Image) or (isinstance(feature, dict) and {*feature} == {"bytes", "path"})
-    ]
-    if not images:
+    image = next((name for name, feature in columns.items() if isinstance(feature, hugging_face.Image)), None)
+    if image is None:
         raise UsageError(f"--data {path}: no column of images among {', '.join(columns)}")
-    if isinstance(columns[images[0]], hugging_face.Image):
-        found = found.cast_column(images[0], hugging_face.Image(decode=False))
+    found = found.cast_column(image, hugging_face.Image(decode=False))
     label = next((name for name in LABELS if name in columns), None)
-    return Items(
-        str(path), found, images[0], _numbered(found[label] if label else None, len(found)), torch.arange(len(found))
-    )
+    return Items.of(str(path), found, image, found[label] if label else None)
 
 
 def from_callable(source: str) -> Items:
@@ -100,22 +95,11 @@ def from_callable(source: str) -> Items:
     sys.path.insert(0, "")  # of the working directory
     try:
         dataset = getattr(importlib.import_module(module), name)()
-        images = len(dataset)
         dataset[0]
+        return Items.of(source, dataset, None, getattr(dataset, "targets", getattr(dataset, "labels", None)))
     except (ImportError, AttributeError, TypeError, LookupError) as error:
         raise UsageError(
             f"--data {source}: expected a callable that returns a Dataset with images ({first_line(error)})"
         ) from None
     finally:
         sys.path.remove("")
-    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    return Items(source, dataset, None, _numbered(labels, images), torch.arange(images))
-
-
-def _numbered(labels: Any, images: int) -> Tensor:
-    """Labels of any kind as numbers from 0; all 0 if there is not one for each image."""
-    values = [label.item() if isinstance(label, Tensor) else label for label in ([] if labels is None else labels)]
-    if len(values) != images or any(isinstance(value, (list, dict)) or value is None for value in values):
-        return torch.zeros(images, dtype=torch.int64)
-    numbers = {value: number for number, value in enumerate(sorted(set(values)))}
-    return torch.tensor([numbers[value] for value in values])

@@ -5,30 +5,27 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
-from barlow_recipes.data import WHOLE, MemoryPairs, PretrainingData, Probe, hold_out
-from barlow_recipes.errors import UsageError, require
+from barlow_recipes.data import WHOLE, MemoryPairs, PlainBatches, PretrainingData, Probe, hold_out
+from barlow_recipes.errors import require
 from barlow_recipes.pixels import PixelSettings
-
-SPLIT_SEED = 0  # the split is the same for every --seed, so that runs can be compared
 
 
 def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) -> PretrainingData:
     """Split the digits, before anything is learned: a fifth for the final evaluation, a tenth of the rest to watch.
 
     Raises:
-        UsageError: scikit-learn is missing, or the batch is larger than the pretraining part.
+        UsageError: scikit-learn is missing, or there are fewer than a batch.
     """
     digits = require("sklearn.datasets", "the digits run").load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # (1797, 1, 8, 8), values in [0, 1]
     labels = torch.tensor(digits.target)
-    test = hold_out(labels, 1 / 5, SPLIT_SEED)
-    train_images, train_labels = images[~test], labels[~test]
-    watched = hold_out(train_labels, 1 / 10 if monitor else 0, SPLIT_SEED)
-    pretraining = train_images[~watched]
-    if batch_size > len(pretraining):
-        raise UsageError(f"--batch-size {batch_size} is more than the {len(pretraining)} digits to pretrain on")
+    test = hold_out(labels, 1 / 5)
+    watched = torch.zeros_like(test)
+    watched[~test] = hold_out(labels[~test], 1 / 10 if monitor else 0)
+    parts = (~test & ~watched, watched, ~test, test)
+    seen, watching, known, tested = (PlainBatches(images, labels, part) for part in parts)
+    pretraining = images[parts[0]]
 
     def view(numbers: Tensor, generator: torch.Generator) -> Tensor:
         return augment_digits(pretraining[numbers], generator)[rows]
@@ -38,32 +35,15 @@ def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) 
         pixels=PixelSettings(channels=1),
         images=len(pretraining),
         pairs=MemoryPairs(len(pretraining), (view, view), batch_size, seed),
-        monitor=Probe(
-            bank=_batches(pretraining, train_labels[~watched]),
-            queries=_batches(train_images[watched], train_labels[watched]),
-            linear=False,
-            labels_per_class=(1,),
-        )
-        if monitor
-        else None,
-        final=Probe(
-            bank=_batches(train_images, train_labels),
-            queries=_batches(images[test], labels[test]),
-            linear=True,
-            labels_per_class=(1, 5),
-        ),
+        monitor=Probe(seen, watching, linear=False, labels_per_class=(1,)) if monitor else None,
+        final=Probe(known, tested, linear=True, labels_per_class=(1, 5)),
     )
 
 
 def augment_digits(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Move, turn, scale, shear, bend, brighten and roughen a batch of digits, each in its own way.
+    """Move, turn, scale, shear, bend, brighten and roughen digits, (N, 1, H, W) in [0, 1], each in its own way.
 
-    Args:
-        images: (N, 1, H, W) in [0, 1].
-        generator: the only source of randomness.
-
-    Returns:
-        The same shape; the added noise (σ = 0.1) leaves [0, 1].
+    The noise that is added (σ = 0.1) leaves [0, 1].
     """
     n, _, height, width = images.shape
 
@@ -83,8 +63,3 @@ def augment_digits(images: Tensor, generator: torch.Generator) -> Tensor:
     contrast, gamma = uniform(0.7, 1.3, 1, 1, 1), uniform(-0.4, 0.4, 1, 1, 1).exp()
     inked = (moved * contrast).clamp(0, 1) ** gamma
     return inked + 0.1 * torch.randn(images.shape, generator=generator)
-
-
-def _batches(images: Tensor, labels: Tensor) -> DataLoader[tuple[Tensor, ...]]:
-    # Its own generator: a loader without one draws from torch's, and looking at images would change the run.
-    return DataLoader(TensorDataset(images, labels), batch_size=512, generator=torch.Generator())

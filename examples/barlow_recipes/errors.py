@@ -5,11 +5,14 @@ from types import ModuleType
 
 EXTRAS = {
     "pycocotools": "transfer",
-    "timm": "transfer",
-    "torchmetrics": "transfer",
+    "datasets": "scale",
+    "tifffile": "scale",
     "tensorboard": "scale",
     "wandb": "scale",
 }
+
+
+LOST_WORKER = "a process that reads images has died: is there memory for --workers?"
 
 
 class UsageError(Exception):

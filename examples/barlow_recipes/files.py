@@ -5,12 +5,13 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from barlow_recipes.errors import UsageError, first_line
@@ -18,7 +19,6 @@ from barlow_recipes.errors import UsageError, first_line
 WHOLE_FILE = -1  # as a size
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
 LISTS = {".txt": None, ".csv": ",", ".tsv": "\t"}  # what separates columns; of None, a space before a number
-PATH_COLUMNS = {"path", "file", "filename", "file_name", "filepath", "image", "image_path", "name"}
 LABEL_COLUMNS = {"label", "labels", "class", "target", "category"}
 PARTS = {"train", "training", "val", "valid", "validation", "test"}  # of a data set
 CAN_READ = (
@@ -31,51 +31,41 @@ CAN_READ = (
 class Catalogue:
     """Where every image lies, and its label.
 
-    All of it in tensors: a look at an object in a Python list writes to the object, which counts its references, and a
-    forked worker gets a copy of every page that it writes to. Of a list of 1.3 million paths and labels that came to
-    250 MB for each worker, of this catalogue to nothing.
+    In arrays: to look at an object in a Python list is to write to it, to its count of references, and a forked worker
+    copies each page that it writes to. A list of 1.3 million paths came to 250 MB for each worker, this to nothing.
     """
 
     root: Path
-    names: Tensor  # (bytes,) uint8: of the files below the root, one after the other
-    starts: Tensor  # (files + 1,): of each name
-    labels: Tensor  # (N,), from 0; all 0 without labels
-    file: Tensor  # (N,): its number
-    offset: Tensor  # (N,), in bytes
-    size: Tensor  # (N,), in bytes
+    names: NDArray[np.bytes_]  # of the files, below the root
+    table: Tensor  # (N, 4): label, from 0 (all 0 without labels); number of the file; offset and size in it, in bytes
 
     @classmethod
-    def of(
-        cls, root: Path, files: Iterable[str], labels: Tensor, file: Tensor, offset: Tensor, size: Tensor
-    ) -> "Catalogue":
-        names = [os.fsencode(name) for name in files]
-        starts = torch.tensor([0, *accumulate(map(len, names))])
-        packed = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
-        return cls(root, packed, starts, labels, file, offset, size)
+    def of(cls, root: Path, files: Iterable[str], table: Tensor) -> "Catalogue":
+        return cls(root, np.array([os.fsencode(name) for name in files]), table)
 
     @classmethod
-    def of_files(cls, root: Path, files: list[str], labels: list[int]) -> "Catalogue":
-        """Of whole files, by label and name."""
-        numbers = sorted(range(len(files)), key=lambda number: (labels[number], files[number]))
-        whole, zero = torch.full((len(files),), WHOLE_FILE), torch.zeros(len(files), dtype=torch.int64)
-        sorted_labels = torch.tensor([labels[number] for number in numbers])
-        return cls.of(root, (files[n] for n in numbers), sorted_labels, torch.arange(len(files)), zero, whole)
+    def of_files(cls, root: Path, files: Sequence[str], classes: Sequence[str]) -> "Catalogue":
+        """Of whole files, by class and name."""
+        labels = np.unique(classes, return_inverse=True)[1].tolist()
+        images = sorted(zip(labels, files, strict=True))
+        table = torch.tensor([(label, number, 0, WHOLE_FILE) for number, (label, _) in enumerate(images)])
+        return cls.of(root, (name for _, name in images), table)
+
+    @property
+    def labels(self) -> Tensor:
+        return self.table[:, 0]
 
     def fingerprint(self) -> str:
         """The SHA-256 of all that is known here, but for the root, which machines may mount in different places."""
-        columns = (self.names, self.starts, self.labels, self.file, self.offset, self.size)
-        sha256 = hashlib.sha256()
-        for column in columns:
-            sha256.update(memoryview(column.contiguous().view(torch.uint8).numpy()))
-        return sha256.hexdigest()
+        facts = (self.names.dtype.str.encode(), self.names.tobytes(), self.table.numpy().tobytes())
+        return hashlib.sha256(b"".join(facts)).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.table)
 
     def subset(self, indices: Tensor) -> "Catalogue":
         """The images of these numbers, numbered anew."""
-        columns = {name: getattr(self, name)[indices] for name in ("labels", "file", "offset", "size")}
-        return replace(self, **columns)
+        return replace(self, table=self.table[indices])
 
     def read(self, index: int) -> tuple[bytes, str]:
         """The bytes of an image, and what to call it.
@@ -83,9 +73,8 @@ class Catalogue:
         Raises:
             OSError: they are not there.
         """
-        number, offset, size = (int(column[index]) for column in (self.file, self.offset, self.size))
-        start, end = self.starts[number : number + 2].tolist()
-        path = self.root / os.fsdecode(bytes(self.names[start:end].tolist()))
+        _, number, offset, size = self.table[index].tolist()
+        path = self.root / os.fsdecode(self.names[number])
         if size == WHOLE_FILE:
             return path.read_bytes(), str(path)
         name = f"{path}, byte {offset}"
@@ -136,73 +125,57 @@ def class_folders(root: Path) -> list[str]:
 def index_folder(root: Path, files: Iterable[str] | None = None, *, labelled: bool = True) -> Catalogue:
     """The image files at any depth, by class and path. The folders directly below are the classes.
 
-    Args:
-        root: the folder.
-        files: below it, if they are known.
-        labelled: whether there must be class folders and nothing beside them; else images beside them are taken, too,
-            and none has a label.
+    ``files`` are those below the folder, if they are known. Unless it must be ``labelled``, images beside the class
+    folders are taken, too, and none has a label.
 
     Raises:
-        UsageError: no such folder, no class folders, an empty class, or nothing that can be read.
+        UsageError: no class folders, an empty class, or nothing that can be read.
     """
-    if not root.is_dir():
-        raise UsageError(f"--data {root}: no such folder")
-    files, classes = [*(files_below(root) if files is None else files)], class_folders(root)
+    files, classes = [*(files or files_below(root))], class_folders(root)
     images = [name for name in files if is_image(name)]
     folder_of = [name.partition(os.sep)[0] if os.sep in name else "" for name in images]
     if len(classes) > 1 and {name.lower() for name in classes} <= PARTS:
-        raise UsageError(
-            f"--data {root}: {', '.join(classes)} are no classes. Give the part to pretrain on, such as "
-            f"{root / classes[0]}"
-        )
+        part = root / classes[0]
+        raise UsageError(f"--data {root}: {', '.join(classes)} are no classes. Give the part to read, such as {part}")
     if not images:
         raise UsageError(f"--data {root}: no image, found {kinds(files)}; {CAN_READ}")
     if "" in folder_of:
         if labelled:
             raise UsageError(f"--data {root}: expected class folders alone, found {folder_of.count('')} images beside")
-        return Catalogue.of_files(root, images, [0] * len(images))
+        return Catalogue.of_files(root, images, [""] * len(images))
     if empty := sorted({*classes} - {*folder_of}):
-        raise UsageError(
-            f"--data {root}: no image in {len(empty)} of {len(classes)} class folders, the first is {empty[0]}. Remove "
-            f"it or fill it ({', '.join(SUFFIXES)})"
-        )
-    numbers = {name: label for label, name in enumerate(classes)}
-    return Catalogue.of_files(root, images, [numbers[folder] for folder in folder_of])
+        count = f"{len(empty)} of {len(classes)} class folders"
+        raise UsageError(f"--data {root}: no image in {count}, the first is {empty[0]}. Remove it or fill it")
+    return Catalogue.of_files(root, images, folder_of)
 
 
 def index_list(path: Path) -> Catalogue:
     """The images that a list names; their paths begin at its folder.
 
-    In a text file a path stands in each line, with or without a number behind it for the class. In a table the columns
-    are told by their heads, such as path and label; without heads the path is the first and a label the second.
+    In a text file a path stands in each line, with or without a number behind it for the class. In a table it is in the
+    first column that has images, and the label in the next one, or in the one that a line of heads calls so.
 
     Raises:
         UsageError: it cannot be read or is empty, names something else than images, or has a label for some alone.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--data {path}: cannot be read as a list ({first_line(error)})") from None
-    separator = LISTS[path.suffix.lower()]
-    if separator:
-        rows = [
-            [cell.strip() for cell in row] for row in csv.reader(text.splitlines(), delimiter=separator) if any(row)
-        ]
+    if separator := LISTS[path.suffix.lower()]:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator)]
     else:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
         rows = [[line] if is_image(line) else line.rsplit(maxsplit=1) for line in lines]
-    place, label = 0, 1
-    if rows and not any(map(is_image, rows[0])):
-        heads = [head.lower() for head in rows.pop(0)]
-        places = [[n for n, head in enumerate(heads) if head in known] for known in (PATH_COLUMNS, LABEL_COLUMNS)]
-        place, label = (found[0] if found else default for found, default in zip(places, (0, len(heads)), strict=True))
-    files = [row[place] for row in rows if place < len(row)]
+    heads = rows.pop(0) if len(rows) > 1 and not any(map(is_image, rows[0])) else []
+    place = next((number for number, cell in enumerate(rows[0] if rows else []) if is_image(cell)), 0)
+    named = [number for number, head in enumerate(heads) if head.lower() in LABEL_COLUMNS]
+    label = named[0] if named else len(heads) or place + 1
+    files = ["".join(row[place : place + 1]) for row in rows]
+    labels = ["".join(row[label : label + 1]) for row in rows]
     others = [name for name in files if not is_image(name)]
     if others or not files:
-        found = f"{others[0]!r}" if others else "nothing"
+        found = repr(others[0]) if others else "nothing"
         raise UsageError(f"--data {path}: expected a path of an image in each line ({' '.join(SUFFIXES)}), got {found}")
-    labels = [row[label] for row in rows if label < len(row) and row[label]]
-    if labels and len(labels) < len(files):
-        raise UsageError(f"--data {path}: {len(files) - len(labels)} of {len(files)} images have no label")
-    numbers = {name: number for number, name in enumerate(sorted(set(labels)))}
-    return Catalogue.of_files(path.parent, files, [numbers[name] for name in labels] or [0] * len(files))
+    if any(labels) and not all(labels):
+        raise UsageError(f"--data {path}: {labels.count('')} of {len(files)} images have no label")
+    return Catalogue.of_files(path.parent, files, labels)

@@ -70,8 +70,7 @@ def load_tree(root: Path) -> Tree:
 
 def paths_of(part: Catalogue) -> list[str]:
     """Of every image, below the catalogue's root."""
-    packed, starts = part.names.numpy().tobytes(), part.starts.tolist()
-    return [os.fsdecode(packed[starts[file] : starts[file + 1]]) for file in part.file.tolist()]
+    return [os.fsdecode(name) for name in part.names[part.table[:, 1].numpy()]]
 
 
 def training_view(settings: Reading) -> View:

@@ -36,17 +36,11 @@ class PixelSettings:
         return self.mean or usual[0], self.std or usual[1]
 
     def check_pixels(self) -> None:
-        """Compare the flags with each other.
-
-        Raises:
-            UsageError: not a mean and a deviation above 0 for each channel, or an empty range.
-        """
+        """Raise UsageError if mean and deviation are not for each channel, a deviation is 0 or the range empty."""
         for flag, values in zip(("--mean", "--std"), self.statistics(), strict=True):
             if len(values) != self.channels:
-                raise UsageError(
-                    f"{flag}: expected {self.channels} numbers, one for each of --channels, got {len(values)}"
-                )
-        if min(self.statistics()[1]) <= 0:
+                raise UsageError(f"{flag}: expected {self.channels} numbers, as many as --channels, got {len(values)}")
+        if self.std and min(self.std) <= 0:
             raise UsageError(f"--std: expected numbers above 0, got {min(self.std):g}")
         if self.value_range and not self.value_range[0] < self.value_range[1]:
             raise UsageError("--value-range {:g} {:g}: expected the lower value first".format(*self.value_range))

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from io import TextIOWrapper
 
 from barlow_recipes import distributed
-from barlow_recipes.errors import Aborted, Interrupted, UsageError
+from barlow_recipes.errors import LOST_WORKER, Aborted, Interrupted, UsageError
 
 OUT_OF_MEMORY = "out of memory: try --checkpoint-activations, --accumulate, a smaller --batch-size or --projector"
 KNOWN_FAILURES = {  # by a part of a RuntimeError's message
     "out of memory": OUT_OF_MEMORY,
     "allocate memory": OUT_OF_MEMORY,
+    "DataLoader worker": LOST_WORKER,
     "by peer": "another process of this run has ended",
 }
 

@@ -1,20 +1,16 @@
 """Images in webdataset shards: tar archives in which the files ``KEY.jpg`` and ``KEY.cls`` make up a labelled image.
 
-Each archive is indexed once, by its headers. After that an image is read from its place in the archive as if it were
-a file of its own, so the order of the images, what is held out, and resuming in the middle of an epoch are exactly what
-they are for folders, with any number of workers and processes. The price is a seek for every image: a network file
-system on which seeks are slow wants bigger reads than these.
+Each archive is indexed once, by its headers. After that an image is read from its place in it like a file of its own:
+order, what is held out and resuming are those of folders. The price is a seek for every image.
 """
 
 import hashlib
-import json
 import os
 import re
 import tarfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,14 +23,7 @@ KEY = re.compile(r"((?:.*/)?[^./]+)\.(?:[^/]*\.)?([^./]+)")  # webdataset's key,
 NO_LABEL = -1
 
 
-class Entry(NamedTuple):
-    """An image in a shard; entries sort as the files of folders do."""
-
-    label: int
-    name: str
-    shard: int
-    offset: int
-    size: int
+Entry = tuple[int, str, int, int, int]  # label, name, number of the shard, offset and size; sorted as files of folders
 
 
 def choose_shards(archives: Sequence[Path]) -> list[Path]:
@@ -53,24 +42,28 @@ def index_shards(root: Path, shards: Sequence[Path]) -> Catalogue:
     Raises:
         UsageError: a shard is damaged or has no image, or some of the images have no label.
     """
-    columns = _cached(shards)
-    if columns is None:
+    table: Tensor | None = None
+    with suppress(OSError, RuntimeError, ValueError):  # no index is kept, no home, damage
+        table = checkpoint.read(_place(shards))
+    if table is None:
         entries = sorted(entry for number, shard in enumerate(shards) for entry in _index(number, shard))
-        columns = torch.tensor([(label, number, offset, size) for label, _, number, offset, size in entries])
-        _cache(shards, columns)
-    labels, file, offset, size = columns.unbind(dim=1)
-    unlabelled = int((labels == NO_LABEL).sum())
-    if 0 < unlabelled < len(labels):
+        table = torch.tensor([(label, number, offset, size) for label, _, number, offset, size in entries])
+        with suppress(OSError, RuntimeError, Aborted):  # there may be no place; a 1 GB archive takes a second to index
+            place = _place(shards)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.save(place, table)
+    unlabelled = int((table[:, 0] == NO_LABEL).sum())
+    if 0 < unlabelled < len(table):
         raise UsageError(
-            f"--data {root}: {unlabelled} of {len(labels)} images have no label. Expected a KEY.cls or a "
-            "KEY.json with a whole number ≥ 0 for each image, or for none"
+            f"--data {root}: {unlabelled} of {len(table)} images have no label. Expected a KEY.cls with a whole number "
+            "≥ 0 for each image, or for none"
         )
-    classes = labels.unique(return_inverse=True)[1]
-    return Catalogue.of(root, (str(shard.relative_to(root)) for shard in shards), classes, file, offset, size)
+    table[:, 0] = table[:, 0].unique(return_inverse=True)[1]
+    return Catalogue.of(root, (str(shard.relative_to(root)) for shard in shards), table)
 
 
 def _index(number: int, shard: Path) -> list[Entry]:
-    images: list[tuple[str, Entry]] = []
+    images: list[tuple[str, str, int, int]] = []
     labels: dict[str, int] = {}
     try:
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
@@ -80,55 +73,23 @@ def _index(number: int, shard: Path) -> list[Entry]:
                     continue
                 key, extension = match[1], match[2].lower()
                 if f".{extension}" in SUFFIXES:
-                    images.append((key, Entry(NO_LABEL, member.name, number, member.offset_data, member.size)))
-                elif extension in ("cls", "json"):
-                    content = archive.extractfile(member)
-                    label = _label(content.read() if content else b"", extension)
-                    labels[key] = max(label, labels.get(key, NO_LABEL))
-            _check_end(file, archive.offset)
+                    images.append((key, member.name, member.offset_data, member.size))
+                elif extension == "cls" and (content := archive.extractfile(member)):
+                    number_read = re.fullmatch(rb"\s*(\d{1,18})\s*", content.read())
+                    labels[key] = int(number_read[1]) if number_read else NO_LABEL
+            # A damaged header is for tarfile as good as the end, which is a block of zeros.
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset}")
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UsageError(f"--data {shard}: not a whole tar archive, uncompressed ({first_line(error)})") from None
     if not images:
         raise UsageError(f"--data {shard}: no image in it. Expected files KEY{', KEY'.join(SUFFIXES)}")
-    return [entry._replace(label=labels.get(key, NO_LABEL)) for key, entry in images]
+    return [(labels.get(key, NO_LABEL), name, number, offset, size) for key, name, offset, size in images]
 
 
-def _label(content: bytes, extension: str) -> int:
-    try:
-        if extension == "json":
-            fields = json.loads(content)
-            content = str(fields.get("label", fields.get("cls"))).encode()
-        label = int(content)
-    except (AttributeError, ValueError):
-        return NO_LABEL
-    return label if 0 <= label < 2**63 else NO_LABEL
-
-
-def _check_end(file: BinaryIO, offset: int) -> None:
-    """Tell a damaged header, for tarfile as good as the end, from the block of zeros that is one."""
-    file.seek(offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"damaged or cut off at byte {offset}")
-
-
-def _cache_path(shards: Sequence[Path]) -> Path:
-    """Its name says of which shards it is: any that changes has another size or another time."""
+def _place(shards: Sequence[Path]) -> Path:
+    """Where the index of these shards is kept: any of them that changes has another size or another time."""
     stats = [(str(shard.resolve()), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
     key = hashlib.blake2b(repr((SUFFIXES, stats)).encode(), digest_size=16).hexdigest()
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "barlow-loss" / f"shards-{key}"
-
-
-def _cached(shards: Sequence[Path]) -> Tensor | None:
-    with suppress(OSError, RuntimeError, ValueError):  # no cache, no home, damage
-        columns: Tensor = checkpoint.read(_cache_path(shards))
-        return columns
-    return None
-
-
-def _cache(shards: Sequence[Path], columns: Tensor) -> None:
-    """Keep the index, if there is a place for it: of a 1 GB archive of 10,000 images it takes a second to make."""
-    with suppress(OSError, RuntimeError, Aborted):
-        path = _cache_path(shards)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path, columns)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "barlow-loss", f"shards-{key}")

@@ -2,16 +2,15 @@
 
 Workers crop and flip with torchvision. Colours are changed a batch at a time, each image in its own way: by a worker
 (a batch of one), on the device, or in memory where the images are small. These operations are ours: of one image with
-224 pixels torchvision's v2 takes longer than the official pipeline on Pillow (its hue and its blur take six times as
-long as these), and of 256 small ones kornia takes two and a half times as long as these.
+224 pixels torchvision's v2 takes longer than the official pipeline on Pillow (its hue 2 to 8 times as long as these,
+its blur 5 to 6 times), and of 256 small ones kornia takes two and a half times as long as these.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import permutations
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +18,6 @@ from torch.nn import functional as F
 
 from barlow_recipes.errors import require
 from barlow_recipes.pixels import USUAL, PixelSettings, as_float
-
-if TYPE_CHECKING:
-    from torchvision.transforms import v2
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width : height
 CROP_TRIES = 10  # torchvision's
@@ -74,7 +70,7 @@ class Decisions(NamedTuple):
 
 
 def draw(recipe: ViewRecipe, n: int, generator: torch.Generator | None = None) -> Tensor:
-    """Decide about ``n`` views: (n, D) float32, by the generator or by torch's default one."""
+    """Decide about ``n`` views, by the generator or by torch's default one: (n, D) float32."""
     uniform = torch.rand(len(Decisions._fields) + 2, n, generator=generator)
     left, top, flip, jitter, order, *strengths, grayscale, blur, sigma, solarize, _ = uniform
     factors = [1 + reach * (2 * unit - 1) for reach, unit in zip(recipe.color_jitter[:3], strengths, strict=False)]
@@ -104,45 +100,28 @@ def _crop_sizes(recipe: ViewRecipe, n: int, generator: torch.Generator | None) -
     return width.gather(1, first)[:, 0], height.gather(1, first)[:, 0]
 
 
-def image_view(recipe: ViewRecipe, size: int, pixels: PixelSettings = USUAL) -> Callable[[Tensor], Tensor]:
-    """The random transformation of view 1 or view 2, by torch's default generator.
+class View:
+    """The random transformation of view 1 or view 2 by a worker, by torch's default generator.
 
-    Args:
-        recipe: of the view; the published ones are ``PAPER``.
-        size: of the square result, in pixels.
-        pixels: what to normalise by.
-
-    Returns:
-        A function from (C, H, W), uint8 or float in [0, 1], to (C, size, size) float32.
+    From (C, H, W), uint8 or float in [0, 1], to (C, size, size) float32; or to what :func:`finished` takes, if pixels
+    are to be ``left`` in uint8 or float32.
     """
-    return partial(_whole, recipe, _cropped(recipe, size), pixels)
 
+    def __init__(
+        self, recipe: ViewRecipe, size: int, pixels: PixelSettings = USUAL, left: torch.dtype | None = None
+    ) -> None:
+        v2: Any = require("torchvision.transforms.v2", "--data")
+        crop = v2.RandomResizedCrop(size, recipe.crop_scale, CROP_RATIO, v2.InterpolationMode.BICUBIC, antialias=True)
+        self.crop = v2.Compose([crop, v2.RandomHorizontalFlip(recipe.flip)])
+        self.recipe, self.pixels, self.left = recipe, pixels, left
 
-def _whole(recipe: ViewRecipe, crop: Callable[[Tensor], Tensor], pixels: PixelSettings, image: Tensor) -> Tensor:
-    return pixels.normalized(colored(as_float(crop(image)[None]), draw(recipe, 1)))[0]
-
-
-def unfinished_view(recipe: ViewRecipe, size: int, eight_bits: bool = True) -> Callable[[Tensor], UnfinishedView]:
-    """A worker's part of a view, for :func:`finished`; a DataLoader collates them to one for the batch.
-
-    With ``eight_bits`` the pixels are uint8, else float32, whatever the image is.
-    """
-    return partial(_unfinished, recipe, _cropped(recipe, size), eight_bits)
-
-
-def _unfinished(
-    recipe: ViewRecipe, crop: Callable[[Tensor], Tensor], eight_bits: bool, image: Tensor
-) -> UnfinishedView:
-    pixels = crop(image)
-    if eight_bits and pixels.is_floating_point():
-        pixels = pixels.clamp(0, 1).mul(255).round().byte()
-    return UnfinishedView(pixels if eight_bits else as_float(pixels), draw(recipe, 1)[0])
-
-
-def _cropped(recipe: ViewRecipe, size: int) -> "v2.Compose":
-    v2 = require("torchvision.transforms.v2", "--data")
-    crop = v2.RandomResizedCrop(size, recipe.crop_scale, CROP_RATIO, v2.InterpolationMode.BICUBIC, antialias=True)
-    return v2.Compose([crop, v2.RandomHorizontalFlip(recipe.flip)])
+    def __call__(self, image: Tensor) -> Tensor | UnfinishedView:
+        cropped, decisions = self.crop(image), draw(self.recipe, 1)
+        if self.left is None:
+            return finished(UnfinishedView(cropped[None], decisions), torch.device("cpu"), self.pixels)[0]
+        if self.left == torch.uint8 and cropped.is_floating_point():
+            cropped = cropped.clamp(0, 1).mul(255).round().byte()
+        return UnfinishedView(cropped if self.left == torch.uint8 else as_float(cropped), decisions[0])
 
 
 def finished(view: Tensor | UnfinishedView, device: torch.device, pixels: PixelSettings = USUAL) -> Tensor:
@@ -155,13 +134,10 @@ def finished(view: Tensor | UnfinishedView, device: torch.device, pixels: PixelS
 
 def image_without_augmentation(size: int, pixels: PixelSettings = USUAL) -> Callable[[Tensor], Tensor]:
     """Resize the shorter side to 8/7 of ``size``, cut the centre: (C, H, W) to (C, size, size) float32."""
-    v2 = require("torchvision.transforms.v2", "--data")
-    resize = v2.Resize(round(size * 8 / 7), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    return partial(_plain, v2.Compose([resize, v2.CenterCrop(size)]), pixels)
-
-
-def _plain(centre: Callable[[Tensor], Tensor], pixels: PixelSettings, image: Tensor) -> Tensor:
-    return pixels.normalized(as_float(centre(image)).clamp_(0, 1))
+    v2: Any = require("torchvision.transforms.v2", "--data")
+    resize = v2.Resize(round(size * 8 / 7), v2.InterpolationMode.BICUBIC, antialias=True)
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    return v2.Compose([resize, v2.CenterCrop(size), to_float, v2.Normalize(*pixels.statistics())])
 
 
 def small_views(images: Tensor, decisions: Tensor) -> Tensor:
@@ -181,12 +157,10 @@ def crop_small(images: Tensor, decisions: Tensor) -> Tensor:
 
 
 def colored(images: Tensor, decisions: Tensor) -> Tensor:
-    """Do to each image what its row says, to all that an operation concerns at once.
+    """Do to each image what its row of :func:`draw` says, to all that an operation concerns at once.
 
-    Args:
-        images: (n, C, H, W) float32; they may be overwritten. What leaves [0, 1], as cubic interpolation does, is cut.
-            Saturation, hue and greyscale concern images of three channels alone.
-        decisions: (n, D) from :func:`draw`, on the CPU.
+    The images, (n, C, H, W) float32, may be overwritten. What leaves [0, 1], as cubic interpolation does, is cut.
+    Saturation, hue and greyscale concern images of three channels alone.
     """
     drawn = Decisions(*decisions.T)
     jitter = ORDERS[drawn.order.long()]

@@ -271,7 +271,8 @@ def test_the_neighbours_vote_as_scikit_learns_do(tree: Path) -> None:
     torch.manual_seed(0)
     encoder = build_encoder("small-cnn")
     part, reading = load_tree(tree), settings("--image-size", 16, "--batch-size", 8, "--workers", 0, "--device", "cpu")
-    at_random = replace(part.train, labels=torch.randint(3, (30,), generator=torch.Generator().manual_seed(0)))
+    labels = torch.randint(3, (30, 1), generator=torch.Generator().manual_seed(0))
+    at_random = replace(part.train, table=torch.cat([labels, part.train.table[:, 1:]], dim=1))
     loaders = [centres(catalogue, reading) for catalogue in (at_random, part.validation)]
     (bank, labels, _), (queries, truth, _) = (
         neighbours.extract(encoder.module.eval(), loader, torch.device("cpu")) for loader in loaders

@@ -1,49 +1,31 @@
 """What users bring to --data: folders of any shape, lists, data sets; nothing is lost without a word."""
 
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import tifffile
 import torch
 from PIL import Image
-from torch import Tensor
+from sources import fill, load, npy, tensors, tiff
 from torch.utils.data import Dataset
 
-from barlow_recipes import images
 from barlow_recipes.command_line import read
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.decoding import decode
 from barlow_recipes.errors import UsageError
 from barlow_recipes.files import index_folder
-from barlow_recipes.images import find_images, load_images
+from barlow_recipes.images import find_images
 from barlow_recipes.pixels import PixelSettings
-from barlow_recipes.views import PAPER
-
-
-def fill(folder: Path, images: int, start: int = 0) -> Path:
-    """Small colour PNG files, each of one colour of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(start, start + images):
-        Image.new("RGB", (12, 10), (number, 255 - number, 100)).save(folder / f"{number:03}.png")
-    return folder
-
-
-def load(source: object, **changes: Any) -> PretrainingData:
-    settings: dict[str, Any] = {"recipes": PAPER, "image_size": 16, "batch_size": 4, "seed": 0, "workers": 0}
-    settings |= {"timeout": 60, "monitor": True, "pin_memory": False}
-    return load_images(str(source), **(settings | changes))
 
 
 def seen(data: PretrainingData) -> int:
     """How many images an epoch shows, read for real."""
-    views = torch.cat([batch.views[0] for batch in data.pairs.batches(0) if isinstance(batch.views[0], Tensor)])
-    return len(views)
+    batches = [*data.pairs.batches(0)]
+    assert not any(batch.unreadable for batch in batches)
+    return len(torch.cat(tensors(batch.views[0] for batch in batches)))
 
 
 @pytest.mark.parametrize("part", [".", "train", "2021/may/01"])
@@ -54,49 +36,37 @@ def test_a_folder_without_classes_is_pretrained_on_without_a_probe(part: str, tm
     assert any("no probe" in note for note in data.notes)
 
 
-def test_images_beside_class_folders_are_counted(tmp_path: Path) -> None:
+def test_images_beside_class_folders_are_counted_and_other_files_told(tmp_path: Path) -> None:
     fill(fill(tmp_path, 40) / "extra", 20)
+    for name in ("notes.txt", "labels.json"):
+        (tmp_path / name).touch()
     data = load(tmp_path)
     assert (data.images, data.monitor) == (60, None)
+    assert "left out" in data.notes[0]
+    assert "1 .json, 1 .txt" in data.notes[0]
 
 
-def hidden_checkpoints(root: Path) -> None:
-    fill(root / ".ipynb_checkpoints", 5)
-    fill(root / "a" / ".ipynb_checkpoints", 5)
+LITTER: dict[str, Callable[[Path], object]] = {
+    "a hidden folder": lambda root: (root / ".ipynb_checkpoints").mkdir(),
+    "hidden folders with images": lambda root: [fill(root / part / ".ipynb_checkpoints", 5) for part in ("", "a")],
+    "macOS's": lambda root: [(fill(root / "__MACOSX" / "a", 5), (root / "a" / "._000.png").write_bytes(bytes(100)))],
+    "a link in a circle": lambda root: (root / "a" / "up").symlink_to(root),
+}
 
 
-def apple(root: Path) -> None:
-    for path in [*root.rglob("*.png")]:
-        path.with_name(f"._{path.name}").write_bytes(bytes(100))
-    fill(root / "__MACOSX" / "a", 5)
-
-
-@pytest.mark.parametrize("litter", [hidden_checkpoints, apple])
-def test_what_a_system_has_left_is_left_out(litter: Callable[[Path], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize("litter", LITTER.values(), ids=LITTER)
+def test_what_a_system_has_left_is_left_out(litter: Callable[[Path], object], tmp_path: Path) -> None:
     for name in ("a", "b"):
         fill(tmp_path / name, 20)
     litter(tmp_path)
-    catalogue = index_folder(tmp_path)
-    assert torch.bincount(catalogue.labels).tolist() == [20, 20]
+    assert torch.bincount(index_folder(tmp_path).labels).tolist() == [20, 20]
     data = load(tmp_path)
-    assert (data.images, data.notes) == (36, ())
-    assert sum(batch.unreadable for batch in data.pairs.batches(0)) == 0
-
-
-def test_an_empty_hidden_folder_is_no_class(tmp_path: Path) -> None:
-    (fill(tmp_path, 40) / ".ipynb_checkpoints").mkdir()
-    assert load(tmp_path).images == 40
+    assert (data.images, seen(data), data.notes) == (36, 36, ())
 
 
 def test_a_folder_with_the_name_of_an_image_is_a_folder(tmp_path: Path) -> None:
     fill(tmp_path / "all" / "folder.png", 1)
     assert index_folder(tmp_path).read(0)[1] == str(tmp_path / "all" / "folder.png" / "000.png")
-
-
-def test_links_in_a_circle_are_followed_once(tmp_path: Path) -> None:
-    fill(tmp_path / "a", 5)
-    (tmp_path / "a" / "up").symlink_to(tmp_path)
-    assert len(index_folder(tmp_path)) == 5
 
 
 LISTS = {
@@ -123,20 +93,16 @@ def test_a_list_names_images_from_its_folder(
     data = load(tmp_path / name)
     assert data.name == "list"
     assert (data.images, data.monitor is not None) == ((36, True) if labelled else (40, False))
-    assert sum(batch.unreadable for batch in data.pairs.batches(0)) == 0
-
-
-def hugging_face(folder: Path, **columns: Any) -> Any:
-    datasets = pytest.importorskip("datasets")
-    paths = [str(path) for path in sorted(fill(folder, 40).iterdir())]
-    return datasets.Dataset.from_dict({"picture": paths} | columns).cast_column("picture", datasets.Image())
+    assert seen(data) == data.images
 
 
 @pytest.mark.parametrize("kind", ["folder", "splits", "file", "files"])
 def test_hugging_faces_data_sets_are_read(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    found = hugging_face(tmp_path / "png", label=[number % 2 for number in range(40)])
+    paths = [str(path) for path in sorted(fill(tmp_path / "png", 40).iterdir())]
+    found = datasets.Dataset.from_dict({"picture": paths, "label": [number % 2 for number in range(40)]})
+    found = found.cast_column("picture", datasets.Image())
     source = tmp_path / "saved"
     if kind == "folder":
         found.save_to_disk(str(source))
@@ -187,83 +153,54 @@ def test_the_users_own_data_set_is_read(form: str, monkeypatch: pytest.MonkeyPat
     assert data.fingerprint == load(f"own_data:make_{form}", pixels=data.pixels).fingerprint
 
 
-def h5(root: Path) -> Path:
-    for number in range(12):
-        (root / f"{number}.h5").touch()
-    return root
+def put(name: str, content: bytes | str = b"", times: int = 1, given: str = "") -> Callable[[Path], Path]:
+    """A maker of files of one content, numbered if there are several."""
+
+    def make(root: Path) -> Path:
+        for number in range(times):
+            path = root / name.format(number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return root / given
+
+    return make
 
 
-def archive(root: Path) -> Path:
-    (root / "photos.tar.gz").touch()
-    return root
-
-
-def two_kinds(root: Path) -> Path:
-    (fill(root, 5) / "train.tar").touch()
-    return root
-
-
-def empty_class(root: Path) -> Path:
-    fill(root / "full", 1)
-    (root / "void").mkdir()
-    return root
-
-
-def parts(root: Path) -> Path:
-    for part in ("Train", "Val"):
-        fill(root / part / "dog", 1)
-    return root
-
-
-def some_labels(root: Path) -> Path:
-    (root / "list.csv").write_text("a.png,1\nb.png,\n")
-    return root / "list.csv"
-
-
-def no_paths(root: Path) -> Path:
-    (root / "list.txt").write_text("first line\nsecond line\n")
-    return root / "list.txt"
-
-
-def missing(root: Path) -> Path:
-    (root / "list.txt").write_text("".join(f"{number}.png\n" for number in range(9)))
-    return root / "list.txt"
-
-
-def dark(root: Path) -> Path:
-    for number in range(9):
-        tifffile.imwrite(root / f"{number}.tif", np.full((8, 8), 4000 + number, dtype=np.uint16))
-    return root
-
-
-def negative(root: Path) -> Path:
-    for number in range(9):
-        tifffile.imwrite(root / f"{number}.tif", np.full((8, 8), number - 300, dtype=np.int16))
-    return root
-
-
-def bands(root: Path) -> Path:
-    for number in range(9):
-        tifffile.imwrite(root / f"{number}.tif", torch.zeros(13, 20, 20).numpy(), photometric="minisblack")
-    return root
-
-
+BANDS = put("{}.tif", tiff(np.ones((13, 20, 20))), 9)
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda root: root / "nowhere", "no such file or folder"),
     "a module": (lambda _: "nowhere:make", "expected a callable that returns a Dataset.*No module named"),
     "a name": (lambda _: "sys:nothing", "expected a callable .* no attribute"),
-    "another format": (h5, r"no image, found 12 \.h5; can read images \(\.jpg"),
-    "compressed": (archive, r"no image, found 1 \.tar\.gz; can read"),
-    "a compressed file": (lambda root: archive(root) / "photos.tar.gz", "a file that cannot be read; can read"),
-    "two kinds": (two_kinds, r"found 5 \.png, 1 \.tar; expected .* alone"),
-    "an empty class": (empty_class, "no image in 1 of 2 class folders, the first is void"),
-    "parts": (parts, r"Train, Val are no classes. Give the part to pretrain on, such as .*Train"),
-    "some labels": (some_labels, "1 of 2 images have no label"),
-    "no paths": (no_paths, "expected a path of an image in each line .* got 'second'"),
-    "missing files": (missing, r"9 images that were tried, none can be read: .*No such file.*0\.png"),
-    "12 bits": (dark, r"nearly black.* 4000 to 4008 of 65535: give --value-range"),
-    "negative": (negative, r"0\.tif: values from -300 to -300.*--value-range"),
-    "13 bands": (bands, r"0\.tif: 13 channels, but --channels is 3"),
+    "another format": (put("{}.h5", times=12), r"no image, found 12 \.h5; can read images \(\.jpg"),
+    "compressed": (put("photos.tar.gz"), r"no image, found 1 \.tar\.gz; can read"),
+    "a compressed file": (put("photos.tar.gz", given="photos.tar.gz"), "a file that cannot be read; can read"),
+    "two kinds": (lambda root: put("train.tar")(fill(root, 5)), r"found 5 \.png, 1 \.tar; expected .* alone"),
+    "an empty class": (
+        lambda root: put("void/notes.txt")(put("full/0.png")(root)),
+        "no image in 1 of 2 class folders, the first is void",
+    ),
+    "parts": (
+        lambda root: put("Train/dog/0.png")(put("Val/dog/0.png")(root)),
+        r"Train, Val are no classes. Give the part to read, such as .*Train",
+    ),
+    "some labels": (put("list.csv", "a.png,1\nb.png,\n", given="list.csv"), "1 of 2 images have no label"),
+    "no paths": (
+        put("list.txt", "first line\nsecond line\n", given="list.txt"),
+        "expected a path of an image in each line .* got 'second'",
+    ),
+    "missing files": (
+        put("list.txt", "".join(f"{number}.png\n" for number in range(9)), given="list.txt"),
+        r"9 images that were tried, none can be read: .*No such file.*0\.png",
+    ),
+    "12 bits": (
+        put("{}.tif", tiff(np.full((8, 8), 4000, "u2")), 9),
+        "nearly black.* 4000 to 4000 of 65535: give --value",
+    ),
+    "negative": (
+        put("{}.tif", tiff(np.full((8, 8), -300, "i2")), 9),
+        r"0\.tif: values from -300 to -300.*--value-range",
+    ),
+    "13 bands": (BANDS, r"0\.tif: 13 channels, but --channels is 3"),
 }
 
 
@@ -277,18 +214,10 @@ def test_what_cannot_be_read_is_said_in_one_line(make: Callable[[Path], object],
 
 @pytest.mark.parametrize("augment_on", ["workers", "device"])
 def test_images_of_many_bands_become_views(augment_on: str, tmp_path: Path) -> None:
-    load(bands(tmp_path), pixels=PixelSettings(channels=13, value_range=(-1, 1)), augment_on=augment_on)
-    data = load(tmp_path, pixels=PixelSettings(channels=13, value_range=(-1, 1)), augment_on=augment_on)
-    view, _ = next(iter(data.pairs.batches(0))).views
-    assert (view if isinstance(view, Tensor) else view.pixels).shape == (4, 13, 16, 16)
+    data = load(BANDS(tmp_path), pixels=PixelSettings(channels=13), augment_on=augment_on)
+    view, *_ = tensors(next(iter(data.pairs.batches(0))))
+    assert view.shape == (4, 13, 16, 16)
     assert data.pixels.channels == 13
-
-
-def test_files_of_other_kinds_are_told(tmp_path: Path) -> None:
-    for name in ("notes.txt", "labels.json"):
-        (fill(tmp_path, 40) / name).touch()
-    assert "left out" in load(tmp_path).notes[0]
-    assert "1 .json, 1 .txt" in load(tmp_path).notes[0]
 
 
 def test_the_first_unreadable_file_is_named(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
@@ -305,14 +234,6 @@ def test_the_first_unreadable_file_is_named(tmp_path: Path, run: Callable[..., t
     assert int(errors.split(" images of epoch")[0].split()[-1]) <= 12
 
 
-def test_a_platform_without_child_signals_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows."""
-    without = {name: value for name, value in vars(signal).items() if name != "SIGCHLD"}
-    monkeypatch.setattr(images, "signal", SimpleNamespace(**without))
-    assert seen(load(fill(tmp_path, 8), workers=0)) == 8
-    assert seen(load(tmp_path, workers=1)) == 8
-
-
 def test_a_command_describes_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its last line goes to the other programs: what is normalised by it has the mean 0 and the deviation 1."""
     from describe_images import main
@@ -320,7 +241,7 @@ def test_a_command_describes_the_images(tmp_path: Path, capsys: pytest.CaptureFi
     random = np.random.default_rng(0)
     for number in range(20):
         image = (random.normal(size=(4, 12, 10)) * 50 + np.arange(4)[:, None, None] * 400 - 300).astype("i2")
-        np.save(tmp_path / f"{number:02}.npy", image)
+        put(f"{number:02}.npy", npy(image))(tmp_path)
     (tmp_path / "20.npy").write_bytes(b"nothing")
     assert main(["--data", str(tmp_path), "--channels", "4"]) == 0
     *told, flags = capsys.readouterr().out.splitlines()

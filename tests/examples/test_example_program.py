@@ -200,7 +200,7 @@ USAGE = {
     ),
     "no whole step": ("--batch-size 2000 --accumulate 2", "--batch-size 2000: expected at most the number of images"),
     "no folder": ("--data nowhere", "--data nowhere: no such file or folder"),
-    "a batch beyond the data": ("--batch-size 5000", "--batch-size 5000 is more than the 1302 digits"),
+    "a batch beyond the data": ("--batch-size 5000", "--batch-size 5000 is more than the 1302 images"),
     "a missing checkpoint": ("--resume nowhere.pt", "--resume nowhere.pt: no such file"),
 }
 

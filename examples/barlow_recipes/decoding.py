@@ -15,6 +15,7 @@ from barlow_recipes.pixels import USUAL, PixelSettings
 
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes
 OF_DAMAGE = OSError, EOFError, SyntaxError, ValueError, struct.error, IndexError, KeyError, TypeError
+SAMPLE_FORMAT, UNSIGNED, SIGNED = 339, 1, 2  # a tag of TIFF, and two of its values
 SIXTEEN_BITS = 65535  # what is white where an integer has more than eight bits
 
 
@@ -77,12 +78,18 @@ def _opened(content: bytes, name: str, pixels: PixelSettings) -> Any:
             raise UnfitError(
                 f"{name}: of its 16 bits Pillow reads 8, too few for --value-range: save it as TIFF or .npy"
             )
-        if not tiff or not (deep or getattr(image, "n_frames", 1) > 1 or pixels.channels > len("RGBA")):
+        many = getattr(image, "n_frames", 1) > 1 or pixels.channels > len("RGBA")
+        if not tiff or not (deep or many or _has_wrong_signs(image)):
             return image
     except UnidentifiedImageError:
         if not tiff:
             raise ValueError("in no format that is known") from None
     return require("tifffile", f"{name}, a TIFF that Pillow cannot read,").imread(io.BytesIO(content))
+
+
+def _has_wrong_signs(tiff: Any) -> bool:
+    """Pillow 13 takes int8 for uint8 and uint32 for int32: findings/pillow_reads_signed_tiff_bytes_as_unsigned.sh."""
+    return (tiff.mode, *tiff.tag_v2.get(SAMPLE_FORMAT, (UNSIGNED,))[:1]) in (("L", SIGNED), ("I", UNSIGNED))
 
 
 def _of_pillow(image: Image.Image, name: str, channels: int) -> Any:

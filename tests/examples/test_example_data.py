@@ -139,6 +139,8 @@ DEEP: dict[str, tuple[bytes, Any, dict[str, Any]]] = {
     "uint16, big-endian": (tiff((65535 * RAMP).astype(">u2"), byteorder=">"), RAMP, {}),
     "12 bits in 16": (tiff((4095 * RAMP).astype("u2")), RAMP, {"value_range": (0, 4095)}),
     "int16, negative": (tiff((2000 * RAMP - 1000).astype("i2")), RAMP, {"value_range": (-1000, 1000)}),
+    "int8, negative": (tiff((200 * RAMP - 100).astype("i1")), RAMP, {"value_range": (-100, 100)}),
+    "uint32, large": (tiff((4e9 * RAMP).astype("u4")), RAMP, {"value_range": (0, 4e9)}),
     "float32": (tiff(RAMP.astype("f4")), RAMP, {}),
     "float64": (tiff(RAMP), RAMP, {}),
     "float32, of temperatures": (tiff((40 * RAMP + 270).astype("f4")), RAMP, {"value_range": (270, 310)}),

@@ -73,9 +73,9 @@ def read_weights(path: Path) -> Weights:
     Raises:
         UsageError: it is not there, damaged, or has no tensors; or its tensors could only be read by running code.
     """
-    path, ignored, own = _file_of(path), (), False
+    path, ignored, own, safe = _file_of(path), (), False, path.suffix == ".safetensors"
     try:
-        if path.suffix == ".safetensors":
+        if safe:
             content, settings = _safetensors(path)
         elif own := checkpoint.is_ours(path):
             content = checkpoint.read(path)
@@ -91,7 +91,7 @@ def read_weights(path: Path) -> Weights:
     if not tensors:
         some = ", ".join(map(str, list(content)[:3])) or "nothing"
         raise UsageError(f"weights {path}: expected tensors by their names, got {some}")
-    if path.suffix == ".safetensors":
+    if safe:
         return Weights(path, SAFETENSORS, tensors, settings)
     if own and set(content) >= checkpoint.PARTS:
         return Weights(path, OURS, tensors, content["settings"], content)
@@ -159,7 +159,7 @@ def _foreign(path: Path) -> tuple[Any, tuple[str, ...]]:
             name = name if "." in name else f"builtins.{name}"  # as the message leaves out
             if not mapping and (not unknown or name in inert):
                 # The first line of torch.load's advises to run what is in the file.
-                reason = re.search(r"WeightsUnpickler error: (.+)", str(error))
+                reason = re.search(r"\n\n(.+)\n\nCheck the documentation", str(error))
                 said = reason[1] if reason else first_line(error)
                 raise ValueError(f"not a file of tensors and plain values: {said}") from None
             inert[name] = _inert_mapping(name) if mapping else type(name, (_Inert,), {"__module__": "inert"})

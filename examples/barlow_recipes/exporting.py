@@ -11,7 +11,7 @@ from barlow_recipes import checkpoint
 from barlow_recipes.encoders import SMALL_ARCHS, TIMM, Encoder, is_own, resnets
 from barlow_recipes.errors import Aborted, UsageError, first_line, require
 from barlow_recipes.outputs import replacing
-from barlow_recipes.weights import load_encoder
+from barlow_recipes.weights import digest, load_encoder
 
 SAFETENSORS, CARD = "backbone.safetensors", "README.md"
 
@@ -53,10 +53,10 @@ def write_files(encoder: Encoder, folder: Path) -> list[Path]:
 
 
 def check(encoder: Encoder, path: Path) -> list[str]:
-    """Load the file by every way that the card names, which are returned, and compare the features of random images.
+    """Load the file by every way that the card names, which are returned; compare weights and features bit for bit.
 
     Raises:
-        Aborted: one of them gives other features.
+        Aborted: one of them gives another encoder.
     """
     images = torch.rand(2, *encoder.shape, generator=torch.Generator().manual_seed(0))
     expected = _features(encoder.module, images)
@@ -69,8 +69,8 @@ def check(encoder: Encoder, path: Path) -> list[str]:
         loaded[way] = names["model"]
         loaded[way].load_state_dict(state)
     for way, module in loaded.items():
-        if not torch.equal(_features(module, images), expected):
-            raise Aborted(f"{path}: loaded by {way}, the encoder has other features than the one that was exported")
+        if digest(module) != digest(encoder.module) or not torch.equal(_features(module, images), expected):
+            raise Aborted(f"{path}: loaded by {way}, the encoder is not the one that was exported")
     return list(loaded)
 
 

@@ -19,7 +19,6 @@ TIMM = "timm/"  # before the name of an architecture of timm
 RANDOM = "random weights"
 PHOTOGRAPH = 224
 REFUSALS = (AssertionError, RuntimeError, TypeError, ValueError)  # each architecture has its own way to say no
-Shape = tuple[int, int, int]  # (C, H, W)
 
 
 class Encoder(NamedTuple):
@@ -35,7 +34,7 @@ class Encoder(NamedTuple):
     stem: str
     source: str = RANDOM
     heads: tuple[str, ...] = ()
-    shape: Shape = (3, PHOTOGRAPH, PHOTOGRAPH)
+    shape: tuple[int, int, int] = (3, PHOTOGRAPH, PHOTOGRAPH)
     options: Mapping[str, Any] = {}
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from barlow_recipes import checkpoint
 from barlow_recipes.encoders import SMALL_ARCHS, TIMM, Encoder, is_own, resnets
@@ -52,31 +51,23 @@ def write_files(encoder: Encoder, folder: Path) -> list[Path]:
     return [folder / name for name in (name, *others)]
 
 
+@torch.no_grad()
 def check(encoder: Encoder, path: Path) -> list[str]:
-    """Load the file by every way that the card names, which are returned; compare weights and features bit for bit.
-
-    Raises:
-        Aborted: one of them gives another encoder.
-    """
+    """Load the file by every way that the card names, and compare weights and features bit for bit (Aborted)."""
     images = torch.rand(2, *encoder.shape, generator=torch.Generator().manual_seed(0))
-    expected = _features(encoder.module, images)
+    expected = encoder.module.cpu().eval()(images)
     loaded = {"this program": load_encoder(path, encoder.arch, encoder.stem, *encoder.shape[:2]).module}
     library: Any = require("safetensors.torch", path.name)
-    plain = path.suffix != ".safetensors"
-    state = torch.load(path, map_location="cpu", weights_only=True) if plain else library.load_file(path)
+    of_torch = path.suffix == ".pth"
+    state = torch.load(path, map_location="cpu", weights_only=True) if of_torch else library.load_file(path)
     for way, code in building_code(encoder).items():
         exec(code, names := {})
         loaded[way] = names["model"]
         loaded[way].load_state_dict(state)
     for way, module in loaded.items():
-        if digest(module) != digest(encoder.module) or not torch.equal(_features(module, images), expected):
+        if digest(module) != digest(encoder.module) or not torch.equal(module.eval()(images), expected):
             raise Aborted(f"{path}: loaded by {way}, the encoder is not the one that was exported")
     return list(loaded)
-
-
-@torch.no_grad()
-def _features(module: nn.Module, images: Tensor) -> Tensor:
-    return module.cpu().eval()(images)
 
 
 def hub_of(repository: str) -> Any:

@@ -1,6 +1,5 @@
 """The card that goes with an exported encoder: what it is, how to load it, where it comes from, what it is worth."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +22,7 @@ MEASURED = "--weights"  # in the settings of results: the digest of what was eva
 def read_results(folders: Sequence[Path], encoder: Encoder) -> list[list[str]]:
     """Of every protocol of evaluations and transfers: the data, its name, and its numbers in words.
 
-    Raises:
-        UsageError: a folder has no results, or they are of other weights than the encoder's.
+    UsageError where a folder has no results, or those of other weights than the encoder's.
     """
     rows, weights = [], digest(encoder.module)
     for folder in folders:
@@ -84,7 +82,6 @@ def write_card(encoder: Encoder, files: Sequence[Path], record: dict[str, Any], 
     """Write the card beside the files that it describes."""
     hub: Any = require("huggingface_hub", CARD)
     path, library = files[0].with_name(CARD), "timm" if encoder.arch.startswith(TIMM) else "torchvision"
-    tags = ["barlow-twins", "self-supervised-learning"]
     facts = {
         "name": encoder.arch.removeprefix(TIMM),
         "encoder": encoder,
@@ -92,12 +89,12 @@ def write_card(encoder: Encoder, files: Sequence[Path], record: dict[str, Any], 
         "loading": _loading(encoder, [file.name for file in files if file.name != SAFETENSORS]),
         "pixels": _pixels(encoder, record["settings"]),
         "results": results,
-        "files": {file.name: (file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files},
         "version": __version__,
     }
-    about = hub.ModelCardData(library_name=library, pipeline_tag="image-feature-extraction", tags=tags)
+    about = {"pipeline_tag": "image-feature-extraction", "tags": ["barlow-twins", "self-supervised-learning"]}
+    data = hub.ModelCardData(library_name=library, **about)
     with replacing(path) as temporary:
-        hub.ModelCard.from_template(about, template_path=str(TEMPLATE), **facts, **record).save(temporary)
+        hub.ModelCard.from_template(data, template_path=str(TEMPLATE), **facts, **record).save(temporary)
     return path
 
 

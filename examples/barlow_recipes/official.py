@@ -17,10 +17,8 @@ from barlow_recipes.weights import OFFICIAL, Weights, find, misfit, read_weights
 def initialize(model: BarlowTwins, path: Path, strict: bool = False) -> str:
     """Put the weights of a file into the encoder and, if the file has one that fits, into the projector.
 
-    With ``strict`` the projector has to be there, and fit. Returns in words what came from where.
-
-    Raises:
-        UsageError: the file cannot be read, or its weights do not fit.
+    With ``strict`` the projector has to be there, and fit. Returns in words what came from where; UsageError where the
+    weights do not fit.
     """
     weights = read_weights(path)
     said, problem = _load(model, weights)

@@ -70,8 +70,7 @@ class Match(NamedTuple):
 def read_weights(path: Path) -> Weights:
     """Read a file, or of a run's folder its checkpoint, on the CPU.
 
-    Raises:
-        UsageError: it is not there, damaged, or has no tensors; or its tensors could only be read by running code.
+    UsageError where it is damaged or has no tensors, or they could only be read by running code.
     """
     path, ignored, own, safe = _file_of(path), (), False, path.suffix == ".safetensors"
     try:
@@ -126,10 +125,9 @@ def _safetensors(path: Path) -> tuple[State, dict[str, str]]:
 class _Inert(list[Any]):
     """Stands for whatever torch's reader of tensors and plain values refuses: it takes all, and does nothing."""
 
-    def __init__(self, *_: object) -> None:
-        super().__init__()
-
     __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, *_: object) -> None: ...
 
     def __setstate__(self, _: object) -> None: ...
 
@@ -140,11 +138,7 @@ def _inert_mapping(name: str) -> type:
 
 
 def _foreign(path: Path) -> tuple[Any, tuple[str, ...]]:
-    """What is in a pickle, and the names in it for which there is an inert stand-in.
-
-    Raises:
-        ValueError: it is no pickle, or it asks for more than tensors, plain values and objects.
-    """
+    """What is in a pickle (ValueError), and the names in it for which there is an inert stand-in."""
     inert: dict[str, type] = {}
     while True:
         try:
@@ -181,11 +175,9 @@ def find(weights: Weights, module: nn.Module, heads: tuple[str, ...] = ()) -> Ma
     def taken(names: Names) -> State:
         return {name: tensors[found] for name, found in names.items()}
 
+    shapes = {(name, value.shape) for name, value in expected.items()}
     behind = _behind_prefixes(tensors)
-    fitting = {
-        prefix: sum(name in expected and expected[name].shape == value.shape for name, value in taken(names).items())
-        for prefix, names in behind.items()
-    }
+    fitting = {p: sum((n, tensors[found].shape) in shapes for n, found in behind[p].items()) for p in behind}
     most = max(1, *fitting.values())
     prefixes = _preferred(prefix for prefix in behind if fitting[prefix] == most) or [""]
     inside = {n: found for n, found in behind[prefixes[0]].items() if n in expected or not is_within(n, heads)}
@@ -251,10 +243,8 @@ def load_encoder(
     """The encoder that a file, or a run's folder, has the weights of.
 
     The other arguments are those of :func:`~barlow_recipes.encoders.build_encoder`. What is None is as the file says
-    or, where it is silent, as its names and shapes say of torchvision's ResNets.
-
-    Raises:
-        UsageError: the file cannot be read or its weights do not fit: with the first missing and unexpected names.
+    or, where it is silent, as its names and shapes say of torchvision's ResNets. UsageError where its weights do not
+    fit, with the first missing and unexpected names.
     """
     weights = read_weights(path)
     said = {name: str(value) for name, value in weights.settings.items()}

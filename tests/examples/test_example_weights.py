@@ -6,6 +6,7 @@ import enum
 import functools
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -124,12 +125,12 @@ def test_a_bare_encoder_is_recognized(arch: str, tmp_path: Path) -> None:
 def test_a_file_of_another_architecture(tmp_path: Path) -> None:
     path = tmp_path / "any.pth"
     torch.save(build_encoder("resnet18").module.state_dict(), path)
-    with pytest.raises(UsageError) as failure:
-        load_encoder(path, "resnet50")
-    assert str(failure.value) == (
+    said = (
         f"weights {path}: expected those of resnet50 with the imagenet stem, but 165 names are missing and 0 "
         "unexpected: the first missing is layer1.0.conv3.weight; they fit --arch resnet18 --stem imagenet"
     )
+    with pytest.raises(UsageError, match=f"^{re.escape(said)}$"):
+        load_encoder(path, "resnet50")
     with pytest.raises(UsageError, match=r"conv1\.weight is \(64, 3, 7, 7\) instead of \(64, 3, 3, 3\)"):
         load_encoder(path, "resnet18", "cifar")
 
@@ -226,22 +227,18 @@ def test_files_of_other_programs(layout: dict, said: str, named: str | None, tmp
     assert said in encoder.source
 
 
-def test_longer_encoders_of_numbered_layers_are_not_taken_for_shorter_ones(tmp_path: Path) -> None:
-    longer = build_encoder("small-cnn").module
-    torch.save((longer + nn.Sequential(nn.Linear(128, 128))).state_dict(), tmp_path / "any.pth")
+def test_longer_encoders_are_not_taken_for_shorter_ones(tmp_path: Path) -> None:
+    """Nor deeper for others: ResNet-101 has all names of ResNet-50 with the same shapes, and more."""
+    longer = nn.Sequential(*build_encoder("small-cnn").module, nn.Linear(128, 128)).state_dict()
+    torch.save(longer, tmp_path / "longer.pth")
     with pytest.raises(UsageError, match=r"the first unexpected is 15\.weight"):
-        load_encoder(tmp_path / "any.pth", "small-cnn")
-
-
-def test_deeper_encoders_are_not_taken_for_others(tmp_path: Path) -> None:
-    """ResNet-101 has all names of ResNet-50 with the same shapes, and more."""
+        load_encoder(tmp_path / "longer.pth", "small-cnn")
     with torch.device("meta"):
-        state = {
-            name: torch.zeros(value.shape, device="cpu") for name, value in models.resnet101().state_dict().items()
-        }
-    torch.save({"state_dict": behind("backbone.", state)}, tmp_path / "any.ckpt")
+        state = models.resnet101().state_dict()
+    deeper = behind("backbone.", {name: torch.zeros(value.shape) for name, value in state.items()})
+    torch.save({"state_dict": deeper}, tmp_path / "deeper.pth")
     with pytest.raises(UsageError, match=r"first unexpected is layer3\.6\.conv1\.weight; they fit --arch resnet101"):
-        load_encoder(tmp_path / "any.ckpt", "resnet50")
+        load_encoder(tmp_path / "deeper.pth", "resnet50")
 
 
 @pytest.mark.parametrize("channels", [1, 5])
@@ -369,19 +366,6 @@ def test_a_damaged_file(name: str, damage: str, tmp_path: Path) -> None:
 def test_no_file(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         load_encoder(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("arch", "message"),
-    [
-        ("vit_b_61", "expected digits-cnn, small-cnn, a classifier of torchvision"),
-        ("timm/resnet5", "timm has no model resnet5; it has"),
-        ("squeezenet1_0", "ends with a linear layer"),
-    ],
-)
-def test_unknown_architectures(arch: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        build_encoder(arch)
 
 
 def test_what_a_checkpoint_says_of_itself(tmp_path: Path) -> None:

@@ -572,7 +572,7 @@ EXAMPLE_STEPS = [
         ("tests/distributed/test_official_program.py",),
         (
             "official-momenta-of-vectors-as-they-are",
-            'PAPER["learning_rate_biases"] / learning_rate_biases if learning_rate_biases else 1.0)',
+            "LEARNING_RATE_BIASES / learning_rate_biases if learning_rate_biases else 1.0)",
             "1.0)",
         ),
     ),

@@ -280,7 +280,7 @@ def _number(said: Mapping[str, str], name: str) -> int | None:
 
 def _channels(weights: Weights) -> int:
     """Of the images, as the first convolution in the file says."""
-    return next((value.shape[1] for value in weights.tensors.values() if value.ndim == 4), 3)
+    return next((v.shape[1] for name, v in weights.tensors.items() if v.ndim == 4 and name.endswith("weight")), 3)
 
 
 def misfit(expected: State, found: State) -> str:

@@ -242,7 +242,7 @@ def test_longer_encoders_are_not_taken_for_shorter_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 5])
-@pytest.mark.parametrize("arch", ["resnet18", "small-cnn", "timm/resnet10t", "mobilenet_v3_small"])
+@pytest.mark.parametrize("arch", ["resnet18", "small-cnn", "timm/resnet10t", "timm/pit_ti_224", "mobilenet_v3_small"])
 def test_the_channels_are_seen_from_the_file(arch: str, channels: int, tmp_path: Path) -> None:
     encoder = build_encoder(arch, channels=channels)
     torch.save(encoder.module.state_dict(), tmp_path / "any.pth")

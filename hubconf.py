@@ -11,7 +11,6 @@ They need torch alone; encoders need torchvision or timm, safetensors files safe
 import hashlib
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlparse
 
@@ -48,9 +47,7 @@ def projector(weights: str | None = None, in_features: int = 2048, **settings: A
 def resnet50(pretrained: bool = True, weights: str = OFFICIAL) -> nn.Module:
     """torchvision's ResNet-50, whose classifier ``fc`` is new, as the official entry point of this name gives it.
 
-    Args:
-        pretrained: whether it has the paper's weights, which are downloaded once.
-        weights: of another file: a path or an address.
+    If ``pretrained`` it has the paper's weights, which are downloaded once, or those of another path or address.
     """
     from torchvision.models import resnet50 as build
 
@@ -67,7 +64,7 @@ def encoder(weights: str, arch: str | None = None, stem: str | None = None, **im
     Args:
         weights: a path or an address, of any layout that the example reads: its own runs and exports, the official
             files, a state_dict of torchvision, timm or another program.
-        arch: its architecture, where the file does not say it: of torchvision, "timm/NAME" or "module:callable".
+        arch: where the file does not say it: of torchvision, "timm/NAME" or "module:callable".
         stem: "imagenet" or "cifar", likewise.
         images: their ``channels`` and ``image_size``, likewise.
     """
@@ -84,7 +81,5 @@ def _local(weights: str) -> Path:
     # Of two addresses with the same end, each has a file of its own.
     path = folder / f"{hashlib.sha256(str(weights).encode()).hexdigest()[:8]}-{Path(address.path).name}"
     if not path.exists():
-        with TemporaryDirectory(dir=folder) as temporary:  # a download that is cut off leaves nothing
-            torch.hub.download_url_to_file(str(weights), str(Path(temporary, path.name)))
-            Path(temporary, path.name).replace(path)
+        torch.hub.download_url_to_file(str(weights), str(path))  # one that is cut off leaves nothing
     return path

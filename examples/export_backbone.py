@@ -1,13 +1,10 @@
 """Give a pretrained encoder away: in files that plain torchvision and timm load, with a card that says what it is.
 
-    python examples/export_backbone.py --weights runs/imagenet-resnet50
     python examples/export_backbone.py --weights runs/imagenet-resnet50 --evaluation runs/evaluation --out to-publish
 
 The folder gets ``backbone.safetensors``; where torchvision or timm has the architecture, ``NAME.pth``, a state_dict for
 it; and ``README.md``, the model card, filled from the run's own records. Each file is read back, and the encoder in it
-compared bit for bit with the one that was exported. --push uploads them.
-
-Any weights can be exported, also those of others; the card then says less.
+compared bit for bit with the one that was exported. --push uploads them. Of others' weights the card says less.
 """
 
 from dataclasses import dataclass
@@ -17,6 +14,7 @@ from barlow_recipes.command_line import read
 from barlow_recipes.errors import UsageError
 from barlow_recipes.exporting import check, file_names, hub_of, push, write_files
 from barlow_recipes.model_card import read_record, read_results, write_card
+from barlow_recipes.outputs import writing
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.weights import load_encoder
 
@@ -55,10 +53,8 @@ def run(settings: Settings) -> None:
     taken = [name for name in file_names(encoder) if (out / name).exists()]
     if taken and not settings.overwrite:
         raise UsageError(f"--out {out}: holds {taken[0]}. Choose another folder, or --overwrite")
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot be written ({error.strerror or error})") from None
     files = write_files(encoder, out)
     print(f"{encoder.arch} of {encoder.source}")
     for file in files:

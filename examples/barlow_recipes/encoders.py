@@ -19,13 +19,11 @@ TIMM = "timm/"  # before the name of an architecture of timm
 RANDOM = "random weights"
 PHOTOGRAPH = 224
 REFUSALS = (AssertionError, RuntimeError, TypeError, ValueError)  # each architecture has its own way to say no
-Shape = tuple[int, int, int]  # (C, H, W)
 
 
 class Encoder(NamedTuple):
-    """What makes features of images.
+    """``module`` takes images (N, C, H, W) to features (N, ``features``); it was built for (C, H, W) = ``shape``.
 
-    ``module`` takes images (N, C, H, W) to features (N, ``features``); it was built for (C, H, W) = ``shape``.
     ``heads`` are the names of the classifier that it has no more: a file may have their weights. ``options`` are what
     its library was asked for beside the name.
     """
@@ -36,12 +34,12 @@ class Encoder(NamedTuple):
     stem: str
     source: str = RANDOM
     heads: tuple[str, ...] = ()
-    shape: Shape = (3, PHOTOGRAPH, PHOTOGRAPH)
+    shape: tuple[int, int, int] = (3, PHOTOGRAPH, PHOTOGRAPH)
     options: Mapping[str, Any] = {}
 
 
 def build_encoder(arch: str, stem: str = "imagenet", channels: int = 3, image_size: int | None = None) -> Encoder:
-    """An encoder with random weights.
+    """An encoder with random weights; UsageError where it, or its package, is missing or cannot take such images.
 
     Args:
         arch: "digits-cnn" (grey), "small-cnn", a classifier of torchvision, such as "resnet50" or "vit_b_16", of timm,
@@ -50,33 +48,23 @@ def build_encoder(arch: str, stem: str = "imagenet", channels: int = 3, image_si
         stem: the first layers of a ResNet: "imagenet", or "cifar" for images of 32 pixels.
         channels: of an image.
         image_size: its side in pixels, for architectures that are built for one; None: the architecture's own.
-
-    Raises:
-        UsageError: no such architecture, it cannot take such images or does not give (N, F) features, or the package
-            that has it is missing.
     """
     if arch in SMALL_ARCHS:
         return _small_encoder(arch, stem, channels)
-    if is_resnet(arch):  # they take images of any size
+    if arch in resnets():  # they take images of any size
         return _of_torchvision(arch, stem, channels)
     if stem != "imagenet":
         raise UsageError(f"--stem {stem}: expected a ResNet of torchvision, got --arch {arch}")
     if is_own(arch):
         return _own(arch, channels, image_size)
-    options, features, shape = _plan(arch, channels, image_size)
+    options, found = _plan(arch, channels, image_size)
     build = _of_timm if arch.startswith(TIMM) else _of_torchvision
-    encoder = build(arch, stem, channels, **options)
-    return encoder._replace(features=features or encoder.features, shape=shape or encoder.shape)
+    return build(arch, stem, channels, **options)._replace(**found)
 
 
 def is_own(arch: str) -> bool:
     """Whether it names code of the user's."""
     return ":" in arch and not arch.startswith(TIMM)
-
-
-def is_resnet(arch: str) -> bool:
-    """Whether it is of torchvision's ResNet family."""
-    return not is_own(arch) and not arch.startswith(TIMM) and arch in resnets()
 
 
 def _small_encoder(arch: str, stem: str, channels: int) -> Encoder:
@@ -152,45 +140,47 @@ def _of_timm(arch: str, stem: str, channels: int, **options: Any) -> Encoder:
 
 
 @cache
-def _plan(arch: str, channels: int, image_size: int | None) -> tuple[dict[str, Any], int, Shape | None]:
+def _plan(arch: str, channels: int, image_size: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """How a library is to build an encoder for images of this size: found by trying, without memory for its weights.
 
     Returns:
-        What to ask for beside the name, the width of the features, and the images' shape, where these were found out.
+        What to ask for beside the name, and what was found out of the encoder: its ``features`` and ``shape``.
     """
     of_timm = arch.startswith(TIMM)
     build = _of_timm if of_timm else _of_torchvision
-    # torchvision's give a tensor, and Inception's other classifier, in training alone, takes large images alone.
-    modes = (True, False) if of_timm else (False,)
     ways: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}] if of_timm else [{}]
     ways += [{"img_size" if of_timm else "image_size": image_size}] if image_size else []
-    given = (channels, image_size, image_size) if image_size else None
+    given = {"shape": (channels, image_size, image_size)} if image_size else {}
     reasons = []
     for options in ways:
         try:
             with torch.device("meta"):
-                encoder = build(arch, "imagenet", channels, **options)
-                return options, _width(encoder, given or encoder.shape, modes), given
+                encoder = build(arch, "imagenet", channels, **options)._replace(**given)
+                return options, given | {"features": _width(encoder)}
         except NotImplementedError:  # RegNets of torchvision need memory, and take images of any size
-            return options, 0, given
+            return options, given
         except REFUSALS as error:
-            reasons += [first_line(error)] if "unexpected keyword" not in str(error) else []
+            reasons += [error] if "unexpected keyword" not in str(error) else []
+    raise _refusal(arch, channels, image_size, reasons[-1])
+
+
+def _refusal(arch: str, channels: int, image_size: int | None, error: Exception) -> UsageError:
     size = image_size or PHOTOGRAPH
-    raise UsageError(f"--arch {arch}: cannot take {size} pixels of {channels} channels ({reasons[-1]})")
+    return UsageError(f"--arch {arch}: cannot take {size} pixels of {channels} channels ({first_line(error)})")
 
 
 @torch.no_grad()
-def _width(encoder: Encoder, shape: Shape, modes: Sequence[bool]) -> int:
-    """Of the features that it makes of two images, in training (True) or in evaluation."""
-    for training in modes:
-        features = encoder.module.train(training)(torch.zeros(2, *shape))
-        if not (isinstance(features, Tensor) and features.ndim == 2 and len(features) == 2):
-            found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
-            raise UsageError(
-                f"--arch {encoder.arch}: expected features of shape (2, F) for two images, got {found}. An encoder "
-                "ends with a pooling, such as nn.AdaptiveAvgPool2d(1) and nn.Flatten(), and gives nothing else"
-            )
-    return features.shape[1]
+def _width(encoder: Encoder) -> int:
+    """Of the features that it makes of two images, in evaluation: the weights may be those that will be trained."""
+    features = encoder.module.eval()(torch.zeros(2, *encoder.shape))
+    encoder.module.train()
+    if isinstance(features, Tensor) and features.ndim == 2 and len(features) == 2:
+        return features.shape[1]
+    found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+    raise UsageError(
+        f"--arch {encoder.arch}: expected features of shape (2, F) for two images, got {found}. An encoder ends with a "
+        "pooling, such as nn.AdaptiveAvgPool2d(1) and nn.Flatten(), and gives nothing else"
+    )
 
 
 def _own(arch: str, channels: int, image_size: int | None) -> Encoder:
@@ -201,22 +191,14 @@ def _own(arch: str, channels: int, image_size: int | None) -> Encoder:
     if not isinstance(module, nn.Module):
         raise UsageError(f"--arch {arch}: expected a function that gives an nn.Module, got a {type(module).__name__}")
     encoder = Encoder(module, 0, arch, "imagenet", shape=(channels, side, side))
-    try:  # in evaluation alone: these are the weights that will be trained
-        features = _width(encoder, encoder.shape, [False])
+    try:
+        return encoder._replace(features=_width(encoder))
     except REFUSALS as error:
-        raise UsageError(
-            f"--arch {arch}: cannot take {side} pixels of {channels} channels ({first_line(error)})"
-        ) from None
-    module.train()
-    return encoder._replace(features=features)
+        raise _refusal(arch, channels, image_size, error) from None
 
 
 def imported(name: str, flag: str) -> Callable[..., Any]:
-    """What "module:callable" names; the module may lie in the working directory.
-
-    Raises:
-        UsageError: it cannot be imported, or has no such callable.
-    """
+    """What "module:callable" names (UsageError); the module may lie in the working directory."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
@@ -231,12 +213,8 @@ def imported(name: str, flag: str) -> Callable[..., Any]:
 def freeze(encoder: nn.Module, names: Sequence[str]) -> None:
     """Let parts of an encoder stand still: their parameters, and what their batch norms keep, also in training.
 
-    Args:
-        encoder: a module; its ``train()`` leaves the batch norms of these parts in evaluation.
-        names: of submodules or parameters, such as "layer1" or "layer4.0.conv1"; "all" is all of it.
-
-    Raises:
-        UsageError: it has no parameters of such a name.
+    ``names`` are submodules or parameters (UsageError), such as "layer1" or "layer4.0.conv1"; "all" is all of it. From
+    now on ``encoder.train()`` leaves the batch norms of these parts in evaluation.
     """
     for part in names:
         found = [parameter for name, parameter in encoder.named_parameters() if is_within(name, [part])]

@@ -27,28 +27,25 @@ def baselines(now: Run, name: Literal["monitor", "final"]) -> Accuracies:
 
     A resumed run finds them in its metrics: for ImageNet they take minutes.
     """
-    probe = now.data.final if name == "final" else now.data.monitor
+    probe, device = now.data.final if name == "final" else now.data.monitor, now.settings.device
     rows = [row for row in now.metrics.of_kind("baseline") if row["probe"] == name]
-    if probe is None or rows:
-        return {row["representation"]: row["accuracies"] for row in rows}
-    device = now.settings.device
-    untrained = probes.untrained(random_backbone(now), probe.bank, device)
-    representations = {"raw pixels": probes.raw_pixels, "untrained encoder": untrained}
-    found = {label: probes.evaluate(represent, probe, device) for label, represent in representations.items()}
-    for label, values in found.items():
-        now.metrics.add("baseline", {"step": 0, "probe": name, "representation": label, "accuracies": values})
-    return found
+    if probe and not rows:
+        untrained = probes.untrained(random_backbone(now), probe.bank, device)
+        for label, represent in {"raw pixels": probes.raw_pixels, "untrained encoder": untrained}.items():
+            rows.append({"step": 0, "probe": name, "representation": label})
+            rows[-1]["accuracies"] = probes.evaluate(represent, probe, device)
+            now.metrics.add("baseline", rows[-1])
+    return {row["representation"]: row["accuracies"] for row in rows}
 
 
 def random_backbone(now: Run) -> nn.Module:
     """The encoder as it begins, or of a run that begins with other weights one with random weights."""
+    settings = now.settings
     if now.begun is None:
         return now.state.model.backbone
     with torch.random.fork_rng(devices=[]):
-        settings = now.settings
-        shape = settings.stem, settings.channels, settings.image_size
-        backbone = build_encoder(settings.arch, *shape).module
-    return backbone.to(now.settings.device)
+        backbone = build_encoder(settings.arch, settings.stem, settings.channels, settings.image_size).module
+    return backbone.to(settings.device)
 
 
 def accuracies(now: Run, probe: Probe | None) -> dict[str, float]:
@@ -80,15 +77,8 @@ def draw(now: Run) -> CollapseReport:
     if is_main() and now.before is not None:
         n, d = now.settings.micro_batch_size, z1.shape[1]
         pictures.draw_cross_correlation(now.out / CROSS_CORRELATION, now.before, after, now.state.step)
-        pictures.draw_curves(
-            now.out / CURVES,
-            now.metrics.of_kind("step"),
-            now.metrics.of_kind("epoch"),
-            lambd=now.settings.lambd,
-            noise_floor=noise_floor(n, d),
-            attainable_rank=min(n - 1, LOGGED_PAIRS * world_size() - 1, d),
-            baselines=now.watched,
-        )
+        limits = {"noise_floor": noise_floor(n, d), "rank": min(n - 1, LOGGED_PAIRS * world_size() - 1, d)}
+        pictures.draw_curves(now.out / CURVES, now.metrics, now.watched, lambd=now.settings.lambd, **limits)
     return now.collapse
 
 

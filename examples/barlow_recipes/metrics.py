@@ -18,9 +18,7 @@ HISTORY = ("baseline", "step", "epoch", "collapse", "profile", "event", "test") 
 Row = dict[str, Any]
 
 
-class Mirror(Protocol):
-    """A second place for the metrics."""
-
+class Mirror(Protocol):  # a second place for the metrics
     def add(self, kind: str, row: Mapping[str, Any]) -> None: ...
 
 
@@ -37,14 +35,16 @@ class Metrics:
         """With ``resumed`` and ``step``, keep what its run had written up to the checkpoint."""
         self.path = folder / METRICS if folder else None
         self.mirrors = mirrors
-        past = _read(resumed.with_name(METRICS)) if resumed else []
-        self.rows = [row for row in past if row["kind"] in HISTORY and row["step"] <= step]
+        past = read_rows(resumed.with_name(METRICS)) if resumed else []
+        past = [row for row in past if row["kind"] in HISTORY and isinstance(row.get("step"), int)]
+        self.rows = [row for row in past if row["step"] <= step]
         if self.path:
             with replacing(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
 
     def add(self, kind: str, values: Mapping[str, Any]) -> None:
-        row = {name: _finite(value) for name, value in values.items()}
+        infinite = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        row = {**values, **dict.fromkeys(infinite)}
         self.rows.append({"kind": kind, **row})
         if self.path:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:
@@ -56,17 +56,13 @@ class Metrics:
         return [row for row in self.rows if row["kind"] == kind]
 
 
-def _read(path: Path) -> list[Row]:
-    """The rows with a step of a metrics file; a line that a crash has cut off, or that is another's, is left out."""
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics file; a line that a crash has cut off, or that is another's, is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row]
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return [row for row in rows if isinstance(row, dict) and "kind" in row]
 
 
 class TensorBoard:
@@ -94,11 +90,7 @@ class WeightsAndBiases:
     """
 
     def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
-        """``folder`` is the run's: it gets ``wandb.id``, and ``wandb/`` with what W&B keeps of it here.
-
-        Raises:
-            UsageError: wandb is missing, or nobody is logged in.
-        """
+        """``folder`` is the run's: it gets ``wandb.id`` and ``wandb/``. UsageError where nobody is logged in."""
         wandb: Any = require("wandb", "--wandb")
         kept, project = folder / WANDB_ID, os.environ.get("WANDB_PROJECT", "barlow-twins")
         name = kept.read_text() if resumed_step is not None and kept.is_file() else uuid.uuid4().hex[:8]

@@ -1,7 +1,5 @@
 """The card that goes with an exported encoder: what it is, how to load it, where it comes from, what it is worth."""
 
-import contextlib
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +8,8 @@ from typing import Any
 from barlow_loss import __version__
 from barlow_recipes.encoders import TIMM, Encoder, is_own
 from barlow_recipes.errors import UsageError, first_line, require
-from barlow_recipes.exporting import CARD, SAFETENSORS
-from barlow_recipes.metrics import Row
+from barlow_recipes.exporting import CARD, SAFETENSORS, building_code
+from barlow_recipes.metrics import read_rows
 from barlow_recipes.outputs import BACKBONE, METRICS, RESULTS, replacing
 from barlow_recipes.pixels import MEAN, STD
 from barlow_recipes.tables import accuracy_cells
@@ -24,33 +22,29 @@ MEASURED = "--weights"  # in the settings of results: the digest of what was eva
 def read_results(folders: Sequence[Path], encoder: Encoder) -> list[list[str]]:
     """Of every protocol of evaluations and transfers: the data, its name, and its numbers in words.
 
-    Raises:
-        UsageError: a folder has no results, or they are of other weights than the encoder's.
+    UsageError where a folder has no results, or those of other weights than the encoder's.
     """
-    return [row for folder in folders for row in _results(folder, digest(encoder.module))]
-
-
-def _results(folder: Path, weights: str) -> list[list[str]]:
-    path = folder / RESULTS if folder.is_dir() else folder
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = {**content.get("protocols", {}), **content.get("scores", {})}  # of classification, of detection
-        measured = content.get("settings", {}).get(MEASURED, weights)
-        rows = [[str(content.get("data", "")), name, _numbers(scores)] for name, scores in found.items()]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        reason = f"expected {RESULTS} of an evaluation or a transfer ({first_line(error)})"
-        raise UsageError(f"--evaluation {folder}: {reason}") from None
-    if not {"protocols", "scores"} & set(content):
-        raise UsageError(f"--evaluation {folder}: {path} has neither protocols nor scores")
-    if measured != weights:
-        raise UsageError(f"--evaluation {folder}: its results are of other weights ({content.get('weights')})")
+    rows, weights = [], digest(encoder.module)
+    for folder in folders:
+        path = folder / RESULTS if folder.is_dir() else folder
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found = {**content.get("protocols", {}), **content.get("scores", {})}  # of classification, of detection
+            measured = content.get("settings", {}).get(MEASURED, weights)
+            rows += [[str(content.get("data", "")), name, _numbers(scores)] for name, scores in found.items()]
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            reason = f"expected {RESULTS} of an evaluation or a transfer ({first_line(error)})"
+            raise UsageError(f"--evaluation {folder}: {reason}") from None
+        if not {"protocols", "scores"} & set(content):
+            raise UsageError(f"--evaluation {folder}: {path} has neither protocols nor scores")
+        if measured != weights:
+            raise UsageError(f"--evaluation {folder}: its results are of other weights ({content.get('weights')})")
     return rows
 
 
 def _numbers(scores: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {_plain(value)}" for name, value in scores.items() if isinstance(value, (int, float, str))
-    )
+    plain = {name: value for name, value in scores.items() if isinstance(value, (int, float, str))}
+    return ", ".join(f"{name} {_plain(value)}" for name, value in plain.items())
 
 
 def _plain(value: object) -> str:
@@ -64,13 +58,13 @@ def read_record(weights: Path) -> dict[str, Any]:
     file = read_weights(weights)
     step = file.content.get("step") if file.layout == OURS else None
     # Beside backbone.pt lie its run's metrics, too.
-    rows = _rows(file.path.parent / METRICS) if file.layout == OURS or file.path.name == BACKBONE else []
+    rows = read_rows(file.path.with_name(METRICS)) if file.layout == OURS or file.path.name == BACKBONE else []
     rows = [row for row in rows if step is None or row.get("step", 0) <= step]
     newest = {row["kind"]: row for row in rows}
     epoch = file.content["epoch"] if file.layout == OFFICIAL else newest.get("epoch", {}).get("epoch")
     settings = newest.get("settings") or file.content.get("settings", {})
     accuracies = {row["representation"]: row for row in rows if row["kind"] == "evaluation" and "representation" in row}
-    recipe = {key: settings[key] for key in sorted(settings) if key != "kind" and settings[key] is not None}
+    recipe = {key: value for key, value in sorted(settings.items()) if key != "kind"}
     if recipe:
         command = " ".join(settings.get("command", []))
         recipe |= {"command": f"`{command}`", "done, steps": step, "done, whole epochs": epoch}
@@ -84,21 +78,10 @@ def read_record(weights: Path) -> dict[str, Any]:
     }
 
 
-def _rows(path: Path) -> list[Row]:
-    """The rows of a metrics file; a line that a crash has cut off is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
 def write_card(encoder: Encoder, files: Sequence[Path], record: dict[str, Any], results: list[list[str]]) -> Path:
     """Write the card beside the files that it describes."""
     hub: Any = require("huggingface_hub", CARD)
-    of_timm, path = encoder.arch.startswith(TIMM), files[0].with_name(CARD)
-    tags = ["barlow-twins", "self-supervised-learning"]
-    library = "timm" if of_timm else "torchvision"
+    path, library = files[0].with_name(CARD), "timm" if encoder.arch.startswith(TIMM) else "torchvision"
     facts = {
         "name": encoder.arch.removeprefix(TIMM),
         "encoder": encoder,
@@ -106,29 +89,23 @@ def write_card(encoder: Encoder, files: Sequence[Path], record: dict[str, Any], 
         "loading": _loading(encoder, [file.name for file in files if file.name != SAFETENSORS]),
         "pixels": _pixels(encoder, record["settings"]),
         "results": results,
-        "files": {file.name: (file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files},
         "version": __version__,
     }
-    about = hub.ModelCardData(library_name=library, pipeline_tag="image-feature-extraction", tags=tags)
+    about = {"pipeline_tag": "image-feature-extraction", "tags": ["barlow-twins", "self-supervised-learning"]}
+    data = hub.ModelCardData(library_name=library, **about)
     with replacing(path) as temporary:
-        hub.ModelCard.from_template(about, template_path=str(TEMPLATE), **facts, **record).save(temporary)
+        hub.ModelCard.from_template(data, template_path=str(TEMPLATE), **facts, **record).save(temporary)
     return path
 
 
 def _loading(encoder: Encoder, others: Sequence[str]) -> str:
     """Code that builds ``model``: by the library that has the encoder, or by PyTorch Hub."""
-    name, options = encoder.arch.removeprefix(TIMM), [f"{key}={value!r}" for key, value in encoder.options.items()]
-    if not others:
-        arch = f', arch="{encoder.arch}"' if is_own(encoder.arch) else ""
-        call = f'torch.hub.load("PATH/TO/barlow-loss", "encoder", "{SAFETENSORS}"{arch}, source="local")'
-        return f"import torch\n\nmodel = {call}"
-    if encoder.arch.startswith(TIMM):
-        lines = [f"model = timm.create_model({', '.join([repr(name), 'num_classes=0', *options])})"]
-    else:
-        lines = [f"model = torchvision.models.{name}({', '.join(options)})"]
-        lines += [f"model.set_submodule({head!r}, torch.nn.Identity())" for head in encoder.heads]
-    lines += [f"model.load_state_dict(torch.load({others[0]!r}, weights_only=True))"]
-    return "\n".join([f"import torch, {'timm' if encoder.arch.startswith(TIMM) else 'torchvision'}", "", *lines])
+    if others:
+        (code, *_) = building_code(encoder).values()
+        return f"{code}model.load_state_dict(torch.load({others[0]!r}, weights_only=True))"
+    arch = f', arch="{encoder.arch}"' if is_own(encoder.arch) else ""
+    call = f'torch.hub.load("PATH/TO/barlow-loss", "encoder", "{SAFETENSORS}"{arch}, source="local")'
+    return f"import torch\n\nmodel = {call}"
 
 
 def _pixels(encoder: Encoder, settings: dict[str, Any]) -> str:

@@ -11,22 +11,14 @@ from barlow_recipes.errors import UsageError
 from barlow_recipes.models import BarlowTwins
 from barlow_recipes.optimization import LARS
 from barlow_recipes.presets import LEARNING_RATE_BIASES
-from barlow_recipes.weights import OFFICIAL, Weights, find, misfit, read_weights, shapes
+from barlow_recipes.weights import OFFICIAL, Weights, find, misfit, read_weights
 
 
 def initialize(model: BarlowTwins, path: Path, strict: bool = False) -> str:
-    """Put the weights of a file into the encoder, and into the projector if the file has one that fits.
+    """Put the weights of a file into the encoder and, if the file has one that fits, into the projector.
 
-    Args:
-        model: the encoder and its projector.
-        path: of the file.
-        strict: whether the projector has to be there, and fit.
-
-    Returns:
-        In words, what came from where.
-
-    Raises:
-        UsageError: the file cannot be read, or its weights do not fit.
+    With ``strict`` the projector has to be there, and fit. Returns in words what came from where; UsageError where the
+    weights do not fit.
     """
     weights = read_weights(path)
     said, problem = _load(model, weights)
@@ -48,19 +40,15 @@ def find_official(path: Path) -> Weights | None:
 
 
 def go_on(weights: Weights, state: TrainingState, learning_rate_biases: float, steps_per_epoch: int) -> str:
-    """Take over model, momenta and epoch of the official program's checkpoint.
+    """Take over model, momenta and epoch of the official program's checkpoint; returns in words what is continued.
 
     Both step by LARS, with μ ← 0.9 μ + d and p ← p − lr·μ, and number the parameters alike: first the matrices, then
     the vectors. Here another learning rate of the vectors may belong to the same updates, since the official gradient
     is 1/W of the true one (see :func:`.presets.official`), and with it another μ: lr·μ stays what it was.
 
-    Returns:
-        In words, what is continued.
-
     Raises:
         UsageError: the weights do not fit the model, or the optimiser is another one.
     """
-    epoch = int(weights.content["epoch"])
     if not isinstance(state.optimizer, LARS):
         raise UsageError(f"--resume {weights.path}: that run was optimised by LARS, expected --optimizer lars")
     if problem := _load(state.model, weights)[1]:
@@ -68,31 +56,26 @@ def go_on(weights: Weights, state: TrainingState, learning_rate_biases: float, s
     factors = (1.0, LEARNING_RATE_BIASES / learning_rate_biases if learning_rate_biases else 1.0)
     momenta = _momenta(weights, state, factors)
     state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": momenta})
+    epoch = int(weights.content["epoch"])
     state.step = epoch * steps_per_epoch
-    _advance(state, state.step)
+    before = {"last_epoch": state.step - 1, "_step_count": state.step + 1}
+    state.schedule.load_state_dict(state.schedule.state_dict() | before)
+    state.schedule.step()  # which sets the learning rates
     return f"continues {weights.path}, {weights.layout}, after its epoch {epoch}"
 
 
 def _load(model: BarlowTwins, weights: Weights) -> tuple[str, str]:
-    """Put in the encoder and, if it fits, the projector.
+    """Put in the encoder (UsageError) and, if it fits, the projector.
 
-    Returns:
-        In words, what was taken for the encoder, and why nothing for the projector.
-
-    Raises:
-        UsageError: the weights are not of this encoder.
+    Returns in words what was taken for the encoder, and why nothing for the projector.
     """
     encoder = find(weights, model.backbone, model.heads)
     if encoder.problem:
-        raise UsageError(
-            f"weights {weights.path}: expected those of this encoder (--arch, --stem), but {encoder.problem}"
-        )
+        expected = "those of this encoder (--arch, --stem)"
+        raise UsageError(f"weights {weights.path}: expected {expected}, but {encoder.problem}")
     model.backbone.load_state_dict(encoder.state, strict=False)
-    tensors = {
-        name.rpartition("projector.")[2]: value
-        for name, value in weights.tensors.items()
-        if ".projector." in f".{name}"
-    }
+    inside = {f".{name}".rpartition(".projector."): value for name, value in weights.tensors.items()}
+    tensors = {name: value for (_, projector, name), value in inside.items() if projector}
     if not tensors:
         return encoder.said, "the file has none"
     projector = find(replace(weights, tensors=tensors), model.projector)
@@ -107,17 +90,8 @@ def _momenta(weights: Weights, state: TrainingState, factors: tuple[float, float
     found = {str(number): values["mu"] for number, values in saved.items() if "mu" in values}
     groups = zip(state.optimizer.param_groups, factors, strict=True)
     ours = [(parameter, factor) for group, factor in groups for parameter in group["params"]]
-    if problem := misfit(shapes({str(number): parameter for number, (parameter, _) in enumerate(ours)}), shapes(found)):
+    if problem := misfit({str(number): parameter for number, (parameter, _) in enumerate(ours)}, found):
         raise UsageError(
             f"--resume {weights.path}: its optimizer is not of this model: of the momenta by number, {problem}"
         )
     return {number: {"mu": found[str(number)] * factor} for number, (_, factor) in enumerate(ours)}
-
-
-def _advance(state: TrainingState, step: int) -> None:
-    """Set the schedule, and with it the learning rates, to a step."""
-    schedule = state.schedule
-    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule.load_state_dict(schedule.state_dict() | {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates})

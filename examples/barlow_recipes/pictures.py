@@ -1,7 +1,7 @@
 """The run as pictures: its curves, and the cross-correlation matrix before and after."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from barlow_recipes.errors import require
-from barlow_recipes.metrics import Row
+from barlow_recipes.metrics import Metrics, Row
 from barlow_recipes.outputs import replacing
 from barlow_recipes.tables import accuracies_of, label_of
 
@@ -20,40 +20,29 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, GREY = "#2b6ca3", "#d1722c", "#3a8f5c", "#8a8a8a"
 BASELINE_STYLES = ("--", ":")
 STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.right": False, "axes.spines.top": False}
-LAYOUT = [
+LAYOUT = (
     ["Loss", "Its two terms"],
     ["Effective rank", "Held-out accuracy (%)"],
     ["Learning rate", "Norm of the gradient"],
-]
+)
+Baselines = Mapping[str, Mapping[str, float]]  # of each representation, in percent
 LOGARITHMIC = ("Loss", "Its two terms", "Norm of the gradient")
 
 
 def draw_curves(
-    path: Path,
-    steps: Sequence[Row],
-    epochs: Sequence[Row],
-    *,
-    lambd: float,
-    noise_floor: float,
-    attainable_rank: int,
-    baselines: Mapping[str, Mapping[str, float]],
+    path: Path, metrics: Metrics, baselines: Baselines, *, lambd: float, noise_floor: float, rank: int
 ) -> None:
     """Loss, its two terms beside the noise floor, effective rank, accuracies, learning rate and gradient norm.
 
-    Args:
-        path: of the PNG.
-        steps: rows of the metrics.
-        epochs: rows of the metrics, of which some have accuracies.
-        lambd: λ, which weighs the off-diagonal.
-        noise_floor: of the off-diagonal, D(D − 1)/(N − 1).
-        attainable_rank: min(N − 1, D).
-        baselines: the accuracies of other representations.
+    ``baselines`` are the accuracies of other representations; ``noise_floor`` is that of the off-diagonal,
+    D(D − 1)/(N − 1); ``rank`` the highest that is attainable, min(N − 1, D).
     """
+    steps = metrics.of_kind("step")
     curves = (
         ("Loss", "loss", BLUE, 1.0, ""),
         ("Its two terms", "on_diagonal", BLUE, 1.0, r"on-diagonal  $\sum_i (C_{ii} - 1)^2$"),
         ("Its two terms", "off_diagonal", ORANGE, lambd, r"$\lambda$ · off-diagonal  $\sum_{i \neq j} C_{ij}^2$"),
-        ("Effective rank", "effective_rank", GREEN, 1.0, f"at most {attainable_rank:,}"),
+        ("Effective rank", "effective_rank", GREEN, 1.0, f"at most {rank:,}"),
         ("Learning rate", "learning_rate", GREY, 1.0, ""),
         ("Norm of the gradient", "gradient_norm", GREY, 1.0, ""),
     )
@@ -67,17 +56,18 @@ def draw_curves(
             panels[title].plot([row["step"] for row in steps], values, marker=marker, color=color, label=label)
             if title in LOGARITHMIC and any(value > 0 for value in values):
                 panels[title].set_yscale("log")
-        floor = {"color": ORANGE, "linestyle": ":", "label": "its noise floor: random embeddings"}
-        panels["Its two terms"].axhline(lambd * noise_floor, **floor)
+        floor = "its noise floor: random embeddings"
+        panels["Its two terms"].axhline(lambd * noise_floor, color=ORANGE, linestyle=":", label=floor)
         panels["Effective rank"].set_ylim(bottom=0)
-        _draw_accuracies(panels["Held-out accuracy (%)"], [row for row in epochs if "knn" in row], baselines)
+        looks = [row for row in metrics.of_kind("epoch") if "knn" in row]
+        _draw_accuracies(panels["Held-out accuracy (%)"], looks, baselines)
         for title in ("Its two terms", "Effective rank"):
             panels[title].legend()
         for title in LAYOUT[-1]:
             panels[title].set_xlabel("step")
 
 
-def _draw_accuracies(axes: "Axes", looks: Sequence[Row], baselines: Mapping[str, Mapping[str, float]]) -> None:
+def _draw_accuracies(axes: "Axes", looks: list[Row], baselines: Baselines) -> None:
     """The nearest neighbours and the linear probe with the most labels, each beside its baselines."""
     axes.set_ylim(0, 102)
     names = accuracies_of(looks[-1]) if looks else []
@@ -95,8 +85,8 @@ def draw_cross_correlation(path: Path, before: Tensor, after: Tensor, step: int)
     """The cross-correlation (D, D) before and after so many steps on one diverging scale: −1 is blue, 1 is red."""
     with drawing(path, (10, 4.8)) as figure:
         panels = figure.subplots(1, 2)
-        titles = ("Before pretraining", f"After step {step:,}")
-        for axes, matrix, title in zip(panels, (before, after), titles, strict=True):
+        matrices = {"Before pretraining": before, f"After step {step:,}": after}
+        for axes, (title, matrix) in zip(panels, matrices.items(), strict=True):
             picture = axes.imshow(matrix.cpu().numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
             axes.set(title=title, xlabel="feature of view 2", ylabel="feature of view 1")
             axes.grid(False)

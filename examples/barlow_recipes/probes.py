@@ -39,8 +39,8 @@ def untrained(backbone: nn.Module, batches: Batches, device: torch.device) -> nn
 def evaluate(represent: Represent, probe: Probe, device: torch.device) -> dict[str, float]:
     """Top-1 accuracies on the queries, in percent: ``knn``, and as the probe asks for ``linear_N`` and ``linear_all``.
 
-    Every representation is treated alike: centred on the bank's mean, each vector scaled to length 1. Where no image
-    of bank or queries can be read, there is no accuracy.
+    Every representation is centred on the bank's mean, each vector scaled to length 1. Where no image of bank or
+    queries can be read, there is no accuracy.
     """
     bank, labels, unreadable = extract(represent, probe.bank, device)
     queries, truth, unreadable_queries = extract(represent, probe.queries, device)

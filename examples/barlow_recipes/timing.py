@@ -14,7 +14,6 @@ from barlow_recipes.tables import aligned
 PARTS = ("data", "forward", "loss", "backward", "optimizer", "other")
 WARM_UP = 3  # steps that are not profiled: memory is allocated and kernels are chosen in them
 MOST_WAITING = 0.2  # of an epoch's time; above it, images come too slowly
-REMEDIES = "More --workers, --augment-on device, a faster disk or shards help"
 
 
 class Profile:
@@ -100,4 +99,5 @@ def loader_bound(waited: float, total: float) -> str | None:
     """A warning where too much of a time was spent on waiting for images, both in seconds."""
     if waited <= MOST_WAITING * total:
         return None
-    return f"loader-bound: {100 * waited / total:.0f} % of the time was spent on waiting for images. {REMEDIES}"
+    remedies = "More --workers, --augment-on device, a faster disk or shards help"
+    return f"loader-bound: {100 * waited / total:.0f} % of the time was spent on waiting for images. {remedies}"

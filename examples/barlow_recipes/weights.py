@@ -1,7 +1,7 @@
 """Weights from a file, whichever program has written it; nothing in it is run.
 
-Of all tensors in the file those are taken that stand, by the names and shapes of the encoder, behind the prefix where
-most of them fit; if they do not all fit, those that fit in order. What was taken and what was left is said.
+Those tensors are taken that stand, by the names and shapes of the encoder, behind the prefix where most of them fit; if
+they do not all fit, those that fit in order. What was taken and what was left is said.
 
 | written by | where the encoder lies |
 |---|---|
@@ -23,16 +23,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from barlow_recipes import checkpoint
-from barlow_recipes.encoders import SMALL_ARCHS, STEMS, Encoder, build_encoder, is_own, is_resnet, is_within, resnets
+from barlow_recipes.encoders import SMALL_ARCHS, STEMS, Encoder, build_encoder, is_own, is_within, resnets
 from barlow_recipes.errors import UsageError, first_line, require
-from barlow_recipes.outputs import BACKBONE, CHECKPOINT
+from barlow_recipes.outputs import BACKBONE, CHECKPOINT, CHECKPOINTS
 
 OURS, SAFETENSORS = "a checkpoint of this program", "safetensors"
 OFFICIAL, STATE_DICT = "a checkpoint of facebookresearch/barlowtwins", "a state_dict"
@@ -40,8 +39,8 @@ SECOND = ("momentum", "target", "encoder_k", "key", "student", "ema")  # in the 
 COUNTER = "num_batches_tracked"  # batch norms of before torch 0.4 did not count their batches
 FIRST = ("resnet50", "resnet18")  # to be tried: an architecture takes 0.1 s
 
-State = dict[str, Tensor]
-Shapes = Mapping[str, torch.Size]
+State = Mapping[str, Tensor]
+Names = dict[str, str]  # of a module's tensors: those in the file
 
 
 @dataclass(frozen=True)
@@ -71,29 +70,34 @@ class Match(NamedTuple):
 def read_weights(path: Path) -> Weights:
     """Read a file, or of a run's folder its checkpoint, on the CPU.
 
-    Raises:
-        UsageError: it is not there, damaged, or has no tensors; or its tensors could only be read by running code.
+    UsageError where it is damaged or has no tensors, or they could only be read by running code.
     """
-    path, ignored = _file_of(path), ()
+    path, ignored, own, safe = _file_of(path), (), False, path.suffix == ".safetensors"
     try:
-        if path.suffix == ".safetensors":
+        if safe:
             content, settings = _safetensors(path)
-            return Weights(path, SAFETENSORS, _tensors(path, content), settings, settings)
-        own = checkpoint.is_ours(path)
-        content, ignored = (checkpoint.read(path), ()) if own else _foreign(path)
+        elif own := checkpoint.is_ours(path):
+            content = checkpoint.read(path)
+        else:
+            content, ignored = _foreign(path)
     except FileNotFoundError:
         raise UsageError(f"weights {path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"weights {path}: cannot be read ({first_line(error)})") from None
     if not isinstance(content, Mapping):
         raise UsageError(f"weights {path}: expected a state_dict or a checkpoint, got {type(content).__name__}")
-    tensors = _tensors(path, content)
+    tensors = dict(_named_tensors(content))
+    if not tensors:
+        some = ", ".join(map(str, list(content)[:3])) or "nothing"
+        raise UsageError(f"weights {path}: expected tensors by their names, got {some}")
+    if safe:
+        return Weights(path, SAFETENSORS, tensors, settings)
     if own and set(content) >= checkpoint.PARTS:
         return Weights(path, OURS, tensors, content["settings"], content)
-    return Weights(path, OFFICIAL if is_official(content) else STATE_DICT, tensors, {}, content, ignored)
+    return Weights(path, OFFICIAL if _is_official(content) else STATE_DICT, tensors, {}, content, ignored)
 
 
-def is_official(content: Mapping[str, Any]) -> bool:
+def _is_official(content: Mapping[str, Any]) -> bool:
     """Whether this is what the official program saves after an epoch."""
     kinds = {"model": Mapping, "optimizer": Mapping, "epoch": int}
     known = all(isinstance(content.get(name), kind) for name, kind in kinds.items())
@@ -103,8 +107,7 @@ def is_official(content: Mapping[str, Any]) -> bool:
 def _file_of(path: Path) -> Path:
     if not path.is_dir():
         return path
-    names = (CHECKPOINT, checkpoint.previous(Path(CHECKPOINT)).name, BACKBONE)
-    found = [path / name for name in names if (path / name).is_file()]
+    found = [path / name for name in (*CHECKPOINTS, BACKBONE) if (path / name).is_file()]
     if not found:
         raise UsageError(f"weights {path}: expected a file, or a run's folder with {CHECKPOINT} or {BACKBONE} in it")
     return found[0]
@@ -122,10 +125,9 @@ def _safetensors(path: Path) -> tuple[State, dict[str, str]]:
 class _Inert(list[Any]):
     """Stands for whatever torch's reader of tensors and plain values refuses: it takes all, and does nothing."""
 
-    def __init__(self, *_: object) -> None:
-        super().__init__()
-
     __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, *_: object) -> None: ...
 
     def __setstate__(self, _: object) -> None: ...
 
@@ -136,11 +138,7 @@ def _inert_mapping(name: str) -> type:
 
 
 def _foreign(path: Path) -> tuple[Any, tuple[str, ...]]:
-    """What is in a pickle, and the names in it for which there is an inert stand-in.
-
-    Raises:
-        ValueError: it is no pickle, or it asks for more than tensors, plain values and objects.
-    """
+    """What is in a pickle (ValueError), and the names in it for which there is an inert stand-in."""
     inert: dict[str, type] = {}
     while True:
         try:
@@ -154,22 +152,11 @@ def _foreign(path: Path) -> tuple[Any, tuple[str, ...]]:
             name = mapping[1] if mapping else unknown[1] if unknown else ""
             name = name if "." in name else f"builtins.{name}"  # as the message leaves out
             if not mapping and (not unknown or name in inert):
-                raise ValueError(f"not a file of tensors and plain values: {_reason(error)}") from None
+                # The first line of torch.load's advises to run what is in the file.
+                reason = re.search(r"\n\n(.+)\n\nCheck the documentation", str(error))
+                said = reason[1] if reason else first_line(error)
+                raise ValueError(f"not a file of tensors and plain values: {said}") from None
             inert[name] = _inert_mapping(name) if mapping else type(name, (_Inert,), {"__module__": "inert"})
-
-
-def _reason(error: Exception) -> str:
-    """In one line; of torch.load's not the first, which advises to run what is in the file."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-2] if isinstance(error, UnpicklingError) and len(lines) > 2 else first_line(error)
-
-
-def _tensors(path: Path, content: Mapping[Any, Any]) -> State:
-    tensors = dict(_named_tensors(content))
-    if not tensors:
-        some = ", ".join(map(str, list(content)[:3]))
-        raise UsageError(f"weights {path}: expected tensors by their names, got {some or 'nothing'}")
-    return tensors
 
 
 def _named_tensors(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -183,35 +170,36 @@ def _named_tensors(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tup
 
 def find(weights: Weights, module: nn.Module, heads: tuple[str, ...] = ()) -> Match:
     """The part of a file that is for a module; ``heads`` are parts that it has no more, whose weights are left."""
-    tensors, expected = weights.tensors, shapes(module.state_dict())
+    tensors, expected = weights.tensors, module.state_dict()
+
+    def taken(names: Names) -> State:
+        return {name: tensors[found] for name, found in names.items()}
+
+    shapes = {(name, value.shape) for name, value in expected.items()}
     behind = _behind_prefixes(tensors)
-    fitting = {prefix: _number_that_fit(names, tensors, expected) for prefix, names in behind.items()}
+    fitting = {p: sum((n, tensors[found].shape) in shapes for n, found in behind[p].items()) for p in behind}
     most = max(1, *fitting.values())
     prefixes = _preferred(prefix for prefix in behind if fitting[prefix] == most) or [""]
     inside = {n: found for n, found in behind[prefixes[0]].items() if n in expected or not is_within(n, heads)}
     parts = {name.partition(".")[0] for name in expected} | {name for name, _ in module.named_children()}
     names = {name: found for name, found in inside.items() if name.partition(".")[0] in parts or name[0].isdigit()}
-    problem, how = misfit(expected, shapes(_taken(names, tensors))), ""
+    problem, how = misfit(expected, taken(names)), ""
     if problem and (in_order := _in_order(behind, tensors, expected)):
         prefixes = _preferred(in_order)
         problem, how, names = "", " in order", in_order[prefixes[0]]
     elif problem:
-        problem = misfit(expected, shapes(_taken(inside, tensors)))
+        problem = misfit(expected, taken(inside))
     said = _words(weights, prefixes, names, len(expected) - len(names), how)
-    return Match(_taken(names, tensors), problem, said)
+    return Match(taken(names), problem, said)
 
 
-def _behind_prefixes(tensors: State) -> dict[str, dict[str, str]]:
+def _behind_prefixes(tensors: State) -> dict[str, Names]:
     """Of every prefix, shorter ones first, the names behind it: the rest of the name to the whole."""
-    behind: dict[str, dict[str, str]] = {"": {}}
+    behind: dict[str, Names] = {"": {}}
     for name in tensors:
         for place in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
             behind.setdefault(name[:place], {})[name[place:]] = name
     return dict(sorted(behind.items(), key=lambda found: len(found[0])))
-
-
-def _number_that_fit(names: Mapping[str, str], tensors: State, expected: Shapes) -> int:
-    return sum(expected.get(name) == tensors[found].shape for name, found in names.items())
 
 
 def _preferred(prefixes: Iterable[str]) -> list[str]:
@@ -219,9 +207,9 @@ def _preferred(prefixes: Iterable[str]) -> list[str]:
     return sorted(prefixes, key=lambda prefix: any(word in prefix for word in SECOND))
 
 
-def _in_order(behind: Mapping[str, dict[str, str]], tensors: State, expected: Shapes) -> dict[str, dict[str, str]]:
+def _in_order(behind: Mapping[str, Names], tensors: State, expected: State) -> dict[str, Names]:
     """The names behind prefixes where, in order, all have the last parts and the shapes that are expected."""
-    wanted = [(name.rpartition(".")[2], shape) for name, shape in expected.items()]
+    wanted = [(name.rpartition(".")[2], value.shape) for name, value in expected.items()]
     found = {}
     for prefix, names in behind.items():
         if len(names) == len(wanted) and [(n.rpartition(".")[2], tensors[names[n]].shape) for n in names] == wanted:
@@ -229,11 +217,7 @@ def _in_order(behind: Mapping[str, dict[str, str]], tensors: State, expected: Sh
     return {prefix: dict(zip(expected, names, strict=True)) for names, prefix in found.items()}
 
 
-def _taken(names: Mapping[str, str], tensors: State) -> State:
-    return {name: tensors[found] for name, found in names.items()}
-
-
-def _words(weights: Weights, prefixes: list[str], names: Mapping[str, str], missing: int, how: str) -> str:
+def _words(weights: Weights, prefixes: list[str], names: Names, missing: int, how: str) -> str:
     """What was taken, what could have been, what was left, what is missing, and what was not read."""
     prefix, *others = prefixes
     parent = prefix[: prefix.rfind(".", 0, -1) + 1]
@@ -243,7 +227,7 @@ def _words(weights: Weights, prefixes: list[str], names: Mapping[str, str], miss
         "rather than": [f"{other}*" for other in others],
         "left": groups[:4] + [f"{len(groups) - 4} more"] * (len(groups) > 4),
         "missing": [f"{missing} {COUNTER}"] * (missing > 0),
-        "not read, since that runs code:": list(weights.ignored),
+        "not read, since that runs code:": weights.ignored,
     }
     taken = f"{len(names)} tensors{f' of {prefix}*' if prefix else ''}{how}"
     return "; ".join([taken, *(f"{label} {', '.join(values)}" for label, values in facts.items() if values)])
@@ -256,23 +240,16 @@ def load_encoder(
     channels: int | None = None,
     image_size: int | None = None,
 ) -> Encoder:
-    """The encoder that a file has the weights of.
+    """The encoder that a file, or a run's folder, has the weights of.
 
-    Args:
-        path: of the file, or a run's folder.
-        arch: its architecture, as of :func:`~barlow_recipes.encoders.build_encoder`; None: what the file says or, where
-            it is silent, what its names and shapes say of torchvision's ResNets.
-        stem: likewise.
-        channels: of the images; None: what the file or the shape of its first convolution says.
-        image_size: their side, for architectures that are built for one; None: what the file says.
-
-    Raises:
-        UsageError: the file cannot be read or its weights do not fit: with the first missing and unexpected names.
+    The other arguments are those of :func:`~barlow_recipes.encoders.build_encoder`. What is None is as the file says
+    or, where it is silent, as its names and shapes say of torchvision's ResNets. UsageError where its weights do not
+    fit, with the first missing and unexpected names.
     """
     weights = read_weights(path)
     said = {name: str(value) for name, value in weights.settings.items()}
     found = (said["arch"], said.get("stem", STEMS[0])) if "arch" in said else None
-    if found is None and (arch is None or is_resnet(arch)):
+    if found is None and (arch is None or arch in resnets()):
         found = recognized(weights)
     if arch is None and found is None:
         problem = find(weights, *_without_memory("resnet50", STEMS[0])).problem
@@ -284,11 +261,11 @@ def load_encoder(
     if arch is None and is_own(arch_found):  # a file must not decide what is run
         raise UsageError(f"weights {weights.path}: made by code of your own. Name it with --arch {arch_found}")
     arch, stem = arch or arch_found, stem or (stem_found if arch in (None, arch_found) else STEMS[0])
-    channels = channels or _number(said.get("channels")) or _channels(weights, arch, stem)
-    encoder = build_encoder(arch, stem, channels, image_size or _number(said.get("image_size")))
+    channels = channels or _number(said, "channels") or _channels(weights)
+    encoder = build_encoder(arch, stem, channels, image_size or _number(said, "image_size"))
     match = find(weights, encoder.module, encoder.heads)
     if match.problem:
-        named = f"{arch} with the {stem} stem" if encoder.heads == ("fc",) else arch
+        named = f"{arch} with the {stem} stem" if arch in resnets() else arch
         found = found or recognized(weights)
         hint = "; they fit --arch {} --stem {}".format(*found) if found else ""
         raise UsageError(f"weights {weights.path}: expected those of {named}, but {match.problem}{hint}")
@@ -297,36 +274,28 @@ def load_encoder(
     return encoder._replace(source=f"{weights.path} ({weights.layout}{mapping})")
 
 
-def _number(text: str | None) -> int | None:
-    return int(text) if text and text.isdigit() else None
+def _number(said: Mapping[str, str], name: str) -> int | None:
+    return int(said[name]) if said.get(name, "").isdigit() else None
 
 
-def _channels(weights: Weights, arch: str, stem: str) -> int:
+def _channels(weights: Weights) -> int:
     """Of the images, as the first convolution in the file says."""
-    if is_own(arch):
-        return 3
-    module, heads = _without_memory(arch, stem)
-    name = next((name for name, value in module.state_dict().items() if value.ndim == 4 and value.shape[1] == 3), "")
-    found = find(weights, module, heads).state.get(name)
-    return found.shape[1] if found is not None and found.ndim == 4 else 3
+    return next((v.shape[1] for name, v in weights.tensors.items() if v.ndim == 4 and name.endswith("weight")), 3)
 
 
-def misfit(expected: Shapes, found: Shapes) -> str:
-    """In words, why a state_dict with these shapes cannot be loaded; nothing if it can."""
+def misfit(expected: State, found: State) -> str:
+    """In words, why a state_dict with the shapes of ``found`` cannot be loaded; nothing if it can."""
     missing = [name for name in expected if name not in found and not name.endswith(COUNTER)]
     unexpected = [name for name in found if name not in expected]
     if missing or unexpected:
-        first = [f"the first missing is {missing[0]}"] if missing else []
-        first += [f"the first unexpected is {unexpected[0]}"] if unexpected else []
-        return f"{len(missing)} names are missing and {len(unexpected)} unexpected: {', '.join(first)}"
-    for name, shape in found.items():
-        if shape != expected[name]:
-            return f"{name} is {tuple(shape)} instead of {tuple(expected[name])}"
+        firsts = [
+            f"the first {label} is {n[0]}" for label, n in (("missing", missing), ("unexpected", unexpected)) if n
+        ]
+        return f"{len(missing)} names are missing and {len(unexpected)} unexpected: {', '.join(firsts)}"
+    for name, value in found.items():
+        if value.shape != expected[name].shape:
+            return f"{name} is {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
     return ""
-
-
-def shapes(state: State) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state.items()}
 
 
 def digest(module: nn.Module) -> str:
@@ -341,9 +310,8 @@ def digest(module: nn.Module) -> str:
 def recognized(weights: Weights) -> tuple[str, str] | None:
     """The architecture and the stem, of ResNets and the small ones, whose names and shapes these are."""
     known = [(arch, stem) for stem in STEMS for arch in sorted(resnets(), key=FIRST.__contains__, reverse=True)]
-    known += [(arch, STEMS[0]) for arch in SMALL_ARCHS]
-    for arch, stem in known:
-        if not find(weights, *_without_memory(arch, stem, _channels(weights, arch, stem))).problem:
+    for arch, stem in (*known, *((arch, STEMS[0]) for arch in SMALL_ARCHS)):
+        if not find(weights, *_without_memory(arch, stem, _channels(weights))).problem:
             return arch, stem
     return None
 

@@ -38,17 +38,15 @@ def test_a_resumed_run_keeps_its_history_and_forgets_what_came_after_its_checkpo
     for kind in ("settings", "step", "epoch", "collapse", "profile", "event", "evaluation", "report"):
         metrics.add(kind, {"step": 3})
     metrics.add("step", {"step": 4})
+    others = ["5", "null", "[]", '{"kind": "step"}', '{"kind": "step", "step": "3"}', '{"step": 1}', "{half"]
     with (tmp_path / "metrics.jsonl").open("a") as file:  # lines that are not a run's; then the power went
-        file.write(
-            "\n".join(["5", "null", "[]", '{"kind": "step"}', '{"kind": "step", "step": "3"}', '{"step": 1}', "{half"])
-        )
+        file.write("\n".join(others))
     resumed = Metrics(tmp_path, resumed=tmp_path / "checkpoint.previous.pt", step=3)
     resumed.add("step", {"step": 4, "loss": 3.0})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == resumed.rows
-    assert [(row["kind"], row["step"]) for row in rows] == [
-        *((kind, 3) for kind in ("step", "epoch", "collapse", "profile", "event")), ("step", 4),
-    ]  # fmt: skip
+    kept = [(kind, 3) for kind in ("step", "epoch", "collapse", "profile", "event")]
+    assert [(row["kind"], row["step"]) for row in rows] == [*kept, ("step", 4)]
 
 
 @contextlib.contextmanager

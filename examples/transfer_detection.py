@@ -24,13 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchvision.models.detection import FasterRCNN
 
 from barlow_recipes import checkpoint, distributed, folders, outputs
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.command_line import find_device
 from barlow_recipes.detection import training
-from barlow_recipes.detection.data import DetectionData, Split, load_data
+from barlow_recipes.detection.data import DetectionData, load_data
 from barlow_recipes.detection.images import Images
 from barlow_recipes.detection.models import build_detector
 from barlow_recipes.detection.settings import Settings, read_settings
@@ -55,7 +54,6 @@ class Run:
     settings: Settings
     data: DetectionData
     encoder: Encoder
-    model: FasterRCNN
     network: nn.Module  # the model, or what several processes train in its place
     state: TrainingState
     images: Images
@@ -88,9 +86,9 @@ def run(settings: Settings) -> None:
     images = Images(data, settings, pin_memory=device.type == "cuda")
     torch.manual_seed(settings.seed)
     if settings.weights == "random":
-        encoder = build_encoder(settings.arch or "resnet50", settings.stem or "imagenet")
+        encoder = build_encoder(settings.arch or "resnet50")
     else:
-        encoder = load_encoder(Path(settings.weights), settings.arch, settings.stem)
+        encoder = load_encoder(Path(settings.weights), settings.arch)
     shaping = settings.shaping() | {"--weights": digest(encoder.module), "--data": str(data)}
     model = build_detector(encoder, settings, classes=len(data.classes), masks=data.masks).to(device)
     optimizer = training.build_optimizer(model, settings)
@@ -101,7 +99,7 @@ def run(settings: Settings) -> None:
     opened = folders.opened(settings, default, shaping, saved, unit="iteration", agreed=agreed)
     with opened as (out, metrics), stop_requests() as requests:
         network = distributed.synchronized(model)
-        now = Run(settings, data, encoder, model, network, state, images, shaping, out, metrics)
+        now = Run(settings, data, encoder, network, state, images, shaping, out, metrics)
         if saved:
             state.load_state_dict(saved.content)
         print(introduction(now))
@@ -113,7 +111,7 @@ def run(settings: Settings) -> None:
 def introduction(now: Run) -> str:
     settings, device, processes = now.settings, now.state.device, distributed.world_size()
     devices = f"{device.type} in {processes} processes" if processes > 1 else f"{device}"
-    learning = sum(parameter.numel() for parameter in now.model.parameters() if parameter.requires_grad)
+    learning = sum(parameter.numel() for parameter in now.state.model.parameters() if parameter.requires_grad)
     return (
         f"{now.data}\n{'Mask' if now.data.masks else 'Faster'} R-CNN {now.name}, {now.encoder.source}: "
         f"{learning / 1e6:.2f} M parameters learn, {settings.precision} on {devices}; results go to {now.out}"
@@ -145,8 +143,8 @@ def train_detector(now: Run, requests: StopRequests) -> None:
 
 def finish(now: Run) -> None:
     """Test, write the results and the model, and print the table."""
-    training.prepare_test(now.model, now.images, now.settings, now.state.device)
-    scores, unreadable = training.evaluate(now.model, now.images, now.state.device)
+    training.prepare_test(now.state.model, now.images, now.settings, now.state.device)
+    scores, unreadable = training.evaluate(now.state.model, now.images, now.state.device)
     if not is_main():
         return
     data, built = now.data, {"arch": now.encoder.arch, "stem": now.encoder.stem, "classes": now.data.classes}
@@ -155,24 +153,20 @@ def finish(now: Run) -> None:
         "unit": f"percent, at {data.recall_points} points of recall; AP is the mean over IoU 0.5, 0.55, ..., 0.95",
         "iteration": now.state.step,
         "data": data.name,
-        "train": _about(data.train, now.unreadable),
-        "test": _about(data.test, unreadable),
+        "train": data.train.counts() | {"unreadable": now.unreadable},
+        "test": data.test.counts() | {"unreadable": unreadable},
         "weights": now.encoder.source,
         **built,
         "settings": now.shaping,
     }
     with outputs.replacing(now.out / outputs.RESULTS) as temporary:
         temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    model = {"model": now.model.state_dict(), **built, "masks": data.masks, "settings": now.settings.shaping()}
+    model = {"model": now.state.model.state_dict(), **built, "masks": data.masks, "settings": now.settings.shaping()}
     checkpoint.save(now.out / MODEL, model)
     if now.unreadable or unreadable:
         print(f"note: unreadable images: {now.unreadable} replaced in training, {unreadable} left out of the test")
     print(f"{data.name}, average precision in percent, at IoU 0.5 to 0.95, 0.5 and 0.75\n")
     print(training.table(now.name, scores))
-
-
-def _about(split: Split, unreadable: int) -> dict[str, Any]:
-    return {"images": len(split.examples), "boxes": split.boxes, "left_out": split.left_out, "unreadable": unreadable}
 
 
 if __name__ == "__main__":

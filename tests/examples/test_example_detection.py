@@ -169,10 +169,10 @@ def test_what_is_left_out_is_told_and_kept(trees: dict[str, Path], tmp_path: Pat
         (root / name).write_bytes((root / name).read_bytes()[:100])
     status, output, errors = detect("--data", root, *RANDOM, *SMALL, "--iterations", 3)
     assert status == 0, errors
-    assert "(left out: images × 1, objects × 1)" in output
+    assert "1 images left out, 1 objects left out" in output
     assert "1 left out of the test" in output
     found = results()
-    assert found["train"]["left_out"] == {"images": 1, "objects": 1}  # an image without an object to learn
+    assert found["train"]["images_left_out"] == 1  # an image without an object to learn
     assert found["train"]["unreadable"] >= 1
     assert found["test"]["unreadable"] == 1
 
@@ -191,12 +191,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(trees: dict[str, Path], detect: 
         "no weights": (("--data", "voc"), "--weights"),
         "no data": (("--weights", "random"), "--data"),
         "no folder": (("--data", "nowhere", *RANDOM), "--data nowhere: expected a folder with VOC2007/"),
-        "no layout": (("--data", ".", *RANDOM), "expected VOC2007/"),
+        "no layout": (("--data", ".", *RANDOM), "expected a folder with VOC2007/"),
         "no test": (
             ("--data", "untested", *RANDOM),
             "No such file or directory: 'untested/VOC2007/ImageSets/Main/test.txt'",
         ),
-        "no images": (("--data", "empty", *RANDOM), "boxes to find in the test, found 0 images"),
+        "no images": (("--data", "empty", *RANDOM), "in the test: 0 images, 0 boxes, 3 images left out"),
         "neck": (("--data", "voc", *RANDOM, "--neck", "c5"), "--neck"),
         "file": (("--data", "voc", "--weights", "absent.pt"), "absent.pt: no such file"),
         "encoder": (("--data", "voc", "--weights", "random", "--arch", "small-cnn"), "expected a ResNet"),

@@ -59,7 +59,7 @@ def test_voc_is_read_as_it_was_drawn(voc: Path) -> None:
     names = [[shapes.CLASSES.index(shape.name) + 1 for shape in image] for image in drawn(2, 3)]
     assert [example.labels.tolist() for example in data.test.examples] == names
     assert [sum(example.ignored) for example in data.test.examples] == [0, 0, 1]
-    assert data.train.left_out == data.test.left_out == {"images": 0, "objects": 0}
+    assert data.train.left_out == data.test.left_out == {"images_left_out": 0, "objects_left_out": 0}
     shutil.rmtree(voc / "VOC2012")
     assert load_data(voc).name == "VOC07"
 
@@ -169,8 +169,8 @@ def test_what_cannot_be_used_is_counted(layout: str, edit: Edit, kind: str, requ
     before = load_data(root)
     edit(root)
     data = load_data(root)
-    assert data.train.left_out[kind] == 1
-    assert f"{kind} × 1" in str(data.train)
+    assert data.train.counts()[f"{kind}_left_out"] == 1
+    assert f"1 {kind} left out" in str(data.train)
     assert boxes(data.test) == boxes(before.test)
 
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_used_is_counted(layout: str, edit: Edit, kind: str, requ
         "a list": (lambda root: (root / JSON).write_text("[]"), "expected images, annotations and categories in"),
         "no list": (replaced(JSON, '"images": [', '"images": 5, "others": ['), "expected images, annotations"),
         "no file": (lambda root: (root / JSON).unlink(), "No such file .*instances_train2017.json"),
-        "no images": (lambda root: shutil.rmtree(root / "val2017"), "boxes to find in the test, found 0 images"),
+        "no images": (lambda root: shutil.rmtree(root / "val2017"), "in the test: 0 images, 0 boxes, 3 images left"),
         "no categories": (first("categories", id="x"), "cannot read the annotations: invalid literal"),
     }.values(),
 )  # fmt: skip
@@ -223,7 +223,7 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_of_the_test(coc
     data = broken(coco, "train2017/10000001.jpg", "val2017/11000000.jpg")
     shapes.texture(np.random.default_rng(0), 30).save(coco / "val2017" / "11000001.jpg")
     images = Images(data, replace(COCO, batch_size=4, workers=0))
-    (epoch,) = images.of_epoch(0)
+    epoch = next(images.from_step(0))
     assert (len(epoch.images), epoch.unreadable) == (4, 1)
     (test,) = images.of_test()
     assert (len(test.images), len(test.targets), test.unreadable) == (1, 1, 2)
@@ -232,4 +232,4 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_of_the_test(coc
 def test_no_readable_image_ends_the_run(coco: Path) -> None:
     data = broken(coco, *(f"train2017/1000000{number}.jpg" for number in range(4)))
     with pytest.raises(Aborted, match="cannot be read"):
-        next(Images(data, replace(COCO, batch_size=2, workers=0)).of_epoch(0))
+        next(Images(data, replace(COCO, batch_size=2, workers=0)).from_step(0))

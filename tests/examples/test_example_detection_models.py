@@ -224,7 +224,7 @@ class Batches(NamedTuple):
 
     batches: list[Batch]
 
-    def of_epoch(self, _: int) -> list[Batch]:
+    def from_step(self, _: int) -> list[Batch]:
         return self.batches
 
 

@@ -42,14 +42,12 @@ class Split(NamedTuple):
     examples: list[Example]
     left_out: dict[str, int]
 
-    @property
-    def boxes(self) -> int:
-        return sum(len(example.boxes) for example in self.examples)
+    def counts(self) -> dict[str, int]:
+        boxes = sum(len(example.boxes) for example in self.examples)
+        return {"images": len(self.examples), "boxes": boxes, **self.left_out}
 
     def __str__(self) -> str:
-        told = f"{len(self.examples):,} images with {self.boxes:,} boxes"
-        left_out = ", ".join(f"{kind} × {count:,}" for kind, count in self.left_out.items() if count)
-        return f"{told} (left out: {left_out})" if left_out else told
+        return ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in self.counts().items())
 
 
 class DetectionData(NamedTuple):
@@ -63,7 +61,7 @@ class DetectionData(NamedTuple):
     recall_points: int  # at which precision is averaged
 
     def __str__(self) -> str:
-        return f"{self.name}, {len(self.classes)} classes: {self.train} to train on, {self.test} in the test"
+        return f"{self.name}, {len(self.classes)} classes; to train on: {self.train}; in the test: {self.test}"
 
 
 def find_layout(root: Path) -> str:
@@ -81,9 +79,8 @@ def load_data(root: Path) -> DetectionData:
         data = _voc(root) if find_layout(root) == "voc" else _coco(root)
     except (*BROKEN, OSError) as error:
         raise UsageError(f"--data {root}: cannot read the annotations: {first_line(error)}") from None
-    for use, split in (("train on", data.train), ("find in the test", data.test)):
-        if not split.boxes:
-            raise UsageError(f"--data {root}: expected boxes to {use}, found {split}")
+    if not all(split.counts()["boxes"] for split in (data.train, data.test)):
+        raise UsageError(f"--data {root}: expected boxes to train on and boxes to find, got {data}")
     return data
 
 
@@ -143,7 +140,7 @@ def _split(content: Content, folder: Path, labels: dict[Any, int], *, masks: boo
 
     To learn from, crowds are left away (of COCO: VOC's difficult objects are learned), and images without an object.
     """
-    left_out = {"images": 0, "objects": 0}
+    left_out = {"images_left_out": 0, "objects_left_out": 0}
     places: dict[Any, tuple[Path, Size, list[tuple[Any, ...]]]] = {}
     for image in content["images"]:
         try:
@@ -152,7 +149,7 @@ def _split(content: Content, folder: Path, labels: dict[Any, int], *, masks: boo
                 raise ValueError("no such file, or no such size")
             places[image["id"]] = path, size, []
         except BROKEN:
-            left_out["images"] += 1
+            left_out["images_left_out"] += 1
     for annotation in content["annotations"]:
         try:
             (_, size, objects), label = places[annotation["image_id"]], labels[annotation["category_id"]]
@@ -161,14 +158,14 @@ def _split(content: Content, folder: Path, labels: dict[Any, int], *, masks: boo
             if not (learn and masks and crowd):
                 objects.append((box, label, crowd, runs))
         except BROKEN:
-            left_out["objects"] += 1
+            left_out["objects_left_out"] += 1
     examples = []
     for path, size, objects in places.values():
         if objects or not learn:  # as detectron2's FILTER_EMPTY_ANNOTATIONS
             boxes, numbers, crowds, runs = zip(*objects, strict=True) if objects else [()] * 4
             arrays = np.array(boxes, np.float32).reshape(-1, 4), np.array(numbers, np.int64), np.array(crowds, np.int64)
             examples.append(Example(path, size, *arrays, runs))
-    left_out["images"] += len(places) - len(examples)
+    left_out["images_left_out"] += len(places) - len(examples)
     return Split(examples, left_out)
 
 

@@ -73,21 +73,18 @@ class Images(Dataset[Item]):
         return None, {}, tries
 
     def from_step(self, step: int) -> Iterator[Batch]:
-        """The batches to train on from a step of the run on, epoch after epoch."""
-        epoch, first = divmod(step, len(self.data.train.examples) // self.settings.batch_size)
-        while True:
-            yield from self.of_epoch(epoch, first)
-            epoch, first = epoch + 1, 0
-
-    def of_epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from ``first_step`` on; Aborted: too many images in a row cannot be read."""
-        settings = self.settings
-        order = EpochBatches(len(self.data.train.examples), settings.batch_size, settings.seed, self.rows)
-        order.epoch, order.first_step = epoch, first_step
-        for batch in self._batches(order):
+        """The batches to train on from a step on, without an end; Aborted: too many images in a row cannot be read."""
+        for batch in self._batches(self._keys(step)):
             if len(batch.images) < self.own:
                 raise Aborted(f"{TRIES} images in a row, or all of fewer, cannot be read: is --data whole?")
             yield batch
+
+    def _keys(self, step: int) -> Iterator[list[tuple[int, int]]]:
+        order = EpochBatches(len(self.data.train.examples), self.settings.batch_size, self.settings.seed, self.rows)
+        order.epoch, order.first_step = divmod(step, len(order))
+        while True:
+            yield from order
+            order.epoch, order.first_step = order.epoch + 1, 0
 
     def of_test(self) -> Iterator[Batch]:
         """Every image of the test once, spread over the processes."""

@@ -16,8 +16,8 @@ import tyro
 from barlow_recipes.command_line import Positive, Real, RunSettings, Side, Whole, peek, plain, read
 from barlow_recipes.detection.data import find_layout
 
-# What may differ between a run and its continuation; everything else shapes the weights and the results.
-FREE = "data weights device workers loader_timeout save_every out overwrite resume"
+# What may differ between a run and its continuation: everything else shapes the results.
+FREE = ("data", "weights", "device", "workers", "loader_timeout", "save_every", "out", "overwrite", "resume")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,6 @@ class Settings(RunSettings):
     "what the encoder has learned: a file or a run's folder, or 'random'"
     arch: str | None = None
     "encoder: a ResNet; without it found in the weights"
-    stem: Literal["imagenet", "cifar"] | None = None
-    "its first layers; without it found in the weights"
     neck: Literal["c4", "fpn"] = "c4"
     "c4, as published: layer4 sees each region; or fpn: a feature pyramid"
     freeze_backbone: bool = False
@@ -75,18 +73,12 @@ class Settings(RunSettings):
 
     def shaping(self) -> dict[str, Any]:
         """The settings that a continued run must share with its checkpoint, as they stand in JSON."""
-        return plain(self, FREE.split())
+        return plain(self, without=FREE)
 
 
 VOC = Settings(data=tyro.MISSING, weights=tyro.MISSING)
-COCO = replace(
-    VOC,
-    iterations=90_000,
-    milestones=(60_000, 80_000),
-    learning_rate=0.03,
-    warmup_factor=0.001,
-    short_side=tuple(range(640, 801, 32)),
-)
+COCO = replace(VOC, iterations=90_000, milestones=(60_000, 80_000), learning_rate=0.03, warmup_factor=0.001)
+COCO = replace(COCO, short_side=tuple(range(640, 801, 32)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +101,8 @@ def read_settings(argv: Sequence[str] | None, description: str) -> Settings:
     asked = peek(Asked, argv)
     recipe = COCO if asked.data and find_layout(asked.data) == "coco" else VOC
     length, whole = asked.iterations or recipe.iterations, recipe.iterations
-    default = replace(
-        recipe,
-        milestones=tuple(milestone * length // whole for milestone in recipe.milestones),
-        warmup=min(recipe.warmup, recipe.warmup * length // whole),
-        learning_rate=recipe.learning_rate * (asked.batch_size or recipe.batch_size) / recipe.batch_size,
-    )
+    milestones = tuple(milestone * length // whole for milestone in recipe.milestones)
+    warmup = min(recipe.warmup, recipe.warmup * length // whole)
+    rate = recipe.learning_rate * (asked.batch_size or recipe.batch_size) / recipe.batch_size
+    default = replace(recipe, milestones=milestones, warmup=warmup, learning_rate=rate)
     return read(Settings, argv, description, default=default)

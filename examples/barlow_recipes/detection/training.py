@@ -17,11 +17,9 @@ from barlow_recipes.detection.settings import Settings
 from barlow_recipes.errors import Aborted, require
 from barlow_recipes.tables import aligned
 
-MEASURED = 2**40  # in place of an epoch's number: of the batches by which batch norms are measured again
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 NORMS = (BATCH_NORM, nn.GroupNorm, nn.LayerNorm)
 FIGURES = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}  # AP: the mean over IoU 0.5, 0.55, ..., 0.95
-MASK_THRESHOLD = 0.5
 Scores = dict[str, dict[str, float | None]]  # of "box" and "mask", in percent; None where nothing is to be found
 
 
@@ -66,7 +64,7 @@ def take_step(network: nn.Module, state: TrainingState, batch: Batch, settings: 
 
 @torch.no_grad()
 def prepare_test(model: FasterRCNN, images: Images, settings: Settings, device: torch.device) -> None:
-    """Give the trained model the test's side, and its batch norms the mean statistics of some training batches.
+    """Give the trained model the test's side, and its batch norms the mean statistics of the next training batches.
 
     As in fvcore's ``PreciseBatchNorm``, which the published runs used; frozen batch norms stay as they are.
     """
@@ -76,8 +74,8 @@ def prepare_test(model: FasterRCNN, images: Images, settings: Settings, device: 
             if isinstance(norm, BATCH_NORM) and norm.training:
                 norm.reset_running_stats()
                 norm.momentum = None  # the cumulative mean
-        torch.manual_seed(seed_of(settings.seed, MEASURED, distributed.rank()))
-        for batch in islice(images.of_epoch(MEASURED), settings.precise_batches):
+        torch.manual_seed(seed_of(settings.seed, settings.iterations, distributed.rank()))
+        for batch in islice(images.from_step(settings.iterations), settings.precise_batches):
             model(*batch.on(device))
     model.transform.min_size = (settings.test_short_side or settings.short_side[-1],)
     model.eval()
@@ -109,7 +107,7 @@ def evaluate(model: FasterRCNN, images: Images, device: torch.device) -> tuple[S
 
 def _with_booleans(objects: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, with masks of (N, H, W), as torchmetrics takes them; a detector's are (N, 1, H, W)."""
-    masks = {"masks": objects["masks"].flatten(0, -3) >= MASK_THRESHOLD} if "masks" in objects else {}
+    masks = {"masks": objects["masks"].flatten(0, -3) >= 0.5} if "masks" in objects else {}
     return {name: value.cpu() for name, value in (dict(objects) | masks).items()}
 
 

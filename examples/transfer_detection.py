@@ -42,7 +42,6 @@ from barlow_recipes.signals import StopRequests, arrived, stop_requests
 from barlow_recipes.tables import BAR
 from barlow_recipes.weights import digest, load_encoder
 
-MODEL = "model.pt"
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --short-side or --rois-per-image, or more processes"
 LOG_EVERY = 20  # iterations from one row of metrics.jsonl to the next
 
@@ -64,8 +63,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        frozen = ", frozen" if self.settings.freeze_backbone else ""
-        return f"{self.encoder.arch}-{self.settings.neck.upper()}{frozen}, {self.settings.iterations:,} iterations"
+        return f"{self.encoder.arch}-{self.settings.neck.upper()}, {self.settings.iterations:,} iterations"
 
     def save(self) -> None:
         content = self.state.state_dict() | {"settings": self.shaping}
@@ -102,20 +100,11 @@ def run(settings: Settings) -> None:
         now = Run(settings, data, encoder, network, state, images, shaping, out, metrics)
         if saved:
             state.load_state_dict(saved.content)
-        print(introduction(now))
+        print(f"{data}\n{now.name}, {encoder.source}, {settings.precision}; results go to {out}")
+        print(f"{device.type} in {distributed.world_size()} processes, learning rate {settings.learning_rate:g}")
         train_detector(now, requests)
         finish(now)
         print(f"\n{time.perf_counter() - started:.0f} seconds. Results: {out}")
-
-
-def introduction(now: Run) -> str:
-    settings, device, processes = now.settings, now.state.device, distributed.world_size()
-    devices = f"{device.type} in {processes} processes" if processes > 1 else f"{device}"
-    learning = sum(parameter.numel() for parameter in now.state.model.parameters() if parameter.requires_grad)
-    return (
-        f"{now.data}\n{'Mask' if now.data.masks else 'Faster'} R-CNN {now.name}, {now.encoder.source}: "
-        f"{learning / 1e6:.2f} M parameters learn, {settings.precision} on {devices}; results go to {now.out}"
-    )
 
 
 def train_detector(now: Run, requests: StopRequests) -> None:
@@ -162,7 +151,7 @@ def finish(now: Run) -> None:
     with outputs.replacing(now.out / outputs.RESULTS) as temporary:
         temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     model = {"model": now.state.model.state_dict(), **built, "masks": data.masks, "settings": now.settings.shaping()}
-    checkpoint.save(now.out / MODEL, model)
+    checkpoint.save(now.out / "model.pt", model)
     if now.unreadable or unreadable:
         print(f"note: unreadable images: {now.unreadable} replaced in training, {unreadable} left out of the test")
     print(f"{data.name}, average precision in percent, at IoU 0.5 to 0.95, 0.5 and 0.75\n")

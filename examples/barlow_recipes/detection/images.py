@@ -5,6 +5,7 @@ No random state travels from step to step: the order is a function of (seed, epo
 
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,13 +64,11 @@ class Images(Dataset[Item]):
         examples = self.data.test.examples if epoch is None else self.data.train.examples
         tries = 1 if epoch is None else min(TRIES, len(examples))
         for failures in range(tries):
-            try:
+            with suppress(OSError):
                 image, target = read(examples[(index + failures) % len(examples)], masks=self.data.masks)
-            except OSError:
-                continue
-            if epoch is not None and random.Random(seed_of(self.settings.seed, epoch, index)).random() < 0.5:
-                image, target = flipped(image, target)
-            return image, target, failures
+                if epoch is not None and random.Random(seed_of(self.settings.seed, epoch, index)).random() < 0.5:
+                    image, target = flipped(image, target)
+                return image, target, failures
         return None, {}, tries
 
     def from_step(self, step: int) -> Iterator[Batch]:

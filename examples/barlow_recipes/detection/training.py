@@ -101,14 +101,14 @@ def evaluate(model: FasterRCNN, images: Images, device: torch.device) -> tuple[S
             found = model(batch.on(device)[0])
             metric.update([*map(_with_booleans, found)], [*map(_with_booleans, batch.targets)])
     _collect(metric)
-    (unreadable,) = distributed.totals([unreadable])
-    return (scores_of(metric.compute()) if distributed.is_main() else {}), unreadable
+    scores = scores_of(metric.compute()) if distributed.is_main() else {}
+    return scores, *distributed.totals([unreadable])
 
 
 def _with_booleans(objects: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, with masks of (N, H, W), as torchmetrics takes them; a detector's are (N, 1, H, W)."""
-    masks = {"masks": objects["masks"].flatten(0, -3) >= 0.5} if "masks" in objects else {}
-    return {name: value.cpu() for name, value in (dict(objects) | masks).items()}
+    on_cpu = {name: value.cpu() for name, value in objects.items()}
+    return on_cpu | {name: value.flatten(0, -3) >= 0.5 for name, value in on_cpu.items() if name == "masks"}
 
 
 def _collect(metric: Any) -> None:

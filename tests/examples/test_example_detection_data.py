@@ -22,7 +22,7 @@ from barlow_recipes.detection.settings import COCO
 from barlow_recipes.errors import Aborted, UsageError
 
 NAN, INF = float("nan"), float("inf")
-XML = "VOC2007/Annotations/000000.xml"  # of the first image, and of the first part
+XML = "VOC2007/Annotations/00000000.xml"  # of the first image, and of the first part
 JSON = "annotations/instances_train2017.json"
 ANOTHER = '"images": [{"id": 9, "file_name": "10000000.jpg", "height": 48, "width": 48}, '
 Edit = Callable[[Path], Any]
@@ -148,7 +148,7 @@ def first(part: str, **values: object) -> Edit:
         "voc, no size": ("voc", replaced(XML, "<width>", "<width>x"), "images"),
         "voc, no XML": ("voc", replaced(XML, "<annotation>", "<"), "images"),
         "voc, no annotation": ("voc", lambda root: (root / XML).unlink(), "images"),
-        "voc, no image": ("voc", lambda root: (root / "VOC2007/JPEGImages/000000.jpg").unlink(), "images"),
+        "voc, no image": ("voc", lambda root: (root / "VOC2007/JPEGImages/00000000.jpg").unlink(), "images"),
         "coco, outside": ("coco", first("annotations", bbox=[100, 3, 5, 5]), "objects"),
         "coco, no box": ("coco", first("annotations", bbox=None), "objects"),
         "coco, no mask": ("coco", first("annotations", segmentation=None), "objects"),

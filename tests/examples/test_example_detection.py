@@ -80,17 +80,6 @@ def test_a_run_leaves_results_a_model_and_a_table(
     assert (status, "holds another run" in errors) == (2, True)
 
 
-def test_a_frozen_encoder_comes_out_as_it_went_in(trees: dict[str, Path], detect: Detect) -> None:
-    encoder = build_encoder("resnet18").module
-    torch.save(encoder.state_dict(), "encoder.pt")
-    flags = ("--data", trees["voc"], *SMALL, "--weights", "encoder.pt", "--iterations", 2, "--freeze-backbone")
-    assert detect(*flags)[0] == 0
-    model = checkpoint.read(Path("out/model.pt"))["model"]
-    for name, tensor in encoder.state_dict().items():
-        prefix = "roi_heads.box_roi_pool.layer4." if name.startswith("layer4") else "backbone."
-        assert torch.equal(model[prefix + name], tensor), name
-
-
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(trees: dict[str, Path], detect: Detect) -> None:
     """To the bit: the state has no place for a random state that would have to be restored into a loader."""
     flags = ("--data", trees["coco"], *RANDOM, *SMALL, "--iterations", 5, "--milestones", 4)

@@ -84,24 +84,23 @@ def test_coco_is_read_as_it_was_drawn(coco: Path) -> None:
 def test_boxes_are_cut_to_the_image() -> None:
     assert clipped((1, 2, 2, 2), (20, 10)) == (1, 2, 3, 4)
     assert clipped((-5, -5, 105, 10), (20, 10)) == (0, 0, 10, 5)
+    empty = (
+        (3, 1, 0, 3),
+        (1, 4, 2, -2),
+        (1, 1, 1e-9, 3),
+        (-5, 1, 5, 3),
+        (1, 20, 2, 20),
+        (NAN, 1, 2, 3),
+        (1, 1, INF, 3),
+    )
+    for box in (*empty, (1, 2, 3), ("a", 2, 3, 4), (10**400, 2, 3, 4), None, 5):
+        with pytest.raises(BROKEN):
+            clipped(box, (20, 10))
 
 
-@pytest.mark.parametrize(
-    "box",
-    [
-        (3, 1, 0, 3), (1, 4, 2, -2), (1, 1, 1e-9, 3), (-5, 1, 5, 3), (1, 20, 2, 20), (NAN, 1, 2, 3), (1, 1, INF, 3),
-        (1, 2, 3), ("a", 2, 3, 4), (10**400, 2, 3, 4), None, 5,
-    ],
-)  # fmt: skip
-def test_boxes_without_an_area_in_the_image_are_refused(box: Any) -> None:
-    with pytest.raises(BROKEN):
-        clipped(box, (20, 10))
-
-
-@pytest.mark.parametrize("segmentation", [[[0, 0, 4, 0, 4, 4]], runs([4, 8, 12]), runs("48<")])
-def test_masks_are_read(segmentation: Any) -> None:
-    counts = run_lengths(segmentation, (4, 6))
-    assert 0 < coding.area({"size": (4, 6), "counts": counts}) <= 10
+def test_masks_are_read() -> None:
+    for segmentation in ([[0, 0, 4, 0, 4, 4]], runs([4, 8, 12]), runs("48<")):
+        assert 0 < coding.area({"size": (4, 6), "counts": run_lengths(segmentation, (4, 6))}) <= 10
 
 
 @pytest.mark.parametrize(
@@ -141,29 +140,28 @@ def first(part: str, **values: object) -> Edit:
 
 @pytest.mark.parametrize(
     ("layout", "edit", "kind"),
-    {
-        "voc, no width": ("voc", replaced(XML, "<xmax>", "<xmax>-"), "objects"),
-        "voc, words": ("voc", replaced(XML, "<xmin>", "<xmin>left"), "objects"),
-        "voc, no class": ("voc", replaced(XML, "<object>", "<object><name> </name>"), "objects"),
-        "voc, no size": ("voc", replaced(XML, "<width>", "<width>x"), "images"),
-        "voc, no XML": ("voc", replaced(XML, "<annotation>", "<"), "images"),
-        "voc, no annotation": ("voc", lambda root: (root / XML).unlink(), "images"),
-        "voc, no image": ("voc", lambda root: (root / "VOC2007/JPEGImages/00000000.jpg").unlink(), "images"),
-        "coco, outside": ("coco", first("annotations", bbox=[100, 3, 5, 5]), "objects"),
-        "coco, no box": ("coco", first("annotations", bbox=None), "objects"),
-        "coco, no mask": ("coco", first("annotations", segmentation=None), "objects"),
-        "coco, category": ("coco", first("annotations", category_id=4), "objects"),
-        "coco, category of another type": ("coco", first("annotations", category_id=[3]), "objects"),
-        "coco, image": ("coco", first("annotations", image_id=99), "objects"),
-        "coco, no annotation": ("coco", replaced(JSON, '"annotations": [', '"annotations": [5, '), "objects"),
-        "coco, no image": ("coco", replaced(JSON, '"images": [', '"images": [5, '), "images"),
-        "coco, no size": ("coco", first("images", width=None), "images"),
-        "coco, no name": ("coco", replaced(JSON, "file_name", "name"), "images"),
-        "coco, image of a strange number": ("coco", first("images", id=[0]), "images"),
-        "coco, no file": ("coco", lambda root: (root / "train2017/10000000.jpg").unlink(), "images"),
-        "coco, empty": ("coco", replaced(JSON, '"images": [', ANOTHER), "images"),
-    }.values(),
-)  # fmt: skip
+    [
+        ("voc", replaced(XML, "<xmax>", "<xmax>-"), "objects"),
+        ("voc", replaced(XML, "<xmin>", "<xmin>left"), "objects"),
+        ("voc", replaced(XML, "<object>", "<object><name> </name>"), "objects"),
+        ("voc", replaced(XML, "<width>", "<width>x"), "images"),
+        ("voc", replaced(XML, "<annotation>", "<"), "images"),
+        ("voc", lambda root: (root / XML).unlink(), "images"),
+        ("voc", lambda root: (root / "VOC2007/JPEGImages/00000000.jpg").unlink(), "images"),
+        ("coco", first("annotations", bbox=[100, 3, 5, 5]), "objects"),
+        ("coco", first("annotations", segmentation=None), "objects"),
+        ("coco", first("annotations", category_id=4), "objects"),
+        ("coco", first("annotations", category_id=[3]), "objects"),
+        ("coco", first("annotations", image_id=99), "objects"),
+        ("coco", replaced(JSON, '"annotations": [', '"annotations": [5, '), "objects"),
+        ("coco", replaced(JSON, '"images": [', '"images": [5, '), "images"),
+        ("coco", first("images", width=None), "images"),
+        ("coco", replaced(JSON, "file_name", "name"), "images"),
+        ("coco", first("images", id=[0]), "images"),
+        ("coco", lambda root: (root / "train2017/10000000.jpg").unlink(), "images"),
+        ("coco", replaced(JSON, '"images": [', ANOTHER), "images"),  # without an object to learn
+    ],
+)
 def test_what_cannot_be_used_is_counted(layout: str, edit: Edit, kind: str, request: pytest.FixtureRequest) -> None:
     root = request.getfixturevalue(layout)
     before = load_data(root)
@@ -176,15 +174,15 @@ def test_what_cannot_be_used_is_counted(layout: str, edit: Edit, kind: str, requ
 
 @pytest.mark.parametrize(
     ("edit", "expected"),
-    {
-        "no JSON": (lambda root: (root / JSON).write_text("{"), "expected images, annotations and categories in"),
-        "a list": (lambda root: (root / JSON).write_text("[]"), "expected images, annotations and categories in"),
-        "no list": (replaced(JSON, '"images": [', '"images": 5, "others": ['), "expected images, annotations"),
-        "no file": (lambda root: (root / JSON).unlink(), "No such file .*instances_train2017.json"),
-        "no images": (lambda root: shutil.rmtree(root / "val2017"), "in the test: 0 images, 0 boxes, 3 images left"),
-        "no categories": (first("categories", id="x"), "cannot read the annotations: invalid literal"),
-    }.values(),
-)  # fmt: skip
+    [
+        (lambda root: (root / JSON).write_text("{"), "expected images, annotations and categories in"),
+        (lambda root: (root / JSON).write_text("[]"), "expected images, annotations and categories in"),
+        (replaced(JSON, '"images": [', '"images": 5, "others": ['), "expected images, annotations"),
+        (lambda root: (root / JSON).unlink(), "No such file .*instances_train2017.json"),
+        (lambda root: shutil.rmtree(root / "val2017"), "in the test: 0 images, 0 boxes, 3 images left"),
+        (first("categories", id="x"), "cannot read the annotations: invalid literal"),
+    ],
+)
 def test_coco_that_is_unusable_is_refused(edit: Edit, expected: str, coco: Path) -> None:
     edit(coco)
     with pytest.raises(UsageError, match=expected):

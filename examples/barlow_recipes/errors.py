@@ -3,13 +3,7 @@
 import importlib
 from types import ModuleType
 
-EXTRAS = {
-    "pycocotools": "transfer",
-    "timm": "transfer",
-    "torchmetrics": "transfer",
-    "tensorboard": "scale",
-    "wandb": "scale",
-}
+EXTRAS = {"pycocotools": "transfer", "datasets": "scale", "tensorboard": "scale", "tifffile": "scale", "wandb": "scale"}
 
 
 class UsageError(Exception):
@@ -51,8 +45,6 @@ def require(module: str, reason: str) -> ModuleType:
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:
         package = module.partition(".")[0]
-        cause = first_line(error)
-        extra = EXTRAS.get(package, "examples")
-        raise UsageError(
-            f"{reason} needs {package}, which cannot be imported ({cause}): pip install 'barlow-loss[{extra}]'"
-        ) from None
+        remedy = f"pip install 'barlow-loss[{EXTRAS.get(package, 'examples')}]'"
+        why = f"{reason} needs {package}, which cannot be imported ({first_line(error)})"
+        raise UsageError(f"{why}: {remedy}") from None

@@ -148,6 +148,18 @@ def test_what_is_left_out_is_told_and_kept(trees: dict[str, Path], tmp_path: Pat
     assert results()["test"]["unreadable"] == 1
 
 
+def test_too_little_memory_has_the_programs_own_remedy(
+    trees: dict[str, Path], detect: Detect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(training, "take_step", fail)
+    status, _, errors = detect("--data", trees["voc"], *RANDOM, *SMALL)
+    assert status == 1
+    assert "try a smaller --batch-size, --short-side or --rois-per-image" in errors
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(trees: dict[str, Path], detect: Detect) -> None:
     flags = ("--data", trees["voc"], *RANDOM, *SMALL, "--learning-rate", 1e18, "--warmup", 0, "--iterations", 5)
     status, _, errors = detect(*flags)

@@ -2,7 +2,7 @@
 
     python examples/imagenet_pretrain.py                          # scikit-learn's digits, on the CPU, about a minute
     python examples/imagenet_pretrain.py --data fashion-mnist     # 60,000 coloured images, on the CPU, five minutes
-    python examples/imagenet_pretrain.py --data DIR               # class folders or webdataset shards; ImageNet is one
+    python examples/imagenet_pretrain.py --data DIR               # any images, with or without class folders
     torchrun --nproc-per-node 8 examples/imagenet_pretrain.py --data DIR --preset paper    # any, on eight GPUs
 
 The data decide about encoder and defaults; --preset takes the numbers of a published run. Several processes, on one
@@ -258,14 +258,8 @@ def train(now: Run, requests: StopRequests) -> None:
     tqdm = require("tqdm", "the progress bar").tqdm
     hidden = None if is_main() else True  # None: where there is no terminal
     skipped = 0
-    with tqdm(
-        total=now.last_step,
-        initial=state.step,
-        unit="step",
-        disable=hidden,
-        dynamic_ncols=True,
-        bar_format=BAR,
-    ) as bar:
+    bounds = {"total": now.last_step, "initial": state.step}
+    with tqdm(**bounds, unit="step", disable=hidden, dynamic_ncols=True, bar_format=BAR) as bar:
         while state.step < now.last_step:
             epoch, first = divmod(state.step, now.steps_per_epoch)
             unreadable = 0

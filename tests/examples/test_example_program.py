@@ -194,7 +194,10 @@ USAGE = {
     "an unknown device": ("--device abacus", "Error parsing --device: Expected one of cpu, cuda"),
     "a crooked projector": ("--projector 1-2-3", "--projector 1-2-3: expected widths such as"),
     "a ResNet for digits": ("--arch resnet18", "--arch resnet18: digits-cnn goes with the digits"),
-    "an unknown encoder": ("--data . --arch vgg16", "--arch vgg16: expected one of resnet101, "),
+    "an unknown encoder": (
+        "--data . --arch abacus",
+        "--arch abacus: expected digits-cnn, small-cnn, a classifier of torchvision",
+    ),
     "no whole step": ("--batch-size 2000 --accumulate 2", "--batch-size 2000: expected at most the number of images"),
     "no folder": ("--data nowhere", "--data nowhere: no such file or folder"),
     "a batch beyond the data": ("--batch-size 5000", "--batch-size 5000 is more than the 1302 digits"),

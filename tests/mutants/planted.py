@@ -568,11 +568,21 @@ EXAMPLE_STEPS = [
         ),
     ),
     *_in(
+        "examples/barlow_recipes/models.py",
+        ("tests/examples/test_example_models.py",),
+        (
+            "statistics-move-in-both-passes",
+            "nullcontext(), _running_statistics_kept(module)",
+            "nullcontext(), nullcontext()",
+        ),
+        ("chunks-that-are-kept", "represent = computed_twice(self.backbone)", "represent = self.backbone"),
+    ),
+    *_in(
         "examples/barlow_recipes/official.py",
         ("tests/distributed/test_official_program.py",),
         (
             "official-momenta-of-vectors-as-they-are",
-            'PAPER["learning_rate_biases"] / learning_rate_biases if learning_rate_biases else 1.0)',
+            "LEARNING_RATE_BIASES / learning_rate_biases if learning_rate_biases else 1.0)",
             "1.0)",
         ),
     ),

@@ -47,7 +47,8 @@ def build_detector(encoder: Encoder, settings: Settings, *, classes: int, masks:
     if not on_c4 and len(anchors) != len(STAGES) + 1:
         raise UsageError(f"--anchor-sizes: expected {len(STAGES) + 1} for --neck fpn, one for each of its levels")
     parts = OrderedDict((name, getattr(module, name)) for name in names)
-    backbone, heads = (_on_c4 if on_c4 else _on_fpn)(parts, settings, classes + 1, masks)
+    labels = classes + 1
+    backbone, heads = _on_c4(parts, settings, labels, masks) if on_c4 else _on_fpn(parts, settings, labels)
     predictor = heads["box_predictor"]
     for layer, deviation in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):  # detectron2's
         nn.init.normal_(layer.weight, std=deviation)
@@ -63,7 +64,7 @@ def build_detector(encoder: Encoder, settings: Settings, *, classes: int, masks:
         rpn_post_nms_top_n_test=settings.proposals[1],
         rpn_batch_size_per_image=settings.anchors_per_image,
         box_batch_size_per_image=settings.rois_per_image,
-        **heads,
+        **{name: part for name, part in heads.items() if masks or not name.startswith("mask")},
     )
 
 
@@ -73,27 +74,23 @@ def _on_c4(parts: Parts, settings: Settings, labels: int, masks: bool) -> tuple[
     regions = SharedRegions(layer4, nn.BatchNorm2d(seen), 14, stride, masks=masks)
     boxes, mask = FastRCNNPredictor(seen, labels), MaskRCNNPredictor(seen, MASK_CHANNELS, labels)
     heads = {"box_roi_pool": regions, "box_head": nn.AdaptiveAvgPool2d(1), "box_predictor": boxes}
-    if masks:
-        heads |= {"mask_roi_pool": regions, "mask_head": nn.Identity(), "mask_predictor": mask}
+    heads |= {"mask_roi_pool": regions, "mask_head": nn.Identity(), "mask_predictor": mask}
     backbone = Pretrained(parts, settings, ["layer3"])
     backbone.out_channels = channels  # where torchvision's detectors look for it
     return backbone, heads
 
 
-def _on_fpn(parts: Parts, settings: Settings, labels: int, masks: bool) -> tuple[nn.Module, dict[str, nn.Module]]:
+def _on_fpn(parts: Parts, settings: Settings, labels: int) -> tuple[nn.Module, dict[str, nn.Module]]:
     width = settings.fpn_channels
     pyramid = FeaturePyramidNetwork(_geometry(parts, settings)[0], width, LastLevelMaxPool(), nn.BatchNorm2d)
     heads: dict[str, nn.Module] = {
         "box_roi_pool": MultiScaleRoIAlign([*STAGES], 7, sampling_ratio=2),
         "box_head": FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], nn.BatchNorm2d),
         "box_predictor": FastRCNNPredictor(4 * width, labels),
+        "mask_roi_pool": MultiScaleRoIAlign([*STAGES], 14, sampling_ratio=2),
+        "mask_head": MaskRCNNHeads(width, [width] * 4, 1, nn.BatchNorm2d),
+        "mask_predictor": MaskRCNNPredictor(width, width, labels),
     }
-    if masks:
-        heads |= {
-            "mask_roi_pool": MultiScaleRoIAlign([*STAGES], 14, sampling_ratio=2),
-            "mask_head": MaskRCNNHeads(width, [width] * 4, 1, nn.BatchNorm2d),
-            "mask_predictor": MaskRCNNPredictor(width, width, labels),
-        }
     backbone = nn.Sequential(OrderedDict(stages=Pretrained(parts, settings, STAGES), pyramid=pyramid))
     backbone.out_channels = width
     return backbone, heads

@@ -27,8 +27,8 @@ class Mirror(Protocol):
 class Metrics:
     """The run's history: JSON objects, one a line, and the same in memory and in the mirrors.
 
-    ``kind`` tells them apart: settings, baseline, step, epoch, collapse, profile, event, evaluation, report. A number that
-    is not finite is null. Without a folder they are kept in memory only.
+    ``kind`` tells them apart: settings, baseline, step, epoch, collapse, profile, event, evaluation, report.
+    A number that is not finite is null. Without a folder they are kept in memory only.
     """
 
     def __init__(

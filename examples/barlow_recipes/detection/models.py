@@ -68,22 +68,22 @@ def build_detector(encoder: Encoder, settings: Settings, *, classes: int, masks:
     )
 
 
-def _on_c4(parts: Parts, settings: Settings, labels: int, masks: bool) -> tuple[nn.Module, dict[str, nn.Module]]:
+def _on_c4(parts: Parts, settings: Settings, labels: int, masks: bool) -> tuple[Any, dict[str, Any]]:
     (*_, channels, seen), (*_, stride, _) = _geometry(parts, settings)
     layer4 = Pretrained(OrderedDict(layer4=parts.pop("layer4")), settings, ["layer4"])
     regions = SharedRegions(layer4, nn.BatchNorm2d(seen), 14, stride, masks=masks)
     boxes, mask = FastRCNNPredictor(seen, labels), MaskRCNNPredictor(seen, MASK_CHANNELS, labels)
-    heads = {"box_roi_pool": regions, "box_head": nn.AdaptiveAvgPool2d(1), "box_predictor": boxes}
+    heads: dict[str, Any] = {"box_roi_pool": regions, "box_head": nn.AdaptiveAvgPool2d(1), "box_predictor": boxes}
     heads |= {"mask_roi_pool": regions, "mask_head": nn.Identity(), "mask_predictor": mask}
-    backbone = Pretrained(parts, settings, ["layer3"])
+    backbone: Any = Pretrained(parts, settings, ["layer3"])
     backbone.out_channels = channels  # where torchvision's detectors look for it
     return backbone, heads
 
 
-def _on_fpn(parts: Parts, settings: Settings, labels: int) -> tuple[nn.Module, dict[str, nn.Module]]:
+def _on_fpn(parts: Parts, settings: Settings, labels: int) -> tuple[Any, dict[str, Any]]:
     width = settings.fpn_channels
     pyramid = FeaturePyramidNetwork(_geometry(parts, settings)[0], width, LastLevelMaxPool(), nn.BatchNorm2d)
-    heads: dict[str, nn.Module] = {
+    heads = {
         "box_roi_pool": MultiScaleRoIAlign([*STAGES], 7, sampling_ratio=2),
         "box_head": FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], nn.BatchNorm2d),
         "box_predictor": FastRCNNPredictor(4 * width, labels),
@@ -91,7 +91,7 @@ def _on_fpn(parts: Parts, settings: Settings, labels: int) -> tuple[nn.Module, d
         "mask_head": MaskRCNNHeads(width, [width] * 4, 1, nn.BatchNorm2d),
         "mask_predictor": MaskRCNNPredictor(width, width, labels),
     }
-    backbone = nn.Sequential(OrderedDict(stages=Pretrained(parts, settings, STAGES), pyramid=pyramid))
+    backbone: Any = nn.Sequential(OrderedDict(stages=Pretrained(parts, settings, STAGES), pyramid=pyramid))
     backbone.out_channels = width
     return backbone, heads
 
@@ -117,7 +117,7 @@ class Pretrained(nn.Sequential):
     def train(self, mode: bool = True) -> "Pretrained":
         return super().train(mode and not self.frozen)
 
-    def forward(self, features: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = OrderedDict()
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.bf16):
             for name, part in self.named_children():

@@ -102,7 +102,7 @@ def evaluate(model: FasterRCNN, images: Images, device: torch.device) -> tuple[S
             metric.update([*map(_with_booleans, found)], [*map(_with_booleans, batch.targets)])
     _collect(metric)
     scores = scores_of(metric.compute()) if distributed.is_main() else {}
-    return scores, *distributed.totals([unreadable])
+    return scores, distributed.totals([unreadable])[0]
 
 
 def _with_booleans(objects: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,10 +4,8 @@ A checkpoint is a file of ``torch.save``, which is a zip archive, and in the arc
 that precedes it; ``torch.load`` reads it as ever. Beside the newest lies the one before it.
 """
 
-import contextlib
 import hashlib
 import io
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +16,9 @@ import torch
 from torch import optim
 from torch.optim.lr_scheduler import LambdaLR
 
-from barlow_recipes.errors import Aborted, UsageError, first_line
+from barlow_recipes.errors import UsageError, first_line
 from barlow_recipes.models import BarlowTwins
+from barlow_recipes.outputs import replacing
 
 LABEL = b"sha256:"
 COMMENT = len(LABEL) + 2 * hashlib.sha256().digest_size  # its length in bytes
@@ -74,32 +73,14 @@ def previous(path: Path) -> Path:
 
 
 def save(path: Path, content: object, *, keep_previous: bool = False) -> None:
-    """Write to a temporary file beside ``path`` and rename it, so that ``path`` is always old or new, never half.
-
-    When this returns, the file is on the disk. With ``keep_previous`` the old one stays as :func:`previous`.
+    """Write, as :func:`~barlow_recipes.outputs.replacing`; ``keep_previous``: the old one becomes :func:`previous`.
 
     Raises:
         Aborted: the disk is full or the folder cannot be written. What was there before stays.
     """
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with temporary.open("wb") as file:
-            _write(file, content)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_previous and path.exists():
-            path.replace(previous(path))
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise Aborted(f"cannot write {path}: {first_line(error)}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not every system can open a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    keep = previous(path) if keep_previous else None
+    with replacing(path, keep) as temporary, temporary.open("wb") as file:
+        _write(file, content)
 
 
 def _write(file: BinaryIO, content: object) -> None:

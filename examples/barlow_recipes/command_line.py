@@ -201,15 +201,13 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
 
 def plain(settings: Any, without: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of a dataclass as they stand in JSON and YAML, apart from some."""
-    as_text = {
-        name: str(value) if isinstance(value, (Path, torch.device)) else value
-        for name, value in asdict(settings).items()
-    }
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in as_text.items()
-        if name not in without
-    }
+    return {name: _plain(value) for name, value in asdict(settings).items() if name not in without}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Path, torch.device)):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def own_cores() -> int:

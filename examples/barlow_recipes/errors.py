@@ -3,15 +3,7 @@
 import importlib
 from types import ModuleType
 
-EXTRAS = {
-    "pycocotools": "transfer",
-    "datasets": "scale",
-    "tifffile": "scale",
-    "tensorboard": "scale",
-    "wandb": "scale",
-}
-
-
+EXTRAS = {"pycocotools": "transfer", "datasets": "scale", "tensorboard": "scale", "tifffile": "scale", "wandb": "scale"}
 LOST_WORKER = "a process that reads images has died: is there memory for --workers?"
 
 
@@ -54,8 +46,6 @@ def require(module: str, reason: str) -> ModuleType:
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:
         package = module.partition(".")[0]
-        cause = first_line(error)
-        extra = EXTRAS.get(package, "examples")
-        raise UsageError(
-            f"{reason} needs {package}, which cannot be imported ({cause}): pip install 'barlow-loss[{extra}]'"
-        ) from None
+        remedy = f"pip install 'barlow-loss[{EXTRAS.get(package, 'examples')}]'"
+        why = f"{reason} needs {package}, which cannot be imported ({first_line(error)})"
+        raise UsageError(f"{why}: {remedy}") from None

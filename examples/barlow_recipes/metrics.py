@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from barlow_recipes.errors import UsageError, first_line, require
 from barlow_recipes.outputs import METRICS, TENSORBOARD, WANDB_ID, replacing, writing
 
-HISTORY = ("baseline", "step", "epoch", "collapse", "profile", "event", "test")  # kinds that a resumed run keeps
+HISTORY = ("baseline", "step", "epoch", "collapse", "profile", "event")  # kinds that a resumed run keeps
 Row = dict[str, Any]
 
 
@@ -25,8 +25,8 @@ class Mirror(Protocol):  # a second place for the metrics
 class Metrics:
     """The run's history: JSON objects, one a line, and the same in memory and in the mirrors.
 
-    ``kind`` tells them apart: settings, baseline, step, epoch, collapse, profile, event, evaluation, report;
-    of a detector test. A number that is not finite is null. Without a folder they are kept in memory only.
+    ``kind`` tells them apart: settings, baseline, step, epoch, collapse, profile, event, evaluation, report.
+    A number that is not finite is null. Without a folder they are kept in memory only.
     """
 
     def __init__(

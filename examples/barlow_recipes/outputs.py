@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from barlow_recipes.errors import Aborted
@@ -26,18 +26,31 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """A temporary path to write to, which takes the place of ``path`` at the end: a reader sees old or new, never half.
 
+    Afterwards the file is on the disk, and the old one is ``keep``.
+
     Raises:
-        Aborted: the disk is full or the folder cannot be written.
+        Aborted: the disk is full or the folder cannot be written. What was there before stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.new")  # of that name what a killed process leaves is written over
     try:
         with writing(path):
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync(temporary)
+            if keep and path.exists():
+                path.replace(keep)
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    with suppress(OSError):  # not every system can open a folder
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

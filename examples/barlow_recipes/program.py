@@ -7,13 +7,7 @@ from io import TextIOWrapper
 from barlow_recipes import distributed
 from barlow_recipes.errors import LOST_WORKER, Aborted, Interrupted, UsageError
 
-OUT_OF_MEMORY = "out of memory: try --checkpoint-activations, --accumulate, a smaller --batch-size or --projector"
-KNOWN_FAILURES = {  # by a part of a RuntimeError's message
-    "out of memory": OUT_OF_MEMORY,
-    "allocate memory": OUT_OF_MEMORY,
-    "DataLoader worker": LOST_WORKER,
-    "by peer": "another process of this run has ended",
-}
+OUT_OF_MEMORY = "out of memory: try --chunk-size, --checkpoint-activations, a smaller --batch-size or --projector"
 
 
 def exit_status(body: Callable[[], None], out_of_memory: str = OUT_OF_MEMORY) -> int:
@@ -22,25 +16,25 @@ def exit_status(body: Callable[[], None], out_of_memory: str = OUT_OF_MEMORY) ->
     Returns:
         0: done; 2: a mistake in its use; 1: it could not go on; 128 + n: stopped by signal n.
     """
+    known = {"by peer": "another process of this run has ended", "DataLoader worker": LOST_WORKER}  # in RuntimeErrors
+    known |= {"out of memory": out_of_memory, "allocate memory": out_of_memory}
     try:
         with distributed.joined():
             body()
+        return 0
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except RuntimeError as error:
-        known = [failure for text, failure in KNOWN_FAILURES.items() if text in str(error)]
-        if not known:
-            raise
-        print(f"error: {known[0]}", file=sys.stderr)
-        return Aborted.exit_code
+        told, status = str(error), error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return Interrupted.exit_code
+        told, status = "interrupted", Interrupted.exit_code
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return Aborted.exit_code
-    return 0
+        told, status = str(error), Aborted.exit_code
+    except RuntimeError as error:
+        failures = [failure for text, failure in known.items() if text in str(error)]
+        if not failures:
+            raise
+        told, status = failures[0], Aborted.exit_code
+    print(f"error: {told}", file=sys.stderr)
+    return status
 
 
 def start(main: Callable[[], int]) -> None:

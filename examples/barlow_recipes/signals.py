@@ -9,12 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# Ctrl-C; what schedulers and torchrun send before they kill; what SLURM can send before the time is over.
-STOPPING = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)  # Windows has no SIGUSR1
-
-
+# Ctrl-C; what schedulers and torchrun send before they kill; what SLURM, on no Windows, can send before time is over.
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 SAME_CTRL_C = 1.0  # seconds: a terminal sends it to every process, and torchrun passes it on once more
 
 

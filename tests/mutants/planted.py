@@ -468,23 +468,23 @@ EXAMPLE_CHECKPOINT = [
     *_in(
         "examples/barlow_recipes/checkpoint.py",
         CHECKPOINTS,
-        ("checkpoint-not-synced-to-the-disk", "            os.fsync(file.fileno())\n", ""),
         (
             "checksum-not-compared",
             "if hashlib.sha256(archive).hexdigest().encode() != comment[len(LABEL) :]:",
             "if len(comment) != COMMENT:",
         ),
         (
-            "generation-before-not-kept",
-            "if keep_previous and path.exists():",
-            "if keep_previous and previous(path).exists():",
-        ),
-        ("half-a-file-left-on-a-full-disk", "temporary.unlink(missing_ok=True)", "pass"),
-        (
             "settings-of-one-side-not-compared",
             "sorted(saved.keys() | current.keys())",
             "sorted(saved.keys() & current.keys())",
         ),
+    ),
+    *_in(
+        "examples/barlow_recipes/outputs.py",
+        CHECKPOINTS,
+        ("checkpoint-not-synced-to-the-disk", "            _sync(temporary)\n", ""),
+        ("generation-before-not-kept", "if keep and path.exists():", "if keep and keep.exists():"),
+        ("half-a-file-left-on-a-full-disk", "temporary.unlink(missing_ok=True)", "pass"),
     ),
     *_in(
         "examples/barlow_recipes/checkpoint.py",

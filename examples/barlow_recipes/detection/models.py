@@ -10,6 +10,7 @@ and a batch mixes their aspect ratios.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ MASK_CHANNELS = 256  # defaults.py: ROI_MASK_HEAD.CONV_DIM
 PROBED = 128  # pixels of the side of an image by which widths and strides are found out
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 Parts = OrderedDict[str, nn.Module]
-Built = tuple[Any, int, dict[str, Any], dict[str, Any]]  # the backbone, its channels, the parts of boxes and of masks
 
 
 def build_detector(encoder: Encoder, settings: Settings, *, classes: int, masks: bool) -> FasterRCNN:
@@ -41,24 +41,22 @@ def build_detector(encoder: Encoder, settings: Settings, *, classes: int, masks:
     """
     module, on_c4 = encoder.module, settings.neck == "c4"
     names = ("conv1", "bn1", "relu" if hasattr(module, "relu") else "act1", "maxpool", *STAGES)  # act1 is timm's
-    if not all(hasattr(module, name) for name in names) or next(module.conv1.parameters()).shape[1] != 3:
-        raise UsageError(
-            f"--arch {encoder.arch}: expected a ResNet for RGB, to share its stages among a detector's parts"
-        )
+    if not all(hasattr(module, name) for name in names) or encoder.shape[0] != 3:
+        raise UsageError(f"--arch {encoder.arch}: expected a ResNet for RGB: its stages become a detector's parts")
     anchors = [settings.anchor_sizes] if on_c4 else [(size,) for size in settings.anchor_sizes]
     if not on_c4 and len(anchors) != len(STAGES) + 1:
         raise UsageError(f"--anchor-sizes: expected {len(STAGES) + 1} for --neck fpn, one for each of its levels")
     parts = OrderedDict((name, getattr(module, name)) for name in names)
-    backbone, channels, of_boxes, of_masks = (_on_c4 if on_c4 else _on_fpn)(parts, settings, classes + 1, masks)
-    backbone.out_channels = channels  # where torchvision's detectors look for it
-    predictor = of_boxes["box_predictor"]
+    labels = classes + 1
+    backbone, heads = _on_c4(parts, settings, labels, masks) if on_c4 else _on_fpn(parts, settings, labels)
+    predictor = heads["box_predictor"]
     for layer, deviation in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):  # detectron2's
         nn.init.normal_(layer.weight, std=deviation)
         nn.init.zeros_(layer.bias)
     return (MaskRCNN if masks else FasterRCNN)(
         backbone,
         min_size=settings.short_side,
-        max_size=settings.max_side,
+        max_size=1333,
         rpn_anchor_generator=AnchorGenerator(anchors, [ASPECT_RATIOS] * len(anchors)),
         rpn_pre_nms_top_n_train=settings.candidates[0],
         rpn_pre_nms_top_n_test=settings.candidates[1],
@@ -66,71 +64,67 @@ def build_detector(encoder: Encoder, settings: Settings, *, classes: int, masks:
         rpn_post_nms_top_n_test=settings.proposals[1],
         rpn_batch_size_per_image=settings.anchors_per_image,
         box_batch_size_per_image=settings.rois_per_image,
-        **of_boxes,
-        **(of_masks if masks else {}),
+        **{name: part for name, part in heads.items() if masks or not name.startswith("mask")},
     )
 
 
-def _on_c4(parts: Parts, settings: Settings, labels: int, masks: bool) -> Built:
-    (*_, channels, seen), (*_, stride, _) = _geometry(parts)
-    layer4 = Pretrained(OrderedDict(layer4=parts.pop("layer4")), settings)
-    regions = SharedRegions(layer4, nn.BatchNorm2d(seen), settings.roi_size, stride, masks=masks)
+def _on_c4(parts: Parts, settings: Settings, labels: int, masks: bool) -> tuple[Any, dict[str, Any]]:
+    (*_, channels, seen), (*_, stride, _) = _geometry(parts, settings)
+    layer4 = Pretrained(OrderedDict(layer4=parts.pop("layer4")), settings, ["layer4"])
+    regions = SharedRegions(layer4, nn.BatchNorm2d(seen), 14, stride, masks=masks)
     boxes, mask = FastRCNNPredictor(seen, labels), MaskRCNNPredictor(seen, MASK_CHANNELS, labels)
-    of_boxes = {"box_roi_pool": regions, "box_head": nn.AdaptiveAvgPool2d(1), "box_predictor": boxes}
-    of_masks = {"mask_roi_pool": regions, "mask_head": nn.Identity(), "mask_predictor": mask}
-    return Pretrained(parts, settings), channels, of_boxes, of_masks
+    heads: dict[str, Any] = {"box_roi_pool": regions, "box_head": nn.AdaptiveAvgPool2d(1), "box_predictor": boxes}
+    heads |= {"mask_roi_pool": regions, "mask_head": nn.Identity(), "mask_predictor": mask}
+    backbone: Any = Pretrained(parts, settings, ["layer3"])
+    backbone.out_channels = channels  # where torchvision's detectors look for it
+    return backbone, heads
 
 
-def _on_fpn(parts: Parts, settings: Settings, labels: int, masks: bool) -> Built:
-    width, size = settings.fpn_channels, settings.roi_size
-    pyramid = FeaturePyramidNetwork(_geometry(parts)[0], width, LastLevelMaxPool(), nn.BatchNorm2d)
-    backbone = nn.Sequential(OrderedDict(stages=Pretrained(parts, settings, levels=True), pyramid=pyramid))
-    of_boxes = {
-        "box_roi_pool": MultiScaleRoIAlign([*STAGES], size, sampling_ratio=2),
-        "box_head": FastRCNNConvFCHead((width, size, size), [width] * 4, [4 * width], nn.BatchNorm2d),
+def _on_fpn(parts: Parts, settings: Settings, labels: int) -> tuple[Any, dict[str, Any]]:
+    width = settings.fpn_channels
+    pyramid = FeaturePyramidNetwork(_geometry(parts, settings)[0], width, LastLevelMaxPool(), nn.BatchNorm2d)
+    heads = {
+        "box_roi_pool": MultiScaleRoIAlign([*STAGES], 7, sampling_ratio=2),
+        "box_head": FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], nn.BatchNorm2d),
         "box_predictor": FastRCNNPredictor(4 * width, labels),
-    }
-    of_masks = {
-        "mask_roi_pool": MultiScaleRoIAlign([*STAGES], 2 * size, sampling_ratio=2),
+        "mask_roi_pool": MultiScaleRoIAlign([*STAGES], 14, sampling_ratio=2),
         "mask_head": MaskRCNNHeads(width, [width] * 4, 1, nn.BatchNorm2d),
         "mask_predictor": MaskRCNNPredictor(width, width, labels),
     }
-    return backbone, width, of_boxes, of_masks
+    backbone: Any = nn.Sequential(OrderedDict(stages=Pretrained(parts, settings, STAGES), pyramid=pyramid))
+    backbone.out_channels = width
+    return backbone, heads
 
 
 @torch.no_grad()
-def _geometry(parts: Parts) -> tuple[list[int], list[int]]:
-    """The channels and the strides of layer1 to layer4."""
-    maps, features = [], torch.zeros(1, 3, PROBED, PROBED)
-    for name, part in parts.items():
-        features = part.eval()(features)
-        maps += [features] if name in STAGES else []
+def _geometry(parts: Parts, settings: Settings) -> tuple[list[int], list[int]]:
+    """The channels and the strides of the stages."""
+    maps = Pretrained(parts, settings, STAGES).eval()(torch.zeros(1, 3, PROBED, PROBED)).values()
     return [features.shape[1] for features in maps], [PROBED // features.shape[2] for features in maps]
 
 
 class Pretrained(nn.Sequential):
-    """Parts of the encoder; frozen, they stay as they are, in eval().
+    """Parts of the encoder; frozen, they stay as they are, in eval(). What the ``outputs`` among them say, by name.
 
-    What comes out is float32: torchvision takes anchors and boxes to the features' type, too coarse in bf16.
+    It is float32: torchvision takes anchors and boxes to the features' type, too coarse in bf16.
     """
 
-    def __init__(self, parts: Parts, settings: Settings, *, levels: bool = False) -> None:
+    def __init__(self, parts: Parts, settings: Settings, outputs: Sequence[str]) -> None:
         super().__init__(parts)
-        self.frozen, self.bf16, self.levels = settings.freeze_backbone, settings.precision == "bf16", levels
+        self.frozen, self.bf16, self.outputs = settings.freeze_backbone, settings.precision == "bf16", outputs
         self.requires_grad_(not self.frozen)
 
     def train(self, mode: bool = True) -> "Pretrained":
         return super().train(mode and not self.frozen)
 
-    def forward(self, images: Tensor) -> Any:  # type: ignore[override]
-        """The last part's features; with ``levels`` those of all four stages, by their names."""
-        levels: OrderedDict[str, Tensor] = OrderedDict()
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = OrderedDict()
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=self.bf16):
             for name, part in self.named_children():
-                images = part(images)
-                if self.levels and name in STAGES:
-                    levels[name] = images.float()
-        return levels or images.float()
+                features = part(features)
+                if name in self.outputs:
+                    found[name] = features.float()
+        return found
 
 
 class SharedRegions(MultiScaleRoIAlign):
@@ -141,18 +135,17 @@ class SharedRegions(MultiScaleRoIAlign):
     """
 
     def __init__(self, layer4: nn.Module, norm: nn.Module, size: int, stride: int, *, masks: bool) -> None:
-        super().__init__(["0"], size, sampling_ratio=0)
+        super().__init__(["layer3"], size, sampling_ratio=0)
         self.layer4, self.norm, self.size, self.stride, self.masks = layer4, norm, size, stride, masks
         self.seen: tuple[list[Tensor], Tensor] | None = None  # from the boxes' call of a step to the masks'
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: Any) -> Tensor:
         if self.seen is not None:
             (every, regions), self.seen = self.seen, None
-            of_images = regions.split([*map(len, every)])
-            images = zip(boxes, every, of_images, strict=True)
+            images = zip(boxes, every, regions.split([*map(len, every)]), strict=True)
             return torch.cat([seen[(some[:, None] == all_).all(2).int().argmax(1)] for some, all_, seen in images])
-        pooled = roi_align(x["0"], boxes, self.size, 1 / self.stride, sampling_ratio=0, aligned=True)
-        regions = self.norm(self.layer4(pooled))
+        pooled = roi_align(x["layer3"], boxes, self.size, 1 / self.stride, sampling_ratio=0, aligned=True)
+        regions = self.norm(self.layer4(pooled)["layer4"])
         if self.training and self.masks:
             self.seen = boxes, regions
         return regions

@@ -13,13 +13,11 @@ from typing import Any, Literal
 
 import tyro
 
-from barlow_recipes import distributed
 from barlow_recipes.command_line import Positive, Real, RunSettings, Side, Whole, peek, plain, read
 from barlow_recipes.detection.data import find_layout
-from barlow_recipes.errors import UsageError
 
-# What may differ between a run and its continuation: where it runs, what it writes. Everything else shapes the weights.
-FREE = "data weights device workers loader_timeout test_short_side evaluate_every save_every out overwrite resume"
+# What may differ between a run and its continuation: everything else shapes the results.
+FREE = ("data", "weights", "device", "workers", "loader_timeout", "save_every", "out", "overwrite", "resume")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +30,6 @@ class Settings(RunSettings):
     "what the encoder has learned: a file or a run's folder, or 'random'"
     arch: str | None = None
     "encoder: a ResNet; without it found in the weights"
-    stem: Literal["imagenet", "cifar"] | None = None
-    "its first layers; without it found in the weights"
     neck: Literal["c4", "fpn"] = "c4"
     "c4, as published: layer4 sees each region; or fpn: a feature pyramid"
     freeze_backbone: bool = False
@@ -50,16 +46,12 @@ class Settings(RunSettings):
     "iterations of linear warm-up; the default is shorter in a run with fewer --iterations"
     warmup_factor: Real = 0.333
     "of the first iteration's rate"
-    momentum: Real = 0.9
-    "of SGD"
     weight_decay: Real = 1e-4
     "but for norms"
     short_side: tuple[Side, ...] = tuple(range(480, 801, 32))
     "of a training image, in pixels; one of them is drawn"
-    test_short_side: Side = 800
-    "of an image in the test; the default is the last of --short-side"
-    max_side: Side = 1333
-    "no longer than this"
+    test_short_side: Side | None = None
+    "of an image in the test; without it the last of --short-side"
     anchor_sizes: tuple[Positive, ...] = (32, 64, 128, 256, 512)
     "sides of the anchors, in pixels"
     anchors_per_image: Positive = 256
@@ -70,14 +62,10 @@ class Settings(RunSettings):
     "likeliest regions of an image (with fpn, of a level) before overlaps are removed, in training and test"
     proposals: tuple[Positive, Positive] = (2_000, 1_000)
     "of them left, in training and test"
-    roi_size: Positive = 14
-    "pixels of a region's side; the default is 7 with fpn"
     fpn_channels: Positive = 256
     "of the feature pyramid and its heads"
     precise_batches: Whole = 200
     "training batches, at most, by which batch norms are measured again before a test; 0: as training left them"
-    evaluate_every: Positive | None = None
-    "iterations from one test to the next; without it at the end alone"
     save_every: Positive = 1000
     "iterations from one checkpoint to the next"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -85,19 +73,12 @@ class Settings(RunSettings):
 
     def shaping(self) -> dict[str, Any]:
         """The settings that a continued run must share with its checkpoint, as they stand in JSON."""
-        return plain(self, FREE.split())
+        return plain(self, without=FREE)
 
 
 VOC = Settings(data=tyro.MISSING, weights=tyro.MISSING)
-COCO = replace(
-    VOC,
-    iterations=90_000,
-    milestones=(60_000, 80_000),
-    learning_rate=0.03,
-    warmup_factor=0.001,
-    short_side=tuple(range(640, 801, 32)),
-)
-RECIPES = {"voc": VOC, "coco": COCO}
+COCO = replace(VOC, iterations=90_000, milestones=(60_000, 80_000), learning_rate=0.03, warmup_factor=0.001)
+COCO = replace(COCO, short_side=tuple(range(640, 801, 32)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,34 +88,21 @@ class Asked:
     data: Path | None = None
     iterations: int | None = None
     batch_size: int | None = None
-    short_side: tuple[int, ...] = ()
-    neck: str = "c4"
 
 
 def read_settings(argv: Sequence[str] | None, description: str) -> Settings:
     """Read the command line (``sys.argv`` if None); what is not given is as published for the layout of --data.
 
+    The rate follows the batch, milestones and warm-up the length.
+
     Raises:
         UsageError: a flag is unknown or has a bad value, or the folder has neither layout.
     """
     asked = peek(Asked, argv)
-    recipe = RECIPES[find_layout(asked.data)] if asked.data else VOC
-    settings = read(Settings, argv, description, default=following(recipe, asked))
-    if settings.batch_size < (processes := distributed.world_size()):
-        raise UsageError(f"--batch-size {settings.batch_size}: expected {processes} or more, an image per process")
-    if settings.max_side < (longest := max([*settings.short_side, settings.test_short_side])):
-        raise UsageError(f"--max-side {settings.max_side}: expected no less than the short side, {longest}")
-    return settings
-
-
-def following(recipe: Settings, asked: Asked) -> Settings:
-    """The recipe of another batch, length or neck: the rate follows the batch, milestones and warm-up the length."""
+    recipe = COCO if asked.data and find_layout(asked.data) == "coco" else VOC
     length, whole = asked.iterations or recipe.iterations, recipe.iterations
-    return replace(
-        recipe,
-        milestones=tuple(milestone * length // whole for milestone in recipe.milestones),
-        warmup=min(recipe.warmup, recipe.warmup * length // whole),
-        learning_rate=recipe.learning_rate * (asked.batch_size or recipe.batch_size) / recipe.batch_size,
-        test_short_side=asked.short_side[-1] if asked.short_side else recipe.test_short_side,
-        roi_size=7 if asked.neck == "fpn" else recipe.roi_size,
-    )
+    milestones = tuple(milestone * length // whole for milestone in recipe.milestones)
+    warmup = min(recipe.warmup, recipe.warmup * length // whole)
+    rate = recipe.learning_rate * (asked.batch_size or recipe.batch_size) / recipe.batch_size
+    default = replace(recipe, milestones=milestones, warmup=warmup, learning_rate=rate)
+    return read(Settings, argv, description, default=default)

@@ -1,6 +1,5 @@
 """A detector's training, step by step, and its test; several processes share every batch of both."""
 
-import copy
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
@@ -9,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
 from torchvision.models.detection import FasterRCNN
-from torchvision.transforms.v2.functional import to_dtype
 
 from barlow_recipes import distributed
 from barlow_recipes.checkpoint import TrainingState
@@ -19,11 +17,9 @@ from barlow_recipes.detection.settings import Settings
 from barlow_recipes.errors import Aborted, require
 from barlow_recipes.tables import aligned
 
-MEASURED = 2**40  # in place of an epoch's number: of the batches by which batch norms are measured again
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 NORMS = (BATCH_NORM, nn.GroupNorm, nn.LayerNorm)
 FIGURES = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}  # AP: the mean over IoU 0.5, 0.55, ..., 0.95
-MASK_THRESHOLD = 0.5
 Scores = dict[str, dict[str, float | None]]  # of "box" and "mask", in percent; None where nothing is to be found
 
 
@@ -35,7 +31,7 @@ def build_optimizer(model: nn.Module, settings: Settings) -> optim.SGD:
         {"params": [parameter for parameter in learning if parameter not in norms]},
         {"params": [parameter for parameter in learning if parameter in norms], "weight_decay": 0.0},
     ]
-    return optim.SGD(groups, settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay)
+    return optim.SGD(groups, settings.learning_rate, momentum=0.9, weight_decay=settings.weight_decay)
 
 
 def learning_rate_factor(step: int, settings: Settings) -> float:
@@ -45,17 +41,6 @@ def learning_rate_factor(step: int, settings: Settings) -> float:
     return decay * (settings.warmup_factor * (1 - done) + done)
 
 
-def losses_of(network: nn.Module, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    targets = [{name: value.to(device, non_blocking=True) for name, value in each.items()} for each in batch.targets]
-    losses: dict[str, Tensor] = network(_floats(batch, device), targets)
-    return losses
-
-
-def _floats(batch: Batch, device: torch.device) -> list[Tensor]:
-    """From 0 to 1, as torchvision's detectors take them."""
-    return [to_dtype(image.to(device, non_blocking=True), scale=True) for image in batch.images]
-
-
 def take_step(network: nn.Module, state: TrainingState, batch: Batch, settings: Settings) -> dict[str, float]:
     """One step of the optimiser; the losses, as this process sees them. Aborted, and no step: one is not finite.
 
@@ -63,7 +48,7 @@ def take_step(network: nn.Module, state: TrainingState, batch: Batch, settings: 
     mean over its own regions, so two processes' gradient is not that of one; uneven shares weigh as they have images.
     """
     torch.manual_seed(seed_of(settings.seed, state.step, distributed.rank()))
-    losses = losses_of(network, batch, state.device)
+    losses: dict[str, Tensor] = network(*batch.on(state.device))
     total = torch.stack([*losses.values()]).sum()
     state.optimizer.zero_grad()
     (total * len(batch.images) * distributed.world_size() / settings.batch_size).backward()
@@ -78,22 +63,22 @@ def take_step(network: nn.Module, state: TrainingState, batch: Batch, settings: 
 
 
 @torch.no_grad()
-def tested(model: FasterRCNN, images: Images, settings: Settings, device: torch.device) -> FasterRCNN:
-    """A copy for the test: of its side, and with the batch norms' mean statistics of some training batches.
+def prepare_test(model: FasterRCNN, images: Images, settings: Settings, device: torch.device) -> None:
+    """Give the trained model the test's side, and its batch norms the mean statistics of the next training batches.
 
     As in fvcore's ``PreciseBatchNorm``, which the published runs used; frozen batch norms stay as they are.
     """
-    model = copy.deepcopy(model).train()
+    model.train()
     if settings.precise_batches:
         for norm in model.modules():
             if isinstance(norm, BATCH_NORM) and norm.training:
                 norm.reset_running_stats()
                 norm.momentum = None  # the cumulative mean
-        torch.manual_seed(seed_of(settings.seed, MEASURED, distributed.rank()))
-        for batch in islice(images.of_epoch(MEASURED), settings.precise_batches):
-            losses_of(model, batch, device)
-    model.transform.min_size = (settings.test_short_side,)
-    return model.eval()
+        torch.manual_seed(seed_of(settings.seed, settings.iterations, distributed.rank()))
+        for batch in islice(images.from_step(settings.iterations), settings.precise_batches):
+            model(*batch.on(device))
+    model.transform.min_size = (settings.test_short_side or settings.short_side[-1],)
+    model.eval()
 
 
 def build_metric(masks: bool, recall_points: int) -> Any:
@@ -113,17 +98,17 @@ def evaluate(model: FasterRCNN, images: Images, device: torch.device) -> tuple[S
     for batch in images.of_test():
         unreadable += batch.unreadable
         if batch.images:
-            found = model(_floats(batch, device))
+            found = model(batch.on(device)[0])
             metric.update([*map(_with_booleans, found)], [*map(_with_booleans, batch.targets)])
     _collect(metric)
-    (unreadable,) = distributed.totals([unreadable])
-    return (scores_of(metric.compute()) if distributed.is_main() else {}), unreadable
+    scores = scores_of(metric.compute()) if distributed.is_main() else {}
+    return scores, distributed.totals([unreadable])[0]
 
 
 def _with_booleans(objects: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, with masks of (N, H, W), as torchmetrics takes them; a detector's are (N, 1, H, W)."""
-    masks = {"masks": objects["masks"].flatten(0, -3) >= MASK_THRESHOLD} if "masks" in objects else {}
-    return {name: value.cpu() for name, value in (dict(objects) | masks).items()}
+    on_cpu = {name: value.cpu() for name, value in objects.items()}
+    return on_cpu | {name: value.flatten(0, -3) >= 0.5 for name, value in on_cpu.items() if name == "masks"}
 
 
 def _collect(metric: Any) -> None:
@@ -140,20 +125,11 @@ def _collect(metric: Any) -> None:
 def scores_of(computed: Mapping[str, Tensor]) -> Scores:
     """torchmetrics' results, in percent; it says −1 where there is nothing to find."""
     prefixes = {"box": "bbox_", "mask": "segm_"} if "bbox_map" in computed else {"box": ""}
-    return {
-        kind: {
-            figure: 100 * float(value) if (value := computed[prefix + name]) >= 0 else None
-            for figure, name in FIGURES.items()
-        }
-        for kind, prefix in prefixes.items()
-    }
+    percent = {name: 100 * value.item() if value >= 0 else None for name, value in computed.items() if "map" in name}
+    return {kind: {name: percent[prefix + key] for name, key in FIGURES.items()} for kind, prefix in prefixes.items()}
 
 
-def table(rows: Mapping[str, Scores]) -> str:
-    """Scores of several runs, by their names."""
-    kinds = list(dict.fromkeys(kind for scores in rows.values() for kind in scores))
-    cells = [["", *(f"{kind} {figure}" for kind in kinds for figure in FIGURES)]]
-    for name, scores in rows.items():
-        values = [scores[kind][figure] for kind in kinds for figure in FIGURES]
-        cells.append([name, *("–" if value is None else f"{value:.1f}" for value in values)])
-    return aligned(cells)
+def table(name: str, scores: Scores) -> str:
+    """The scores of a run, by its name."""
+    cells = {f"{kind} {figure}": value for kind, figures in scores.items() for figure, value in figures.items()}
+    return aligned([["", *cells], [name, *("–" if value is None else f"{value:.1f}" for value in cells.values())]])

@@ -6,8 +6,8 @@
 
 The folder decides: with VOC2007/ and VOC2012/ in it, Faster R-CNN is trained on the trainval parts and tested on 2007's
 test part; with annotations/, train2017/ and val2017/, Mask R-CNN is trained on the one and tested on the other. Every
-number is as published for Barlow Twins, and nearly every one a flag. What published runs reached: box AP, AP50, AP75 of 56.8, 82.6,
-63.4 on VOC07+12 and of 39.2, 59.0, 42.5 on COCO, masks of 34.3, 56.0, 36.5.
+number is as published for Barlow Twins, and nearly every one a flag. What published runs reached: box AP, AP50, AP75 of
+56.8, 82.6, 63.4 on VOC07+12 and of 39.2, 59.0, 42.5 on COCO, masks of 34.3, 56.0, 36.5.
 
 Boxes, masks and images that cannot be used are left out, and counted in the output and in the results. SIGTERM, SIGUSR1
 and Ctrl-C end a run after its step, saved; with --resume the same command continues it. The output folder gets

@@ -11,7 +11,7 @@ from barlow_recipes.errors import UsageError
 from barlow_recipes.models import BarlowTwins
 from barlow_recipes.optimization import LARS
 from barlow_recipes.presets import LEARNING_RATE_BIASES
-from barlow_recipes.weights import OFFICIAL, Weights, find, misfit, read_weights, shapes
+from barlow_recipes.weights import OFFICIAL, Weights, find, load, misfit, read_weights, shapes
 
 
 def initialize(model: BarlowTwins, path: Path, strict: bool = False) -> str:
@@ -87,7 +87,7 @@ def _load(model: BarlowTwins, weights: Weights) -> tuple[str, str]:
         raise UsageError(
             f"weights {weights.path}: expected those of this encoder (--arch, --stem), but {encoder.problem}"
         )
-    model.backbone.load_state_dict(encoder.state, strict=False)
+    load(model.backbone, encoder, weights.path)
     tensors = {
         name.rpartition("projector.")[2]: value
         for name, value in weights.tensors.items()
@@ -97,7 +97,7 @@ def _load(model: BarlowTwins, weights: Weights) -> tuple[str, str]:
         return encoder.said, "the file has none"
     projector = find(replace(weights, tensors=tensors), model.projector)
     if not projector.problem:
-        model.projector.load_state_dict(projector.state, strict=False)
+        load(model.projector, projector, weights.path)
     return encoder.said, projector.problem
 
 

@@ -16,6 +16,7 @@ from torchvision import models
 from barlow_recipes.errors import UsageError
 from barlow_recipes.models import build_model
 from barlow_recipes.official import initialize
+from barlow_recipes.weights import load_encoder
 
 Run = Callable[..., tuple[int, str, str]]
 STANDING = ("--learning-rate-weights", 0, "--learning-rate-biases", 0)
@@ -133,6 +134,20 @@ def test_beginning_with_a_classifier_of_torchvision_leaves_its_last_layer_out(tm
     assert said.endswith("a state_dict: 120 tensors; left fc")
     found = model.backbone.state_dict()
     assert all(torch.equal(found[name], value) for name, value in theirs.state_dict().items() if name[:3] != "fc.")
+
+
+@pytest.mark.parametrize("part", ["backbone.conv1.weight", "projector.0.weight"])
+def test_weights_that_are_not_finite_are_refused(part: str, tmp_path: Path) -> None:
+    """A run that has diverged left them; in an encoder they spoil whatever is trained on it."""
+    model = build_model("resnet18", "16-16")
+    theirs = model.state_dict()
+    theirs[part] = torch.full_like(theirs[part], torch.nan)
+    torch.save(theirs, tmp_path / "diverged.pt")
+    with pytest.raises(UsageError, match=r"diverged\.pt: .*weight has values that are not finite"):
+        initialize(model, tmp_path / "diverged.pt")
+    if part.startswith("backbone"):
+        with pytest.raises(UsageError, match=r"diverged\.pt: conv1\.weight has values that are not finite"):
+            load_encoder(tmp_path / "diverged.pt")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,8 @@ def from_callable(source: str) -> Items:
 
 def _numbered(labels: Any, images: int) -> Tensor:
     """Labels of any kind as numbers from 0; all 0 if there is not one for each image."""
-    values = [label.item() if isinstance(label, Tensor) else label for label in ([] if labels is None else labels)]
+    each = labels if isinstance(labels, Iterable) else []  # a Dataset's attribute of that name may be anything
+    values = [label.item() if isinstance(label, Tensor) else label for label in each]
     if len(values) != images or any(isinstance(value, (list, dict)) or value is None for value in values):
         return torch.zeros(images, dtype=torch.int64)
     numbers = {value: number for number, value in enumerate(sorted(set(values)))}

@@ -124,7 +124,9 @@ def _scaled(image: Tensor, name: str, pixels: PixelSettings) -> Tensor:
     low, high = pixels.value_range or (0.0, SIXTEEN_BITS if whole else 1.0)
     values = image.float()
     least, most = (value.item() for value in values.aminmax())
-    if not (low <= least and most <= high):  # nor if one is not a number
+    if least != least:
+        raise UnfitError(f"{name}: has pixels that are not a number: give them a value within the range")
+    if not (low <= least and most <= high):
         raise UnfitError(
             f"{name}: values from {least:g} to {most:g}, expected {low:g} to {high:g}: give --value-range LOW HIGH"
         )

@@ -306,7 +306,9 @@ def load_encoder(
         raise UsageError(f"weights {weights.path}: expected those of {named}, but {match.problem}{hint}")
     load(encoder.module, match, weights.path)
     mapping = "" if weights.layout == OURS else f": {match.said}"
-    return encoder._replace(source=f"{weights.path} ({weights.layout}{mapping})")
+    known = {name: weights.settings.get(name) for name in ("value_range", "mean", "std")}
+    pixels = {name: values for name, values in known.items() if isinstance(values, (list, tuple))}
+    return encoder._replace(source=f"{weights.path} ({weights.layout}{mapping})", pixels=pixels)
 
 
 def _number(text: str | None) -> int | None:

@@ -279,6 +279,22 @@ def test_images_of_four_channels_are_read_as_the_flags_say(call: Call, tmp_path:
     assert (status, "cannot take such images" in errors) == (2, True), errors  # small-cnn has three channels
 
 
+def test_flags_that_are_not_those_of_pretraining_are_told(
+    call: Call, tree: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Without them the encoder sees other numbers than it has learned from, and accuracies suffer."""
+    status, _, errors = run(
+        *("--data", tree / "train", "--arch", "small-cnn", "--projector", "8-8", "--image-size", 16, "--batch-size", 4),
+        *("--epochs", 1, "--limit-steps", 1, "--workers", 0, "--device", "cpu", "--no-probe", "--no-evaluation"),
+        *("--std", 1, 1, 0.5, "--out", tmp_path / "pretrained"),
+    )
+    assert status == 0, errors
+    flags = ("--data", tree, *SMALL, "--weights", tmp_path / "pretrained", "--protocols", "knn")
+    note = "note: the encoder was trained with --std 1.0 1.0 0.5"
+    assert note in call(*flags, "--out", "first")[1]
+    assert "note:" not in call(*flags, "--std", 1, 1, 0.5, "--out", "second")[1]
+
+
 def test_a_rate_that_diverges_ends_the_run(call: Call, tree: Path) -> None:
     flags = ("--protocols", "semi-10", "--semi-lr-backbone", 1e18, "--semi-lr-classifier", 1e18)
     status, _, errors = call("--data", tree, *SMALL, *flags, "--batch-size", 2)

@@ -133,8 +133,7 @@ class Run:
         return (
             f"{tree.name}: {len(tree.classes):,} classes, {len(tree.train):,} images to train on and "
             f"{len(tree.validation):,} to validate on\n{self.encoder.arch}, {self.encoder.source}: "
-            f"{self.settings.precision} on {devices}; results go to {self.out}"
-            + self._other_pixels()
+            f"{self.settings.precision} on {devices}; results go to {self.out}" + self._other_pixels()
         )
 
     def _other_pixels(self) -> str:

@@ -41,9 +41,13 @@ def describe(settings: Settings) -> None:
     low, high, natural = float("inf"), float("-inf"), 0.0
     for number in numbers:
         try:
-            image = raw(*images.read(number), settings)
+            content, name = images.read(number)
+            image = raw(content, name, settings)
         except OSError as error:
             unreadable.append(str(error))
+            continue
+        if not image.isfinite().all():
+            unreadable.append(f"{name} has pixels that are not finite")
             continue
         sizes[f"{image.shape[2]}×{image.shape[1]}"] += 1
         kinds[str(image.dtype).removeprefix("torch.")] += 1
@@ -66,7 +70,8 @@ def describe(settings: Settings) -> None:
     flags = {"channels": [settings.channels], "mean": ((means - black) / spread).tolist(), "std": deviations.tolist()}
     if settings.value_range or not fits:
         flags["value-range"] = [black, white_]
-    print(*(f"--{name} {' '.join(f'{value:.5g}' for value in values)}" for name, values in flags.items()))
+    digits = {"value-range": 17}  # a rounded range would shut out the very values that it is of
+    print(*(f"--{name} {' '.join(f'{n:.{digits.get(name, 5)}g}' for n in numbers)}" for name, numbers in flags.items()))
 
 
 def white(kind: torch.dtype) -> float:

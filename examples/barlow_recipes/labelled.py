@@ -61,7 +61,8 @@ def load_tree(root: Path) -> Tree:
         UsageError: there is no such folder, it has no classes or an empty one, or the parts differ in their classes.
     """
     if not root.is_dir():
-        raise UsageError(f"--data {root}: no such folder")
+        found = "a file; evaluation wants a folder with train/ and val/" if root.exists() else "no such folder"
+        raise UsageError(f"--data {root}: {found}")
     folders = [_part(root, names) for names in (["train"], HELD_OUT)]
     train, held_out = map(index_folder, folders)
     classes = [class_folders(folder) for folder in folders]

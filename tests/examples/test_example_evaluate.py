@@ -361,6 +361,11 @@ def test_a_tree_that_does_not_fit_gets_one_line(mistake: str, call: Call, tree: 
     assert not Path("runs").exists()
 
 
+def test_a_list_of_images_is_no_missing_folder(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path\n")
+    assert "list.csv: a file; evaluation wants a folder with" in call("--data", tmp_path / "list.csv", *SMALL)[2]
+
+
 FLAGS = {
     "": "Missing from",
     "--protocols semi-5": "invalid choice 'semi-5' for argument '--protocols'",

@@ -122,7 +122,7 @@ def test_a_bad_value_is_named(line: str, message: str) -> None:
 
 
 def test_a_run_can_be_begun_from_the_settings_of_another(tmp_path: Path) -> None:
-    line = "--data images --preset cifar --blur 0.5 0.25 --no-probe --save-every 7 --freeze conv1 layer1 --mean 0.5"
+    line = "--data images --preset cifar --blur 0.5 0.25 --no-probe --save-every 7 --freeze conv1 layer1 --mean 0.5 0 1"
     first = settings(line)
     path = tmp_path / "settings.yaml"
     path.write_text(yaml.safe_dump(plain(first, without=("device", "out", "overwrite", "resume"))))

@@ -43,9 +43,13 @@ def describe(settings: Settings) -> None:
     low, high = float("inf"), float("-inf")
     for number in numbers:
         try:
-            image = raw(*images.read(number), settings)
+            content, name = images.read(number)
+            image = raw(content, name, settings)
         except OSError as error:
             unreadable.append(str(error))
+            continue
+        if not image.isfinite().all():
+            unreadable.append(f"{name} has pixels that are not finite")
             continue
         sizes[f"{image.shape[2]}×{image.shape[1]}"] += 1
         kinds[image.dtype] += 1
@@ -68,7 +72,8 @@ def describe(settings: Settings) -> None:
     flags = {"channels": [settings.channels], "mean": mean, "std": std}
     if settings.value_range or not fits:
         flags["value-range"] = [black, bright]
-    print(*(f"--{name} {' '.join(f'{value:.5g}' for value in values)}" for name, values in flags.items()))
+    digits = {"value-range": 17}  # a rounded range would shut out the very values that it is of
+    print(*(f"--{name} {' '.join(f'{n:.{digits.get(name, 5)}g}' for n in numbers)}" for name, numbers in flags.items()))
 
 
 if __name__ == "__main__":

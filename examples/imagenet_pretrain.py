@@ -192,8 +192,9 @@ def introduction(now: Run) -> str:
     notes = [*filter(None, [now.begun]), *data.notes]
     if now.state.model.chunks > 1 and has_batch_norms(now.state.model.train().backbone):
         notes.append(
-            f"--chunk-size {settings.chunk_size}: batch norms of the encoder normalise by a chunk, as on so many small "
-            "devices; with layer or group norms the step would be that of the whole batch"
+            f"--chunk-size {settings.chunk_size}: batch norms of the encoder normalise by a chunk of each process, "
+            "as on so many small devices, so another number of processes takes other steps; with layer or group norms "
+            "the step would be that of the whole batch"
         )
     if settings.profile and settings.profile + WARM_UP > now.last_step:
         notes.append(

@@ -124,6 +124,8 @@ def read(kind: type[S], argv: Sequence[str] | None, description: str, default: S
     for name, hint in get_type_hints(kind, include_extras=True).items():
         value, bounds = getattr(settings, name), _bounds(hint)
         values = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(each, float) and not math.isfinite(each) for each in values):
+            raise UsageError(f"{flag(name)} {' '.join(map(str, values))}: expected finite numbers")
         outside = [each for each in values if bounds and each is not None and each not in bounds]
         if outside:
             whole = "whole " * all(isinstance(each, int) for each in values)

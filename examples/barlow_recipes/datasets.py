@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,10 @@ class Items:
     def of(cls, name: str, dataset: Any, column: str | None, labels: Any) -> "Items":
         """All of them. Labels of any kind become numbers; there are none if there is not one for each image."""
         images = len(dataset)
-        values = [label.item() if isinstance(label, Tensor) else label for label in ([] if labels is None else labels)]
+        values = [
+            label.item() if isinstance(label, Tensor) else label
+            for label in (labels if isinstance(labels, Iterable) else [])
+        ]
         if len(values) != images or any(isinstance(value, (list, dict)) or value is None for value in values):
             values = [0] * images
         classes = torch.from_numpy(np.unique(values, return_inverse=True)[1])

@@ -39,7 +39,9 @@ def decode(content: Any, name: str, pixels: PixelSettings = USUAL) -> Tensor:
     low, high = pixels.value_range or (0.0, white(image.dtype))
     values = image.float()
     least, most = (value.item() for value in values.aminmax())
-    if not (low <= least and most <= high):  # nor if one is not a number
+    if least != least:
+        raise UnfitError(f"{name}: has pixels that are not a number: give them a value within the range")
+    if not (low <= least and most <= high):
         raise UnfitError(
             f"{name}: values from {least:g} to {most:g}, expected {low:g} to {high:g}: give --value-range LOW HIGH"
         )

@@ -25,7 +25,7 @@ class Encoder(NamedTuple):
     """``module`` takes images (N, C, H, W) to features (N, ``features``); it was built for (C, H, W) = ``shape``.
 
     ``heads`` are the names of the classifier that it has no more: a file may have their weights. ``options`` are what
-    its library was asked for beside the name.
+    its library was asked for beside the name. ``pixels`` are the flags of its images when it was trained, if known.
     """
 
     module: nn.Module
@@ -36,6 +36,7 @@ class Encoder(NamedTuple):
     heads: tuple[str, ...] = ()
     shape: tuple[int, int, int] = (3, PHOTOGRAPH, PHOTOGRAPH)
     options: Mapping[str, Any] = {}
+    pixels: Mapping[str, Any] = {}
 
 
 def build_encoder(arch: str, stem: str = "imagenet", channels: int = 3, image_size: int | None = None) -> Encoder:

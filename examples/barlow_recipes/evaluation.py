@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from barlow_recipes import checkpoint, distributed, outputs
-from barlow_recipes.command_line import Positive, Real
+from barlow_recipes.command_line import Positive, Real, as_flags
 from barlow_recipes.distributed import from_main
 from barlow_recipes.encoders import Encoder, build_encoder
 from barlow_recipes.errors import UsageError
@@ -120,8 +120,15 @@ class Run:
         return (
             f"{tree.name}: {len(tree.classes):,} classes, {len(tree.train):,} images to train on and "
             f"{len(tree.validation):,} to validate on\n{self.encoder.arch}, {self.encoder.source}: "
-            f"{self.settings.precision} on {devices}; results go to {self.out}"
+            f"{self.settings.precision} on {devices}; results go to {self.out}" + self._other_pixels()
         )
+
+    def _other_pixels(self) -> str:
+        """Where the flags of the images are not those that the encoder was trained with: which those were."""
+        mean, std = self.settings.statistics()
+        now = {"value_range": self.settings.value_range or (), "mean": mean, "std": std}
+        other = {name: values for name, values in self.encoder.pixels.items() if tuple(values) != tuple(now[name])}
+        return f"\nnote: the encoder was trained with {' '.join(as_flags(other))}" if other else ""
 
     def write_results(self) -> None:
         """results.json, and a row of metrics for each protocol."""

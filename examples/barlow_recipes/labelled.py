@@ -53,6 +53,9 @@ def load_tree(root: Path) -> Tree:
     Raises:
         UsageError: there is no such folder, it has no classes or an empty one, or the parts differ in their classes.
     """
+    if not root.is_dir():
+        found = "a file; evaluation wants a folder with train/ and val/" if root.exists() else "no such folder"
+        raise UsageError(f"--data {root}: {found}")
     parts = []
     for names in (("train",), HELD_OUT):
         there = [root / name for name in names if (root / name).is_dir()]

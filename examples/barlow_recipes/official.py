@@ -11,7 +11,7 @@ from barlow_recipes.errors import UsageError
 from barlow_recipes.models import BarlowTwins
 from barlow_recipes.optimization import LARS
 from barlow_recipes.presets import LEARNING_RATE_BIASES
-from barlow_recipes.weights import OFFICIAL, Weights, find, misfit, read_weights
+from barlow_recipes.weights import OFFICIAL, Weights, find, load, misfit, read_weights
 
 
 def initialize(model: BarlowTwins, path: Path, strict: bool = False) -> str:
@@ -73,14 +73,14 @@ def _load(model: BarlowTwins, weights: Weights) -> tuple[str, str]:
     if encoder.problem:
         expected = "those of this encoder (--arch, --stem)"
         raise UsageError(f"weights {weights.path}: expected {expected}, but {encoder.problem}")
-    model.backbone.load_state_dict(encoder.state, strict=False)
+    load(model.backbone, encoder, weights.path)
     inside = {f".{name}".rpartition(".projector."): value for name, value in weights.tensors.items()}
     tensors = {name: value for (_, projector, name), value in inside.items() if projector}
     if not tensors:
         return encoder.said, "the file has none"
     projector = find(replace(weights, tensors=tensors), model.projector)
     if not projector.problem:
-        model.projector.load_state_dict(projector.state, strict=False)
+        load(model.projector, projector, weights.path)
     return encoder.said, projector.problem
 
 

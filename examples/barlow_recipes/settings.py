@@ -243,6 +243,8 @@ def _check(settings: Settings) -> None:
         )
     if settings.data is None and settings.preset != "digits":
         raise UsageError(f"--preset {settings.preset}: expected --data, whose images it is for")
+    if settings.init_strict and not settings.init:
+        raise UsageError("--init-strict: expected --init, the file that must have a projector that fits")
     if settings.compile and (settings.checkpoint_activations or settings.chunk_size):
         other = "checkpoint-activations" if settings.checkpoint_activations else "chunk-size"
         raise UsageError(f"--compile: expected it without --{other}, which torch.compile cannot trace")

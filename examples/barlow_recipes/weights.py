@@ -233,6 +233,18 @@ def _words(weights: Weights, prefixes: list[str], names: Names, missing: int, ho
     return "; ".join([taken, *(f"{label} {', '.join(values)}" for label, values in facts.items() if values)])
 
 
+def load(module: nn.Module, match: Match, path: Path) -> None:
+    """Put in what was found in a file.
+
+    Raises:
+        UsageError: a value is not finite, as of a run that has diverged.
+    """
+    bad = next((name for name, value in match.state.items() if not value.float().isfinite().all()), None)
+    if bad:
+        raise UsageError(f"weights {path}: {bad} has values that are not finite; give an earlier checkpoint")
+    module.load_state_dict(match.state, strict=False)
+
+
 def load_encoder(
     path: Path,
     arch: str | None = None,
@@ -269,9 +281,11 @@ def load_encoder(
         found = found or recognized(weights)
         hint = "; they fit --arch {} --stem {}".format(*found) if found else ""
         raise UsageError(f"weights {weights.path}: expected those of {named}, but {match.problem}{hint}")
-    encoder.module.load_state_dict(match.state, strict=False)
+    load(encoder.module, match, weights.path)
     mapping = "" if weights.layout == OURS else f": {match.said}"
-    return encoder._replace(source=f"{weights.path} ({weights.layout}{mapping})")
+    known = {name: weights.settings.get(name) for name in ("value_range", "mean", "std")}
+    pixels = {name: values for name, values in known.items() if isinstance(values, (list, tuple))}
+    return encoder._replace(source=f"{weights.path} ({weights.layout}{mapping})", pixels=pixels)
 
 
 def _number(said: Mapping[str, str], name: str) -> int | None:

@@ -178,7 +178,7 @@ RGB = saved(Image.new("RGB", (8, 6)))
 UNFIT: dict[str, tuple[bytes, dict[str, Any], str]] = {
     "negative": (tiff((RAMP * 9 - 5).astype("i2")), {}, "values from -5 to 4, expected 0 to 65535: give --value-range"),
     "above": (tiff((RAMP * 300).astype("f4")), {}, "values from 0 to 300, expected 0 to 1: give --value-range"),
-    "not a number": (tiff(np.where(RAMP > 0.5, np.nan, RAMP).astype("f4")), {}, "values from nan to nan"),
+    "not a number": (tiff(np.where(RAMP > 0.5, np.nan, RAMP).astype("f4")), {}, "has pixels that are not a number"),
     "beyond what was declared": (npy(RAMP * 5000), {"value_range": (0, 4095)}, "values from 0 to 5000"),
     "many bands": (npy(BANDS), {}, "13 channels, but --channels is 3"),
     "too few": (RGB, {"channels": 13}, "3 channels, but --channels is 13"),

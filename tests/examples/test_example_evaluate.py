@@ -253,6 +253,22 @@ def test_an_encoder_of_one_size_is_built_for_that_of_the_images(call: Call, tree
     assert (status, errors) == (0, "")
 
 
+def test_flags_that_are_not_those_of_pretraining_are_told(
+    call: Call, tree: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Without them the encoder sees other numbers than it has learned from, and accuracies suffer."""
+    status, _, errors = run(
+        *("--data", tree / "train", "--arch", "small-cnn", "--projector", "8-8", "--image-size", 16, "--batch-size", 4),
+        *("--epochs", 1, "--limit-steps", 1, "--workers", 0, "--device", "cpu", "--no-probe", "--no-evaluation"),
+        *("--std", 1, 1, 0.5, "--out", tmp_path / "pretrained"),
+    )
+    assert status == 0, errors
+    flags = ("--data", tree, *SMALL, "--weights", tmp_path / "pretrained", "--protocols", "knn")
+    note = "note: the encoder was trained with --std 1.0 1.0 0.5"
+    assert note in call(*flags, "--out", "first")[1]
+    assert "note:" not in call(*flags, "--std", 1, 1, 0.5, "--out", "second")[1]
+
+
 def test_a_rate_that_diverges_ends_the_run(call: Call, tree: Path) -> None:
     flags = ("--protocols", "semi-10", "--semi-lr-backbone", 1e18, "--semi-lr-classifier", 1e18)
     status, _, errors = call("--data", tree, *SMALL, *flags, "--batch-size", 2)
@@ -324,6 +340,11 @@ def told(found: tuple[int, str, str], message: str) -> None:
     assert (status, output, errors.count("\n")) == (2, "", 1)
     assert errors.startswith(f"error: {message}")
     assert not Path("runs").exists()
+
+
+def test_a_list_of_images_is_no_missing_folder(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path\n")
+    assert "list.csv: a file; evaluation wants a folder with" in call("--data", tmp_path / "list.csv", *SMALL)[2]
 
 
 FLAGS = {

@@ -126,6 +126,7 @@ class Own(Dataset[Any]):
 
     def __init__(self, form: str) -> None:
         self.form = form
+        self.labels = True  # none, whatever the name says
         if form == "pairs":
             self.targets = [number % 2 for number in range(40)]
 
@@ -256,5 +257,15 @@ def test_a_command_describes_the_images(tmp_path: Path, capsys: pytest.CaptureFi
     views = pixels.normalized(torch.stack(values))
     torch.testing.assert_close(views.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=2e-3)
     torch.testing.assert_close(views.std(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=2e-3)
+    (tmp_path / "floats").mkdir()
+    for number in range(12):
+        image = random.normal(size=(12, 10)).astype("f4")
+        image[0, 0] = np.nan if number == 0 else image[0, 0]
+        np.save(tmp_path / "floats" / f"{number:02}.npy", image)
+    assert main(["--data", str(tmp_path / "floats")]) == 0
+    *told, flags = capsys.readouterr().out.splitlines()
+    assert any("00.npy has pixels that are not finite" in line for line in told)
+    pixels = read(PixelSettings, flags.split(), "")  # the extreme values are within the range, to the last digit
+    assert all(decode((tmp_path / "floats" / f"{n:02}.npy").read_bytes(), "", pixels).max() <= 1 for n in range(1, 12))
     assert main(["--data", str(fill(tmp_path / "png", 200))]) == 0
     assert "--value-range" not in capsys.readouterr().out

@@ -17,6 +17,7 @@ from torchvision import models
 from barlow_recipes.errors import UsageError
 from barlow_recipes.models import build_model
 from barlow_recipes.official import initialize
+from barlow_recipes.weights import load_encoder
 
 Run = Callable[..., tuple[int, str, str]]
 STANDING = ("--learning-rate-weights", 0, "--learning-rate-biases", 0)
@@ -113,6 +114,20 @@ def test_momenta_of_another_model(official: tuple, run: Run, jpegs: Path, tmp_pa
     status, _, errors = run(*SMALL_RESNET, "--data", jpegs, "--resume", "checkpoint.pth")
     assert status == 2
     assert "its optimizer is not of this model: of the momenta by number, 1 names are missing" in errors
+
+
+@pytest.mark.parametrize("part", ["backbone.conv1.weight", "projector.0.weight"])
+def test_weights_that_are_not_finite_are_refused(part: str, tmp_path: Path) -> None:
+    """A run that has diverged left them; in an encoder they spoil whatever is trained on it."""
+    model = build_model("resnet18", "16-16")
+    theirs = model.state_dict()
+    theirs[part] = torch.full_like(theirs[part], torch.nan)
+    torch.save(theirs, tmp_path / "diverged.pt")
+    with pytest.raises(UsageError, match=r"diverged\.pt: .*weight has values that are not finite"):
+        initialize(model, tmp_path / "diverged.pt")
+    if part.startswith("backbone"):
+        with pytest.raises(UsageError, match=r"diverged\.pt: conv1\.weight has values that are not finite"):
+            load_encoder(tmp_path / "diverged.pt")
 
 
 @pytest.mark.parametrize(

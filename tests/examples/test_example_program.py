@@ -188,7 +188,7 @@ USAGE = {
     "an abbreviated flag": ("--epoch 3", "Unrecognized options: --epoch, 3"),
     "no epochs": ("--epochs 0", "--epochs 0: expected a whole number ≥ 1"),
     "a word for a number": ("--lambd much", "Error parsing --lambd: could not convert string to float: 'much'"),
-    "not a number": ("--weight-decay nan", "--weight-decay nan: expected a number ≥ 0"),
+    "not a number": ("--weight-decay nan", "--weight-decay nan: expected finite numbers"),
     "an unknown optimizer": ("--optimizer adam", "invalid choice 'adam' for argument '--optimizer'"),
     "an unknown precision": ("--precision fp8", "invalid choice 'fp8' for argument '--precision'"),
     "an unknown device": ("--device abacus", "Error parsing --device: Expected one of cpu, cuda"),

@@ -1,7 +1,7 @@
 """The command line: presets, what overrides them, and what is refused."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ import yaml
 
 from barlow_recipes.command_line import plain
 from barlow_recipes.errors import UsageError
-from barlow_recipes.presets import PRESETS
+from barlow_recipes.presets import PRESETS, WORLD_SIZE_OF_THE_OFFICIAL_RUN
 from barlow_recipes.settings import Settings, read_settings
 
 
@@ -155,3 +155,18 @@ def test_help_shows_the_numbers_of_the_preset(capsys: pytest.CaptureFixture[str]
     assert "learning-rate-weights FLOAT of matrices and kernels, per 256 pairs (default: 0.12)" in told
     assert "passes over the images (default: 200)" in told
     assert "--settings FILE" in told
+
+
+def test_the_presets_differ_by_the_world_size_alone() -> None:
+    paper, for_16 = (asdict(Settings(**PRESETS[name])) for name in ("paper", "official-16"))
+    assert WORLD_SIZE_OF_THE_OFFICIAL_RUN == 16
+    assert for_16["learning_rate_biases"] == pytest.approx(3.0e-4)
+    assert for_16["weight_decay"] == pytest.approx(1.6e-5)
+    changed = {name for name in paper if paper[name] != for_16[name]}
+    assert changed == {"learning_rate_biases", "weight_decay"}
+    published = {"batch_size": 2048, "epochs": 1000, "warmup_epochs": 10.0, "learning_rate_weights": 0.2}
+    published |= {"learning_rate_biases": 0.0048, "weight_decay": 1e-6, "lambd": 0.0051, "arch": "resnet50"}
+    published |= {"projector": "8192-8192-8192", "trust_coefficient": 0.001, "blur": (1.0, 0.1), "solarize": (0.0, 0.2)}
+    published |= {"color_jitter": (0.4, 0.4, 0.2, 0.1), "grayscale": 0.2}
+    published |= {"image_size": 224, "crop_scale": 0.08, "optimizer": "lars"}
+    assert published.items() <= paper.items()

@@ -1,5 +1,6 @@
 """An encoder in files of its own, what other programs make of them, and where they are published."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def write_files(encoder: Encoder, folder: Path) -> list[Path]:
     state = {name: value.detach().cpu().contiguous().clone() for name, value in encoder.module.state_dict().items()}
     channels, side, _ = encoder.shape
     facts = {"arch": encoder.arch, "stem": encoder.stem, "channels": str(channels), "image_size": str(side)}
+    facts |= {name: json.dumps([*values]) for name, values in encoder.pixels.items()}
     name, *others, _ = file_names(encoder)
     with replacing(folder / name) as temporary:
         temporary.write_bytes(library.save(state, {"format": "pt"} | facts))

@@ -111,6 +111,10 @@ def _loading(encoder: Encoder, others: Sequence[str]) -> str:
 def _pixels(encoder: Encoder, settings: dict[str, Any]) -> str:
     if encoder.arch == "digits-cnn":
         return "The images are grey, with values from 0 to 1."
-    mean, std = settings.get("mean") or MEAN, settings.get("std") or STD
-    span = f", where {_plain(settings['value_range'])} are 0 and 1" if settings.get("value_range") else ""
+    known = encoder.pixels or settings
+    if not known.get("mean"):
+        usual = f"ImageNet's, {_plain(MEAN)} and {_plain(STD)}, are usual"
+        return f"The file does not say by which mean and standard deviation its images were normalised; {usual}."
+    mean, std = known["mean"], known["std"]
+    span = f", where {_plain(known['value_range'])} are 0 and 1" if known.get("value_range") else ""
     return f"The images are normalised by mean {_plain(mean)} and standard deviation {_plain(std)}{span}."

@@ -16,7 +16,9 @@ they do not all fit, those that fit in order. What was taken and what was left i
 ``module.`` and the like before or behind these are prefixes as well; ``_orig_mod.``, of torch.compile, counts nowhere.
 """
 
+import contextlib
 import hashlib
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -283,13 +285,20 @@ def load_encoder(
         raise UsageError(f"weights {weights.path}: expected those of {named}, but {match.problem}{hint}")
     load(encoder.module, match, weights.path)
     mapping = "" if weights.layout == OURS else f": {match.said}"
-    known = {name: weights.settings.get(name) for name in ("value_range", "mean", "std")}
-    pixels = {name: values for name, values in known.items() if isinstance(values, (list, tuple))}
+    known = {name: _numbers(weights.settings.get(name)) for name in ("value_range", "mean", "std")}
+    pixels = {name: values for name, values in known.items() if values}
     return encoder._replace(source=f"{weights.path} ({weights.layout}{mapping})", pixels=pixels)
 
 
 def _number(said: Mapping[str, str], name: str) -> int | None:
     return int(said[name]) if said.get(name, "").isdigit() else None
+
+
+def _numbers(values: Any) -> list[float]:
+    """Of settings or, as text, of safetensors' metadata."""
+    with contextlib.suppress(TypeError, ValueError):
+        return [*map(float, json.loads(values) if isinstance(values, str) else values)]
+    return []
 
 
 def _channels(weights: Weights) -> int:

@@ -22,7 +22,7 @@ from torchvision import models
 from barlow_recipes import exporting
 from barlow_recipes.encoders import build_encoder, resnets
 from barlow_recipes.errors import Aborted
-from barlow_recipes.weights import digest
+from barlow_recipes.weights import digest, load_encoder
 from export_backbone import main
 from programs import run
 
@@ -264,6 +264,15 @@ def test_the_records_end_with_the_weights(resnet_run: Path, export: Export, tmp_
         card = (run / "export" / "README.md").read_text()
         assert f"| done, whole epochs | {epochs} |" in card
         assert re.findall(r"\| done, steps \| (\d+) \|", card) == ([str(step)] if step else [])
+
+
+def test_an_exported_file_says_how_its_images_were_normalised(tmp_path: Path) -> None:
+    pixels = {"value_range": [0.0, 4095.0], "mean": [0.1, 0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7, 0.8]}
+    encoder = build_encoder("small-cnn", channels=4)._replace(pixels=pixels)
+    (path,) = exporting.write_files(encoder, tmp_path)
+    assert load_encoder(path).pixels == pixels
+    (path,) = exporting.write_files(encoder._replace(pixels={}), tmp_path)
+    assert load_encoder(path).pixels == {}
 
 
 def test_a_file_that_has_changed_on_its_way_is_noticed(tmp_path: Path) -> None:

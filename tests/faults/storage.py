@@ -168,7 +168,7 @@ def full_disk(plan: Plan) -> Row:
             _expect_whole(run, EPOCH - 1)
             expect_same_end(plan.nursery.start(folder, *flags).succeed().out, reference)
     room = {"cross_correlation.png": checkpoint_size + 2**15}
-    room |= {} if plan.short else {"checkpoint.pt": checkpoint_size // 2, "metrics.jsonl": 0}
+    room |= {} if plan.short else {"checkpoint.pt": checkpoint_size // 2, "settings.yaml": 0}
     for name, size in room.items():
         folder = plan.folder / f"full-{name}"
         with tmpfs(folder / "out", 4 * checkpoint_size) as mounted:

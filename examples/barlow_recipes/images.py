@@ -1,13 +1,14 @@
 """Pairs of views of images from any source, read by worker processes that may die or hang."""
 
 import math
-import multiprocessing
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -100,6 +101,7 @@ class Loader(DataLoader[Any]):
         # A new epoch first takes what was fetched ahead of the last one: up to as many batches, one after the other.
         with self._in_time(1 + (self.prefetch_factor or 0), self._iterator):
             batches = super().__iter__()
+            _all_workers.update(getattr(batches, "_workers", []))
         while True:
             with self._in_time(1, batches):
                 batch = next(batches, None)
@@ -127,10 +129,10 @@ class Loader(DataLoader[Any]):
             yield
         except BaseException as error:
             died = isinstance(error, Exception) and _dead(workers)
-            for child in multiprocessing.active_children() if workers else []:  # of other loaders, too
+            for worker in [*filter(BaseProcess.is_alive, _all_workers)] if workers else []:  # of other loaders, too
                 with suppress(RuntimeError):
-                    child.kill()
-                    child.join(1)
+                    worker.kill()
+                    worker.join(1)
             if late.is_set():
                 raise Aborted(
                     f"no image has come from the workers for {self.patience:g} seconds: does the storage of --data "
@@ -141,6 +143,9 @@ class Loader(DataLoader[Any]):
             raise
         finally:
             done.set()
+
+
+_all_workers: "WeakSet[BaseProcess]" = WeakSet()  # and no other child of this process, which may be the user's
 
 
 def _dead(workers: list[Any]) -> bool:

@@ -1,5 +1,6 @@
 """Batches, splits, digits and image folders: deterministic, complete, and unmoved by a broken file."""
 
+import multiprocessing
 import os
 import pickle
 import re
@@ -26,7 +27,7 @@ from barlow_recipes.decoding import UnfitError, decode
 from barlow_recipes.digits import augment_digits, load_digits
 from barlow_recipes.errors import UsageError
 from barlow_recipes.files import index_folder
-from barlow_recipes.images import TwoViews
+from barlow_recipes.images import Loader, TwoViews
 from barlow_recipes.pixels import PixelSettings
 from barlow_recipes.program import exit_status
 from programs import Nursery
@@ -387,3 +388,23 @@ def test_workers_that_hang_end_the_run_and_the_process(fault: str, part: str, tm
     assert re.fullmatch(r"no image has come from the workers for 2 seconds.*--loader-timeout", message)
     assert 2 <= float(waited) < 60
     assert int(alive) == 0
+
+
+class Unlucky(torch.utils.data.Dataset[int]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        raise KeyError(index)
+
+
+def test_a_loader_that_fails_leaves_the_callers_other_children_alone() -> None:
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    child.start()
+    try:
+        with pytest.raises(KeyError):
+            list(Loader(Unlucky(), 30, num_workers=1, batch_size=2))
+        assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()

@@ -109,8 +109,8 @@ def test_the_card_is_filled_from_the_run(resnet_run: Path, export: Export, tmp_p
     ):  # fmt: skip
         assert line in card, line
     assert not re.search(r"\bNone\b|\{\{|\{%", card)
-    about = huggingface_hub.ModelCard.load(tmp_path / "README.md").data
-    assert (about.library_name, about.pipeline_tag) == ("torchvision", "image-feature-extraction")
+    about = huggingface_hub.ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert (about["library_name"], about["pipeline_tag"]) == ("torchvision", "image-feature-extraction")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Losses that are not finite, other numbers of loader processes, other numbers of processes."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +79,15 @@ def other_processes(plan: Plan) -> Row:
     """With SGD and LARS. AdamW divides tiny gradients by their own size, and with it float32 parts within ten steps.
 
     In float32 these part as well, if later: in one process 1e-7 of the first weights becomes 0.08 in 120 steps of SGD,
-    while 1e-12 in float64 becomes 2e-11. So in float32 the samples alone are compared, and the difference is told.
+    while 1e-12 in float64 becomes 2e-11. The bound of float32 is not met since one process and several round differently.
     """
     row = Row(
         "resume with another number of processes",
-        "the same samples in every step; weights within 1e-12 in float64",
+        "the same samples in every step; weights within 1e-12 in float64, 1e-4 in float32",
     )
     sizes, steps = ((1, 2, 1), 12) if plan.short else ((1, 2, 4, 1), 120)
     for optimizer, rate, rate_of_biases in (("lars", 10, 0.02), ("sgd", 0.002, 0.002))[: plan.count(2, 1)]:
-        for change, limit in (("in_float64", 1e-12), ("in_float32", math.inf))[: plan.count(2, 1)]:
+        for change, limit in (("in_float64", 1e-12), ("in_float32", 1e-4))[: plan.count(2, 1)]:
             with row.injection(f"{sizes} processes, {optimizer} {change}"):
                 ends = [steps * number // len(sizes) for number in range(1, len(sizes) + 1)]
                 folders = plan.folder / f"{optimizer}-{change}-whole", plan.folder / f"{optimizer}-{change}-turns"

@@ -79,7 +79,7 @@ def other_processes(plan: Plan) -> Row:
     """With SGD and LARS. AdamW divides tiny gradients by their own size, and with it float32 parts within ten steps.
 
     In float32 these part as well, if later: in one process 1e-7 of the first weights becomes 0.08 in 120 steps of SGD,
-    while 1e-12 in float64 becomes 2e-11. The bound of float32 is not met since one process and several round differently.
+    while 1e-12 in float64 becomes 2e-11. The bound of float32 is missed since one process and several round unlike.
     """
     row = Row(
         "resume with another number of processes",

@@ -1,6 +1,6 @@
 """Barlow Twins for PyTorch: the exact loss, linear in the number of features, with its layers and diagnostics."""
 
-from barlow_loss.diagnostics import CollapseReport, collapse_report, cross_correlation
+from barlow_loss.diagnostics import CollapseReport, PairReports, collapse_report, cross_correlation
 from barlow_loss.loss import BarlowTwinsLoss, BarlowTwinsTerms, barlow_twins_loss
 from barlow_loss.normalization import DistributedBatchNorm, standardize
 from barlow_loss.projector import Projector
@@ -10,6 +10,7 @@ __all__ = [
     "BarlowTwinsTerms",
     "CollapseReport",
     "DistributedBatchNorm",
+    "PairReports",
     "Projector",
     "barlow_twins_loss",
     "collapse_report",

@@ -1,8 +1,13 @@
-"""The dual: N×N Gram matrices in place of the D×D cross-correlation. 8 N² D FLOPs forward and backward, O(N²) memory.
+"""The dual: N×N Gram matrices in place of the D×D cross-correlation. 4 V N² D FLOPs for V views, O(V N²) memory.
 
 With u = ẑ/√N, C = u1ᵀ u2 and K = u uᵀ:
 
     ‖C‖² = ⟨K1, K2⟩,    Σ_{i≠j} C_ij² = ⟨K1, K2⟩ − Σ_i C_ii²,    u2 Cᵀ = K2 u1,    u1 C = K1 u2
+
+With more than two views the matrix products stay linear in V, for any weights w of the pairs, because the sums over
+pairs go into the Gram matrices (of two views M1 = K2 and M2 = K1):
+
+    M_i = Σ_j w_ij K_j,    Σ_{i<j} w_ij ‖C_ij‖² = ½ Σ_i ⟨K_i, M_i⟩,    Σ_j w_ij u_j C_ijᵀ = M_i u_i
 
 The Frobenius identity is old (Tsai et al., arXiv 2104.13712, equation 4, for HSIC with linear kernels).
 """
@@ -11,10 +16,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from barlow_loss._pairs import each
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from barlow_loss._collectives import Shards
+    from barlow_loss._pairs import Stack
     from barlow_loss._plan import Plan
 
 __all__ = ["HOLDS_DIAGONAL", "products", "value"]
@@ -23,14 +33,13 @@ HOLDS_DIAGONAL = True  # ‖C‖² does, and so does C̃ = C
 
 
 def value(
-    ops: Any, plan: Plan, shards: Shards, u: Tensor, diagonal: Tensor, needed: tuple[bool, bool]
+    ops: Any, plan: Plan, shards: Shards, u: Stack, diagonal: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """C_ii, parts of ‖C‖², and the matrices that the gradient needs: K1, K2."""
-    k1, k2, squares = ops.grams(u, None, plan)
-    return diagonal, squares, (k1, k2)
+    """C_ii, parts of ‖C‖², and the matrices that the gradient needs: M of every view."""
+    m, squares = ops.grams(u, None, plan)
+    return diagonal, squares, m
 
 
-def products(needed: tuple[bool, bool], u: Tensor, k1: Tensor, k2: Tensor) -> tuple[Any, Any]:
-    """The factors of P, K2 u1 and K1 u2, and q, which comes out of P; None where no gradient is needed."""
-    u1, u2 = u.unbind()
-    return (k2, u1, None) if needed[0] else None, (k1, u2, None) if needed[1] else None
+def products(needed: tuple[bool, ...], plan: Plan, u: Stack, *m: Tensor) -> Iterator[Any]:
+    """The factors of P = M u of every view, and q, which comes out of P; None where no gradient is needed."""
+    return ((m_i, u_i, None) if wanted else None for wanted, m_i, u_i in zip(needed, m, each(u), strict=True))

@@ -1,6 +1,6 @@
 r"""The loss and its two sums as one differentiable operation, with the gradient written by hand.
 
-Notation: z1, z2 the views, (N, D); ẑ = (z − μ)·r, r = 1/√(v + ε); u = ẑ/√N, so that C = u1ᵀ u2.
+Notation, of two views: z1, z2, (N, D); ẑ = (z − μ)·r, r = 1/√(v + ε); u = ẑ/√N, so that C = u1ᵀ u2.
 
     on = Σ_i (C_ii − 1)²,    off = Σ_{i≠j} C_ij²,    a, b = ∂/∂on, ∂/∂off of what is differentiated (``_penalty``)
 
@@ -14,13 +14,18 @@ P = u2 C̃ᵀ, and through the standardisation, whose mean term vanishes because
 and the same with the views exchanged and C̃ transposed. Each view costs one matrix product, P, and none is D×D in the
 dual. The gradient of a view that needs none is not computed.
 
+Of more than two views L is the mean over pairs with weights w_ij, Σ_{i<j} w_ij = 1. With c_ij = diag C_ij and
+d_ij = w_ij d of the pair, and P and q the sums over the pairs of view i that the algorithms make,
+
+    ∂L/∂z_i = ρ_i ⊙ (2b P_i + Σ_j d_ij·u_j − (2b q_i + Σ_j d_ij·c_ij)·u_i)
+
 Over several processes z1, z2 are this rank's rows, everything above is about the rows of all ranks, and the sums over n
 are completed in the forward, by collectives that stand in the algorithms' files and in ``_statistics.combine``; then
 every rank has what the gradient of its rows needs. On each rank L is a function of all rows, so the adjoint of a row
 sums what arrives on all ranks: a = Σ_ranks a_r, b = Σ_ranks b_r, two numbers, the only collective of the backward. It
 is W times the gradient of one process where all a_r are alike, and DDP's mean over the ranks makes that the gradient.
 
-Saved: u of both views, the matrices of the algorithm, diag C and ρ. A second derivative reaches them through the graph
+Saved: u of all views, the matrices of the algorithm, diag C and ρ. A second derivative reaches them through the graph
 and raises, instead of being silently wrong.
 """
 
@@ -46,15 +51,22 @@ _SECOND_DERIVATIVE = (
 
 
 def loss_and_sums(
-    z1: Tensor, z2: Tensor, lambd: float | Tensor, eps: float, plan: Plan, shards: Shards
+    views: tuple[Tensor, ...], lambd: float | Tensor, eps: float, plan: Plan, shards: Shards
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L, Σ_i (C_ii − 1)² and Σ_{i≠j} C_ij² of the global batch, 0-d, in ``plan.compute_dtype``."""
-    recorded = torch.is_grad_enabled()
-    needed = (recorded and z1.requires_grad, recorded and z2.requires_grad)
+    """L, Σ_i (C_ii − 1)² and Σ_{i≠j} C_ij² of the global batch, 0-d, in ``plan.compute_dtype``; means over pairs."""
+    recorded, needed = torch.is_grad_enabled(), ()
+    for z in views:
+        needed += (recorded and z.requires_grad,)
     if isinstance(lambd, Tensor):
-        lambd = lambd.to(z1.device, plan.compute_dtype)
-    operation: Any = _TracedLoss if is_traced(z1, z2) else _Loss
-    loss, on_diagonal, off_diagonal, *_ = operation.apply(z1, z2, lambd, eps, plan, shards, needed)
+        lambd = lambd.to(views[0].device, plan.compute_dtype)
+    inputs = lambd, eps, plan, shards, needed, *views
+    of_lambd = recorded and isinstance(lambd, Tensor) and lambd.requires_grad
+    if torch.compiler.is_compiling() and not (of_lambd or True in needed):
+        # Dynamo, where nothing needs a gradient, hands the context to a forward with any number of arguments.
+        with torch.no_grad():
+            return _value(*inputs)[:3]
+    operation: Any = _TracedLoss if is_traced(*views) else _Loss
+    loss, on_diagonal, off_diagonal, *_ = operation.apply(*inputs)
     return loss, on_diagonal, off_diagonal
 
 
@@ -65,15 +77,15 @@ def _algorithm(plan: Plan, shards: Shards) -> Any:
 
 
 def _value(
-    z1: Tensor, z2: Tensor, lambd: float | Tensor, eps: float, plan: Plan, shards: Shards, needed: tuple[bool, bool]
+    lambd: float | Tensor, eps: float, plan: Plan, shards: Shards, needed: tuple[bool, ...], *views: Tensor
 ) -> tuple[Tensor, ...]:
     """The three terms, then what is saved."""
-    with autocast_disabled(z1.device.type):
+    with autocast_disabled(views[0].device.type):
         ops, algorithm = resolve(plan.backend), _algorithm(plan, shards)
-        u, diagonal, rho = ops.standardize(z1, z2, eps, plan, shards)
+        u, diagonal, rho = ops.standardize(views, eps, plan, shards)
         c, squares, matrices = algorithm.value(ops, plan, shards, u, diagonal, needed)
         terms = ops.penalties(c, squares, lambd, algorithm.HOLDS_DIAGONAL, plan)
-        return *terms, c, rho, u, *matrices
+        return *terms, c, rho, *((u,) if isinstance(u, Tensor) else u), *matrices
 
 
 def _gradients(
@@ -81,26 +93,26 @@ def _gradients(
     of_on: Tensor | None,
     of_off: Tensor | None,
     lambd: float | Tensor,
-    needed: tuple[bool, bool],
+    needed: tuple[bool, ...],
     plan: Plan,
     shards: Shards,
     n: int,
     dtype: torch.dtype,
     c: Tensor,
     rho: Tensor,
-    u: Tensor,
-    *matrices: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
-    with autocast_disabled(u.device.type):
+    *kept: Tensor,
+) -> tuple[Tensor | None, ...]:
+    views = len(needed)
+    u, matrices = (kept[0], kept[1:]) if views == 2 else (kept[:views], kept[views:])
+    with autocast_disabled(c.device.type):
         if plan.on_host and is_traced(*(given for given in (of_loss, of_on, of_off) if given is not None)):
             plan = plan._replace(on_host=False)  # of a forward that was not, as in compiled autograd
         ops, algorithm = resolve(plan.backend), _algorithm(plan, shards)
-        products = algorithm.products(needed, u, *matrices)
+        products = algorithm.products(needed, plan, u, *matrices)
         arriving = Arriving(of_loss, of_on, of_off, lambd)
         if shards.group.size > 1:
             arriving = _summed(arriving, plan, shards)
-        dz1, dz2 = ops.backproject(products, u, c, rho, arriving, algorithm.HOLDS_DIAGONAL, plan, n, dtype)
-    return dz1, dz2
+        return ops.backproject(products, u, c, rho, arriving, algorithm.HOLDS_DIAGONAL, plan, n, dtype)
 
 
 def _summed(arriving: Arriving, plan: Plan, shards: Shards) -> Arriving:
@@ -130,15 +142,15 @@ class _Loss(torch.autograd.Function):
             of_loss = torch.zeros_like(off_diagonal)
         lambd = saved.pop() if ctx.lambd is None else ctx.lambd
         needed = ctx.needs_input_grad
-        settings = of_loss, of_on, of_off, lambd, needed[:2], *ctx.settings, *saved
+        settings = of_loss, of_on, of_off, lambd, needed[5:], *ctx.settings, *saved
         recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # which refuses it by itself
-        dz1, dz2 = _Gradients.apply(off_diagonal, *settings) if recorded else _gradients(*settings)
-        of_lambd = of_loss * off_diagonal if needed[2] and of_loss is not None else None
-        return dz1, dz2, of_lambd, None, None, None, None
+        gradients = _Gradients.apply(off_diagonal, *settings) if recorded else _gradients(*settings)
+        of_lambd = of_loss * off_diagonal if needed[0] and of_loss is not None else None
+        return of_lambd, None, None, None, None, *gradients
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z1, _, lambd, _, plan, shards, _ = inputs
+    lambd, _, plan, shards, _, z1, *_ = inputs
     weight = (lambd,) if isinstance(lambd, Tensor) else ()
     ctx.set_materialize_grads(False)
     ctx.lambd = None if weight else lambd
@@ -150,10 +162,10 @@ class _TracedLoss(torch.autograd.Function):
     """The same where it is traced: what is saved must be an output there."""
 
     @staticmethod
-    def forward(z1: Tensor, z2: Tensor, lambd: Any, eps: float, plan: Plan, shards: Shards, needed: Any) -> Any:
+    def forward(lambd: Any, eps: float, plan: Plan, shards: Shards, needed: Any, *views: Tensor) -> Any:
         # torch.export traces this with gradients on, which the backends, writing into buffers, do not support.
         with torch.no_grad():
-            return _value(z1, z2, lambd, eps, plan, shards, needed)
+            return _value(lambd, eps, plan, shards, needed, *views)
 
     setup_context = staticmethod(_save)
     backward = staticmethod(_Loss.backward)
@@ -163,7 +175,7 @@ class _Gradients(torch.autograd.Function):
     """The backward as an operation of its own, connected to the forward, so that differentiating it raises."""
 
     @staticmethod
-    def forward(of_forward: Tensor, *settings: Any) -> tuple[Tensor | None, Tensor | None]:
+    def forward(of_forward: Tensor, *settings: Any) -> tuple[Tensor | None, ...]:
         return _gradients(*settings)
 
     @staticmethod

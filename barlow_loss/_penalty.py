@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from barlow_loss._pairs import weights_of_pairs
 from barlow_loss._plan import vector_dtype
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ def number(t: Tensor, on_host: bool) -> Number:
 def penalties(
     c: Tensor, squares: Tensor, lambd: float | Tensor, holds_diagonal: bool, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L, on and off, 0-d in ``plan.compute_dtype``, from C_ii, (D,), and parts of Σ C_ij², of any shape.
+    """L, on and off, 0-d in ``plan.compute_dtype``, from C_ii, (D,) or (P, D), and parts of Σ C_ij², of any shape.
+
+    Of P pairs of views on and off are the weighted means, and the parts are weighted already.
 
     Where the parts hold the diagonal it is taken off: below 0 only by rounding, where nothing is left. The gradient
     knows nothing of that clamp.
@@ -52,9 +55,11 @@ def penalties(
     if not plan.on_host or c.numel() > 4096:  # in float32 a million squares lose two digits
         c = c.to(vector_dtype(c.device))
     e = c - 1
-    on, off = number(torch.dot(e, e), plan.on_host), number(squares.sum(), plan.on_host)
+    on, off = _sum_of_squares(e, plan), squares.sum()
+    if plan.on_host:
+        off = off.item()
     if holds_diagonal:
-        off = off - number(torch.dot(c, c), plan.on_host)
+        off = off - _sum_of_squares(c, plan)
         off = off.clamp_min(0) if isinstance(off, Tensor) else max(off, 0.0)  # in this order: NaN stays
     dtype = plan.compute_dtype
     scalar = functools.partial(torch.scalar_tensor, dtype=dtype, device=c.device)
@@ -71,6 +76,16 @@ def penalties(
     else:
         weighted = lambd * off
     return scalar(on + weighted), scalar(on), scalar(off)
+
+
+def _sum_of_squares(c: Tensor, plan: Plan) -> Number:
+    """Σ c² of a vector, or its weighted mean over the pairs of views."""
+    if c.ndim == 1:
+        total = torch.dot(c, c)
+        return total.item() if plan.on_host else total
+    of_pairs = c.square().sum(1)
+    sums = of_pairs.tolist() if plan.on_host else of_pairs.unbind()
+    return sum(weight * total for weight, total in zip(weights_of_pairs(plan.weights), sums, strict=True))
 
 
 def slopes(arriving: Arriving, plan: Plan) -> tuple[Number, Number]:

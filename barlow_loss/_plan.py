@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
+from barlow_loss._pairs import TWO_VIEWS, Weights
+
 __all__ = [
     "ALGORITHMS",
     "BACKENDS",
@@ -54,6 +56,7 @@ class Plan(NamedTuple):
     matmul_dtype: torch.dtype  # operands of the matrix products, and what is gathered over processes
     grad_reduction: str = "mean"  # or "sum"
     on_host: bool = False  # CPU tensors in plain eager mode: numbers may be read, work may go by blocks
+    weights: Weights = TWO_VIEWS  # of the pairs of views
 
 
 def make_plan(
@@ -67,6 +70,7 @@ def make_plan(
     autocast: bool,
     grad_reduction: str = "mean",
     on_host: bool = False,
+    weights: Weights = TWO_VIEWS,
 ) -> Plan:
     """Resolve what depends on the batch. An explicit choice is kept as it is.
 
@@ -80,19 +84,28 @@ def make_plan(
         autocast: whether the caller runs under autocast on that device.
         grad_reduction: "mean" or "sum", kept as it is.
         on_host: kept as it is.
+        weights: kept as they are.
     """
     matmul_dtype = _matmul_dtype(dtype, d, device_type, autocast)
-    return Plan(
-        _choose_algorithm(algorithm, n, d), backend, _compute_dtype(dtype), matmul_dtype, grad_reduction, on_host
-    )
+    chosen = _choose_algorithm(algorithm, n, d)
+    return Plan(chosen, backend, _compute_dtype(dtype), matmul_dtype, grad_reduction, on_host, weights)
 
 
 _remembered = functools.lru_cache(maxsize=256)(make_plan)
 
 
-def plan_for(caller: str, algorithm: str, backend: str, grad_reduction: str, n: int, z: Tensor, other: Tensor) -> Plan:
+def plan_for(
+    caller: str,
+    algorithm: str,
+    backend: str,
+    grad_reduction: str,
+    weights: Weights,
+    n: int,
+    views: tuple[Tensor, ...],
+) -> Plan:
     """``make_plan`` for the views of a global batch of n rows, remembered; raises as ``choose_backend`` does."""
-    traced, device = is_traced(z, other), z.device
+    z = views[0]
+    traced, device = is_traced(*views), z.device
     return (make_plan if traced else _remembered)(
         algorithm=algorithm,
         backend=choose_backend(caller, backend, device),
@@ -103,6 +116,7 @@ def plan_for(caller: str, algorithm: str, backend: str, grad_reduction: str, n: 
         autocast=autocast_enabled(device.type),
         grad_reduction=grad_reduction,
         on_host=z.is_cpu and not traced,
+        weights=weights,
     )
 
 

@@ -1,8 +1,10 @@
-"""The primal: the D×D cross-correlation itself, as in the paper. 6 N D² FLOPs forward and backward, O(D²) memory.
+"""The primal: the D×D cross-correlation itself, as in the paper. 6 N D² FLOPs for a pair of views, O(D²) memory.
 
 With u = ẑ/√N and C̃ = u1ᵀ u2 with its diagonal set to zero (the diagonal is summed elementwise, more precisely):
 
     Σ_{i≠j} C_ij² = ‖C̃‖²,    q = Σ_j C̃_ij² for the first view, Σ_i C̃_ij² for the second
+
+With more than two views there is a C̃ for every pair, and P and q are the sums Σ_j w_ij of theirs.
 
 Over several processes C is the sum of what the shards contribute: one all-reduce of D² numbers, 6 n D² FLOPs on a rank
 of n rows, and no communication in backward.
@@ -15,10 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from barlow_loss._collectives import Shards, all_sum, all_sum_matrix
+from barlow_loss._pairs import each, pairs_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
+    from barlow_loss._pairs import Stack
     from barlow_loss._plan import Plan
 
 __all__ = ["HOLDS_DIAGONAL", "products", "value"]
@@ -27,19 +33,52 @@ HOLDS_DIAGONAL = False  # C̃ is C without it
 
 
 def value(
-    ops: Any, plan: Plan, shards: Shards, u: Tensor, diagonal: Tensor, needed: tuple[bool, bool]
+    ops: Any, plan: Plan, shards: Shards, u: Stack, diagonal: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """C_ii, parts of Σ_{i≠j} C_ij², and what the gradient needs: C̃ and its row and column sums of squares."""
     (c,) = all_sum(shards.group, diagonal)
-    u1, u2 = u.unbind()
+    views = each(u)
+    if len(views) == 2:
+        kept = _of_pair(*views, plan, shards)
+        return c, kept[1], kept
+    kept: list[Tensor] = []
+    parts: list[Tensor] = []
+    for i, j, weight in _weighted_pairs(plan):
+        kept += _of_pair(views[i], views[j], plan, shards)
+        parts.append(kept[-2] * weight)
+    return c, torch.stack(parts), tuple(kept)
+
+
+def _of_pair(u1: Tensor, u2: Tensor, plan: Plan, shards: Shards) -> tuple[Tensor, Tensor, Tensor]:
     correlation = all_sum_matrix(shards.group, torch.mm(u1.t(), u2))
     correlation.diagonal().zero_()
     squares = correlation.to(plan.compute_dtype).square()
-    rows = squares.sum(1)
-    return c, rows, (correlation, rows, squares.sum(0))
+    return correlation, squares.sum(1), squares.sum(0)
 
 
-def products(needed: tuple[bool, bool], u: Tensor, c: Tensor, rows: Tensor, columns: Tensor) -> tuple[Any, Any]:
-    """The factors of P, u2 C̃ᵀ for the first view and u1 C̃ for the second, and q."""
-    u1, u2 = u.unbind()
-    return (u2, c.t(), rows) if needed[0] else None, (u1, c, columns) if needed[1] else None
+def _weighted_pairs(plan: Plan) -> list[tuple[int, int, float]]:
+    """Those that weigh anything; at least one does."""
+    weights = plan.weights
+    return [(i, j, weights[i][j]) for i, j in pairs_of(len(weights)) if weights[i][j]]
+
+
+def products(needed: tuple[bool, ...], plan: Plan, u: Stack, *kept: Tensor) -> Iterator[Any]:
+    """The factors of P, u2 C̃ᵀ for the first view and u1 C̃ for the second, and q; of more views P itself, one by one."""
+    views = each(u)
+    if len(views) == 2:
+        (u1, u2), (c, rows, columns) = views, kept
+        return iter(((u2, c.t(), rows) if needed[0] else None, (u1, c, columns) if needed[1] else None))
+    return (_product(view, plan, views, kept) if wanted else None for view, wanted in enumerate(needed))
+
+
+def _product(view: int, plan: Plan, u: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> tuple[Tensor, None, Tensor]:
+    """Σ_j w_ij u_j C̃_ijᵀ and Σ_j w_ij Σ_d C̃_ij², in the dtype that sums have."""
+    p = u[0].new_zeros(u[0].shape, dtype=plan.compute_dtype)
+    q = kept[1].new_zeros(kept[1].shape)
+    for (i, j, weight), number in zip(_weighted_pairs(plan), range(0, len(kept), 3), strict=True):
+        c, rows, columns = kept[number : number + 3]
+        if view == i:
+            p, q = p.add_(torch.mm(u[j], c.t()), alpha=weight), q.add_(rows, alpha=weight)
+        elif view == j:
+            p, q = p.add_(torch.mm(u[i], c), alpha=weight), q.add_(columns, alpha=weight)
+    return p, None, q

@@ -1,11 +1,15 @@
-"""The report on two views' embeddings: plain numbers, their table and a verdict. It measures nothing itself."""
+"""The report on the views' embeddings: plain numbers, their table and a verdict. It measures nothing itself."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["CollapseReport"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["CollapseReport", "PairReports"]
 
 # A judgement, not a theorem: random embeddings reach most of the attainable rank, collapsed ones a few directions.
 _LOW_RANK = 0.05
@@ -135,6 +139,44 @@ class CollapseReport:
             ("effective rank, z2", _number(self.effective_rank_2), f"at most {top}", ""),
             ("alignment", _number(self.alignment), "chance 2, best 0", "squared distance of a pair's directions"),
         ]
+
+
+class PairReports(dict[tuple[int, int], CollapseReport]):
+    """The :class:`CollapseReport` of every pair of views: (i, j) with i < j, counted from 0, to its report.
+
+    ``print`` shows a line for each pair, and the whole table of the worst.
+    """
+
+    def __init__(self, reports: Mapping[tuple[int, int], CollapseReport]) -> None:
+        super().__init__(reports)
+
+    @property
+    def worst(self) -> tuple[int, int]:
+        """The pair whose loss is not finite, or with the most warnings, and of these the one with the highest loss."""
+
+        def badness(pair: tuple[int, int]) -> tuple[bool, int, float]:
+            report = self[pair]
+            return not math.isfinite(report.loss), len(report.warnings), report.loss
+
+        return max(self, key=badness)
+
+    def __str__(self) -> str:
+        head = ("pair", "loss", "mean diagonal", "off-diagonal RMS", "rank", "rank", "dead", "warnings")
+        rows = [head, *(_line(pair, report) for pair, report in self.items())]
+        widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([*lines, f"Worst: {_named(self.worst)}, here as z1 and z2", str(self[self.worst])])
+
+
+def _named(pair: tuple[int, int]) -> str:
+    """As a user counts the arguments."""
+    return f"z{pair[0] + 1}, z{pair[1] + 1}"
+
+
+def _line(pair: tuple[int, int], report: CollapseReport) -> tuple[str, ...]:
+    ranks = report.effective_rank_1, report.effective_rank_2
+    numbers = report.loss, report.mean_diagonal, report.off_diagonal_rms, *ranks, report.dead_features
+    return _named(pair), *map(_number, numbers), str(len(report.warnings))
 
 
 def _number(value: float) -> str:

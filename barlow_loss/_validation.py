@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_choice", "check_eps", "check_lambd", "check_tensor", "check_views"]
+from barlow_loss._pairs import Weights, all_alike, normalized
+
+__all__ = [
+    "check_choice",
+    "check_eps",
+    "check_lambd",
+    "check_pair_weights",
+    "check_tensor",
+    "check_views",
+    "weight_rows",
+]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _POOL_OR_FLATTEN = (
@@ -17,45 +27,104 @@ _POOL_OR_FLATTEN = (
 )
 
 
-def check_views(caller: str, *views: Any) -> tuple[Tensor, Tensor]:
-    """Two (N, D) floating tensors of one shape, dtype and device, D ≥ 1. How many rows are enough, all ranks know.
+def check_views(caller: str, *views: Any) -> tuple[Tensor, ...]:
+    """Two or more (N, D) floating tensors of one shape, dtype and device, D ≥ 1. How many rows suffice, all ranks know.
 
     Raises:
         TypeError: not tensors, not floating, sparse, or of different dtypes.
-        ValueError: wrong number of views, wrong or different shapes, different devices or D = 0.
+        ValueError: fewer than two views, wrong or different shapes, different devices or D = 0.
     """
-    if len(views) == 2 and isinstance(views[0], torch.Tensor) and isinstance(views[1], torch.Tensor):
-        z1, z2 = views
-        alike = z1.shape == z2.shape and z1.dtype == z2.dtype and z1.device == z2.device and z1.layout == z2.layout
-        if alike and z1.layout == torch.strided and z1.dtype in _DTYPES and z1.ndim == 2 and z1.shape[1] != 0:
-            return z1, z2
-    if len(views) != 2:
-        raise ValueError(
-            f"{caller}: expected exactly two views, got {len(views)}. "
-            "Call it as loss(z1, z2); for more views, add up the losses of the pairs."
-        )
-    z1, z2 = views
-    for name, z in (("z1", z1), ("z2", z2)):
+    fits = len(views) >= 2
+    for z in views:
+        z1 = views[0]
+        fits = fits and isinstance(z, torch.Tensor) and z.shape == z1.shape and z.dtype == z1.dtype
+        fits = fits and z.device == z1.device and z.layout == torch.strided
+    if fits and z1.dtype in _DTYPES and z1.ndim == 2 and z1.shape[1] != 0:
+        return views
+    raise _refusal(caller, views)
+
+
+def _refusal(caller: str, views: tuple[Any, ...]) -> Exception:
+    if len(views) < 2:
+        return ValueError(f"{caller}: expected at least two views, got {len(views)}. Call it as loss(z1, z2).")
+    names = [f"z{number}" for number in range(1, len(views) + 1)]
+    for name, z in zip(names, views, strict=True):
         check_tensor(caller, name, z)
-    shapes = f"got z1 {tuple(z1.shape)} and z2 {tuple(z2.shape)}"
-    if z1.ndim != 2 or z2.ndim != 2:
-        raise ValueError(f"{caller}: expected two tensors of shape (N, D), {shapes}. {_POOL_OR_FLATTEN}")
-    if z1.shape != z2.shape:
-        raise ValueError(
-            f"{caller}: expected the same (N, D) for both views, {shapes}. "
-            "Row n of z1 and row n of z2 must come from the same sample, through the same projector width."
+    shapes = f"got {_listed(names, [tuple(z.shape) for z in views])}"
+    count = "two" if len(views) == 2 else str(len(views))
+    every = "both views" if len(views) == 2 else f"all {len(views)} views"
+    if any(z.ndim != 2 for z in views):
+        return ValueError(f"{caller}: expected {count} tensors of shape (N, D), {shapes}. {_POOL_OR_FLATTEN}")
+    if len({z.shape for z in views}) > 1:
+        rows = "Row n of z1 and row n of z2" if len(views) == 2 else "Row n of every view"
+        return ValueError(
+            f"{caller}: expected the same (N, D) for {every}, {shapes}. "
+            f"{rows} must come from the same sample, through the same projector width."
         )
-    if z1.dtype != z2.dtype:
+    odd = next((name for name, z in zip(names, views, strict=True) if z.dtype != views[0].dtype), None)
+    if odd is not None:
+        return TypeError(
+            f"{caller}: expected one dtype for {every}, got {_listed(names, [z.dtype for z in views])}. "
+            f"Cast one of them, for example {odd}.to(z1.dtype)."
+        )
+    odd = next((name for name, z in zip(names, views, strict=True) if z.device != views[0].device), None)
+    if odd is not None:
+        places = _listed(names, [f"on {z.device}" for z in views])
+        return ValueError(
+            f"{caller}: expected {every} on one device, got {places}. "
+            f"Move one of them, for example {odd}.to(z1.device)."
+        )
+    return ValueError(f"{caller}: expected D ≥ 1 features, {shapes}. Check the projector's output width.")
+
+
+def _listed(names: list[str], values: list[Any]) -> str:
+    """z1 (4, 8) and z2 (4, 9); of many views the first and those that differ from it."""
+    shown = [(n, v) for n, v in zip(names, values, strict=True) if len(names) <= 4 or n == "z1" or v != values[0]]
+    return " and ".join(f"{name} {value}" for name, value in shown[:4])
+
+
+def check_pair_weights(caller: str, pair_weights: Any, views: int) -> Weights:
+    """w_ij / Σ_{i<j} w_ij from V rows of V numbers, or the plain mean.
+
+    Raises:
+        TypeError: not numbers in rows.
+        ValueError: not V×V, not symmetric, negative or not finite, a diagonal that is not 0, or nothing but zeros.
+    """
+    if pair_weights is None:
+        return all_alike(views)
+    rows = weight_rows(caller, pair_weights)
+    if len(rows) != views:
+        raise ValueError(
+            f"{caller}: expected pair_weights of shape ({views}, {views}) for {views} views, "
+            f"got {len(rows)} rows. Give a row and a column for every view."
+        )
+    return normalized(rows)
+
+
+def weight_rows(caller: str, pair_weights: Any) -> Weights:
+    """The rows as tuples of floats, checked for all but their number."""
+    if isinstance(pair_weights, torch.Tensor):
+        pair_weights = pair_weights.detach().tolist()
+    try:
+        rows = tuple(tuple(float(w) for w in row) for row in pair_weights)
+    except (TypeError, ValueError) as error:
         raise TypeError(
-            f"{caller}: expected one dtype for both views, got z1 {z1.dtype} and z2 {z2.dtype}. "
-            "Cast one of them, for example z2.to(z1.dtype)."
-        )
-    if z1.device != z2.device:
-        raise ValueError(
-            f"{caller}: expected both views on one device, got z1 on {z1.device} and z2 on {z2.device}. "
-            "Move one of them, for example z2.to(z1.device)."
-        )
-    raise ValueError(f"{caller}: expected D ≥ 1 features, {shapes}. Check the projector's output width.")
+            f"{caller}: expected pair_weights to be a square tensor or a sequence of rows of numbers, got "
+            f"{type(pair_weights).__name__} ({error}). For three views: [[0, 1, 1], [1, 0, 1], [1, 1, 0]]."
+        ) from None
+    size = len(rows)
+    got = f"got {[list(row) for row in rows]}" if size <= 4 else f"got {size} rows"
+    if size < 2 or any(len(row) != size for row in rows):
+        raise ValueError(f"{caller}: expected pair_weights of shape (V, V) with V ≥ 2, {got}.")
+    if not all(0 <= w < math.inf for row in rows for w in row):
+        raise ValueError(f"{caller}: expected pair_weights to be finite and ≥ 0, {got}. 0 leaves a pair out.")
+    if any(rows[i][i] for i in range(size)):
+        raise ValueError(f"{caller}: expected a diagonal of 0 in pair_weights, {got}. No view pairs with itself.")
+    if any(rows[i][j] != rows[j][i] for i in range(size) for j in range(i)):
+        raise ValueError(f"{caller}: expected symmetric pair_weights, {got}. A pair has one weight: use (w + w.T) / 2.")
+    if not any(w for row in rows for w in row):
+        raise ValueError(f"{caller}: expected a positive weight in pair_weights, {got}. All pairs are left out.")
+    return rows
 
 
 def check_tensor(caller: str, name: str, z: Any) -> None:

@@ -1,4 +1,4 @@
-"""For looking, not for training: what the embeddings of two views say about agreement, redundancy and collapse.
+"""For looking, not for training: what the embeddings of the views say about agreement, redundancy and collapse.
 
 Nothing here is differentiable. With several processes everything is about the batch of all, and all of them call.
 """
@@ -6,7 +6,7 @@ Nothing here is differentiable. With several processes everything is about the b
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast, overload
 
 import torch
 from torch import Tensor
@@ -15,34 +15,59 @@ from torch.nn import functional
 from barlow_loss._collectives import Shards, all_sum_matrix, gather_rows, group_of
 from barlow_loss._header import Claims, agree, check_samples
 from barlow_loss._normalize import normalize
+from barlow_loss._pairs import pairs_of
 from barlow_loss._plan import autocast_disabled, vector_dtype
-from barlow_loss._report import CollapseReport
+from barlow_loss._report import CollapseReport, PairReports
 from barlow_loss._validation import check_eps, check_lambd, check_tensor, check_views
 from barlow_loss.loss import barlow_twins_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["CollapseReport", "collapse_report", "cross_correlation", "effective_rank", "noise_floor"]
+__all__ = ["CollapseReport", "PairReports", "collapse_report", "cross_correlation", "effective_rank", "noise_floor"]
+
+
+@overload
+def cross_correlation(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    eps: float = ...,
+    process_group: ProcessGroup | None = ...,
+    synchronize: bool = ...,
+) -> Tensor: ...
+
+
+@overload
+def cross_correlation(
+    z1: Tensor,
+    z2: Tensor,
+    z3: Tensor,
+    *others: Tensor,
+    eps: float = ...,
+    process_group: ProcessGroup | None = ...,
+    synchronize: bool = ...,
+) -> dict[tuple[int, int], Tensor]: ...
 
 
 @torch.no_grad()
 def cross_correlation(
     z1: Tensor,
     z2: Tensor,
+    *others: Tensor,
     eps: float = 1e-5,
     process_group: ProcessGroup | None = None,
-    *,
     synchronize: bool = True,
-) -> Tensor:
+) -> Tensor | dict[tuple[int, int], Tensor]:
     r"""The cross-correlation matrix of two views: C = ẑ1ᵀ ẑ2 / N with ẑ = (z − μ)/√(v + ε), v the biased variance.
 
-    The matrix that the loss draws to the identity, for looking at. It costs 2 N D² FLOPs and D² numbers, which the
-    loss itself avoids where N ≤ D/2.
+    The matrix that the loss draws to the identity, for looking at; of more views that of every pair. It costs 2 N D²
+    FLOPs and D² numbers, which the loss itself avoids where N ≤ D/2.
 
     Args:
         z1: the first view's embeddings of this process, (n, D), any floating dtype; N ≥ 2 rows on all processes.
         z2: the second view's embeddings, the same shape, dtype and device.
+        *others: those of more views.
         eps: added to the variance inside the root, ≥ 0.
         process_group: the processes whose shards form one batch (default: the world, where torch.distributed is
             initialised). All of them call the function.
@@ -50,7 +75,8 @@ def cross_correlation(
 
     Returns:
         C of the global batch, (D, D), every entry in [−1, 1]: float64 for float64 views, else float32, under autocast
-        too; the same bits on every process. It carries no gradient.
+        too; the same bits on every process. It carries no gradient. Of more than two views a dict: (i, j) with i < j,
+        counted from 0, to the C of that pair.
 
     Raises:
         TypeError: views that are not floating tensors of one dtype, or ``eps`` that is not a number.
@@ -65,11 +91,15 @@ def cross_correlation(
 
     Source: Zbontar et al. (2021), arXiv 2103.03230, equation 2.
     """
-    shards = _agreed("cross_correlation", z1, z2, process_group, synchronize, eps=eps)
-    wide = torch.promote_types(z1.dtype, torch.float32)
-    with autocast_disabled(z1.device.type):
-        standardized = [normalize(z.to(wide), None, None, eps, shards.group)[0] for z in (z1, z2)]
-        return all_sum_matrix(shards.group, standardized[0].T @ standardized[1]) / shards.total
+    views = z1, z2, *others
+    shards = _agreed("cross_correlation", views, process_group, synchronize, eps=eps)
+    wide = torch.promote_types(views[0].dtype, torch.float32)
+    with autocast_disabled(views[0].device.type):
+        hat = [normalize(z.to(wide), None, None, eps, shards.group)[0] for z in views]
+        found = {
+            (i, j): all_sum_matrix(shards.group, hat[i].T @ hat[j]) / shards.total for i, j in pairs_of(len(views))
+        }
+    return found if len(views) > 2 else found[0, 1]
 
 
 def noise_floor(n: int, d: int) -> float:
@@ -155,17 +185,42 @@ def effective_rank(z: Tensor, *, center: bool = False) -> float:
     return math.exp(-torch.xlogy(p, p).sum().item())
 
 
-@torch.no_grad()
+@overload
 def collapse_report(
     z1: Tensor,
     z2: Tensor,
     *,
+    lambd: float = ...,
+    eps: float = ...,
+    process_group: ProcessGroup | None = ...,
+    synchronize: bool = ...,
+) -> CollapseReport: ...
+
+
+@overload
+def collapse_report(
+    z1: Tensor,
+    z2: Tensor,
+    z3: Tensor,
+    *others: Tensor,
+    lambd: float = ...,
+    eps: float = ...,
+    process_group: ProcessGroup | None = ...,
+    synchronize: bool = ...,
+) -> PairReports: ...
+
+
+@torch.no_grad()
+def collapse_report(
+    z1: Tensor,
+    z2: Tensor,
+    *others: Tensor,
     lambd: float = 0.0051,
     eps: float = 1e-5,
     process_group: ProcessGroup | None = None,
     synchronize: bool = True,
-) -> CollapseReport:
-    """Measure agreement, redundancy and collapse of two views' embeddings; print the result for a table.
+) -> CollapseReport | PairReports:
+    """Measure agreement, redundancy and collapse of the views' embeddings; print the result for a table.
 
     Computed in float64. Time and memory are linear in D for D > N, cubic in min(N, D) for the rank. Several processes
     gather the rows of all, and each measures the global batch. It waits for the device: call it now and then, not in
@@ -174,6 +229,7 @@ def collapse_report(
     Args:
         z1: the first view's embeddings of this process, (n, D), any floating dtype; N ≥ 2 rows on all processes.
         z2: the second view's embeddings, the same shape, dtype and device.
+        *others: those of more views.
         lambd: λ of the loss, ≥ 0.
         eps: ε of the loss, ≥ 0.
         process_group: the processes whose shards form one batch (default: the world, where torch.distributed is
@@ -181,12 +237,13 @@ def collapse_report(
         synchronize: False reports on this process's rows alone; then one process may call it and the others not.
 
     Returns:
-        A :class:`CollapseReport` of plain numbers, the same on every process.
+        A :class:`CollapseReport` of plain numbers, the same on every process. Of more than two views
+        :class:`~barlow_loss.PairReports`: one of each pair, and the worst by name.
 
     Raises:
         TypeError: views that are not floating tensors of one dtype, or a setting of the wrong type.
-        ValueError: views of different or wrong shapes or devices, N < 2, D = 0, a negative setting, or arguments that
-            differ among the processes. Every process raises it.
+        ValueError: views of different or wrong shapes or devices, N < 2, D = 0, a negative setting, or
+            arguments that differ among the processes. Every process raises it.
 
     Example:
         >>> z = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
@@ -195,20 +252,35 @@ def collapse_report(
         (0, 1.0)
         >>> print(report.verdict)
         No sign of collapse; as decorrelated as a batch of this size can show.
+        >>> collapse_report(z, z, -z).worst
+        (0, 2)
 
     Source: the loss of Zbontar et al. (2021), arXiv 2103.03230; RankMe of Garrido et al. (2023), arXiv 2210.02885;
     alignment of Wang & Isola (2020), arXiv 2005.10242, with α = 2.
     """
-    shards = _agreed("collapse_report", z1, z2, process_group, synchronize, eps=eps, lambd=lambd)
-    z1, z2 = gather_rows(shards, z1), gather_rows(shards, z2)
-    n, d = z1.shape
-    wide = [z.to(vector_dtype(z.device)) for z in (z1, z2)]
-    means = torch.stack([z.mean(dim=0) for z in wide])
-    x1, x2 = (z - mean for z, mean in zip(wide, means, strict=True))
+    views = z1, z2, *others
+    shards = _agreed("collapse_report", views, process_group, synchronize, eps=eps, lambd=lambd)
+    dtype = views[0].dtype
+    whole = [gather_rows(shards, z).to(vector_dtype(z.device)) for z in views]
+    ranks = [effective_rank(z, center=True) for z in whole]
+    reports = {
+        (i, j): _report((whole[i], whole[j]), (ranks[i], ranks[j]), dtype, float(lambd), float(eps))
+        for i, j in pairs_of(len(views))
+    }
+    return PairReports(reports) if len(views) > 2 else reports[0, 1]
+
+
+def _report(
+    z: tuple[Tensor, Tensor], ranks: tuple[float, float], dtype: torch.dtype, lambd: float, eps: float
+) -> CollapseReport:
+    """Of two views in float64, which came in ``dtype``."""
+    n, d = z[0].shape
+    means = torch.stack([view.mean(dim=0) for view in z])
+    x1, x2 = (view - mean for view, mean in zip(z, means, strict=True))
     variances = torch.stack([x.square().mean(dim=0) for x in (x1, x2)])
     stds = variances.sqrt()
     diagonal = (x1 * x2).mean(dim=0) * torch.rsqrt(variances + eps).prod(dim=0)
-    dead = (variances <= eps) | (stds <= torch.finfo(z1.dtype).eps * means.abs())
+    dead = (variances <= eps) | (stds <= torch.finfo(dtype).eps * means.abs())
     terms = barlow_twins_loss(
         x1, x2, lambd=lambd, eps=eps, algorithm="dual" if d > n else "primal", synchronize=False, return_terms=True
     )
@@ -216,10 +288,10 @@ def collapse_report(
     return CollapseReport(
         n=n,
         d=d,
-        lambd=float(lambd),
-        eps=float(eps),
+        lambd=lambd,
+        eps=eps,
         loss=terms.loss.item(),
-        loss_noise_floor=float(lambd) * noise_floor(n, d),
+        loss_noise_floor=lambd * noise_floor(n, d),
         on_diagonal=terms.on_diagonal.item(),
         off_diagonal=off_diagonal,
         off_diagonal_noise_floor=noise_floor(n, d),
@@ -228,26 +300,27 @@ def collapse_report(
         off_diagonal_rms_noise_floor=(n - 1) ** -0.5,
         dead_features=int(dead.any(dim=0).sum().item()),
         **_std_quantiles(stds),
-        effective_rank_1=effective_rank(wide[0], center=True),
-        effective_rank_2=effective_rank(wide[1], center=True),
-        alignment=_alignment(wide[0], wide[1]),
+        effective_rank_1=ranks[0],
+        effective_rank_2=ranks[1],
+        alignment=_alignment(*z),
     )
 
 
 def _agreed(
-    caller: str, z1: Tensor, z2: Tensor, process_group: ProcessGroup | None, synchronize: bool, **settings: float
+    caller: str, views: tuple[Tensor, ...], process_group: ProcessGroup | None, synchronize: bool, **settings: float
 ) -> Shards:
     """Check views and settings, on every process of the group."""
 
     def check() -> tuple[int, Claims]:
-        check_views(caller, z1, z2)
+        z1 = check_views(caller, *views)[0]
         check_eps(caller, settings["eps"])
         check_lambd(caller, settings.get("lambd", 0.0))
         named = {name: float(value) for name, value in settings.items()}
-        return z1.shape[0], {"D": z1.shape[1], "dtype": z1.dtype, "device": z1.device.type, **named}
+        claims = {"D": z1.shape[1], "views": len(views), "dtype": z1.dtype, "device": z1.device.type, **named}
+        return z1.shape[0], claims
 
-    shards = agree(caller, group_of(caller, process_group, synchronize), z1, check)
-    check_samples(caller, z1, shards)
+    shards = agree(caller, group_of(caller, process_group, synchronize), views[0], check)
+    check_samples(caller, views[0], shards)
     return shards
 
 

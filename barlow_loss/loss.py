@@ -2,6 +2,7 @@ r"""The face: :func:`barlow_twins_loss` and its module :class:`BarlowTwinsLoss`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -10,8 +11,16 @@ from torch import Tensor, nn
 from barlow_loss._collectives import Shards, group_of
 from barlow_loss._function import loss_and_sums
 from barlow_loss._header import Claims, agree, check_samples
+from barlow_loss._pairs import TWO_VIEWS
 from barlow_loss._plan import ALGORITHMS, BACKENDS, Algorithm, Backend, autocast_enabled, choose_backend, plan_for
-from barlow_loss._validation import check_choice, check_eps, check_lambd, check_views
+from barlow_loss._validation import (
+    check_choice,
+    check_eps,
+    check_lambd,
+    check_pair_weights,
+    check_views,
+    weight_rows,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -19,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["BarlowTwinsLoss", "BarlowTwinsTerms", "barlow_twins_loss"]
 
 GradReduction = Literal["mean", "sum"]
+PairWeights = Tensor | Sequence[Sequence[float]]
 
 
 class BarlowTwinsTerms(NamedTuple):
@@ -43,6 +53,7 @@ def barlow_twins_loss(
     process_group: ProcessGroup | None = ...,
     grad_reduction: GradReduction = ...,
     return_terms: Literal[False] = ...,
+    pair_weights: PairWeights | None = ...,
 ) -> Tensor: ...
 
 
@@ -57,6 +68,7 @@ def barlow_twins_loss(
     process_group: ProcessGroup | None = ...,
     grad_reduction: GradReduction = ...,
     return_terms: Literal[True],
+    pair_weights: PairWeights | None = ...,
 ) -> BarlowTwinsTerms: ...
 
 
@@ -71,6 +83,7 @@ def barlow_twins_loss(
     process_group: ProcessGroup | None = ...,
     grad_reduction: GradReduction = ...,
     return_terms: bool,
+    pair_weights: PairWeights | None = ...,
 ) -> Tensor | BarlowTwinsTerms: ...
 
 
@@ -84,8 +97,9 @@ def barlow_twins_loss(
     process_group: ProcessGroup | None = None,
     grad_reduction: GradReduction = "mean",
     return_terms: bool = False,
+    pair_weights: PairWeights | None = None,
 ) -> Tensor | BarlowTwinsTerms:
-    r"""The Barlow Twins loss of two views, exact on any number of processes, in time linear in D for N ≤ D/2.
+    r"""The Barlow Twins loss of two or more views, exact on any number of processes, linear in D for N ≤ D/2.
 
     .. math::
         \hat z = \frac{z - \mu}{\sqrt{v + \varepsilon}}, \qquad
@@ -93,20 +107,23 @@ def barlow_twins_loss(
         L = \sum_i (C_{ii} - 1)^2 + \lambda \sum_i \sum_{j \ne i} C_{ij}^2
 
     N is the batch of all processes of the group, this one's rows and theirs; μ and v are the mean and the biased
-    variance of each feature over it, of each view by itself. The sums are
-    sums, not means, as in the paper: the value grows with D, and random embeddings have an off-diagonal sum of about
-    D(D−1)/(N−1) (:func:`barlow_loss.collapse_report` shows it beside yours).
+    variance of each feature over it, of each view by itself. The sums are sums, not means, as in the paper: the value
+    grows with D, and random embeddings have an off-diagonal sum of about D(D−1)/(N−1)
+    (:func:`barlow_loss.collapse_report` shows it beside yours).
+
+    Of V > 2 views it is the mean over the V(V−1)/2 pairs, or their weighted mean, so the learning rate stays. The
+    matrix products of the dual are 4 V N² D FLOPs, linear in V, where a loop over the pairs takes V − 1 times that.
 
     Args:
-        *views: the two views' embeddings z1 and z2, both (N, D) with N ≥ 2, of one dtype (float64, float32, bfloat16 or
-            float16) and device, any strides. Row n of both comes from the same sample. They are never modified. With
+        *views: the views' embeddings z1, z2 and so on, each (N, D) with N ≥ 2, of one dtype (float64, float32, bfloat16
+            or float16) and device, any strides. Row n of all comes from the same sample. They are never modified. With
             several processes each passes its own rows, as many as it has, none at all included.
         lambd: weight of the off-diagonal sum, ≥ 0; a float or a 0-d tensor (which may require grad, and does not
             recompile when its value changes). The paper's 0.0051 belongs to D = 8192. Alike on all processes; the
             gradient of a tensor is whole on each, so it wants a mean over them, whatever ``grad_reduction``.
         eps: added to the variance inside the root, ≥ 0; part of the loss.
-        algorithm: "primal" works on the D×D matrix C (6 N D² FLOPs), "dual" on the N×N Gram matrices of the views
-            (8 N² D FLOPs); both are exact. "auto" takes the dual for N ≤ D/2.
+        algorithm: "primal" works on the D×D matrix C (6 N D² FLOPs for each pair), "dual" on the N×N Gram matrices of
+            the views (4 N² D for each view); both are exact. "auto" takes the dual for N ≤ D/2.
         backend: "eager" is plain torch, on every device; "triton" fuses all but the matrix products into a few
             kernels, on CUDA, ROCm and XPU; both are exact. "auto" takes Triton, where it can be used, on NVIDIA
             GPUs of compute capability 8.0 and newer and on AMD's gfx942 and gfx950; for CPU tensors it never does.
@@ -116,7 +133,11 @@ def barlow_twins_loss(
             For a DeviceMesh pass ``mesh.get_group()``, for a dimension of it ``mesh["name"].get_group()``.
         grad_reduction: how the training wrapper reduces gradients over processes, "mean" (DDP, FSDP2) or "sum"; see
             below. It has no effect in one process.
-        return_terms: return :class:`BarlowTwinsTerms` in place of the loss.
+        return_terms: return :class:`BarlowTwinsTerms` in place of the loss, each the mean over pairs.
+        pair_weights: w_ij of the mean over pairs Σ_{i<j} w_ij L_ij / Σ_{i<j} w_ij, a symmetric (V, V) tensor on the CPU
+            or nested sequence, ≥ 0, with a diagonal of 0; None: all alike. 0 leaves a pair out. Two global crops
+            against every view, and no local crop against another, of 2 + 2: ``[[0, 1, 1, 1], [1, 0, 1, 1],
+            [1, 1, 0, 0], [1, 1, 0, 0]]``. Alike on all processes. Under torch.compile give numbers, not a tensor.
 
     Returns:
         The loss, 0-d: float32, also for 16-bit views and under autocast; float64 for float64 views. Gradients come in
@@ -124,9 +145,10 @@ def barlow_twins_loss(
         with ``torch.amp.GradScaler``. NaN or infinity anywhere in a view makes the loss NaN.
 
     Raises:
-        ValueError: the shapes differ or are not (N, D), N < 2, D = 0, the devices differ, not exactly two views, or a
-            setting out of its range; ``backend="triton"`` on a device that Triton does not serve; D, dtype, settings
-            or the need for gradients differ among the processes.
+        ValueError: the shapes differ or are not (N, D), N < 2, D = 0, the devices differ, fewer than two views, or a
+            setting out of its range; ``pair_weights`` that are not (V, V), symmetric and ≥ 0 with a diagonal of 0;
+            ``backend="triton"`` on a device that Triton does not serve; D, dtype, settings, the number of views or the
+            need for gradients differ among the processes.
         TypeError: views that are not floating tensors of one dtype, or a setting of the wrong type.
         RuntimeError: ``backend="triton"`` where triton cannot be imported or build its launcher, or the GPU is too
             old; in backward, where a second derivative is asked for; in a compiled graph, where the processes have
@@ -141,8 +163,9 @@ def barlow_twins_loss(
         wrapper's mean over the ranks the parameters' gradients are those of one process with the whole batch, so each
         rank's own gradient is W times its part of them; with "sum" they are after a sum. Ranks that weight the loss
         differently get the gradient of the mean of what they weighted. All communication is in the forward, in the
-        dual 2·N·D elements to and from each rank, in the primal 2·D², and 9 or 7 D-vectors; but for one sum of two
-        numbers in backward. The dual holds the N gathered rows of both views on every rank while it works. In eager
+        dual V·N·D elements to and from each rank, in the primal 2·D² for each pair, and of two views 9 or 7 D-vectors;
+        but for one sum of two numbers in backward. The dual holds the N gathered rows of all views on every rank while
+        it works. In eager
         mode a header precedes, for which the device is waited for unless the group has a backend for the CPU, as
         ``init_process_group("cpu:gloo,cuda:nccl")`` gives it.
 
@@ -159,6 +182,9 @@ def barlow_twins_loss(
         >>> z1, z2 = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
         >>> loss = barlow_twins_loss(z1, z2, lambd=0.0051)
         >>> loss.backward()
+        >>> z3 = torch.randn(64, 256)
+        >>> barlow_twins_loss(z1, z2, z3, pair_weights=[[0, 1, 1], [1, 0, 0], [1, 0, 0]]).shape  # z1 against the others
+        torch.Size([])
         >>> terms = barlow_twins_loss(z1, z2, return_terms=True)
         >>> bool(terms.on_diagonal + 0.0051 * terms.off_diagonal == terms.loss)
         True
@@ -172,31 +198,35 @@ def barlow_twins_loss(
     group = group_of(caller, process_group, synchronize)
     settings = lambd, eps, algorithm, backend, grad_reduction
     if group.size == 1:
-        z1, z2 = check_views(caller, *views)
+        check_views(caller, *views)
         _check_settings(caller, *settings)
-        shards = Shards(group, (z1.shape[0],))
+        shards = Shards(group, (views[0].shape[0],))
     else:
-        shards = agree(caller, group, views[0] if views else None, lambda: _claims(caller, views, *settings))
-        z1, z2 = views
+        first = views[0] if views else None
+        shards = agree(caller, group, first, lambda: _claims(caller, views, pair_weights, *settings))
+    plain = pair_weights is None and len(views) == 2
+    weights = TWO_VIEWS if plain else check_pair_weights(caller, pair_weights, len(views))
     n = shards.total
     if n < 2:
-        check_samples(caller, z1, shards)
-    plan = plan_for(caller, algorithm, backend, grad_reduction, n, z1, z2)
-    terms = loss_and_sums(z1, z2, lambd, eps, plan, shards)
+        check_samples(caller, views[0], shards)
+    plan = plan_for(caller, algorithm, backend, grad_reduction, weights, n, views)
+    terms = loss_and_sums(views, lambd, eps, plan, shards)
     return BarlowTwinsTerms(*terms) if return_terms else terms[0]
 
 
-def _claims(caller: str, views: tuple[Tensor, ...], *settings: Any) -> tuple[int, Claims]:
+def _claims(caller: str, views: tuple[Tensor, ...], pair_weights: Any, *settings: Any) -> tuple[int, Claims]:
     """This rank's number of rows, and what every rank must have alike; raises what is wrong on this one."""
-    z1, z2 = check_views(caller, *views)
+    z1 = check_views(caller, *views)[0]
     _check_settings(caller, *settings)
     lambd, eps, algorithm, backend, grad_reduction = settings
     return z1.shape[0], {
         "D": z1.shape[1],
+        "views": len(views),
+        "pair_weights": None if pair_weights is None else check_pair_weights(caller, pair_weights, len(views)),
         "dtype": z1.dtype,
         "device": z1.device.type,
         "autocast": autocast_enabled(z1.device.type),
-        "views that need gradients": [torch.is_grad_enabled() and z.requires_grad for z in (z1, z2)],
+        "views that need gradients": [torch.is_grad_enabled() and z.requires_grad for z in views],
         "lambd": "a tensor" if isinstance(lambd, torch.Tensor) else float(lambd),
         "eps": float(eps),
         "algorithm": algorithm,
@@ -226,6 +256,7 @@ class BarlowTwinsLoss(nn.Module):
         synchronize: over all processes of ``process_group``; see :func:`barlow_twins_loss`.
         process_group: default: the world, once torch.distributed is initialised.
         grad_reduction: "mean" or "sum"; see :func:`barlow_twins_loss`.
+        pair_weights: of the views; default: all pairs alike.
 
     Raises:
         ValueError, TypeError: a setting out of its range or of the wrong type, already here.
@@ -249,6 +280,7 @@ class BarlowTwinsLoss(nn.Module):
         synchronize: bool = True,
         process_group: ProcessGroup | None = None,
         grad_reduction: GradReduction = "mean",
+        pair_weights: PairWeights | None = None,
     ) -> None:
         super().__init__()
         _check_settings("BarlowTwinsLoss", lambd, eps, algorithm, backend, grad_reduction)
@@ -259,6 +291,7 @@ class BarlowTwinsLoss(nn.Module):
         self.synchronize = synchronize
         self.process_group = process_group
         self.grad_reduction: GradReduction = grad_reduction
+        self.pair_weights = None if pair_weights is None else weight_rows("BarlowTwinsLoss", pair_weights)
 
     @overload
     def forward(self, *views: Tensor, return_terms: Literal[False] = ...) -> Tensor: ...
@@ -270,7 +303,7 @@ class BarlowTwinsLoss(nn.Module):
     def forward(self, *views: Tensor, return_terms: bool) -> Tensor | BarlowTwinsTerms: ...
 
     def forward(self, *views: Tensor, return_terms: bool = False) -> Tensor | BarlowTwinsTerms:
-        """The loss of two (N, D) views, or its :class:`BarlowTwinsTerms`."""
+        """The loss of two or more (N, D) views, or its :class:`BarlowTwinsTerms`."""
         return barlow_twins_loss(
             *views,
             lambd=self.lambd,
@@ -280,10 +313,11 @@ class BarlowTwinsLoss(nn.Module):
             synchronize=self.synchronize,
             process_group=self.process_group,
             grad_reduction=self.grad_reduction,
+            pair_weights=self.pair_weights,
             return_terms=return_terms,
         )
 
     def extra_repr(self) -> str:
         """The settings, as the constructor takes them."""
-        names = ("lambd", "eps", "algorithm", "backend", "synchronize", "grad_reduction")
+        names = ("lambd", "eps", "algorithm", "backend", "synchronize", "grad_reduction", "pair_weights")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -256,7 +256,7 @@ def _ours(name: str, cell: Cell, setting: Setting) -> Callable[[Tensor, Tensor],
     """
     backend = "eager" if name == EAGER else "triton"
     plan = Plan("dual", backend, torch.float32, torch.float16 if setting == AUTOCAST else torch.float32)
-    return lambda z1, z2: loss_and_sums(z1, z2, LAMBD, EPS, plan, Shards(ALONE, (cell.n,)))[0]
+    return lambda z1, z2: loss_and_sums((z1, z2), LAMBD, EPS, plan, Shards(ALONE, (cell.n,)))[0]
 
 
 def _textbook(cell: Cell, setting: Setting) -> Callable[[Tensor, Tensor], Tensor]:

@@ -97,6 +97,17 @@ class Batch:
         z1, z2 = (self.std * view + mean for view, mean in zip(views, means, strict=True))
         return z1.to(DEVICE, dtype), z2.to(DEVICE, dtype)
 
+    def more_views(self, count: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+        """The two, then mixtures of them with some noise, each with a size and a mean of its own."""
+        z1, z2 = self.views()
+        generator = self.generator()
+        others = []
+        for number in range(2, count):
+            share = torch.rand((), generator=generator, dtype=torch.float64)
+            noise = 0.3 * self.std * _normal(self.n, self.d, generator=generator).to(DEVICE)
+            others.append(number * (share * z1 + (1 - share) * z2 + noise))
+        return tuple(z.to(dtype) for z in (z1, z2, *others))
+
 
 # Free sizes, and the corners: the smallest batch, one feature, N = D (even, odd), N ≪ D, N ≫ D.
 _shapes = st.one_of(

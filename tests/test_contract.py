@@ -43,7 +43,7 @@ class TestRefusedViews:
         assert str(shape1) in str(error.value)
         assert str(shape2) in str(error.value)
 
-    @pytest.mark.parametrize("count", [0, 1, 3])
+    @pytest.mark.parametrize("count", [0, 1])
     def test_another_number_of_views(self, count):
         with pytest.raises(ValueError, match=rf"two views.*{count}"):
             barlow_twins_loss(*[torch.randn(4, 3)] * count)

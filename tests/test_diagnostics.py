@@ -351,3 +351,36 @@ def test_lambd_is_checked():
     z = torch.randn(4, 3)
     with pytest.raises(ValueError, match=r"collapse_report.*lambd"):
         collapse_report(z, z, lambd=-1.0)
+
+
+class TestMoreViews:
+    def views(self):
+        z1, z2 = embeddings(64, 100)
+        return z1, z2, embeddings(64, 100, seed=3)[0], z2 + 0.1 * z1
+
+    def test_a_report_of_each_pair_is_that_of_a_call_with_it(self):
+        views = self.views()
+        reports = collapse_report(*views, lambd=0.02)
+        assert list(reports) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+        for (i, j), report in reports.items():
+            assert report == collapse_report(views[i], views[j], lambd=0.02)
+
+    def test_the_worst_is_named_and_shown(self):
+        reports = collapse_report(*self.views())
+        assert 2 in reports.worst
+        assert all("share little" in reports[pair].warnings[0] for pair in reports if 2 in pair)
+        text = str(reports)
+        assert f"Worst: z{reports.worst[0] + 1}, z{reports.worst[1] + 1}" in text
+        assert str(reports[reports.worst]) in text
+        assert len(text.splitlines()) == 1 + len(reports) + 1 + len(str(reports[reports.worst]).splitlines())
+
+    def test_what_is_not_finite_is_the_worst(self):
+        z1, z2, z3, z4 = self.views()
+        z4[0, 0] = torch.nan
+        assert 3 in collapse_report(z1, z2, z3, z4).worst
+
+    def test_cross_correlations_of_pairs(self):
+        z1, z2, z3, _ = self.views()
+        found = cross_correlation(z1, z2, z3)
+        assert list(found) == [(0, 1), (0, 2), (1, 2)]
+        assert torch.equal(found[0, 2], cross_correlation(z1, z3))

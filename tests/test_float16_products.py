@@ -28,7 +28,7 @@ def _evaluate(loss_fn, z1, z2):
 
 def _float16(z1, z2, algorithm):
     plan = Plan(algorithm, "eager", torch.float32, torch.float16)
-    return loss_and_sums(z1, z2, LAMBD, EPS, plan, Shards(ALONE, (z1.shape[0],)))[0]
+    return loss_and_sums((z1, z2), LAMBD, EPS, plan, Shards(ALONE, (z1.shape[0],)))[0]
 
 
 def _truth(z1, z2):

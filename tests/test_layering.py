@@ -21,6 +21,7 @@ LAYERS = [
     {"_dual"},
     {"_backends"},
     {"_backends.triton"},
+    {"_backends.triton._views"},
     {"_backends.triton._backproject"},
     {
         "_backends.triton._frobenius",
@@ -32,6 +33,7 @@ LAYERS = [
     {"_header"},
     {"_checkpoints", "_penalty", "_statistics", "_validation"},
     {"_plan", "_collectives"},
+    {"_pairs"},
 ]
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 ORACLE = "reference"

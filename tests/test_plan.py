@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from barlow_loss import _plan
+from barlow_loss._pairs import TWO_VIEWS
 from barlow_loss._plan import Plan, choose_backend, make_plan
 
 CASE = {
@@ -22,6 +23,7 @@ CASE = {
     "autocast": False,
     "grad_reduction": "mean",
     "on_host": False,
+    "weights": TWO_VIEWS,
 }
 
 

@@ -19,6 +19,7 @@ NAMES = {
     "BarlowTwinsTerms",
     "CollapseReport",
     "DistributedBatchNorm",
+    "PairReports",
     "Projector",
     "barlow_twins_loss",
     "collapse_report",
@@ -37,6 +38,7 @@ SIGNATURES = {
         "process_group": None,
         "grad_reduction": "mean",
         "return_terms": False,
+        "pair_weights": None,
     },
     "BarlowTwinsLoss": {
         "lambd": 0.0051,
@@ -46,6 +48,7 @@ SIGNATURES = {
         "synchronize": True,
         "process_group": None,
         "grad_reduction": "mean",
+        "pair_weights": None,
     },
     "Projector": {
         "in_features": inspect.Parameter.empty,
@@ -102,7 +105,7 @@ def test_docstrings_have_an_example_that_runs_as_a_doctest(name):
     target = reference.barlow_twins_loss if "." in name else getattr(barlow_loss, name)
     documentation = inspect.getdoc(target)
     assert documentation
-    if name in {"BarlowTwinsTerms", "CollapseReport"}:
+    if name in {"BarlowTwinsTerms", "CollapseReport", "PairReports"}:
         return  # Results: shown in the examples of the functions that return them.
     examples = doctest.DocTestParser().get_examples(documentation)
     assert any(example.want for example in examples), "no example with an output"

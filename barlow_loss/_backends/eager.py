@@ -1,79 +1,121 @@
 """The primitives in plain torch, for every device, traceable by torch.compile and torch.export. Triton offers the same.
 
-Few operations, each over both views or all of one: at small sizes a step costs what its operations cost to start, 1 to
-3 µs each. u stands for the scaled standardised features ẑ/√N of both views, (2, N, D): C = u1ᵀ u2 and K = u uᵀ.
+Few operations, each over all views or all of one: at small sizes a step costs what its operations cost to start, 1 to
+3 µs each. u stands for the scaled standardised features ẑ/√N of the V views, (V, N, D): C = u1ᵀ u2 and K = u uᵀ.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from barlow_loss._pairs import Stack, each, pairs_of
 from barlow_loss._penalty import Arriving, Number, penalties, slopes
 from barlow_loss._plan import Plan, vector_dtype
 from barlow_loss._statistics import Moments, at_least_one, scale_and_shift
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from barlow_loss._collectives import Shards
 
     Product = tuple[Tensor, Tensor | None, Tensor | None]
+    _Others = tuple[tuple[Tensor, Tensor], ...]  # u and d of the views that pair with one
 
 __all__ = ["backproject", "grams", "penalties", "project", "standardize"]
 
-_SMALL_ELEMENTS, _BLOCK_ELEMENTS, _GRAM_LEAF = 2**17, 2**19, 64
+_SMALL_ELEMENTS, _BLOCK_ELEMENTS, _GRAM_LEAF, _PAIRS_ELEMENTS = 2**17, 2**19, 64, 2**15
 
 
-def standardize(z1: Tensor, z2: Tensor, eps: float, plan: Plan, shards: Shards) -> tuple[Tensor, Tensor, Tensor]:
-    """u in the dtype of the products, this process's part of C_ii before that rounding, and ρ = r/√N, 2·D numbers.
+def standardize(views: tuple[Tensor, ...], eps: float, plan: Plan, shards: Shards) -> tuple[Stack, Tensor, Tensor]:
+    """u in the dtype of the products, this process's part of C_ii before that rounding, and ρ = r/√N, (V, 1, D).
 
-    A backend may fill up N and D of u, and of the matrices made from it, with zeros; vectors of D numbers it does not.
+    C_ii is (D,) of two views, else (P, D) in the order of ``pairs_of``. A backend may fill up N and D of u, and of the
+    matrices made from it, with zeros; vectors of D numbers it does not.
     """
+    n = views[0].shape[0]
+    if len(views) == 2:
+        x, x1, x2, *sums = _centred(views, plan)
+        rho, factor, shift = _affine(n, *sums, eps, plan, shards)
+        _ = x.mul_(factor) if shift is None else torch.addcmul(shift, x, factor, out=x)
+        c = _column_dots(x1, x2, plan, keepdim=False)
+        return x if x.dtype == plan.matmul_dtype else x.to(plan.matmul_dtype), c.to(rho.dtype), rho
+    xs, pivots, s1, m2 = _centred_one_by_one(views, plan)
+    rho, factor, shift = _affine(n, pivots, s1, m2, eps, plan, shards)
+    for view, x in enumerate(xs):
+        _ = x.mul_(factor[view]) if shift is None else torch.addcmul(shift[view], x, factor[view], out=x)
+    return tuple([x.to(plan.matmul_dtype) for x in xs]), _pair_dots(xs, plan).to(rho.dtype), rho
+
+
+def _affine(
+    n: int, pivots: Sequence[Tensor], s1: Tensor, m2: Tensor, eps: float, plan: Plan, shards: Shards
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """ρ, and u = ρ x + shift of the centred x, each (V, 1, D) in the dtype of x; over one process there is no shift."""
+    dtype = vector_dtype(m2.device)
+    if shards.group.size == 1:
+        # In float32 the sum would shift every C_ii alike, by up to 1e-7. √t/t is 1/√t, and NaN where t is not finite.
+        total = m2.to(dtype).add_(min(n * eps, sys.float_info.max) if plan.on_host else n * eps)
+        rho = torch.div(total.sqrt(), total).to(plan.compute_dtype)
+        return rho, rho, None
+    sums = torch.stack(tuple(pivots)), s1 / at_least_one(n), m2
+    shard = Moments(n, *(vector.to(dtype) for vector in sums))
+    rho, shift = scale_and_shift(shard, eps, shards)
+    return rho, rho.to(plan.compute_dtype), torch.addcmul(shift, shard.offset, rho).to(plan.compute_dtype)
+
+
+def _centred_one_by_one(
+    views: tuple[Tensor, ...], plan: Plan
+) -> tuple[tuple[Tensor, ...], list[Tensor], Tensor, Tensor]:
+    """As ``_centred``, each view in a buffer of its own: of (V, N, D) the system would have to bring fresh pages."""
+    xs, pivots, s1, m2 = [], [], [], []
+    for z in views:
+        _, x, pivot, s1_of_view, m2_of_view = _centred((z,), plan)
+        xs.append(x)
+        pivots += pivot
+        s1.append(s1_of_view)
+        m2.append(m2_of_view)
+    return tuple(xs), pivots, torch.cat(s1), torch.cat(m2)
+
+
+def _centred(views: tuple[Tensor, ...], plan: Plan) -> Any:
+    """x = z − pivot less its mean s₁/n, (V, n, D), and its views; the pivots, s₁ and Σ x² of the result, (V, 1, D)."""
+    z1 = views[0]
     n, d = z1.shape
     if plan.on_host and 0 < n * d <= _SMALL_ELEMENTS:
         # The first row is within √(N − 1) standard deviations of the mean. A constant feature is exactly 0 with either.
-        pivot1, pivot2 = wide(z1[:1]), wide(z2[:1])
+        pivots = ()
+        for z in views:
+            pivots += (wide(z[:1]),)
     else:
-        pivot1, pivot2 = _middle_rows(z1, z2).unsqueeze(1)
+        pivots = _middle_rows(views).unsqueeze(1).unbind()
     if plan.on_host:
-        x = z1.new_empty((2, n, d), dtype=plan.compute_dtype)
-        x1, x2 = x.unbind()
-        torch.sub(z1, pivot1, out=x1)
-        torch.sub(z2, pivot2, out=x2)
+        x = z1.new_empty((len(views), n, d), dtype=plan.compute_dtype)
+        xs = x.unbind()
+        for z, pivot, of_view in zip(views, pivots, xs, strict=True):
+            torch.sub(z, pivot, out=of_view)
     else:
-        x = torch.stack((z1 - pivot1, z2 - pivot2))
-        x1, x2 = x.unbind()
+        x = torch.stack([z - pivot for z, pivot in zip(views, pivots, strict=True)])
+        xs = x.unbind()
     s1 = x.sum(1, keepdim=True)
     if plan.on_host and n > 0:
         x.sub_(s1, alpha=1 / n)  # centred twice, so that the variance is a sum of squares and no difference
     else:
         x.sub_(s1 / at_least_one(n))
-    m2 = _column_dots(x, x, plan)
-    if shards.group.size == 1:
-        # In float32 the sum would shift every C_ii alike, by up to 1e-7. √t/t is 1/√t, and NaN where t is not finite.
-        total = m2.to(vector_dtype(z1.device)).add_(min(n * eps, sys.float_info.max) if plan.on_host else n * eps)
-        rho = torch.div(total.sqrt(), total).to(x.dtype)
-        x.mul_(rho)
-    else:
-        sums = torch.stack((pivot1, pivot2)), s1 / at_least_one(n), m2
-        shard = Moments(n, *(vector.to(vector_dtype(z1.device)) for vector in sums))
-        rho, shift = scale_and_shift(shard, eps, shards)
-        shift = torch.addcmul(shift, shard.offset, rho)
-        torch.addcmul(shift.to(x.dtype), x, rho.to(x.dtype), out=x)
-    c = _column_dots(x1, x2, plan, keepdim=False)
-    return x if x.dtype == plan.matmul_dtype else x.to(plan.matmul_dtype), c.to(rho.dtype), rho
+    return x, *xs, pivots, s1, _column_dots(x, x, plan)
 
 
-def _middle_rows(z1: Tensor, z2: Tensor) -> Tensor:
-    """Feature by feature the middle one of three rows, (2, D): one row that is far away costs no digits."""
+def _middle_rows(views: tuple[Tensor, ...]) -> Tensor:
+    """Feature by feature the middle one of three rows, (V, D): one row that is far away costs no digits."""
+    z1 = views[0]
     n, d = z1.shape
     if n == 0:
-        return wide(z1.new_zeros((2, d)))
+        return wide(z1.new_zeros((len(views), d)))
     rows = torch.arange(3, device=z1.device) * (n - 1) // 2
-    a, b, c = wide(torch.stack([z.index_select(0, rows) for z in (z1, z2)], dim=1)).unbind()
+    a, b, c = wide(torch.stack([z.index_select(0, rows) for z in views], dim=1)).unbind()
     return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
 
 
@@ -92,25 +134,75 @@ def _column_dots(a: Tensor, b: Tensor, plan: Plan, keepdim: bool = True) -> Tens
     return total
 
 
-def grams(u: Tensor, every: tuple[Tensor, Tensor] | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """This process's rows of K1 and K2, and ⟨K1, K2⟩ over them in parts, of any shape.
+def _pair_dots(us: tuple[Tensor, ...], plan: Plan) -> Tensor:
+    """Σₙ u_i ∘ u_j of every pair of views, (P, D); on CPU by blocks of rows of all views that stay in the cache.
+
+    On one thread of an EPYC the 28 pairs of 8×256×8192 take 20 ms, with a product and its sum for each 39.
+    """
+    pairs = pairs_of(len(us))
+    if not plan.on_host:
+        return torch.stack([torch.mul(us[i], us[j]).sum(0) for i, j in pairs])
+    n, d = us[0].shape
+    height = max(1, _PAIRS_ELEMENTS // d)
+    sums = us[0].new_zeros((len(pairs), min(height, n), d))
+    for start in range(0, n, height):
+        blocks = [u[start : start + height] for u in us]
+        for (i, j), of_pair in zip(pairs, sums[:, : len(blocks[0])].unbind(), strict=True):
+            of_pair.addcmul_(blocks[i], blocks[j])
+    return sums.sum(1)
+
+
+def grams(u: Stack, every: tuple[Tensor, ...] | None, plan: Plan) -> tuple[tuple[Tensor, ...], Tensor]:
+    """This process's rows of every M_i = Σ_j w_ij K_j, and ½ Σ_i ⟨K_i, M_i⟩ over them in parts, of any shape.
 
     every: the rows of all processes, (N, D) of each view, in which K has (n, N); None: u has them all.
     """
     if every is None:
-        k1, k2 = _grams(u, plan).unbind()
+        k = _grams(u, plan)
     else:
-        u1, u2 = u.unbind()
-        k1, k2 = torch.mm(u1, every[0].t()), torch.mm(u2, every[1].t())
-    return k1, k2, torch.mul(wide(k1), wide(k2))
+        k = tuple(torch.mm(own, rows.t()) for own, rows in zip(each(u), every, strict=True))
+    if len(k) == 2:
+        k1, k2 = k
+        return (k2, k1), torch.mul(wide(k1), wide(k2))
+    return (_mix_in_place if plan.on_host else _mix)(k, plan)
 
 
-def _grams(u: Tensor, plan: Plan) -> Tensor:
-    n = u.shape[1]
-    if not plan.on_host or n < 2 * _GRAM_LEAF:
-        return torch.bmm(u, u.mT)
-    k = u.new_empty((2, n, n))
-    for view, of_view in zip(u, k, strict=True):
+def _mix(k: tuple[Tensor, ...], plan: Plan) -> tuple[tuple[Tensor, ...], Tensor]:
+    wide_k = [wide(k_i) for k_i in k]
+    m = [_weighted_sum(wide_k, weights) for weights in plan.weights]
+    parts = torch.stack([torch.mul(k_i, m_i).sum(1) for k_i, m_i in zip(wide_k, m, strict=True)])
+    return tuple(m_i.to(k[0].dtype) for m_i in m), parts * 0.5
+
+
+def _mix_in_place(k: tuple[Tensor, ...], plan: Plan) -> tuple[tuple[Tensor, ...], Tensor]:
+    """By blocks of rows that stay in the cache, M in the place of K: no more memory."""
+    n, width = k[0].shape
+    height = max(1, _BLOCK_ELEMENTS // (len(k) * width))
+    total = 0.0
+    for start in range(0, n, height):
+        rows = slice(start, start + height)
+        own = torch.stack([k_i[rows] for k_i in k])
+        m = [_weighted_sum(own, weights, out=k_i[rows]) for k_i, weights in zip(k, plan.weights, strict=True)]
+        total += sum(torch.mul(k_i, m_i).sum().item() for k_i, m_i in zip(own, m, strict=True))
+    return k, torch.scalar_tensor(total * 0.5, dtype=vector_dtype(k[0].device))
+
+
+def _weighted_sum(k: Sequence[Tensor] | Tensor, weights: tuple[float, ...], out: Tensor | None = None) -> Tensor:
+    total = torch.mul(k[0], weights[0], out=out)
+    for k_j, weight in zip(k[1:], weights[1:], strict=True):
+        if weight:
+            total.add_(k_j, alpha=weight)
+    return total
+
+
+def _grams(u: Stack, plan: Plan) -> tuple[Tensor, ...]:
+    if isinstance(u, Tensor) and (not plan.on_host or u.shape[1] < 2 * _GRAM_LEAF):
+        return torch.bmm(u, u.mT).unbind()
+    if not plan.on_host:
+        return tuple(torch.mm(view, view.t()) for view in u)
+    n = u[0].shape[0]
+    k = u[0].new_empty((len(u), n, n)).unbind()
+    for view, of_view in zip(each(u), k, strict=True):
         _gram_into(of_view, view)
     return k
 
@@ -143,8 +235,8 @@ def wide(t: Tensor) -> Tensor:
 
 
 def backproject(
-    products: tuple[Product | None, Product | None],
-    u: Tensor,
+    products: Iterable[Product | None],
+    u: Stack,
     c: Tensor,
     rho: Tensor,
     arriving: Arriving,
@@ -152,45 +244,86 @@ def backproject(
     plan: Plan,
     n: int,
     dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None]:
-    """ρ (2b P + d u_other − (2b q + d C_ii) u_own) of either view, (n, D) in ``dtype``; None where its product is None.
+) -> tuple[Tensor | None, ...]:
+    """ρ (2b P + Σ d u_other − (2b q + Σ d C_ii) u_own) of every view, (n, D) in ``dtype``; None where its product is.
 
-    d = 2a (C_ii − 1), or 2a (C_ii − 1) − 2b C_ii where C̃ holds the diagonal. A product is the two factors of P, or P
-    and None; and q, where None stands for Σₙ u_own ∘ P.
+    d = 2a (C_ii − 1), or 2a (C_ii − 1) − 2b C_ii where C̃ holds the diagonal, times the weight of the pair; the sums are
+    over the other views. A product is the two factors of P, or P and None; and q, where None stands for Σₙ u_own ∘ P.
     """
     a, b = (2 * slope for slope in slopes(arriving, plan))
     if isinstance(b, float) and abs(b) > torch.finfo(plan.compute_dtype).max:
         b *= math.inf  # addmm refuses a number that its dtype has no room for
     d = c * (a - b if holds_diagonal else a) - a
-    u1, u2 = u.unbind()
-    rho1, rho2 = rho.unbind()
-    first = products[0] and _gradient(*products[0], u1, u2, b, c, d, rho1, plan, dtype)
-    return first, products[1] and _gradient(*products[1], u2, u1, b, c, d, rho2, plan, dtype)
+    views = each(u)
+    others = _others(views, d, plan)
+    gs: list[Tensor | None] = []
+    qs: list[Tensor | None] = []
+    for product, own in zip(products, views, strict=True):
+        gs.append(product and _scaled_product(product[0], product[1], own, b))
+        qs.append(product and product[2])
+    _add_others(gs, others, views[0].shape, plan)
+    dots = [None] * len(views) if all(q is None for q in qs) else _sums_over_others(d * c, plan)
+    return tuple(
+        [
+            g if g is None else _finished(g, own, None if q is None else q * b + dot, of_view, plan, dtype)
+            for g, own, q, dot, of_view in zip(gs, views, qs, dots, rho.unbind(), strict=True)
+        ]
+    )
 
 
-def _gradient(
-    left: Tensor,
-    right: Tensor | None,
-    q: Tensor | None,
-    own: Tensor,
-    other: Tensor,
-    b: Number,
-    c: Tensor,
-    d: Tensor,
-    rho: Tensor,
-    plan: Plan,
-    dtype: torch.dtype,
-) -> Tensor:
-    compute, own, other = plan.compute_dtype, wide(own), wide(other)
-    of_own = None if q is None else (q * b + d * c).to(compute)
-    if d.dtype != compute:
-        d, rho = d.to(compute), rho.to(compute)
+def _others(views: tuple[Tensor, ...], d: Tensor, plan: Plan) -> Sequence[_Others]:
+    """For every view u and weighted d of the views with which it pairs."""
+    d = d if d.dtype == plan.compute_dtype else d.to(plan.compute_dtype)
+    if len(views) == 2:
+        return ((views[1], d),), ((views[0], d),)
+    others: list[list[tuple[Tensor, Tensor]]] = [[] for _ in views]
+    for (i, j), d_pair in zip(pairs_of(len(views)), d.unbind(), strict=True):
+        weight = plan.weights[i][j]
+        if weight:
+            weighted = d_pair * weight
+            others[i].append((views[j], weighted))
+            others[j].append((views[i], weighted))
+    return [tuple(pairs) for pairs in others]
+
+
+def _sums_over_others(of_pairs: Tensor, plan: Plan) -> list[Tensor]:
+    """Σ_j w_ij x_ij of every view i, from the vectors x of the pairs."""
+    if of_pairs.ndim == 1:
+        return [of_pairs, of_pairs]
+    sums = of_pairs.new_zeros((len(plan.weights), of_pairs.shape[1])).unbind()
+    for (i, j), of_pair in zip(pairs_of(len(sums)), of_pairs.unbind(), strict=True):
+        for view in (i, j):
+            sums[view].add_(of_pair, alpha=plan.weights[i][j])
+    return list(sums)
+
+
+def _scaled_product(left: Tensor, right: Tensor | None, own: Tensor, b: Number) -> Tensor:
+    """2b P in float32 at least."""
     if isinstance(b, float) and right is not None:
-        g = torch.addmm(own, left, right, beta=0, alpha=b)
-    else:
-        g = wide(left if right is None else torch.mm(left, right)) * b
-    g.addcmul_(other, d)
+        return torch.addmm(wide(own), left, right, beta=0, alpha=b)
+    return wide(left if right is None else torch.mm(left, right)) * b
+
+
+def _add_others(gs: list[Tensor | None], others: Sequence[_Others], shape: torch.Size, plan: Plan) -> None:
+    """Add Σ d u_other to every g; of more than two views on CPU by blocks of rows, so that u is read once."""
+    if len(gs) == 2 or not plan.on_host:
+        for g, pairs in zip(gs, others, strict=True):
+            for other, d in pairs if g is not None else ():
+                g.addcmul_(wide(other), d)
+        return
+    n, width = shape
+    height = max(1, 2 * _PAIRS_ELEMENTS // width)
+    for start in range(0, n, height):
+        rows = slice(start, start + height)
+        for g, pairs in zip(gs, others, strict=True):
+            for other, d in pairs if g is not None else ():
+                g[rows].addcmul_(other[rows], d)
+
+
+def _finished(g: Tensor, own: Tensor, of_own: Tensor | None, rho: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """ρ (g − of_own u_own); of_own is Σₙ u_own ∘ g, 2b q and every d C_ii at once, where it is not given."""
+    own = wide(own)
     if of_own is None:
-        of_own = _column_dots(own, g, plan)  # 2b q and d C_ii at once
-    g.addcmul_(own, of_own, value=-1).mul_(rho)
+        of_own = _column_dots(own, g, plan)
+    g.addcmul_(own, of_own.to(plan.compute_dtype), value=-1).mul_(rho.to(plan.compute_dtype))
     return g if g.dtype == dtype else g.to(dtype)

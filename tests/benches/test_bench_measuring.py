@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from barlow_loss import _plan
+from barlow_loss._pairs import TWO_VIEWS
 from baselines import FFT, OURS, TEXTBOOK, build
 from growth import SAMPLES, growth
 from host import NOTHING, TRITON, host, obstacle, operations, pretended_gpu
@@ -152,10 +153,10 @@ def test_a_pretended_gpu_leaves_nothing_behind() -> None:
         pytest.skip(reason)
     z = torch.ones(2, 4).bfloat16()
     with pretended_gpu():
-        assert _plan.plan_for("it", "dual", "triton", "mean", 2, z, z).matmul_dtype == torch.float16
-    assert _plan.plan_for("it", "dual", "auto", "mean", 2, z, z).matmul_dtype == torch.float32
+        assert _plan.plan_for("it", "dual", "triton", "mean", TWO_VIEWS, 2, (z, z)).matmul_dtype == torch.float16
+    assert _plan.plan_for("it", "dual", "auto", "mean", TWO_VIEWS, 2, (z, z)).matmul_dtype == torch.float32
     with pytest.raises(ValueError, match="expected CUDA"):
-        _plan.plan_for("it", "dual", "triton", "mean", 2, z, z)
+        _plan.plan_for("it", "dual", "triton", "mean", TWO_VIEWS, 2, (z, z))
 
 
 def test_a_step_dispatches_as_many_operations_at_every_time() -> None:

@@ -23,23 +23,29 @@ CASES = [(world_size, name) for world_size, shares in SHARES.items() for name in
 
 
 def global_batch(
-    counts: tuple[int, ...], d: int, dtype: torch.dtype, kind: str = "trained", mean: float = 3.0, std: float = 0.5
-) -> tuple[Tensor, Tensor]:
-    """Two views of the whole batch. Every shard has a mean and a spread of its own, by more than one deviation.
+    counts: tuple[int, ...],
+    d: int,
+    dtype: torch.dtype,
+    kind: str = "trained",
+    mean: float = 3.0,
+    std: float = 0.5,
+    views: int = 2,
+) -> tuple[Tensor, ...]:
+    """The views of the whole batch. Every shard has a mean and a spread of its own, by more than one deviation.
 
     With shards drawn alike, statistics per rank would nearly be the global ones, and mistakes in combining them small.
     """
-    z1, z2 = Batch(sum(counts), d, 7, kind, mean=mean, std=std).views()
+    every = Batch(sum(counts), d, 7, kind, mean=mean, std=std).more_views(views)
     generator = torch.Generator().manual_seed(11)
     start = 0
     for count in counts:
         shift = 2 * std * torch.randn(d, generator=generator, dtype=torch.float64)
         spread = 0.5 + torch.rand(d, generator=generator, dtype=torch.float64)
-        for z in (z1, z2):
+        for z in every:
             rows = z[start : start + count]
             rows.copy_(mean + (rows - mean) * spread + shift)
         start += count
-    return z1.to(dtype), z2.to(dtype)
+    return tuple(z.to(dtype) for z in every)
 
 
 def shard(z: Tensor, counts: tuple[int, ...], rank: int | None = None) -> Tensor:

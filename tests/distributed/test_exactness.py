@@ -312,7 +312,7 @@ def _float16_products(counts, d, algorithm):
     views = _views(counts, torch.float32, d)
     shards = Shards(Group(dist.get_world_size(), None), counts)
     plan = Plan(algorithm, "eager", torch.float32, torch.float16)
-    loss, _, _ = loss_and_sums(*views, 0.0051, 1e-5, plan, shards)
+    loss, _, _ = loss_and_sums(views, 0.0051, 1e-5, plan, shards)
     loss.backward()
     return loss.detach(), [view.grad for view in views]
 
@@ -325,7 +325,7 @@ def test_float16_products(pool, algorithm):
     expected = truth(z1, z2)
     leaves = [z1.clone().requires_grad_(), z2.clone().requires_grad_()]
     plan = Plan(algorithm, "eager", torch.float32, torch.float16)
-    loss, _, _ = loss_and_sums(*leaves, 0.0051, 1e-5, plan, Shards(ALONE, (sum(counts),)))
+    loss, _, _ = loss_and_sums(leaves, 0.0051, 1e-5, plan, Shards(ALONE, (sum(counts),)))
     loss.backward()
     for view in (0, 1):
         size = float(expected.gradients[view].norm())

@@ -53,7 +53,7 @@ def _step(counts, d, algorithm, matmul_dtype, gradients=True):
         else:  # what CUDA tensors get under autocast, here without the header
             shards = Shards(Group(dist.get_world_size(), None), counts)
             plan = Plan(algorithm, "eager", torch.float32, matmul_dtype)
-            loss, _, _ = loss_and_sums(*views, 0.0051, 1e-5, plan, shards)
+            loss, _, _ = loss_and_sums(views, 0.0051, 1e-5, plan, shards)
     forward, traffic.sent = traffic.sent, []
     if gradients:
         with traffic:

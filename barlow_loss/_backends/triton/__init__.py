@@ -1,15 +1,18 @@
 """The primitives fused by Triton, for CUDA, ROCm and XPU. Matrix products stay torch.mm.
 
 The dual of one process is eight launches: ``fused_standardize`` | K1 | K2 | ``frobenius`` | ``penalties``, and in the
-backward P1 | P2 | ``backproject``. No launch waits for the host, none has atomics: the same inputs give the same bits,
-and a CUDA graph may hold them. A file for each kernel: the kernel, then the operation that launches it, then its fake.
+backward P1 | P2 | ``backproject``. Of V > 2 views it is at most 4V + 4: ``fused_standardize`` for every two of them |
+``pair_dots`` | K of every view | ``mix`` | ``penalties``, and P and ``backproject_view`` of every view. No launch waits
+for the host, none has atomics: the same inputs give the same bits, and a CUDA graph may hold them. A file for each
+kernel: the kernel, then the operation that launches it, then its fake.
 
 The operations have no derivative of their own: they are called inside the autograd.Function of ``_function.py``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,35 +20,56 @@ from torch import Tensor
 from barlow_loss._backends.triton import _backproject, _penalties, _standardize
 from barlow_loss._backends.triton._backproject import column_dots
 from barlow_loss._backends.triton._frobenius import frobenius
+from barlow_loss._backends.triton._views import backproject_view, mix, pair_dots
+from barlow_loss._pairs import each, pairs_of, weights_of_pairs
 from barlow_loss._statistics import moments_from_sums, pivot_of, sample_index, scale_and_shift
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from barlow_loss._backends.eager import Product
     from barlow_loss._collectives import Shards
+    from barlow_loss._pairs import Stack
     from barlow_loss._penalty import Arriving
     from barlow_loss._plan import Plan
 
 __all__ = ["backproject", "grams", "penalties", "project", "standardize"]
 
 
-def standardize(z1: Tensor, z2: Tensor, eps: float, plan: Plan, shards: Shards) -> tuple[Tensor, Tensor, Tensor]:
+def standardize(views: tuple[Tensor, ...], eps: float, plan: Plan, shards: Shards) -> tuple[Stack, Tensor, Tensor]:
+    if len(views) == 2:
+        return _standardize_two(views, eps, plan, plan.matmul_dtype, shards)
+    # Two by two, an odd one with the first; C_ii in a launch of its own, from u before it is rounded for the products.
+    couples = [(view, views[(2 * number + 1) % len(views)]) for number, view in enumerate(views[::2])]
+    stacks, _, rhos = zip(*(_standardize_two(c, eps, plan, plan.compute_dtype, shards) for c in couples), strict=True)
+    us = [u for stack in stacks for u in stack.unbind()][: len(views)]
+    c, rounded = pair_dots(us[0], us[1:], *views[0].shape, plan.matmul_dtype)
+    return tuple(rounded or us), c, torch.cat(rhos)[: len(views)]
+
+
+def _standardize_two(
+    views: tuple[Tensor, ...], eps: float, plan: Plan, dtype: torch.dtype, shards: Shards
+) -> tuple[Tensor, Tensor, Tensor]:
+    z1, z2 = views
     if shards.group.size == 1:
-        return _standardize.fused_standardize(z1, z2, eps, plan.matmul_dtype)
+        return _standardize.fused_standardize(z1, z2, eps, dtype)
     n = z1.shape[0]
     rows = sample_index(n, z1.device)
-    pivot = pivot_of(torch.stack([z.index_select(0, rows) for z in (z1, z2)]), plan.compute_dtype)
+    pivot = pivot_of(torch.stack([z.index_select(0, rows) for z in views]), plan.compute_dtype)
     shard = moments_from_sums(n, pivot, *_standardize.column_sums(z1, z2, pivot))
     rho, shift = scale_and_shift(shard, eps, shards)
     vectors = pivot, rho.to(pivot.dtype), shift.to(pivot.dtype)
-    u, diagonal = _standardize.standardize(z1, z2, *vectors, plan.matmul_dtype)
+    u, diagonal = _standardize.standardize(z1, z2, *vectors, dtype)
     return u, diagonal, rho
 
 
-def grams(u: Tensor, every: tuple[Tensor, Tensor] | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    own1, own2 = u.unbind()
-    u1, u2 = every or (own1, own2)
-    k1, k2 = torch.mm(own1, u1.t()), torch.mm(own2, u2.t())
-    return k1, k2, frobenius(k1, k2)
+def grams(u: Stack, every: tuple[Tensor, ...] | None, plan: Plan) -> tuple[tuple[Tensor, ...], Tensor]:
+    own = each(u)
+    k = [torch.mm(rows, of_all.t()) for rows, of_all in zip(own, every or own, strict=True)]
+    if len(k) == 2:
+        return (k[1], k[0]), frobenius(*k)
+    m, parts = mix(k[0], k[1:], list(itertools.chain(*plan.weights)))
+    return tuple(m), parts
 
 
 def project(k: Tensor, every: Tensor, own: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -61,12 +85,13 @@ def _weight(lambd: float | Tensor) -> tuple[Tensor | None, float]:
 def penalties(
     c: Tensor, squares: Tensor, lambd: float | Tensor, holds_diagonal: bool, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _penalties.penalties(c, squares, *_weight(lambd), holds_diagonal, plan.compute_dtype)
+    weights = None if c.ndim == 1 else list(weights_of_pairs(plan.weights))
+    return _penalties.penalties(c, squares, *_weight(lambd), weights, holds_diagonal, plan.compute_dtype)
 
 
 def backproject(
-    products: tuple[Product | None, Product | None],
-    u: Tensor,
+    products: Iterable[Product | None],
+    u: Stack,
     c: Tensor,
     rho: Tensor,
     arriving: Arriving,
@@ -74,12 +99,32 @@ def backproject(
     plan: Plan,
     n: int,
     dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None]:
-    p1, q1 = _product(products[0])
-    p2, q2 = _product(products[1])
+) -> tuple[Tensor | None, ...]:
     *given, lambd = arriving
-    dz1, dz2 = _backproject.backproject(u, p1, p2, q1, q2, c, rho, *given, *_weight(lambd), holds_diagonal, n, dtype)
-    return (None if p1 is None else dz1), (None if p2 is None else dz2)
+    if isinstance(u, Tensor):
+        (p1, q1), (p2, q2) = map(_product, products)
+        gradients = _backproject.backproject(
+            u, p1, p2, q1, q2, c, rho, *given, *_weight(lambd), holds_diagonal, n, dtype
+        )
+        return tuple(None if p is None else dz for p, dz in zip((p1, p2), gradients, strict=True))
+    settings = *given, *_weight(lambd), holds_diagonal, n, dtype
+    return tuple(
+        [product and _gradient_of(view, product, u, c, rho, settings, plan) for view, product in enumerate(products)]
+    )
+
+
+def _gradient_of(
+    view: int, product: Product, u: tuple[Tensor, ...], c: Tensor, rho: Tensor, settings: tuple[Any, ...], plan: Plan
+) -> Tensor:
+    own, of_view = u[view], rho[view]
+    pairs = [(i + j - view, row) for row, (i, j) in enumerate(pairs_of(len(u))) if view in (i, j)]
+    pairs = [(other, row) for other, row in pairs if plan.weights[view][other]]
+    if not pairs:
+        *_, n, dtype = settings
+        return own.new_zeros((n, c.shape[1]), dtype=dtype)
+    others, cs = [u[other] for other, _ in pairs], [c[row] for _, row in pairs]
+    weights = [plan.weights[view][other] for other, _ in pairs]
+    return backproject_view(*_product(product), own, others, cs, weights, of_view, *settings)
 
 
 def _product(product: Product | None) -> tuple[Tensor | None, Tensor | None]:

@@ -1,5 +1,7 @@
 """The end of the forward, in one program: L = on + λ off, on = Σ_i (C_ii − 1)², off = Σ C_ij² − Σ_i C_ii².
 
+Of several pairs of views on and the diagonal are weighted sums; the parts of Σ C_ij² are weighted already.
+
 λ is read on the device where it is a tensor, so that a CUDA graph can be replayed with another one.
 """
 
@@ -29,19 +31,21 @@ def load_lambd(weight, lambd):
 @triton.jit(do_not_specialize=["n_parts"])
 def penalties_kernel(
     c, parts, weight, loss, on_diagonal, off_diagonal, d, n_parts, lambd: tl.float64,
-    HOLDS_DIAGONAL: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    WEIGHTS: tl.constexpr, PAIRS: tl.constexpr, HOLDS_DIAGONAL: tl.constexpr,
+    BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     on = tl.zeros((BLOCK,), tl.float64)
     off = tl.zeros((BLOCK,), tl.float64)
     for start in tl.range(0, n_parts, BLOCK):
         index = start + tl.arange(0, BLOCK)
         off += tl.load(parts + index, mask=index < n_parts, other=0.0).to(tl.float64)
-    for start in tl.range(0, d, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        c_ii = tl.load(c + index, mask=index < d, other=0.0)
-        on += tl.where(index < d, (c_ii - 1) * (c_ii - 1), 0.0)
-        if HOLDS_DIAGONAL:
-            off -= c_ii * c_ii
+    for pair in tl.static_range(PAIRS):
+        for start in tl.range(0, d, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            c_ii = tl.load(c + pair * d + index, mask=index < d, other=0.0)
+            on += WEIGHTS[pair] * tl.where(index < d, (c_ii - 1) * (c_ii - 1), 0.0)
+            if HOLDS_DIAGONAL:
+                off -= WEIGHTS[pair] * c_ii * c_ii
     total_off = tl.sum(off, 0)
     if HOLDS_DIAGONAL:
         total_off = tl.where(total_off < 0, 0.0, total_off)  # unlike tl.maximum, it keeps NaN
@@ -61,14 +65,21 @@ def _scalars(c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 @operation("penalties")
 def penalties(
-    c: Tensor, parts: Tensor, weight: Tensor | None, lambd: float, holds_diagonal: bool, dtype: torch.dtype
+    c: Tensor,
+    parts: Tensor,
+    weight: Tensor | None,
+    lambd: float,
+    weights: list[float] | None,
+    holds_diagonal: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L, on and off, 0-d in ``dtype``; λ is ``weight`` if there is one."""
+    """L, on and off, 0-d in ``dtype``; λ is ``weight`` if there is one; weights: of the pairs, if there are several."""
     terms = _scalars(c, dtype)
-    d = c.numel()
+    d = c.shape[-1]
     args = c, parts, weight, *terms, d, parts.numel(), lambd
-    constants = holds_diagonal, _BLOCK, TL_DTYPES[dtype]
-    key = d, holds_diagonal, dtype, *alignments(parts, weight)
+    of_pairs = (1.0,) if weights is None else tuple(weights)
+    constants = of_pairs, len(of_pairs), holds_diagonal, _BLOCK, TL_DTYPES[dtype]
+    key = d, of_pairs, holds_diagonal, dtype, *alignments(parts, weight)
     # Without fusion, so that on + λ·off rounds twice, and is the loss to the last bit.
     _penalties.launch(c, 1, key, args, constants, num_warps=4, enable_fp_fusion=False)
     return terms
@@ -76,6 +87,12 @@ def penalties(
 
 @penalties.register_fake
 def _(
-    c: Tensor, parts: Tensor, weight: Tensor | None, lambd: float, holds_diagonal: bool, dtype: torch.dtype
+    c: Tensor,
+    parts: Tensor,
+    weight: Tensor | None,
+    lambd: float,
+    weights: list[float] | None,
+    holds_diagonal: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _scalars(c, dtype)

@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from barlow_loss import _plan, barlow_twins_loss
 from barlow_loss._backends import eager, triton
-from barlow_loss._backends.triton import _backproject, _frobenius, _penalties, _standardize
+from barlow_loss._backends.triton import _backproject, _frobenius, _penalties, _standardize, _views
 from barlow_loss._backends.triton._launch import Kernel, column_tile
 from barlow_loss._collectives import ALONE, Shards
 from barlow_loss._function import loss_and_sums
+from barlow_loss._pairs import all_alike, normalized
 from barlow_loss._plan import Plan
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -36,6 +37,9 @@ LAUNCHERS = [
     (_frobenius, "_frobenius"),
     (_penalties, "_penalties"),
     (_backproject, "_backproject"),
+    (_views, "_pair_dots"),
+    (_views, "_mix"),
+    (_views, "_backproject_view"),
 ]
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "copy_", "lift_fresh"}
 TENSORS = {"z1", "z2", "u", "c", "rho", "parts", "a", "b", "weight", "loss", "on_diagonal", "off_diagonal"} | {
@@ -77,9 +81,9 @@ def step(n, d, algorithm="dual", z=BF16, u=F16, lambd=0.0051, needed=(True, True
     """Forward and backward of one process; returns the operations of either, but for the fill of ∂L/∂L = 1."""
     views = [torch.empty(n, d, dtype=z).requires_grad_(need) for need in needed]
     one = torch.ones(())
-    plan = Plan(algorithm, "triton", torch.promote_types(z, F32), u)
+    plan = Plan(algorithm, "triton", torch.promote_types(z, F32), u, weights=all_alike(len(views)))
     with Operations() as forward:
-        loss, _, _ = loss_and_sums(*views, lambd, 1e-5, plan, Shards(ALONE, (n,)))
+        loss, _, _ = loss_and_sums(views, lambd, 1e-5, plan, Shards(ALONE, (n,)))
     with Operations() as backward:
         torch.autograd.grad(loss, [view for view in views if view.requires_grad], one.to(loss.dtype))
     return forward.names, backward.names
@@ -97,6 +101,45 @@ class TestTheDual:
         _, backward = step(64, 2048, needed=(False, True))
         assert backward == ["mm", "backproject"]
         assert pretended_h100.count("backproject_kernel") == 1
+
+
+class TestMoreViews:
+    @pytest.mark.parametrize("views", [3, 4, 5, 8])
+    @pytest.mark.parametrize(("z", "u"), [(BF16, F16), (F32, F32)], ids=str)
+    def test_the_dual_is_at_most_4_v_plus_4_launches(self, pretended_h100, views, z, u):
+        forward, backward = step(256, 512, z=z, u=u, needed=(True,) * views)
+        couples = -(-views // 2)
+        expected = [*["fused_standardize"] * couples, "pair_dots", "cat", *["mm"] * views, "mix", "penalties"]
+        assert forward == expected
+        assert backward == ["mm", "backproject_view"] * views
+        assert len(forward) + len(backward) <= 4 * views + 4
+
+    def test_views_without_gradient_cost_nothing_in_the_backward(self, pretended_h100):
+        _, backward = step(64, 512, needed=(True, False, False, True))
+        assert backward == ["mm", "backproject_view"] * 2
+
+    @pytest.mark.parametrize("algorithm", ["dual", "primal"])
+    def test_few_compilations(self, pretended_h100, algorithm):
+        """Over batch sizes: at most 3 for each kernel, and not one for each view."""
+        for n in range(2, 120):
+            step(n, 96, algorithm, needed=(True,) * 4)
+        counts = collections.Counter(compilation.kernel for compilation in pretended_h100.compilations)
+        assert max(counts.values()) <= 3, counts
+
+    def test_the_host_waits_for_nothing(self, pretended_h100):
+        names = {name for part in step(40, 100, lambd=torch.tensor(0.1), needed=(True,) * 3) for name in part}
+        assert not names & WAITS
+
+    @pytest.mark.parametrize(
+        "chip", ["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_120", "gfx942"))]
+    )
+    def test_the_whole_step_compiles_as_it_is_launched(self, chip):
+        with pretended(CHIPS[chip], compiled=True) as gpu:
+            step(32, 512, needed=(True,) * 3)
+            step(32, 100, "primal", z=F32, u=F32, lambd=torch.tensor(0.1), needed=(True,) * 4)
+        kernels = {"pair_dots_kernel", "mix_kernel", "backproject_view_kernel", "penalties_kernel"}
+        assert {launch.kernel for launch in gpu.launches} >= kernels
+        assert all(launch.shared <= CHIPS[chip].shared for launch in gpu.launches)
 
 
 def test_the_primal_launches(pretended_h100):
@@ -132,7 +175,7 @@ def test_no_compilation_for_another_lambd_or_eps(pretended_h100):
     views = [torch.empty(20, 64, dtype=F16).requires_grad_() for _ in range(2)]
     for lambd, eps in ((0.0051, 1e-5), (1.0, 1e-3), (0.0, 0.0)):
         plan = Plan("dual", "triton", F32, F16)
-        loss_and_sums(*views, lambd, eps, plan, Shards(ALONE, (20,)))[0].backward()
+        loss_and_sums(views, lambd, eps, plan, Shards(ALONE, (20,)))[0].backward()
     assert len(pretended_h100.launches) == 12
     assert len(pretended_h100.compilations) == 4
 
@@ -283,7 +326,7 @@ class TestTheHost:
         for operation in OPERATIONS:
             monkeypatch.setattr(operation, "operation", None)
         views = [torch.empty(16, 32, dtype=BF16).requires_grad_() for _ in range(2)]
-        loss_and_sums(*views, 0.1, 1e-5, Plan("dual", "triton", F32, F16), Shards(ALONE, (16,)))[0].backward()
+        loss_and_sums(views, 0.1, 1e-5, Plan("dual", "triton", F32, F16), Shards(ALONE, (16,)))[0].backward()
         assert [launch.kernel for launch in pretended_h100.launches] == OWN
 
     def test_a_mode_sees_the_operations(self, pretended_h100, monkeypatch):
@@ -305,7 +348,7 @@ class TestTheHost:
                 for module, name in LAUNCHERS:
                     monkeypatch.setattr(getattr(module, name), "_kernel", None)
             plan, shards = Plan("dual", "triton", F32, F16), Shards(ALONE, (len(pair[0]),))
-            loss_and_sums(*pair, 0.1 + number, 1e-5, plan, shards)[0].backward()
+            loss_and_sums(pair, 0.1 + number, 1e-5, plan, shards)[0].backward()
         assert [launch.kernel for launch in pretended_h100.launches] == OWN * 3
 
     @pytest.mark.parametrize("version", ["3.5.1", "4.0.0"])
@@ -359,14 +402,18 @@ class TestTheHost:
         (z, u), compute = dtypes, torch.promote_types(dtypes[0], F32)
         layouts = draw.choices(list(LAYOUTS.values()), k=2)
         views = [layout(torch.zeros(size, dtype=z)).detach() for layout in layouts]
+        views += [torch.zeros(size, dtype=z) for _ in range(draw.choice([0, 0, 1, 2]))]
         for view in draw.choice([views, views[:1], views[1:]]):
             view.requires_grad_()
+        weights = all_alike(len(views))
+        if len(views) == 3:
+            weights = draw.choice([weights, normalized(((0, 1, 2), (1, 0, 0), (2, 0, 0)))])
         scalars = torch.ones(4, dtype=compute)  # of which one is aligned
         lambd = draw.choice([0.0051, 0.1, scalars[0], scalars[1]])
-        plan = Plan(draw.choice(["dual", "primal"]), "triton", compute, u)
+        plan = Plan(draw.choice(["dual", "primal"]), "triton", compute, u, weights=weights)
         unpack = draw.choice([lambda t: t, lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)])
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
-            terms = loss_and_sums(*views, lambd, 1e-5, plan, Shards(ALONE, size[:1]))
+            terms = loss_and_sums(views, lambd, 1e-5, plan, Shards(ALONE, size[:1]))
         arriving = [(term, scalars[draw.randrange(4)]) for term in terms if draw.random() < 0.6] or [
             (terms[0], scalars[1])
         ]

@@ -60,7 +60,7 @@ def plan_of(compute, products):
 
 def eager_standardize(z1, z2, matmul_dtype):
     plan = plan_of(torch.promote_types(z1.dtype, F32), matmul_dtype)
-    u, c, rho = eager.standardize(z1, z2, EPS, plan, Shards(ALONE, (z1.shape[0],)))
+    u, c, rho = eager.standardize((z1, z2), EPS, plan, Shards(ALONE, (z1.shape[0],)))
     return u, c.squeeze(0), rho.squeeze(1)
 
 

@@ -37,7 +37,7 @@ def _evaluate(counts, d, dtype, products, algorithm, needed):
     ]
     plan = Plan(algorithm, "triton", dtype, products)
     with repaired(), poisoned():
-        loss, _, _ = loss_and_sums(*views, 0.0051, 1e-5, plan, Shards(Group(dist.get_world_size(), None), counts))
+        loss, _, _ = loss_and_sums(views, 0.0051, 1e-5, plan, Shards(Group(dist.get_world_size(), None), counts))
         # Every rank weights the loss in its own way: the gradient is that of the sum over the ranks.
         (loss * (1 + dist.get_rank())).backward()
     return loss.detach(), [view.grad for view in views]

@@ -49,7 +49,7 @@ def evaluate(loss_fn, z1, z2, seed=1.0):
 def through(backend, algorithm, z, products):
     def loss_fn(z1, z2):
         plan = Plan(algorithm, backend, torch.promote_types(z, F32), products)
-        return loss_and_sums(z1, z2, LAMBD, EPS, plan, Shards(ALONE, (z1.shape[0],)))
+        return loss_and_sums((z1, z2), LAMBD, EPS, plan, Shards(ALONE, (z1.shape[0],)))
 
     return loss_fn
 
@@ -196,8 +196,8 @@ def _opcheck_cases():
         "column_sums": (_standardize.column_sums, (z[0], z[1], pivot)),
         "standardize": (_standardize.standardize, (z[0], z[1], pivot, pivot, pivot, F32)),
         "frobenius": (_frobenius.frobenius, (k, k)),
-        "penalties": (_penalties.penalties, (c, k.flatten(), None, 0.1, True, F32)),
-        "penalties of a tensor": (_penalties.penalties, (c, k.flatten(), one, 0.0, False, F32)),
+        "penalties": (_penalties.penalties, (c, k.flatten(), None, 0.1, None, True, F32)),
+        "penalties of a tensor": (_penalties.penalties, (c, k.flatten(), one, 0.0, None, False, F32)),
         "backproject": (
             _backproject.backproject,
             (u, u[0], u[1], None, None, c, rho, one, None, None, None, 0.1, True, 10, BF16),

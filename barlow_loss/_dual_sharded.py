@@ -48,8 +48,8 @@ def value(
     p, q = zip(*kept, strict=True)
     dtype = vector_dtype(diagonal.device)
     sums = diagonal.to(dtype), squares.sum(dtype=dtype), *(sum_i.to(dtype) for sum_i in q)
-    c, squared_norm, *q = all_sum(shards.group, *sums)
-    return c, squared_norm, (*p, *q)
+    c, squared_norm, *whole_q = all_sum(shards.group, *sums)
+    return c, squared_norm, (*p, *whole_q)
 
 
 def products(needed: tuple[bool, ...], plan: Plan, u: Stack, *kept: Tensor) -> Iterator[Any]:

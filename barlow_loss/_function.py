@@ -54,17 +54,19 @@ def loss_and_sums(
     views: tuple[Tensor, ...], lambd: float | Tensor, eps: float, plan: Plan, shards: Shards
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L, Σ_i (C_ii − 1)² and Σ_{i≠j} C_ij² of the global batch, 0-d, in ``plan.compute_dtype``; means over pairs."""
-    recorded, needed = torch.is_grad_enabled(), ()
+    recorded = torch.is_grad_enabled()
+    needed: tuple[bool, ...] = ()
     for z in views:
         needed += (recorded and z.requires_grad,)
     if isinstance(lambd, Tensor):
         lambd = lambd.to(views[0].device, plan.compute_dtype)
-    inputs = lambd, eps, plan, shards, needed, *views
+    inputs: Any = lambd, eps, plan, shards, needed, *views
     of_lambd = recorded and isinstance(lambd, Tensor) and lambd.requires_grad
     if torch.compiler.is_compiling() and not (of_lambd or True in needed):
         # Dynamo, where nothing needs a gradient, hands the context to a forward with any number of arguments.
         with torch.no_grad():
-            return _value(*inputs)[:3]
+            loss, on_diagonal, off_diagonal, *_ = _value(*inputs)
+        return loss, on_diagonal, off_diagonal
     operation: Any = _TracedLoss if is_traced(*views) else _Loss
     loss, on_diagonal, off_diagonal, *_ = operation.apply(*inputs)
     return loss, on_diagonal, off_diagonal
@@ -112,7 +114,9 @@ def _gradients(
         arriving = Arriving(of_loss, of_on, of_off, lambd)
         if shards.group.size > 1:
             arriving = _summed(arriving, plan, shards)
-        return ops.backproject(products, u, c, rho, arriving, algorithm.HOLDS_DIAGONAL, plan, n, dtype)
+        holds = algorithm.HOLDS_DIAGONAL
+        gradients: tuple[Tensor | None, ...] = ops.backproject(products, u, c, rho, arriving, holds, plan, n, dtype)
+    return gradients
 
 
 def _summed(arriving: Arriving, plan: Plan, shards: Shards) -> Arriving:

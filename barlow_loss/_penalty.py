@@ -55,9 +55,8 @@ def penalties(
     if not plan.on_host or c.numel() > 4096:  # in float32 a million squares lose two digits
         c = c.to(vector_dtype(c.device))
     e = c - 1
-    on, off = _sum_of_squares(e, plan), squares.sum()
-    if plan.on_host:
-        off = off.item()
+    on, total = _sum_of_squares(e, plan), squares.sum()
+    off: Number = total.item() if plan.on_host else total
     if holds_diagonal:
         off = off - _sum_of_squares(c, plan)
         off = off.clamp_min(0) if isinstance(off, Tensor) else max(off, 0.0)  # in this order: NaN stays
@@ -84,7 +83,7 @@ def _sum_of_squares(c: Tensor, plan: Plan) -> Number:
         total = torch.dot(c, c)
         return total.item() if plan.on_host else total
     of_pairs = c.square().sum(1)
-    sums = of_pairs.tolist() if plan.on_host else of_pairs.unbind()
+    sums = [number(total, plan.on_host) for total in of_pairs.unbind()]
     return sum(weight * total for weight, total in zip(weights_of_pairs(plan.weights), sums, strict=True))
 
 

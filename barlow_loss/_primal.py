@@ -39,8 +39,8 @@ def value(
     (c,) = all_sum(shards.group, diagonal)
     views = each(u)
     if len(views) == 2:
-        kept = _of_pair(*views, plan, shards)
-        return c, kept[1], kept
+        of_pair = _of_pair(*views, plan, shards)
+        return c, of_pair[1], of_pair
     kept: list[Tensor] = []
     parts: list[Tensor] = []
     for i, j, weight in _weighted_pairs(plan):

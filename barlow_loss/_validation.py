@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,12 +34,12 @@ def check_views(caller: str, *views: Any) -> tuple[Tensor, ...]:
         TypeError: not tensors, not floating, sparse, or of different dtypes.
         ValueError: fewer than two views, wrong or different shapes, different devices or D = 0.
     """
-    fits = len(views) >= 2
+    z1: Any = views[0] if len(views) >= 2 else None
+    fits = isinstance(z1, torch.Tensor) and z1.dtype in _DTYPES and z1.ndim == 2 and z1.shape[1] != 0
     for z in views:
-        z1 = views[0]
         fits = fits and isinstance(z, torch.Tensor) and z.shape == z1.shape and z.dtype == z1.dtype
         fits = fits and z.device == z1.device and z.layout == torch.strided
-    if fits and z1.dtype in _DTYPES and z1.ndim == 2 and z1.shape[1] != 0:
+    if fits:
         return views
     raise _refusal(caller, views)
 
@@ -104,7 +104,7 @@ def check_pair_weights(caller: str, pair_weights: Any, views: int) -> Weights:
 def weight_rows(caller: str, pair_weights: Any) -> Weights:
     """The rows as tuples of floats, checked for all but their number."""
     if isinstance(pair_weights, torch.Tensor):
-        pair_weights = pair_weights.detach().tolist()
+        pair_weights = cast("Any", pair_weights.detach()).tolist()
     try:
         rows = tuple(tuple(float(w) for w in row) for row in pair_weights)
     except (TypeError, ValueError) as error:

@@ -6,7 +6,7 @@ Nothing here is differentiable. With several processes everything is about the b
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -42,12 +42,11 @@ def cross_correlation(
 def cross_correlation(
     z1: Tensor,
     z2: Tensor,
-    z3: Tensor,
     *others: Tensor,
     eps: float = ...,
     process_group: ProcessGroup | None = ...,
     synchronize: bool = ...,
-) -> dict[tuple[int, int], Tensor]: ...
+) -> Any: ...
 
 
 @torch.no_grad()
@@ -201,13 +200,12 @@ def collapse_report(
 def collapse_report(
     z1: Tensor,
     z2: Tensor,
-    z3: Tensor,
     *others: Tensor,
     lambd: float = ...,
     eps: float = ...,
     process_group: ProcessGroup | None = ...,
     synchronize: bool = ...,
-) -> PairReports: ...
+) -> Any: ...
 
 
 @torch.no_grad()

@@ -39,8 +39,8 @@ def standardize(views: tuple[Tensor, ...], eps: float, plan: Plan, shards: Shard
     """
     n = views[0].shape[0]
     if len(views) == 2:
-        x, x1, x2, *sums = _centred(views, plan)
-        rho, factor, shift = _affine(n, *sums, eps, plan, shards)
+        x, x1, x2, pivots, s1, m2 = _centred(views, plan)
+        rho, factor, shift = _affine(n, pivots, s1, m2, eps, plan, shards)
         _ = x.mul_(factor) if shift is None else torch.addcmul(shift, x, factor, out=x)
         c = _column_dots(x1, x2, plan, keepdim=False)
         return x if x.dtype == plan.matmul_dtype else x.to(plan.matmul_dtype), c.to(rho.dtype), rho
@@ -71,14 +71,9 @@ def _centred_one_by_one(
     views: tuple[Tensor, ...], plan: Plan
 ) -> tuple[tuple[Tensor, ...], list[Tensor], Tensor, Tensor]:
     """As ``_centred``, each view in a buffer of its own: of (V, N, D) the system would have to bring fresh pages."""
-    xs, pivots, s1, m2 = [], [], [], []
-    for z in views:
-        _, x, pivot, s1_of_view, m2_of_view = _centred((z,), plan)
-        xs.append(x)
-        pivots += pivot
-        s1.append(s1_of_view)
-        m2.append(m2_of_view)
-    return tuple(xs), pivots, torch.cat(s1), torch.cat(m2)
+    centred = [_centred((z,), plan) for z in views]
+    xs, pivots, s1, m2 = zip(*(parts[1:] for parts in centred), strict=True)
+    return xs, [pivot for (pivot,) in pivots], torch.cat(s1), torch.cat(m2)
 
 
 def _centred(views: tuple[Tensor, ...], plan: Plan) -> Any:
@@ -87,7 +82,7 @@ def _centred(views: tuple[Tensor, ...], plan: Plan) -> Any:
     n, d = z1.shape
     if plan.on_host and 0 < n * d <= _SMALL_ELEMENTS:
         # The first row is within √(N − 1) standard deviations of the mean. A constant feature is exactly 0 with either.
-        pivots = ()
+        pivots: tuple[Tensor, ...] = ()
         for z in views:
             pivots += (wide(z[:1]),)
     else:
@@ -254,21 +249,38 @@ def backproject(
     if isinstance(b, float) and abs(b) > torch.finfo(plan.compute_dtype).max:
         b *= math.inf  # addmm refuses a number that its dtype has no room for
     d = c * (a - b if holds_diagonal else a) - a
-    views = each(u)
+    views, rhos = each(u), rho.unbind()
     others = _others(views, d, plan)
-    gs: list[Tensor | None] = []
-    qs: list[Tensor | None] = []
-    for product, own in zip(products, views, strict=True):
-        gs.append(product and _scaled_product(product[0], product[1], own, b))
-        qs.append(product and product[2])
-    _add_others(gs, others, views[0].shape, plan)
-    dots = [None] * len(views) if all(q is None for q in qs) else _sums_over_others(d * c, plan)
-    return tuple(
-        [
-            g if g is None else _finished(g, own, None if q is None else q * b + dot, of_view, plan, dtype)
-            for g, own, q, dot, of_view in zip(gs, views, qs, dots, rho.unbind(), strict=True)
-        ]
-    )
+    by_blocks = len(views) > 2 and plan.on_host
+    gradients: list[Tensor | None] = [None for _ in views]
+    qs: list[Tensor | None] = [None for _ in views]
+    for view, product in enumerate(products):
+        if product is not None:
+            g = _scaled_product(product, views[view], b)
+            qs[view] = product[2]
+            if not by_blocks:
+                for other, factor in others[view]:
+                    g.addcmul_(wide(other), factor)
+                g = _finished(view, g, qs[view], views, b, c, d, rhos, plan, dtype)
+            gradients[view] = g
+    if by_blocks:
+        _add_by_blocks(gradients, others, views[0].shape)
+        for view, started in enumerate(gradients):
+            if started is not None:
+                gradients[view] = _finished(view, started, qs[view], views, b, c, d, rhos, plan, dtype)
+    return tuple(gradients)
+
+
+def _add_by_blocks(gs: list[Tensor | None], others: Sequence[_Others], shape: torch.Size) -> None:
+    """Add Σ d u_other to the g of every view, block of rows by block, so that u comes into the cache once."""
+    n, width = shape
+    height = max(1, 2 * _PAIRS_ELEMENTS // width)
+    for start in range(0, n, height):
+        rows = slice(start, start + height)
+        for g, pairs in zip(gs, others, strict=True):
+            if g is not None:
+                for other, factor in pairs:
+                    g[rows].addcmul_(other[rows], factor)
 
 
 def _others(views: tuple[Tensor, ...], d: Tensor, plan: Plan) -> Sequence[_Others]:
@@ -286,44 +298,36 @@ def _others(views: tuple[Tensor, ...], d: Tensor, plan: Plan) -> Sequence[_Other
     return [tuple(pairs) for pairs in others]
 
 
-def _sums_over_others(of_pairs: Tensor, plan: Plan) -> list[Tensor]:
-    """Σ_j w_ij x_ij of every view i, from the vectors x of the pairs."""
-    if of_pairs.ndim == 1:
-        return [of_pairs, of_pairs]
-    sums = of_pairs.new_zeros((len(plan.weights), of_pairs.shape[1])).unbind()
-    for (i, j), of_pair in zip(pairs_of(len(sums)), of_pairs.unbind(), strict=True):
-        for view in (i, j):
-            sums[view].add_(of_pair, alpha=plan.weights[i][j])
-    return list(sums)
-
-
-def _scaled_product(left: Tensor, right: Tensor | None, own: Tensor, b: Number) -> Tensor:
+def _scaled_product(product: Product, own: Tensor, b: Number) -> Tensor:
     """2b P in float32 at least."""
+    left, right, _ = product
     if isinstance(b, float) and right is not None:
         return torch.addmm(wide(own), left, right, beta=0, alpha=b)
     return wide(left if right is None else torch.mm(left, right)) * b
 
 
-def _add_others(gs: list[Tensor | None], others: Sequence[_Others], shape: torch.Size, plan: Plan) -> None:
-    """Add Σ d u_other to every g; of more than two views on CPU by blocks of rows, so that u is read once."""
-    if len(gs) == 2 or not plan.on_host:
-        for g, pairs in zip(gs, others, strict=True):
-            for other, d in pairs if g is not None else ():
-                g.addcmul_(wide(other), d)
-        return
-    n, width = shape
-    height = max(1, 2 * _PAIRS_ELEMENTS // width)
-    for start in range(0, n, height):
-        rows = slice(start, start + height)
-        for g, pairs in zip(gs, others, strict=True):
-            for other, d in pairs if g is not None else ():
-                g[rows].addcmul_(other[rows], d)
-
-
-def _finished(g: Tensor, own: Tensor, of_own: Tensor | None, rho: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
-    """ρ (g − of_own u_own); of_own is Σₙ u_own ∘ g, 2b q and every d C_ii at once, where it is not given."""
-    own = wide(own)
-    if of_own is None:
-        of_own = _column_dots(own, g, plan)
-    g.addcmul_(own, of_own.to(plan.compute_dtype), value=-1).mul_(rho.to(plan.compute_dtype))
+def _finished(
+    view: int,
+    g: Tensor,
+    q: Tensor | None,
+    views: tuple[Tensor, ...],
+    b: Number,
+    c: Tensor,
+    d: Tensor,
+    rhos: Sequence[Tensor],
+    plan: Plan,
+    dtype: torch.dtype,
+) -> Tensor:
+    """ρ (g − (2b q + Σ d C_ii) u_own), where Σₙ u_own ∘ g is both sums at once if q is not given."""
+    own = wide(views[view])
+    of_own = _column_dots(own, g, plan) if q is None else q * b + _dots(view, d, c, plan)
+    g.addcmul_(own, of_own.to(plan.compute_dtype), value=-1).mul_(rhos[view].to(plan.compute_dtype))
     return g if g.dtype == dtype else g.to(dtype)
+
+
+def _dots(view: int, d: Tensor, c: Tensor, plan: Plan) -> Tensor:
+    """Σ d C_ii over the views with which one pairs."""
+    if c.ndim == 1:
+        return d * c
+    pairs = enumerate(pairs_of(len(plan.weights)))
+    return torch.stack([d[row] * c[row] * plan.weights[i][j] for row, (i, j) in pairs if view in (i, j)]).sum(0)

@@ -124,10 +124,11 @@ def _gradient_of(
         return own.new_zeros((n, c.shape[1]), dtype=dtype)
     others, cs = [u[other] for other, _ in pairs], [c[row] for _, row in pairs]
     weights = [plan.weights[view][other] for other, _ in pairs]
-    return backproject_view(*_product(product), own, others, cs, weights, of_view, *settings)
+    p, q = _product(product)
+    return backproject_view(p, q, own, others, cs, weights, of_view, *settings)
 
 
-def _product(product: Product | None) -> tuple[Tensor | None, Tensor | None]:
+def _product(product: Product | None) -> tuple[Any, Tensor | None]:
     """P and q."""
     if product is None:
         return None, None

@@ -14,10 +14,10 @@ PACKAGE = Path(barlow_loss.__file__).parent
 # Top to bottom; a module imports from lower rows only. "" is the package itself, barlow_loss/__init__.py.
 LAYERS = [
     {""},
-    {"diagnostics"},
-    {"loss", "normalization", "projector", "_report"},
-    {"_function", "_normalize"},
-    {"_primal", "_dual_sharded"},
+    {"diagnostics", "mixed"},
+    {"loss", "normalization", "projector", "vicreg", "_report"},
+    {"_function", "_normalize", "_vicreg"},
+    {"_primal", "_dual_sharded", "_gram_norm"},
     {"_dual"},
     {"_backends"},
     {"_backends.triton"},
@@ -29,7 +29,7 @@ LAYERS = [
     },
     {"_backends.triton._launch"},
     {"_backends.eager"},
-    {"_header"},
+    {"_header", "_views"},
     {"_checkpoints", "_penalty", "_statistics", "_validation"},
     {"_plan", "_collectives"},
 ]

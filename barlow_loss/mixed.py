@@ -11,7 +11,15 @@ from barlow_loss._collectives import Shards, group_of
 from barlow_loss._gram_norm import batch_for, cross_norm
 from barlow_loss._header import Claims, agree, check_samples
 from barlow_loss._normalize import normalize
-from barlow_loss._plan import ALGORITHMS, BACKENDS, Algorithm, Backend, autocast_disabled, autocast_enabled
+from barlow_loss._plan import (
+    ALGORITHMS,
+    BACKENDS,
+    Algorithm,
+    Backend,
+    autocast_disabled,
+    autocast_enabled,
+    choose_backend,
+)
 from barlow_loss._validation import check_choice, check_eps
 from barlow_loss._views import (
     check_alike,
@@ -174,8 +182,8 @@ def mixed_barlow_twins_loss(
 
     Several processes:
         Every rank returns the same bits: the loss of the concatenated batch, whose permutation is that of each rank
-        within the rank's rows. Gradients are reduced as those of :func:`barlow_loss.barlow_twins_loss`. R adds N D
-        elements of each of the three views to what a rank gathers, and three header-free sums of vectors.
+        within the rank's rows. Gradients are reduced as those of :func:`barlow_loss.barlow_twins_loss`. In the
+        dual R adds 3 N D elements to what a rank gathers, in the primal 2 D², and a few vectors for each view.
 
     Against the published program:
         ``main.py`` divides by the unbiased deviation, without ε, and the correlations by N. So each of its correlations
@@ -270,7 +278,7 @@ def _claims(caller: str, views: dict[str, Tensor], alpha: Any, permutation: Any,
         "mix_scale": claim_of_weight(mix_scale),
         "eps": float(eps),
         "algorithm": algorithm,
-        "backend": backend,
+        "backend": choose_backend(caller, backend, z.device),
         "grad_reduction": grad_reduction,
     }
 

@@ -151,8 +151,8 @@ def vicreg_loss(
         official program has the same gradients for shards of one size, so what was tuned with it needs no change. Its
         loss differs from rank to rank, because its s is of the rank's own rows.
 
-    There is no ``backend``: the matrix products are those of torch, and what a kernel could fuse around them is a tenth
-    of the time. ``torch.compile(fullgraph=True)`` fuses it.
+    There is no ``backend``: everything is plain torch, on every device. The matrix products are most of the time, and
+    ``torch.compile(fullgraph=True)`` fuses the passes around them.
 
     Example:
         >>> z1, z2 = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -24,7 +24,7 @@ from barlow_loss._collectives import ALONE, Shards
 from barlow_loss._gram_norm import batch_for, cross_norm
 from comparison import assert_near
 from inductor import needs_compiler
-from relatives import ALPHA, RELATIVES, answer, permutation_of, right
+from related import ALPHA, RELATIVES, answer, permutation_of, right
 from strategies import Batch
 
 HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import strategies
 from barlow_loss import mixed_barlow_twins_loss, vicreg_loss
 from comparison import assert_near, tolerance
-from relatives import ALPHA, RELATIVES, answer, permutation_of, right
+from related import ALPHA, RELATIVES, answer, permutation_of, right
 from strategies import Batch, batches
 
 

@@ -599,6 +599,95 @@ EXAMPLE_STEPS = [
     ),
 ]
 
+RELATED = ("tests/test_relatives.py::TestPublishedNumbers", "tests/test_relatives.py::TestGradients")
+RELATED_GLOBAL = ("tests/distributed/test_relatives_global.py::test_equals_the_concatenated_batch",)
+RELATED_ERRORS = ("tests/test_relatives.py::TestErrors",)
+RELATED_WEIGHTED = ("tests/distributed/test_relatives_global.py::test_ranks_that_weight_the_loss_differently",)
+
+RELATIVES = [
+    *_in(
+        "barlow_loss/_gram_norm.py",
+        RELATED,
+        (
+            "gram-of-the-others-for-x-alone",
+            "grams = (m, *[k] * len(ys))\n    return [",
+            "grams = (k, *[k] * len(ys))\n    return [",
+        ),
+        ("gram-of-the-first-other-alone", "        m += _gram(batch, y, rows)", "        _gram(batch, y, rows)"),
+        ("own-diagonal-kept-in-the-primal", "        c.diagonal().zero_()\n", ""),
+        (
+            "own-diagonal-kept-in-the-dual",
+            "return product, -slope * diagonal",
+            "return product, torch.zeros_like(diagonal)",
+        ),
+        ("norm-differentiated-twice-in-silence", "if not torch.is_grad_enabled() or torch", "if True or torch"),
+        (
+            "gram-mirrored-the-wrong-way",
+            "k[:half, half:] = k[half:, :half].t()",
+            "k[:half, half:] = k[half:, :half].t() * 0",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_gram_norm.py",
+        RELATED_GLOBAL,
+        ("own-rows-for-all-rows", "torch.mm(k, every) if needed", "torch.mm(k[:, : len(x)], x) if needed"),
+    ),
+    *_in(
+        "barlow_loss/_gram_norm.py",
+        RELATED_WEIGHTED,
+        ("arriving-gradients-of-this-rank-alone", "sums = all_sum(batch.shards.group, *own)", "sums = own"),
+        ("sum-reduced-as-mean", 'if batch.grad_reduction == "sum" else sums', "if False else sums"),
+    ),
+    *_in(
+        "barlow_loss/_vicreg.py",
+        RELATED,
+        ("biased-variance", "wide[2] / (batch.shards.total - 1)", "wide[2] / batch.shards.total"),
+        ("covariances-over-n", "scale = 1 / (batch.shards.total - 1)", "scale = 1 / batch.shards.total"),
+        ("variance-of-one-view", "clamp_min(0).mean()", "clamp_min(0)[0].mean()"),
+        ("covariance-once", ".mean() * (2 / d)", ".mean() / d"),
+        ("closed-hinges-pull", " * (sigma < 1) / sigma", " / sigma"),
+        ("views-deviate-alike", "(difference, -0.5)", "(difference, 0.5)"),
+        ("pairs-of-views-counted-twice", "of_deviation = a * (4 / ((count - 1)", "of_deviation = a * (4 / (count"),
+    ),
+    *_in(
+        "barlow_loss/_vicreg.py",
+        ("tests/test_relatives_laws.py::test_large_means_in_float32",),
+        (
+            "pivot-far-from-the-mean",
+            "pivot_of(z.index_select(0, sampled), dtype)",
+            "torch.zeros_like(z[0], dtype=dtype)",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_vicreg.py",
+        RELATED_GLOBAL,
+        ("invariance-of-this-rank-alone", "return all_sum(batch.shards.group, own)[0]", "return own"),
+        ("mean-of-this-rank-alone", "            rows.add_(shift)", "            rows.add_(0 * shift)"),
+    ),
+    *_in(
+        "barlow_loss/mixed.py",
+        RELATED,
+        ("mixed-in-the-order-given", ".index_select(0, permutation)", ".index_select(0, permutation.argsort())"),
+        ("mixture-over-n", "/ shards.total**2", "/ shards.total"),
+        (
+            "mixture-without-lambda",
+            "_like(mix_scale, mixture) * _like(lambd, mixture) * mixture",
+            "_like(mix_scale, mixture) * mixture",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_views.py",
+        RELATED_ERRORS,
+        ("alpha-beyond-one", "if not 0 <= alpha <= 1:", "if not 0 <= alpha:"),
+        (
+            "third-view-unlike",
+            "if any(z.dtype != first.dtype for z in others):",
+            "if any(z.dtype != first.dtype for z in others[1:]):",
+        ),
+        ("permutation-too-short", "if permutation.shape != z.shape[:1]:", "if permutation.ndim != 1:"),
+    ),
+]
+
 MUTANTS = [
     *LOSS,
     *AUTOGRAD,
@@ -609,4 +698,5 @@ MUTANTS = [
     *EXAMPLE_CHECKPOINT,
     *EXAMPLE_IMAGES,
     *EXAMPLE_STEPS,
+    *RELATIVES,
 ]

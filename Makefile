@@ -107,6 +107,7 @@ docs-check: $(VENV)/.has-test  ## the examples in the docstrings, and README's n
 	$(RUN) -m pytest barlow_loss
 	$(RUN) benches/table.py --check
 	$(RUN) benches/gpu.py --check
+	$(RUN) benches/relatives.py --check
 	$(RUN) examples/evaluate_small.py --check
 
 wheel: $(VENV)/.has-dev  ## build the wheel and the source distribution into dist/ (half a minute)

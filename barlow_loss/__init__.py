@@ -1,21 +1,29 @@
-"""Barlow Twins for PyTorch: the exact loss, linear in the number of features, with its layers and diagnostics."""
+"""Barlow Twins for PyTorch: the exact loss, linear in the number of features, its relatives, layers and diagnostics."""
 
 from barlow_loss.diagnostics import CollapseReport, PairReports, collapse_report, cross_correlation
 from barlow_loss.loss import BarlowTwinsLoss, BarlowTwinsTerms, barlow_twins_loss
+from barlow_loss.mixed import MixedBarlowTwinsLoss, MixedBarlowTwinsTerms, mixed_barlow_twins_loss
 from barlow_loss.normalization import DistributedBatchNorm, standardize
 from barlow_loss.projector import Projector
+from barlow_loss.vicreg import VICRegLoss, VICRegTerms, vicreg_loss
 
 __all__ = [
     "BarlowTwinsLoss",
     "BarlowTwinsTerms",
     "CollapseReport",
     "DistributedBatchNorm",
+    "MixedBarlowTwinsLoss",
+    "MixedBarlowTwinsTerms",
     "PairReports",
     "Projector",
+    "VICRegLoss",
+    "VICRegTerms",
     "barlow_twins_loss",
     "collapse_report",
     "cross_correlation",
+    "mixed_barlow_twins_loss",
     "standardize",
+    "vicreg_loss",
 ]
 
 __version__ = "0.1.0"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from barlow_loss._pairs import Weights, all_alike, normalized
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "check_choice",
@@ -27,8 +30,10 @@ _POOL_OR_FLATTEN = (
 )
 
 
-def check_views(caller: str, *views: Any) -> tuple[Tensor, ...]:
+def check_views(caller: str, *views: Any, names: Sequence[str] = ()) -> tuple[Tensor, ...]:
     """Two or more (N, D) floating tensors of one shape, dtype and device, D ≥ 1. How many rows suffice, all ranks know.
+
+    names: those of the arguments, where they are not z1, z2 and so on.
 
     Raises:
         TypeError: not tensors, not floating, sparse, or of different dtypes.
@@ -41,13 +46,12 @@ def check_views(caller: str, *views: Any) -> tuple[Tensor, ...]:
         fits = fits and z.device == z1.device and z.layout == torch.strided
     if fits:
         return views
-    raise _refusal(caller, views)
+    raise _refusal(caller, views, names or [f"z{number}" for number in range(1, len(views) + 1)])
 
 
-def _refusal(caller: str, views: tuple[Any, ...]) -> Exception:
+def _refusal(caller: str, views: tuple[Any, ...], names: Sequence[str]) -> Exception:
     if len(views) < 2:
         return ValueError(f"{caller}: expected at least two views, got {len(views)}. Call it as loss(z1, z2).")
-    names = [f"z{number}" for number in range(1, len(views) + 1)]
     for name, z in zip(names, views, strict=True):
         check_tensor(caller, name, z)
     shapes = f"got {_listed(names, [tuple(z.shape) for z in views])}"
@@ -77,9 +81,9 @@ def _refusal(caller: str, views: tuple[Any, ...]) -> Exception:
     return ValueError(f"{caller}: expected D ≥ 1 features, {shapes}. Check the projector's output width.")
 
 
-def _listed(names: list[str], values: list[Any]) -> str:
+def _listed(names: Sequence[str], values: list[Any]) -> str:
     """z1 (4, 8) and z2 (4, 9); of many views the first and those that differ from it."""
-    shown = [(n, v) for n, v in zip(names, values, strict=True) if len(names) <= 4 or n == "z1" or v != values[0]]
+    shown = [(n, v) for n, v in zip(names, values, strict=True) if len(names) <= 4 or n == names[0] or v != values[0]]
     return " and ".join(f"{name} {value}" for name, value in shown[:4])
 
 

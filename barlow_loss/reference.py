@@ -1,4 +1,4 @@
-r"""The oracle: the Barlow Twins equation as the paper writes it, differentiated by autograd.
+r"""The oracle: the Barlow Twins equation as the paper writes it, differentiated by autograd; and its relatives.
 
 Every optimised path is judged by this file, run in float64, and nothing in the package imports it.
 It costs O(N D²) time and several D×D matrices; use :func:`barlow_loss.barlow_twins_loss` for training.
@@ -6,12 +6,20 @@ It costs O(N D²) time and several D×D matrices; use :func:`barlow_loss.barlow_
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["ReferenceTerms", "barlow_twins_loss"]
+__all__ = [
+    "MixedReferenceTerms",
+    "ReferenceTerms",
+    "VICRegReferenceTerms",
+    "barlow_twins_loss",
+    "mixed_barlow_twins_loss",
+    "vicreg_loss",
+]
 
 
 class ReferenceTerms(NamedTuple):
@@ -57,3 +65,109 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, *, lambd: float | Tensor = 0.0051,
     on_diagonal = (c.diagonal() - 1).square().sum()
     off_diagonal = c.masked_fill(diagonal, 0).square().sum()
     return ReferenceTerms(on_diagonal + lambd * off_diagonal, on_diagonal, off_diagonal)
+
+
+class VICRegReferenceTerms(NamedTuple):
+    """``λ * invariance + μ * variance + ν * covariance == loss``; 0-d tensors in the dtype of the views."""
+
+    loss: Tensor
+    invariance: Tensor
+    variance: Tensor
+    covariance: Tensor
+
+
+def vicreg_loss(
+    *views: Tensor,
+    invariance: float | Tensor = 25.0,
+    variance: float | Tensor = 25.0,
+    covariance: float | Tensor = 1.0,
+    eps: float = 1e-4,
+) -> VICRegReferenceTerms:
+    r"""The loss of Bardes et al. (2022) as their program has it, term by term, in the dtype of its inputs.
+
+    .. math::
+        s = \frac{1}{N D} \lVert Z - Z' \rVert^2, \quad
+        v(Z) = \frac{1}{D} \sum_d \max\Big(0,\; 1 - \sqrt{\mathrm{Var}(z^d) + \varepsilon}\Big), \quad
+        c(Z) = \frac{1}{D} \sum_i \sum_{j \ne i} \mathrm{Cov}(Z)_{ij}^2
+
+    Args:
+        *views: two or more views' embeddings, (N, D), any floating dtype.
+        invariance: weight of s, the mean over all pairs of views.
+        variance: weight of v, the mean over the views.
+        covariance: weight of c, twice the mean over the views.
+        eps: added to the unbiased variance inside the root, ≥ 0.
+
+    Returns:
+        The loss and its three terms. All four are differentiable, any number of times.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+        >>> vicreg_loss(z, z).loss  # equal views, no covariance, standard deviations above 1
+        tensor(0., dtype=torch.float64)
+    """
+    n, d = views[0].shape
+    pairs = list(itertools.combinations(views, 2))
+    s = torch.stack([(a - b).square().mean() for a, b in pairs]).mean()
+    centred = [z - z.mean(dim=0) for z in views]
+    centred = [x - x.mean(dim=0) for x in centred]
+    variances = torch.stack([x.square().sum(dim=0) for x in centred]) / (n - 1)
+    v = torch.relu(1 - torch.sqrt(variances + eps)).mean()
+    diagonal = torch.eye(d, dtype=torch.bool, device=views[0].device)
+    off_diagonals = [(x.T @ x / (n - 1)).masked_fill(diagonal, 0).square().sum() for x in centred]
+    c = 2 * torch.stack(off_diagonals).mean() / d
+    return VICRegReferenceTerms(invariance * s + variance * v + covariance * c, s, v, c)
+
+
+class MixedReferenceTerms(NamedTuple):
+    """``on_diagonal + lambd * (off_diagonal + mix_scale * mixture) == loss``; 0-d, in the dtype of the views."""
+
+    loss: Tensor
+    on_diagonal: Tensor
+    off_diagonal: Tensor
+    mixture: Tensor
+
+
+def mixed_barlow_twins_loss(
+    z1: Tensor,
+    z2: Tensor,
+    z_mixed: Tensor,
+    alpha: float | Tensor,
+    permutation: Tensor,
+    *,
+    lambd: float | Tensor = 0.0051,
+    mix_scale: float | Tensor = 5.0,
+    eps: float = 1e-5,
+) -> MixedReferenceTerms:
+    r"""The loss of Bandara et al. (2023), term by term, in the dtype of its inputs.
+
+    .. math::
+        R = \sum_{v = 1, 2} \Big\lVert \tfrac1N \hat z_m^\top \hat z_v - \tfrac1N
+            \big(\alpha \hat z_1 + (1 - \alpha) \hat z_2[\pi]\big)^\top \hat z_v \Big\rVert^2, \qquad
+        L = L_{BT} + \lambda \cdot \text{mix\_scale} \cdot R
+
+    Args:
+        z1: the first view's embeddings, (N, D), any floating dtype.
+        z2: the second view's embeddings, the same shape and dtype.
+        z_mixed: the embeddings of the mixed samples α x1 + (1 − α) x2[π], the same shape and dtype.
+        alpha: α, the share of the first view.
+        permutation: π, (N,) indices.
+        lambd: λ, weight of the off-diagonal sum.
+        mix_scale: weight of R, times λ.
+        eps: added to the biased variance inside the root, ≥ 0.
+
+    Returns:
+        The loss and its three sums. All four are differentiable, any number of times.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+        >>> mixed_barlow_twins_loss(z, z, z, 0.3, torch.arange(4), eps=0.0).loss  # nothing is mixed
+        tensor(0., dtype=torch.float64)
+    """
+    n = z1.shape[0]
+    _, on_diagonal, off_diagonal = barlow_twins_loss(z1, z2, lambd=lambd, eps=eps)
+    u1, u2, um = (_standardize(z, eps) for z in (z1, z2, z_mixed))
+    target = alpha * u1 + (1 - alpha) * u2[permutation]
+    mixture = torch.stack([(um.T @ u / n - target.T @ u / n).square().sum() for u in (u1, u2)]).sum()
+    return MixedReferenceTerms(
+        on_diagonal + lambd * off_diagonal + mix_scale * lambd * mixture, on_diagonal, off_diagonal, mixture
+    )

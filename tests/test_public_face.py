@@ -19,13 +19,21 @@ NAMES = {
     "BarlowTwinsTerms",
     "CollapseReport",
     "DistributedBatchNorm",
+    "MixedBarlowTwinsLoss",
+    "MixedBarlowTwinsTerms",
     "PairReports",
     "Projector",
+    "VICRegLoss",
+    "VICRegTerms",
     "barlow_twins_loss",
     "collapse_report",
     "cross_correlation",
+    "mixed_barlow_twins_loss",
     "standardize",
+    "vicreg_loss",
 }
+RESULTS = {"BarlowTwinsTerms", "CollapseReport", "MixedBarlowTwinsTerms", "PairReports", "VICRegTerms"}
+ORACLES = {"barlow_twins_loss", "mixed_barlow_twins_loss", "vicreg_loss"}
 # Parameter -> default of what the README and the design promise; a release may add to the end, never change these.
 SIGNATURES = {
     "barlow_twins_loss": {
@@ -50,6 +58,36 @@ SIGNATURES = {
         "grad_reduction": "mean",
         "pair_weights": None,
     },
+    "vicreg_loss": {
+        "views": inspect.Parameter.empty,
+        "invariance": 25.0,
+        "variance": 25.0,
+        "covariance": 1.0,
+        "eps": 1e-4,
+        "algorithm": "auto",
+        "synchronize": True,
+        "process_group": None,
+        "grad_reduction": "mean",
+        "return_terms": False,
+    },
+    "VICRegLoss": {"invariance": 25.0, "variance": 25.0, "covariance": 1.0, "eps": 1e-4, "algorithm": "auto"},
+    "mixed_barlow_twins_loss": {
+        "z1": inspect.Parameter.empty,
+        "z2": inspect.Parameter.empty,
+        "z_mixed": inspect.Parameter.empty,
+        "alpha": inspect.Parameter.empty,
+        "permutation": inspect.Parameter.empty,
+        "lambd": 0.0051,
+        "mix_scale": 5.0,
+        "eps": 1e-5,
+        "algorithm": "auto",
+        "backend": "auto",
+        "synchronize": True,
+        "process_group": None,
+        "grad_reduction": "mean",
+        "return_terms": False,
+    },
+    "MixedBarlowTwinsLoss": {"lambd": 0.0051, "mix_scale": 5.0, "eps": 1e-5, "algorithm": "auto", "backend": "auto"},
     "Projector": {
         "in_features": inspect.Parameter.empty,
         "hidden_features": 8192,
@@ -99,13 +137,14 @@ def test_public_callables_are_typed(name):
     assert not unannotated or issubclass(target, tuple)
 
 
-@pytest.mark.parametrize("name", sorted(NAMES | {"reference.barlow_twins_loss"}))
+@pytest.mark.parametrize("name", sorted(NAMES | {f"reference.{name}" for name in ORACLES}))
 def test_docstrings_have_an_example_that_runs_as_a_doctest(name):
     """pytest --doctest-modules runs them all; here each one is required to exist and to say what it takes and gives."""
-    target = reference.barlow_twins_loss if "." in name else getattr(barlow_loss, name)
+    module, name = (reference, name.partition(".")[2]) if "." in name else (barlow_loss, name)
+    target = getattr(module, name)
     documentation = inspect.getdoc(target)
     assert documentation
-    if name in {"BarlowTwinsTerms", "CollapseReport", "PairReports"}:
+    if name in RESULTS:
         return  # Results: shown in the examples of the functions that return them.
     examples = doctest.DocTestParser().get_examples(documentation)
     assert any(example.want for example in examples), "no example with an output"
@@ -120,13 +159,21 @@ def test_doctests_are_collected_by_the_configured_run():
     assert re.search(r'testpaths = \[.*"barlow_loss".*\]', configuration)
 
 
-def test_return_type_follows_return_terms():
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [
+        ("barlow_twins_loss", "BarlowTwinsTerms"),
+        ("mixed_barlow_twins_loss", "MixedBarlowTwinsTerms"),
+        ("vicreg_loss", "VICRegTerms"),
+    ],
+)
+def test_return_type_follows_return_terms(name, terms):
     """A type checker knows a tensor from terms: one overload for each."""
     overloads = getattr(typing, "get_overloads", None)
     if overloads is None:
         pytest.skip("typing.get_overloads needs Python 3.11")
-    found = {str(inspect.signature(f).return_annotation) for f in overloads(barlow_loss.barlow_twins_loss)}
-    assert {"Tensor", "BarlowTwinsTerms"} <= found
+    found = {str(inspect.signature(f).return_annotation) for f in overloads(getattr(barlow_loss, name))}
+    assert {"Tensor", terms} <= found
 
 
 def test_version_is_the_same_everywhere():

@@ -41,7 +41,7 @@ LOSS = [
     *_in(
         "barlow_loss/_penalty.py",
         LAWS,
-        ("off-diagonal-counts-the-diagonal", "off = off - number(torch.dot(c, c), plan.on_host)", "off = off * 1"),
+        ("off-diagonal-counts-the-diagonal", "off = off - _sum_of_squares(c, plan)", "off = off * 1"),
         ("off-diagonal-rounds-below-zero", "max(off, 0.0)", "off"),
         ("on-diagonal-takes-one-from-the-square", "e = c - 1", "e = c * c - 1"),
         ("lambda-weights-the-diagonal", "weighted = lambd * off", "weighted = lambd * on"),
@@ -92,9 +92,14 @@ LOSS = [
         GRADIENTS,
         (
             "dual-projects-with-its-own-gram-matrix",
-            "(k2, u1, None) if needed[0] else None, (k1, u2, None)",
-            "(k1, u1, None) if needed[0] else None, (k2, u2, None)",
+            "zip(needed, m, each(u), strict=True)",
+            "zip(needed, m[::-1], each(u), strict=True)",
         ),
+    ),
+    *_in(
+        "barlow_loss/_gram.py",
+        ("tests/test_gradients.py",),
+        ("upper-half-of-the-gram-matrix-not-mirrored", "    k[:half, half:] = k[half:, :half].t()\n", ""),
     ),
     *_in(
         "barlow_loss/_primal.py",
@@ -106,7 +111,6 @@ LOSS = [
     *_in(
         "barlow_loss/_backends/eager.py",
         ("tests/test_gradients.py",),
-        ("upper-half-of-the-gram-matrix-not-mirrored", "    k[:half, half:] = k[half:, :half].t()\n", ""),
         (
             "last-block-of-rows-dropped",
             "for start in range(height, n, height)",
@@ -124,10 +128,10 @@ LOSS = [
         "barlow_loss/_backends/eager.py",
         EXTREMES,
         ("infinite-variance-is-a-silent-zero-in-the-loss", "torch.div(total.sqrt(), total)", "torch.rsqrt(total)"),
-        ("float32-under-the-root", "m2.to(vector_dtype(z1.device)).add_(", "m2.add("),
+        ("float32-under-the-root", "m2.to(dtype).add_(", "m2.add("),
         ("an-eps-too-large-is-nan", "min(n * eps, sys.float_info.max)", "n * eps"),
         ("large-batches-centred-on-their-first-row", "0 < n * d <= _SMALL_ELEMENTS", "n > 0"),
-        ("no-pivot", "wide(z1[:1]), wide(z2[:1])", "wide(z1[:1]) * 0, wide(z2[:1]) * 0"),
+        ("no-pivot", "pivots += (wide(z[:1]),)", "pivots += (wide(z[:1]) * 0,)"),
     ),
     *_in(
         "barlow_loss/_backends/eager.py",
@@ -146,13 +150,58 @@ LOSS = [
     *_in(
         "barlow_loss/_function.py",
         ("tests/test_contract.py",),
-        ("statistics-under-autocast", "with autocast_disabled(z1.device.type):", "if True:"),
-        ("gradients-under-autocast", "with autocast_disabled(u.device.type):", "if True:"),
+        ("statistics-under-autocast", "with autocast_disabled(views[0].device.type):", "if True:"),
+        ("gradients-under-autocast", "with autocast_disabled(c.device.type):", "if True:"),
     ),
     *_in(
         "barlow_loss/loss.py",
         ("tests/distributed/test_traffic.py", "tests/distributed/test_exactness.py"),
-        ("auto-decides-by-the-rows-of-one-rank", "grad_reduction, n, z1, z2)", "grad_reduction, z1.shape[0], z1, z2)"),
+        ("auto-decides-by-the-rows-of-one-rank", "weights, n, views)", "weights, views[0].shape[0], views)"),
+    ),
+]
+
+VIEWS = [
+    *_in(
+        "barlow_loss/_backends/eager.py",
+        ("tests/test_laws_views.py",),
+        ("diagonals-of-pairs-weigh-alike", "weighted = d_pair * weight", "weighted = d_pair"),
+        ("norms-of-pairs-counted-twice", "total * 0.5", "total"),
+        (
+            "mixed-from-what-is-mixed-already",
+            "own = torch.stack([k_i[rows] for k_i in k])",
+            "own = [k_i[rows] for k_i in k]",
+        ),
+        (
+            "a-block-of-pairs-forgotten",
+            "for start in range(0, n, height):\n        blocks",
+            "for start in range(height, n, height):\n        blocks",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_backends/eager.py",
+        ("tests/distributed/test_more_views.py",),
+        ("dots-of-pairs-weigh-alike", "d[row] * c[row] * plan.weights[i][j]", "d[row] * c[row]"),
+    ),
+    *_in(
+        "barlow_loss/_primal.py",
+        ("tests/test_laws_views.py",),
+        ("primal-pairs-weigh-alike", "parts.append(kept[-2] * weight)", "parts.append(kept[-2])"),
+        ("columns-for-rows-of-the-second-view", "q.add_(columns, alpha=weight)", "q.add_(rows, alpha=weight)"),
+    ),
+    *_in(
+        "barlow_loss/_penalty.py",
+        ("tests/test_laws_views.py",),
+        ("terms-of-pairs-weigh-alike", "sum(weight * total", "sum(total"),
+    ),
+    *_in(
+        "barlow_loss/_pairs.py",
+        ("tests/test_laws_views.py",),
+        ("weights-not-normalised", "total = sum([scaled", "total = 1 or sum([scaled"),
+    ),
+    *_in(
+        "barlow_loss/_report.py",
+        ("tests/test_diagnostics.py",),
+        ("the-best-pair-is-the-worst", "return max(self, key=badness)", "return min(self, key=badness)"),
     ),
 ]
 
@@ -194,8 +243,8 @@ AUTOGRAD = [
         "barlow_loss/_backends/eager.py",
         GRADIENTS,
         ("diagonal-taken-off-half", "a - b if holds_diagonal else a)", "a - b / 2 if holds_diagonal else a)"),
-        ("gradient-along-the-features-forgotten", "(q * b + d * c)", "(q * b)"),
-        ("rho-of-the-other-view", "u2, u1, b, c, d, rho2, plan, dtype)", "u2, u1, b, c, d, rho1, plan, dtype)"),
+        ("gradient-along-the-features-forgotten", "q * b + _dots(view, d, c, plan)", "q * b"),
+        ("rho-of-the-other-view", "rhos[view].to(", "rhos[0].to("),
         ("too-large-a-slope-is-refused", "b *= math.inf", "pass"),
     ),
     *_in(
@@ -332,7 +381,12 @@ FACE = [
     *_in(
         "barlow_loss/_validation.py",
         ("tests/test_contract.py",),
-        ("second-view-not-checked", '(("z1", z1), ("z2", z2))', '(("z1", z1),)'),
+        (
+            "second-view-not-checked",
+            "for name, z in zip(names, views, strict=True):\n        check",
+            "for name, z in zip(names[:1], views[:1], strict=True):\n        check",
+        ),
+        ("third-view-unlike", "z.shape == z1.shape and z.dtype == z1.dtype", "z.shape == z1.shape"),
         ("lambda-may-be-nan", "if not 0 <= lambd < math.inf:", "if lambd < 0 or lambd == math.inf:"),
         ("eps-may-be-true", "if isinstance(eps, bool) or not", "if not"),
     ),
@@ -341,8 +395,8 @@ FACE = [
         ("tests/distributed/test_wrappers.py",),
         (
             "module-forgets-grad-reduction",
-            "            grad_reduction=self.grad_reduction,\n            return_terms",
-            "            return_terms",
+            "            grad_reduction=self.grad_reduction,\n            pair_weights",
+            "            pair_weights",
         ),
     ),
     *_in(
@@ -599,8 +653,88 @@ EXAMPLE_STEPS = [
     ),
 ]
 
+RELATED = ("tests/test_relatives.py::TestPublishedNumbers", "tests/test_relatives.py::TestGradients")
+RELATED_GLOBAL = ("tests/distributed/test_relatives_global.py::test_equals_the_concatenated_batch",)
+RELATED_ERRORS = ("tests/test_relatives.py::TestErrors",)
+RELATED_WEIGHTED = ("tests/distributed/test_relatives_global.py::test_ranks_that_weight_the_loss_differently",)
+
+RELATIVES = [
+    *_in(
+        "barlow_loss/_gram_norm.py",
+        RELATED,
+        (
+            "gram-of-the-others-for-x-alone",
+            "grams = (m, *[k] * len(ys))\n    return [",
+            "grams = (k, *[k] * len(ys))\n    return [",
+        ),
+        ("gram-of-the-first-other-alone", "        m += _gram(batch, y, rows)", "        _gram(batch, y, rows)"),
+        ("own-diagonal-kept-in-the-primal", "        c.diagonal().zero_()\n", ""),
+        (
+            "own-diagonal-kept-in-the-dual",
+            "return product, -slope * diagonal",
+            "return product, torch.zeros_like(diagonal)",
+        ),
+        ("norm-differentiated-twice-in-silence", "if not torch.is_grad_enabled() or torch", "if True or torch"),
+    ),
+    *_in(
+        "barlow_loss/_gram_norm.py",
+        RELATED_GLOBAL,
+        ("own-rows-for-all-rows", "torch.mm(k, every) if needed", "torch.mm(k[:, : len(x)], x) if needed"),
+    ),
+    *_in(
+        "barlow_loss/_gram_norm.py",
+        RELATED_WEIGHTED,
+        ("arriving-gradients-of-this-rank-alone", "sums = all_sum(batch.shards.group, *own)", "sums = own"),
+        ("sum-reduced-as-mean", 'if batch.grad_reduction == "sum" else sums', "if False else sums"),
+    ),
+    *_in(
+        "barlow_loss/_vicreg.py",
+        RELATED,
+        ("biased-variance", "wide[2] / (batch.shards.total - 1)", "wide[2] / batch.shards.total"),
+        ("covariances-over-n", "scale = 1 / (batch.shards.total - 1)", "scale = 1 / batch.shards.total"),
+        ("variance-of-one-view", "clamp_min(0).mean()", "clamp_min(0)[0].mean()"),
+        ("covariance-once", ".mean() * (2 / d)", ".mean() / d"),
+        ("closed-hinges-pull", " * (sigma < 1) / sigma", " / sigma"),
+        ("views-deviate-alike", "(difference, -0.5)", "(difference, 0.5)"),
+        ("pairs-of-views-counted-twice", "of_deviation = a * (4 / ((count - 1)", "of_deviation = a * (4 / (count"),
+    ),
+    *_in(
+        "barlow_loss/_vicreg.py",
+        ("tests/test_relatives_laws.py::test_large_means_in_float32",),
+        (
+            "pivot-far-from-the-mean",
+            "pivot_of(z.index_select(0, sampled), dtype)",
+            "torch.zeros_like(z[0], dtype=dtype)",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_vicreg.py",
+        RELATED_GLOBAL,
+        ("invariance-of-this-rank-alone", "return all_sum(batch.shards.group, own)[0]", "return own"),
+        ("mean-of-this-rank-alone", "            rows.add_(shift)", "            rows.add_(0 * shift)"),
+    ),
+    *_in(
+        "barlow_loss/mixed.py",
+        RELATED,
+        ("mixed-in-the-order-given", ".index_select(0, permutation)", ".index_select(0, permutation.argsort())"),
+        ("mixture-over-n", "/ shards.total**2", "/ shards.total"),
+        (
+            "mixture-without-lambda",
+            "_like(mix_scale, mixture) * _like(lambd, mixture) * mixture",
+            "_like(mix_scale, mixture) * mixture",
+        ),
+    ),
+    *_in(
+        "barlow_loss/_validation_relatives.py",
+        RELATED_ERRORS,
+        ("alpha-beyond-one", "if not 0 <= alpha <= 1:", "if not 0 <= alpha:"),
+        ("permutation-too-short", "if permutation.shape != z.shape[:1]:", "if permutation.ndim != 1:"),
+    ),
+]
+
 MUTANTS = [
     *LOSS,
+    *VIEWS,
     *AUTOGRAD,
     *NORMALISATION,
     *PROCESSES,
@@ -609,4 +743,5 @@ MUTANTS = [
     *EXAMPLE_CHECKPOINT,
     *EXAMPLE_IMAGES,
     *EXAMPLE_STEPS,
+    *RELATIVES,
 ]

@@ -108,6 +108,7 @@ docs-check: $(VENV)/.has-test  ## the examples in the docstrings, and README's n
 	$(RUN) benches/table.py --check
 	$(RUN) benches/gpu.py --check
 	$(RUN) benches/relatives.py --check
+	$(RUN) benches/views.py --check
 	$(RUN) examples/evaluate_small.py --check
 
 wheel: $(VENV)/.has-dev  ## build the wheel and the source distribution into dist/ (half a minute)

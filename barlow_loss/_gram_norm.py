@@ -27,7 +27,7 @@ from torch import Tensor
 from barlow_loss._collectives import Shards, all_sum, all_sum_matrix, gather_rows, once_even
 from barlow_loss._gram import gram_into
 from barlow_loss._header import UNEVEN
-from barlow_loss._plan import autocast_disabled, is_traced, vector_dtype
+from barlow_loss._plan import autocast_disabled, choose_algorithm, is_traced, vector_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +57,7 @@ def batch_for(caller: str, shards: Shards, algorithm: str, grad_reduction: str, 
     """
     z = views[0]
     if algorithm == "auto":
-        algorithm = "dual" if 2 * shards.total <= z.shape[1] else "primal"
+        algorithm = choose_algorithm(shards.total, z.shape[1])
     return Batch(caller, shards, algorithm, grad_reduction, z.is_cpu and not is_traced(*views))
 
 

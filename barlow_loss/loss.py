@@ -123,7 +123,8 @@ def barlow_twins_loss(
             gradient of a tensor is whole on each, so it wants a mean over them, whatever ``grad_reduction``.
         eps: added to the variance inside the root, ≥ 0; part of the loss.
         algorithm: "primal" works on the D×D matrix C (6 N D² FLOPs for each pair), "dual" on the N×N Gram matrices of
-            the views (4 N² D for each view); both are exact. "auto" takes the dual for N ≤ D/2.
+            the views (4 N² D for each view); both are exact. "auto" takes the dual for N ≤ D/2, and of more than two
+            views for N ≤ D, unless the products are in 16 bits.
         backend: "eager" is plain torch, on every device; "triton" fuses all but the matrix products into a few
             kernels, on CUDA, ROCm and XPU; both are exact. "auto" takes Triton, where it can be used, on NVIDIA
             GPUs of compute capability 8.0 and newer and on AMD's gfx942 and gfx950; for CPU tensors it never does.

@@ -9,18 +9,20 @@ Byte model, float32: the dual holds at most 5·N·D + 3·N² elements, the textb
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.profiler import ProfilerActivity, profile
 
 from workload import Answer, step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
     from baselines import Contender
+
+    Results = TypeVar("Results", bound=tuple[Tensor, ...])
 
 
 def watched_step(contender: Contender, z1: Tensor, z2: Tensor) -> tuple[Answer, int]:
@@ -28,7 +30,12 @@ def watched_step(contender: Contender, z1: Tensor, z2: Tensor) -> tuple[Answer, 
 
     A compiled contender must have run before: its compiler allocates too.
     """
-    answer, changes = _watched(contender, z1, z2)
+    return watched(lambda: step(contender, z1, z2))
+
+
+def watched(run: Callable[[], Results]) -> tuple[Results, int]:
+    """What ``run`` returns, tensors, and the peak bytes alive at once in it, without these."""
+    answer, changes = _watched(run)
     results = {tensor.data_ptr() for tensor in answer}
     born = {address: i for i, (_, address, size) in enumerate(changes) if size > 0 and address in results}
     live = peak = 0
@@ -39,10 +46,10 @@ def watched_step(contender: Contender, z1: Tensor, z2: Tensor) -> tuple[Answer, 
     return answer, peak
 
 
-def _watched(contender: Contender, z1: Tensor, z2: Tensor) -> tuple[Answer, list[tuple[int, int, int]]]:
-    """A step, and (time, address, bytes) of every block given out (+) or taken back (−) meanwhile, in order."""
+def _watched(run: Callable[[], Results]) -> tuple[Results, list[tuple[int, int, int]]]:
+    """What it returns; (time, address, bytes) of every block given out (+) or taken back (−) meanwhile, in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        answer = step(contender, z1, z2)
+        answer = run()
     tree: Any = profiler.profiler
     return answer, sorted(_changes(tree.kineto_results.experimental_event_tree()))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from barlow_loss import _plan
-from barlow_loss._pairs import TWO_VIEWS
+from barlow_loss._pairs import TWO_VIEWS, all_alike
 from barlow_loss._plan import Plan, choose_backend, make_plan
 
 CASE = {
@@ -103,6 +103,23 @@ OBSTACLE = "triton cannot be imported (No module named 'triton')"
 def test_backend(chip, backend, device, obstacle, proven, expected):
     chip(obstacle, proven)
     assert choose_backend("f", backend, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("views", "n", "dtype", "device", "expected"),
+    [
+        (2, 385, torch.float32, "cpu", "primal"),
+        (3, 385, torch.float32, "cpu", "dual"),
+        (8, 768, torch.float64, "cpu", "dual"),
+        (8, 768, torch.float32, "cuda", "dual"),
+        (8, 769, torch.float32, "cpu", "primal"),
+        (8, 384, torch.bfloat16, "cuda", "dual"),
+        (8, 385, torch.bfloat16, "cuda", "primal"),  # float16 products lose the digits that the subtraction costs
+    ],
+)
+def test_more_views_take_the_dual_longer(views, n, dtype, device, expected):
+    found = plan(n=n, d=768, dtype=dtype, device_type=device, weights=all_alike(views))
+    assert found.algorithm == expected
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "meta"])

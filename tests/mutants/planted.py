@@ -402,7 +402,7 @@ FACE = [
     *_in(
         "barlow_loss/_plan.py",
         ("tests/test_plan.py",),
-        ("primal-at-half-the-features", '"dual" if 2 * n <= d', '"dual" if 2 * n < d'),
+        ("primal-at-half-the-features", '"dual" if 2 * n <= most', '"dual" if 2 * n < most'),
         ("float16-products-of-any-width", " and d <= _FLOAT16_MAX_FEATURES:", ":"),
         ("asked-for-triton-falls-back", '    if backend == "auto":\n', '    if backend == "auto" or obstacle:\n'),
     ),

@@ -30,7 +30,7 @@ from torch import Tensor
 import machine
 from barlow_loss import barlow_twins_loss
 from memory import watched
-from timing import interleave, processor_time, ratios, spread
+from timing import Turn, interleave, processor_time, ratios, spread
 from workload import Cell, gram_form
 
 if TYPE_CHECKING:
@@ -83,13 +83,15 @@ def errors(answer: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[float
 def truth(views: list[Tensor]) -> tuple[Tensor, ...]:
     """The mean over the pairs in float64, pair by pair, so that the graph of one is alive at once."""
     doubles = [view.detach().double().requires_grad_() for view in views]
-    pairs = list(itertools.combinations(doubles, 2))
+    pairs = list(itertools.combinations(range(len(views)), 2))
     total = torch.zeros((), dtype=torch.float64)
-    for pair in pairs:
-        loss = gram_form(*pair) / len(pairs)
-        loss.backward()
+    gradients = [torch.zeros_like(double) for double in doubles]
+    for i, j in pairs:
+        loss = gram_form(doubles[i], doubles[j]) / len(pairs)
+        for view, gradient in zip((i, j), torch.autograd.grad(loss, (doubles[i], doubles[j])), strict=True):
+            gradients[view] += gradient
         total += loss.detach()
-    return total, *(double.grad for double in doubles if double.grad is not None)
+    return total, *gradients
 
 
 def measure(cell: Cell, rounds: int, seconds: float) -> Record:
@@ -99,7 +101,7 @@ def measure(cell: Cell, rounds: int, seconds: float) -> Record:
     with machine.all_cores():
         right = {count: truth(views[:count]) for count in (2, 4, 8)}
     records: dict[str, Record] = {}
-    turns = {}
+    turns: dict[str, Turn] = {}
     for name, (count, loss_fn) in CONTENDERS.items():
         run = _turn(loss_fn, views[:count])
         answer, working = watched(run)

@@ -29,9 +29,9 @@ from barlow_recipes import checkpoint, command_line, folders
 from barlow_recipes.command_line import Device, Positive, Real, optional_value, own_cores
 from barlow_recipes.errors import Aborted, Interrupted, UsageError, require
 from barlow_recipes.fashion_mnist import INSTALLED, NAME, PACKAGE, is_fashion_mnist
+from barlow_recipes.looking import versions
 from barlow_recipes.outputs import BACKBONE, RESULTS, replacing
 from barlow_recipes.program import exit_status, start
-from barlow_recipes.report import versions
 from barlow_recipes.small import methods, tables
 from barlow_recipes.small.data import COLUMNS, DIGITS, FASHION, MOST, TASKS, load
 from barlow_recipes.small.jobs import Job, Result, run_jobs

@@ -36,10 +36,8 @@ from barlow_recipes.detection.settings import Settings, read_settings
 from barlow_recipes.distributed import from_main, is_main
 from barlow_recipes.encoders import Encoder, build_encoder
 from barlow_recipes.errors import Stopped, require
-from barlow_recipes.metrics import Metrics
-from barlow_recipes.program import exit_status, start
-from barlow_recipes.signals import StopRequests, arrived, stop_requests
-from barlow_recipes.tables import BAR
+from barlow_recipes.metrics import BAR, Metrics
+from barlow_recipes.program import StopRequests, arrived, exit_status, start
 from barlow_recipes.weights import digest, load_encoder
 
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --short-side or --rois-per-image, or more processes"
@@ -95,7 +93,7 @@ def run(settings: Settings) -> None:
     default = Path("runs") / f"{data.name.lower()}-{encoder.arch.replace('/', '-')}-{settings.neck}"
     saved, agreed = folders.load(folders.find(settings, default)), {"the device": device.type}
     opened = folders.opened(settings, default, shaping, saved, unit="iteration", agreed=agreed)
-    with opened as (out, metrics), stop_requests() as requests:
+    with opened as (out, metrics), StopRequests() as requests:
         network = distributed.synchronized(model)
         now = Run(settings, data, encoder, network, state, images, shaping, out, metrics)
         if saved:

@@ -13,10 +13,9 @@ from barlow_recipes.distributed import from_main
 from barlow_recipes.encoders import Encoder, build_encoder
 from barlow_recipes.errors import UsageError
 from barlow_recipes.labelled import Reading, Tree
-from barlow_recipes.metrics import Metrics
+from barlow_recipes.metrics import Metrics, aligned
 from barlow_recipes.neighbours import NEIGHBOURS
 from barlow_recipes.published import PUBLISHED, RECIPES, Recipe
-from barlow_recipes.tables import aligned
 from barlow_recipes.weights import digest, load_encoder
 
 PERCENT = {"semi-1": 1, "semi-10": 10}

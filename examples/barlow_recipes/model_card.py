@@ -9,10 +9,9 @@ from barlow_loss import __version__
 from barlow_recipes.encoders import TIMM, Encoder, is_own
 from barlow_recipes.errors import UsageError, first_line, require
 from barlow_recipes.exporting import CARD, SAFETENSORS, building_code
-from barlow_recipes.metrics import read_rows
+from barlow_recipes.metrics import accuracy_cells, read_rows
 from barlow_recipes.outputs import BACKBONE, METRICS, RESULTS, replacing
 from barlow_recipes.pixels import MEAN, STD
-from barlow_recipes.tables import accuracy_cells
 from barlow_recipes.weights import OFFICIAL, OURS, digest, read_weights
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")

@@ -9,8 +9,7 @@ from barlow_recipes import checkpoint
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.errors import UsageError
 from barlow_recipes.models import BarlowTwins
-from barlow_recipes.optimization import LARS
-from barlow_recipes.presets import LEARNING_RATE_BIASES
+from barlow_recipes.optimization import LARS, LEARNING_RATE_BIASES
 from barlow_recipes.weights import OFFICIAL, Weights, find, load, misfit, read_weights
 
 
@@ -44,7 +43,7 @@ def go_on(weights: Weights, state: TrainingState, learning_rate_biases: float, s
 
     Both step by LARS, with μ ← 0.9 μ + d and p ← p − lr·μ, and number the parameters alike: first the matrices, then
     the vectors. Here another learning rate of the vectors may belong to the same updates, since the official gradient
-    is 1/W of the true one (see :func:`.presets.official`), and with it another μ: lr·μ stays what it was.
+    is 1/W of the true one (see :func:`.settings.official`), and with it another μ: lr·μ stays what it was.
 
     Raises:
         UsageError: the weights do not fit the model, or the optimiser is another one.

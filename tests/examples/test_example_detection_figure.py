@@ -8,7 +8,6 @@ import json
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,16 +63,14 @@ def pretrain(images: Path, out: Path) -> None:
     from barlow_recipes.images import load_images
     from barlow_recipes.models import BarlowTwins
     from barlow_recipes.optimization import build_optimizer, build_schedule
-    from barlow_recipes.views import PAPER
+    from barlow_recipes.settings import Settings
 
     torch.manual_seed(0)
     encoder = build_encoder(ARCH)
     model = BarlowTwins(encoder.module, Projector(encoder.features, 256, 256, num_layers=2))
-    sharp = [replace(recipe, crop_scale=(0.4, 1.0), blur=0.0, solarize=0.0) for recipe in PAPER]
-    data = load_images(
-        str(images), recipes=(sharp[0], sharp[1]), image_size=SIDE, batch_size=BATCH_SIZE, seed=0, workers=0,
-        timeout=60, monitor=False, pin_memory=False, augment_on="workers",
-    )  # fmt: skip
+    views = {"crop_scale": 0.4, "blur": (0.0, 0.0), "solarize": (0.0, 0.0)}
+    how = {"image_size": SIDE, "batch_size": BATCH_SIZE, "workers": 0, "loader_timeout": 60, "probe": False}
+    data = load_images(Settings(data=str(images), **views, **how))  # type: ignore[arg-type]
     optimizer = build_optimizer("adamw", model, batch_size=256, lr_weights=2e-3, lr_biases=2e-3, weight_decay=1e-4)
     schedule = build_schedule(optimizer, EPOCHS * len(data.pairs), warmup_steps=5)
     loss_fn = BarlowTwinsLoss(0.02)

@@ -13,14 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from outcomes import EXAMPLES, FILES, SMALL_CNN, differences, rows, states
+from sources import load
 from together import Done, launch
 
 from barlow_recipes import distributed
-from barlow_recipes.data import Batch, PretrainingData
+from barlow_recipes.data import Batch
 from barlow_recipes.digits import load_digits
 from barlow_recipes.errors import UsageError
-from barlow_recipes.images import load_images
-from barlow_recipes.views import PAPER
 from programs import Nursery
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
@@ -212,19 +211,15 @@ def of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return pretend
 
 
-def load_from(root: Path, rows: slice) -> PretrainingData:
-    settings = {"image_size": 32, "batch_size": 8, "seed": 0, "workers": 0, "monitor": True, "pin_memory": False}
-    settings |= {"recipes": PAPER, "timeout": 60, "augment_on": "workers"}
-    return load_images(str(root), **settings, rows=rows)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("kind", ["digits", "images"])
 def test_the_ranks_rows_make_up_the_batches_of_one_process(
     kind: str, jpegs: Path, of: Callable[[int, int], None]
 ) -> None:
     def batches() -> list[Batch]:
         rows = distributed.own_rows(8)
-        data = load_digits(8, 0, True, rows) if kind == "digits" else load_from(jpegs, rows)
+        data = (
+            load_digits(8, 0, True, rows) if kind == "digits" else load(jpegs, image_size=32, batch_size=8, rows=rows)
+        )
         return list(islice(data.pairs.batches(1), 4))
 
     whole, parts = batches(), []

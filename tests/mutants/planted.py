@@ -516,7 +516,7 @@ EXAMPLE_IMAGES = [
         ("held-out-images-pretrained-on", "images.subset((~held_out).nonzero()[:, 0])", "images"),
     ),
     *_in(
-        "examples/barlow_recipes/shards.py",
+        "examples/barlow_recipes/files.py",
         ("tests/examples/test_example_shards.py",),
         ("images-in-the-order-of-the-archive", "entries = sorted(entry", "entries = list(entry"),
         (
@@ -545,13 +545,13 @@ EXAMPLE_STEPS = [
     *_in(
         "examples/barlow_recipes/optimization.py",
         OPTIMIZATION,
-        ("biases-decay", '"lr": lr_biases, "weight_decay": 0.0', '"lr": lr_biases, "weight_decay": weight_decay'),
+        ("biases-decay", 'lr_biases, "weight_decay": 0.0', 'lr_biases, "weight_decay": weight_decay'),
         ("warm-up-a-step-early", "return step / warmup_steps", "return (step + 1) / warmup_steps"),
     ),
     *_in(
         "examples/barlow_recipes/steps.py",
         STEPS,
-        ("accumulated-gradients-not-averaged", "settings.scale_loss / settings.accumulate", "settings.scale_loss"),
+        ("loss-not-scaled", "terms.loss * settings.scale_loss", "terms.loss"),
         (
             "running-statistics-of-a-step-left-out-stay",
             "torch._foreach_copy_(list(state.model.buffers()), now.buffers_before)",
@@ -572,7 +572,7 @@ EXAMPLE_STEPS = [
         ("tests/examples/test_example_models.py",),
         (
             "statistics-move-in-both-passes",
-            "nullcontext(), _running_statistics_kept(module)",
+            "nullcontext(), statistics_kept()",
             "nullcontext(), nullcontext()",
         ),
         ("chunks-that-are-kept", "represent = computed_twice(self.backbone)", "represent = self.backbone"),

@@ -18,11 +18,11 @@ from torchvision.tv_tensors import BoundingBoxFormat
 
 from barlow_recipes import distributed
 from barlow_recipes.data import EpochBatches, seed_of
-from barlow_recipes.decoding import decode
 from barlow_recipes.detection.data import DetectionData, Example
 from barlow_recipes.detection.settings import Settings
 from barlow_recipes.errors import Aborted, UsageError, require
 from barlow_recipes.images import Loader
+from barlow_recipes.pixels import decode
 
 Target = dict[str, Tensor]
 Item = tuple[Tensor | None, Target, int]  # of one image, as in a batch; None where none could be read

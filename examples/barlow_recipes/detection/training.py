@@ -15,7 +15,7 @@ from barlow_recipes.data import seed_of
 from barlow_recipes.detection.images import Batch, Images
 from barlow_recipes.detection.settings import Settings
 from barlow_recipes.errors import Aborted, require
-from barlow_recipes.tables import aligned
+from barlow_recipes.metrics import aligned
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 NORMS = (BATCH_NORM, nn.GroupNorm, nn.LayerNorm)

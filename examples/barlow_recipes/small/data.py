@@ -13,8 +13,7 @@ from barlow_recipes.data import hold_out, seed_of
 from barlow_recipes.digits import augment_digits, load_digits
 from barlow_recipes.fashion_mnist import FINAL_BANK_PER_CLASS, NAME, SIDE, load_fashion_mnist
 from barlow_recipes.pixels import as_float, normalized
-from barlow_recipes.presets import PRESETS
-from barlow_recipes.settings import read_settings
+from barlow_recipes.settings import PRESETS, read_settings
 from barlow_recipes.views import PAPER, colored, crop_small, draw, grayscale, small_views
 
 DIGITS, FASHION = "digits", NAME

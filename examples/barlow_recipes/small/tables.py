@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from barlow_recipes.errors import require
-from barlow_recipes.pictures import BLUE, GREEN, GREY, ORANGE, drawing
+from barlow_recipes.looking import BLUE, GREEN, GREY, ORANGE, drawing
 from barlow_recipes.small.data import CLASSES, COLUMNS, KNN, MOST, TASKS
 from barlow_recipes.small.methods import FINE_TUNED, METHODS, PRETRAINED, RAW, SCRATCH, UNTRAINED
 

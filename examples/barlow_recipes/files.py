@@ -227,8 +227,7 @@ def choose_shards(root: Path, files: Iterable[str], ending: str) -> list[Path]:
 def index_shards(root: Path, shards: Sequence[Path]) -> Catalogue:
     """The images of webdataset's shards: tar archives in which ``KEY.jpg`` and ``KEY.cls`` make up a labelled image.
 
-    Their headers are read at every start, a million in a minute. After that an image is read from its place like a file of
-    its own, in the order of the same files in folders.
+    Their headers are read at every start, a million in a minute. An image is then read from its place, like a file.
     """
     entries = sorted(entry for number, shard in enumerate(shards) for entry in _index(number, shard))
     table = torch.tensor([(label, number, offset, size) for label, _, number, offset, size in entries])

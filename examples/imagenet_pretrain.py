@@ -243,7 +243,7 @@ def finish_epoch(now: Run, epoch: int, unreadable: int, bar: Any) -> None:
     if due:
         looking.draw(now)
         looking.write_report(now, "running")
-    if due or unreadable or bar.disable:
+    if due or unreadable or (bar.disable and watch.seconds > 60):  # no bar shows that the run goes on
         bar.write(epoch_line(row, settings.epochs))
     if settings.profile:
         now.metrics.add("profile", {"step": state.step, "parts": watch.rows()})

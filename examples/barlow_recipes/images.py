@@ -94,7 +94,7 @@ class Loader(DataLoader[Any]):
                 late = f"no image has come from the workers for {self.timeout:g} seconds"
                 remedy = "does the storage of --data answer? If it is only slow, give a longer --loader-timeout"
                 raise Aborted(f"{late}: {remedy}") from None
-            if "DataLoader worker" in str(error):
+            if "DataLoader worker (pid" in str(error):
                 raise Aborted(LOST_WORKER) from None
             raise
 

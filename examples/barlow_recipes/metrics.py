@@ -42,7 +42,7 @@ class Metrics:
         if self.path:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.rows[-1]) + "\n")
-        if self.mirror:
+        if self.mirror is not None:
             self.mirror.add(kind, row)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:

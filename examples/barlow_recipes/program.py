@@ -19,7 +19,7 @@ SAME_CTRL_C = 1.0  # seconds: a terminal sends it to every process, and torchrun
 
 def exit_status(body: Callable[[], None], out_of_memory: str = OUT_OF_MEMORY) -> int:
     """0: the body is done. Or say why not: 2, a mistake in its use; 1, it could not go on; 128 + n, signal n."""
-    known = {"by peer": "another process of this run has ended", "DataLoader worker (pid": LOST_WORKER}  # in RuntimeErrors
+    known = {"by peer": "another process of this run has ended", "DataLoader worker (pid": LOST_WORKER}  # of torch
     known |= {"out of memory": out_of_memory, "allocate memory": out_of_memory}
     try:
         with distributed.joined():

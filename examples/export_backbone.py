@@ -1,6 +1,6 @@
 """Give a pretrained encoder away: in files that plain torchvision and timm load, with a card that says what it is.
 
-    python examples/export_backbone.py --weights runs/imagenet-resnet50 --evaluation runs/evaluation --out to-publish
+    python examples/export_backbone.py --weights runs/imagenet-resnet50 --out to-publish
 
 The folder gets ``backbone.safetensors``; where torchvision or timm has the architecture, ``NAME.pth``, a state_dict for
 it; and ``README.md``, the model card, filled from the run's own records. Each file is read back, and the encoder in it
@@ -12,8 +12,7 @@ from pathlib import Path
 
 from barlow_recipes.command_line import read
 from barlow_recipes.errors import UsageError
-from barlow_recipes.exporting import check, file_names, hub_of, push, write_files
-from barlow_recipes.model_card import read_record, read_results, write_card
+from barlow_recipes.exporting import check, file_names, hub_of, push, read_record, write_card, write_files
 from barlow_recipes.outputs import writing
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.weights import load_encoder
@@ -29,8 +28,6 @@ class Settings:
     "architecture: of torchvision, timm/NAME or module:callable; without it as the file says"
     stem: str | None = None
     "first layers of a ResNet: imagenet or cifar; without it as the file says"
-    evaluation: tuple[Path, ...] = ()
-    "folders with a results.json of an evaluation or a transfer, for the card"
     out: Path | None = None
     "folder for the files; without it export/ in the run's folder, or beside the file"
     overwrite: bool = False
@@ -48,7 +45,7 @@ def run(settings: Settings) -> None:
     """Load, write, read back, describe, upload."""
     hub = hub_of(settings.push) if settings.push else None  # now, not after the work
     encoder = load_encoder(settings.weights, settings.arch, settings.stem)
-    record, results = read_record(settings.weights), read_results(settings.evaluation, encoder)
+    record = read_record(settings.weights)
     out = settings.out or (settings.weights if settings.weights.is_dir() else settings.weights.parent) / "export"
     taken = [name for name in file_names(encoder) if (out / name).exists()]
     if taken and not settings.overwrite:
@@ -60,10 +57,8 @@ def run(settings: Settings) -> None:
     for file in files:
         loaders = check(encoder, file)
         print(f"{file}: the same bits when loaded by {' and '.join(loaders)}")
-    card = write_card(encoder, files, record, results)
-    missing = [] if record["recipe"] else ["how it was pretrained"]
-    missing += [] if record["accuracies"] or results else ["what it is worth (--evaluation)"]
-    print(f"{card}: the model card" + (f"; it does not say {' nor '.join(missing)}" if missing else ""))
+    card = write_card(encoder, files, record)
+    print(f"{card}: the model card" + ("" if record["recipe"] else "; it does not say how it was pretrained"))
     if hub and settings.push:
         print(f"uploaded to {push(hub, settings.push, [*files, card])}")
 

@@ -22,13 +22,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from barlow_recipes import command_line, distributed, folders, labels, protocols
+import torch
+
+from barlow_recipes import command_line, distributed, folders
 from barlow_recipes.errors import UsageError, require
-from barlow_recipes.evaluation import PARTS, PERCENT, PROTOCOLS, Run, Settings, find_encoder, shaping_of
+from barlow_recipes.evaluation import PARTS, PROTOCOLS, Run, Settings, find_protocol
 from barlow_recipes.images import look_at_some
-from barlow_recipes.labelled import Tree, load_tree
+from barlow_recipes.labelled import load_tree
 from barlow_recipes.program import exit_status, start
-from barlow_recipes.protocols import Protocol
+from barlow_recipes.weights import find_encoder
 
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, or --precision bf16"
 
@@ -42,8 +44,7 @@ def run(argv: Sequence[str] | None) -> None:
     """Index the images, load the encoder, go through the protocols, tell."""
     started = time.perf_counter()
     settings = command_line.read(Settings, argv, __doc__ or "")
-    for module, reason in (("torchmetrics.classification", "the accuracies"), ("safetensors.torch", "the classifiers")):
-        require(module, reason)  # now, not hours later
+    require("safetensors.torch", "the classifiers")  # now, not hours later
     settings.check_pixels()
     wanted: list[str] = [name for name in PROTOCOLS if name in settings.protocols]
     if not wanted:
@@ -54,37 +55,23 @@ def run(argv: Sequence[str] | None) -> None:
     for part in (tree.train, tree.validation):
         look_at_some(part, str(part.root), settings)
     trained = {name: find_protocol(name, settings, tree) for name in wanted if name != "knn"}
-    encoder = find_encoder(settings, device)
-    shaping = shaping_of(settings, tree, encoder)
-    for protocol in trained.values():
-        shaping |= protocol.settings()
+    torch.manual_seed(settings.seed)
+    images = settings.channels, settings.image_size
+    encoder = find_encoder(settings.weights, settings.arch, settings.stem, *images)
+    if encoder.shape[0] != settings.channels:
+        raise UsageError(f"--channels {settings.channels}: {encoder.arch} takes images of {encoder.shape[0]} alone")
+    now = Run(settings, device, encoder._replace(module=encoder.module.to(device).eval()), tree, trained)
     default = Path("runs") / f"{tree.name}-evaluation"
     saved = folders.load(folders.find(settings, default), PARTS)
-    with folders.opened(settings, default, shaping, saved, unit="epoch") as (out, metrics):
-        now = Run(settings, device, encoder, tree, out, metrics, shaping)
+    with folders.opened(settings, default, now.shaping, saved, unit="epoch") as (now.out, now.metrics):
         if saved:
             now.resume(saved.content)
         print(now.introduction())
-        for name, protocol in trained.items():
-            print(f"{name}: {protocol.source}")
         for name in [name for name in wanted if name not in now.results]:
-            now.finish(name, protocols.vote(now) if name == "knn" else protocols.train(now, trained[name]))
+            now.finish(name)
         distributed.from_main(now.write_results)
         print("\n" + now.table(), end="\n\n")
-        print(f"{time.perf_counter() - started:.0f} seconds. Results: {out}")
-
-
-def find_protocol(name: str, settings: Settings, tree: Tree) -> Protocol:
-    """With its recipe and its labelled images."""
-    recipe, percent = settings.recipe(name), PERCENT.get(name)
-    if percent is None:
-        return Protocol(name, recipe, tree.train, f"all {len(tree.train):,} images of train/")
-    images, source = (
-        labels.from_list(settings.lists / f"{percent}percent.txt", tree)
-        if settings.lists
-        else labels.stratified(percent, tree)
-    )
-    return Protocol(name, recipe, tree.train.subset(images), source)
+        print(f"{time.perf_counter() - started:.0f} seconds. Results: {now.out}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Transfer a pretrained encoder to object detection (Pascal VOC) or to detection and instance segmentation (COCO).
 
     python examples/transfer_detection.py --data VOCdevkit --weights runs/imagenet-resnet50/backbone.pt
-    python examples/transfer_detection.py --data coco --weights resnet50.pth --neck fpn
+    python examples/transfer_detection.py --data coco --weights resnet50.pth --precision bf16
     torchrun --nproc-per-node 8 examples/transfer_detection.py --data coco --weights resnet50.pth
 
 The folder decides: with VOC2007/ and VOC2012/ in it, Faster R-CNN is trained on the trainval parts and tested on 2007's
@@ -29,18 +29,17 @@ from barlow_recipes import checkpoint, distributed, folders, outputs
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.command_line import find_device
 from barlow_recipes.detection import training
-from barlow_recipes.detection.data import DetectionData, load_data
-from barlow_recipes.detection.images import Images
+from barlow_recipes.detection.data import DetectionData, Images, load_data
 from barlow_recipes.detection.models import build_detector
 from barlow_recipes.detection.settings import Settings, read_settings
 from barlow_recipes.distributed import from_main, is_main
-from barlow_recipes.encoders import Encoder, build_encoder
+from barlow_recipes.encoders import Encoder
 from barlow_recipes.errors import Stopped, require
 from barlow_recipes.metrics import Metrics
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.signals import StopRequests, arrived, stop_requests
 from barlow_recipes.tables import BAR
-from barlow_recipes.weights import digest, load_encoder
+from barlow_recipes.weights import digest, find_encoder
 
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --short-side or --rois-per-image, or more processes"
 LOG_EVERY = 20  # iterations from one row of metrics.jsonl to the next
@@ -63,7 +62,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.encoder.arch}-{self.settings.neck.upper()}, {self.settings.iterations:,} iterations"
+        return f"{self.encoder.arch}-C4, {self.settings.iterations:,} iterations"
 
     def save(self) -> None:
         content = self.state.state_dict() | {"settings": self.shaping}
@@ -83,16 +82,13 @@ def run(settings: Settings) -> None:
     device, data = find_device(settings.device), load_data(settings.data)
     images = Images(data, settings, pin_memory=device.type == "cuda")
     torch.manual_seed(settings.seed)
-    if settings.weights == "random":
-        encoder = build_encoder(settings.arch or "resnet50")
-    else:
-        encoder = load_encoder(Path(settings.weights), settings.arch)
+    encoder = find_encoder(settings.weights, settings.arch)
     shaping = settings.shaping() | {"--weights": digest(encoder.module), "--data": str(data)}
     model = build_detector(encoder, settings, classes=len(data.classes), masks=data.masks).to(device)
     optimizer = training.build_optimizer(model, settings)
     schedule = LambdaLR(optimizer, lambda step: training.learning_rate_factor(step, settings))
     state = TrainingState(model, optimizer, schedule, torch.amp.GradScaler(device.type, enabled=False), device)
-    default = Path("runs") / f"{data.name.lower()}-{encoder.arch.replace('/', '-')}-{settings.neck}"
+    default = Path("runs") / f"{data.name.lower()}-{encoder.arch.replace('/', '-')}-c4"
     saved, agreed = folders.load(folders.find(settings, default)), {"the device": device.type}
     opened = folders.opened(settings, default, shaping, saved, unit="iteration", agreed=agreed)
     with opened as (out, metrics), stop_requests() as requests:

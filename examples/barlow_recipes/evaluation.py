@@ -1,27 +1,46 @@
-"""One run of the evaluation: its flags, its encoder, what it has found out, and how it goes on after an end."""
+"""A run of the evaluation: its flags, its protocols, what it has found out, and how it goes on after an end.
 
+A protocol is measured and saved after every epoch, and the same to the bit if it is resumed.
+"""
+
+import copy
 import json
+import math
+import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from barlow_recipes import checkpoint, distributed, outputs
+from barlow_recipes.classifier import (
+    PUBLISHED,
+    RECIPES,
+    Classifier,
+    Recipe,
+    accuracies,
+    build_optimizer,
+    shared,
+    train_epoch,
+    write_classifier,
+)
 from barlow_recipes.command_line import Positive, Real, as_flags
-from barlow_recipes.distributed import from_main
-from barlow_recipes.encoders import Encoder, build_encoder
-from barlow_recipes.errors import UsageError
-from barlow_recipes.labelled import Reading, Tree
+from barlow_recipes.data import seed_of
+from barlow_recipes.distributed import from_main, is_main
+from barlow_recipes.encoders import Encoder
+from barlow_recipes.errors import Aborted, UsageError, require
+from barlow_recipes.files import Catalogue
+from barlow_recipes.labelled import Reading, TrainingImages, Tree, centres, from_list, stratified
 from barlow_recipes.metrics import Metrics
-from barlow_recipes.neighbours import NEIGHBOURS
-from barlow_recipes.published import PUBLISHED, RECIPES, Recipe
+from barlow_recipes.probes import nearest
 from barlow_recipes.tables import aligned
-from barlow_recipes.weights import digest, load_encoder
+from barlow_recipes.weights import digest
 
 PERCENT = {"semi-1": 1, "semi-10": 10}
 PROTOCOLS = ("linear", "knn", *PERCENT, "places205", "inaturalist18")
-RANDOM = "random"  # in the place of a file of weights
 PARTS = {"settings", "results", "step"}  # of a checkpoint; of one amid a protocol there are more
 COLUMNS = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
 NOTES = (
@@ -65,17 +84,13 @@ class Settings(Reading):
     "likewise [0.5]"
     semi_weight_decay: Real | None = None
     "of both [0]"
-    neighbours: Positive = NEIGHBOURS
+    neighbours: Positive = 20
     "that vote in knn"
     lists: Path | None = None
     "folder with 1percent.txt and 10percent.txt; without it a share of each class by a fixed seed"
 
     def recipe(self, name: str) -> Recipe:
-        """The published one of a protocol, with the numbers that are given in place of its own.
-
-        Raises:
-            UsageError: a milestone is not within the epochs.
-        """
+        """The published one of a protocol, with the numbers that are given in place of its own (UsageError)."""
         prefix = "semi" if name in PERCENT else "linear"
         given = {field: getattr(self, f"{prefix}_{field}", None) for field in asdict(RECIPES[name])}
         given |= {"batch_size": self.batch_size, "momentum": self.momentum}
@@ -86,6 +101,31 @@ class Settings(Reading):
         return recipe
 
 
+@dataclass(frozen=True)
+class Protocol:
+    """A classifier to be trained on these images."""
+
+    name: str
+    recipe: Recipe
+    train: Catalogue
+    source: str  # of the images, in words
+
+    def settings(self) -> dict[str, Any]:
+        """What decides about its result, in plain values."""
+        values = asdict(self.recipe) | {"images": self.train.fingerprint()}
+        return {f"{self.name} {name}": value for name, value in values.items()}
+
+
+def find_protocol(name: str, settings: Settings, tree: Tree) -> Protocol:
+    """With its recipe and its labelled images."""
+    recipe, percent = settings.recipe(name), PERCENT.get(name)
+    if percent is None:
+        return Protocol(name, recipe, tree.train, f"all {len(tree.train):,} images of train/")
+    path = settings.lists / f"{percent}percent.txt" if settings.lists else None
+    images, source = from_list(path, tree) if path else stratified(percent, tree)
+    return Protocol(name, recipe, tree.train.subset(images), source)
+
+
 @dataclass
 class Run:
     """What the protocols have in common, and what there is already."""
@@ -94,12 +134,25 @@ class Run:
     device: torch.device
     encoder: Encoder
     tree: Tree
-    out: Path
-    metrics: Metrics
-    shaping: dict[str, Any]  # all that a checkpoint must share with the run that it continues
+    protocols: dict[str, Protocol]  # those that train
+    out: Path = Path()
+    metrics: Metrics = field(default_factory=lambda: Metrics(None))
     results: dict[str, Result] = field(default_factory=dict)  # of the protocols that are done
     step: int = 0  # epochs so far, of all protocols
     begun: dict[str, Any] | None = None  # the checkpoint of a protocol that is not done
+
+    @cached_property
+    def shaping(self) -> dict[str, Any]:
+        """What decides about the results, in plain values: what a checkpoint must share with its continuation."""
+        names = ("image_size", "batch_size", "precision", "seed", "channels", "value_range", "mean", "std")
+        shaping = {name: getattr(self.settings, name) for name in (*names, "neighbours")} | {
+            "images of --data": self.tree.fingerprint(),
+            "--weights": digest(self.encoder.module),
+            "protocols": [name for name in PROTOCOLS if name in self.settings.protocols],
+        }
+        for protocol in self.protocols.values():
+            shaping |= protocol.settings()
+        return shaping
 
     def resume(self, saved: dict[str, Any]) -> None:
         self.results, self.step = saved["results"], saved["step"]
@@ -109,26 +162,26 @@ class Run:
         state |= {"settings": self.shaping, "results": self.results, "step": self.step}
         from_main(lambda: checkpoint.save(self.out / outputs.CHECKPOINT, state, keep_previous=True))
 
-    def finish(self, name: str, result: Result) -> None:
-        """Keep the result of a protocol that is done."""
-        self.results[name] = result
+    def finish(self, name: str) -> None:
+        """Measure by a protocol, and keep the result."""
+        self.results[name] = vote(self) if name == "knn" else train(self, self.protocols[name])
         self.save()
 
     def introduction(self) -> str:
-        tree, processes = self.tree, distributed.world_size()
+        """What is measured on what, with a note where the flags are not those that the encoder was trained with."""
+        tree, processes, settings = self.tree, distributed.world_size(), self.settings
         devices = f"{self.device.type} in {processes} processes" if processes > 1 else f"{self.device}"
-        return (
-            f"{tree.name}: {len(tree.classes):,} classes, {len(tree.train):,} images to train on and "
-            f"{len(tree.validation):,} to validate on\n{self.encoder.arch}, {self.encoder.source}: "
-            f"{self.settings.precision} on {devices}; results go to {self.out}" + self._other_pixels()
-        )
-
-    def _other_pixels(self) -> str:
-        """Where the flags of the images are not those that the encoder was trained with: which those were."""
-        mean, std = self.settings.statistics()
-        now = {"value_range": self.settings.value_range or (), "mean": mean, "std": std}
+        now = dict(zip(("mean", "std"), settings.statistics(), strict=True))
+        now |= {"value_range": settings.value_range or ()}
         other = {name: values for name, values in self.encoder.pixels.items() if tuple(values) != tuple(now[name])}
-        return f"\nnote: the encoder was trained with {' '.join(as_flags(other))}" if other else ""
+        lines = [
+            f"{tree.name}: {len(tree.classes):,} classes, {len(tree.train):,} images to train on and "
+            f"{len(tree.validation):,} to validate on",
+            f"{self.encoder.arch}, {self.encoder.source}: {settings.precision} on {devices}; results go to {self.out}",
+            *([f"note: the encoder was trained with {' '.join(as_flags(other))}"] if other else []),
+            *(f"{protocol.name}: {protocol.source}" for protocol in self.protocols.values()),
+        ]
+        return "\n".join(lines)
 
     def write_results(self) -> None:
         """results.json, and a row of metrics for each protocol."""
@@ -150,28 +203,103 @@ class Run:
         return "\n".join([aligned(rows), *NOTES])
 
 
-def find_encoder(settings: Settings, device: torch.device) -> Encoder:
-    """The encoder of --weights, for images of --channels and --image-size, on the device and in eval().
+def vote(run: Run) -> Result:
+    """Measure the frozen encoder by the nearest training images; Aborted: no validation image can be read."""
+    tree, settings, k = run.tree, run.settings, run.settings.neighbours
+    bank, queries = centres(tree.train, settings), centres(tree.validation, settings)
+    result = _checked(nearest(run.encoder, bank, queries, len(tree.classes), run.device, settings.precision, k))
+    print(f"knn: {k} neighbours, {_told(result)}")
+    return result | {"neighbours": k, "labels": f"all {len(tree.train):,} images of train/"}
 
-    Raises:
-        UsageError: it cannot be loaded, or does not take such images.
+
+def train(run: Run, protocol: Protocol) -> Result:
+    """Train a classifier, on a copy of the encoder if it is to be fine-tuned, and measure it after every epoch.
+
+    The accuracies and the classifier that remain are those of the last epoch; the best one's accuracies stand beside.
+    Aborted: no image can be read, the loss is not finite, or a batch is too small for batch normalisation.
     """
-    torch.manual_seed(settings.seed)
-    shape = settings.channels, settings.image_size
-    if settings.weights == RANDOM:
-        encoder = build_encoder(settings.arch or "resnet50", settings.stem or "imagenet", *shape)
-    else:
-        encoder = load_encoder(Path(settings.weights), settings.arch, settings.stem, *shape)
-    if encoder.shape[0] != settings.channels:
-        raise UsageError(f"--channels {settings.channels}: {encoder.arch} takes images of {encoder.shape[0]} alone")
-    return encoder._replace(module=encoder.module.to(device).eval())
+    training, epochs = _Training(run, protocol), protocol.recipe.epochs
+    if run.begun and run.begun["protocol"] == protocol.name:
+        training.load_state_dict(run.begun)
+    tqdm, steps = require("tqdm", "the progress bar").tqdm, len(training.images)
+    shown = {"desc": protocol.name, "unit": "step", "dynamic_ncols": True, "initial": training.epoch * steps}
+    with tqdm(total=epochs * steps, disable=None if is_main() else True, **shown) as bar:  # None: without a terminal
+        while training.epoch < epochs:
+            row = training.next_epoch(bar)
+            run.step += 1
+            run.metrics.add("epoch", {"step": run.step, "protocol": protocol.name, **row})
+            learned = f"loss {row['loss']:.4g}, {row['images_per_second']:,.0f} images/s"
+            bar.write(f"{protocol.name}, epoch {row['epoch']}/{epochs}: {learned}, {_told(row)}")
+            run.save(**training.state_dict())
+    path = run.out / f"classifier-{protocol.name}.safetensors"
+    kept = training.classifier, run.encoder, run.tree.classes, run.settings.image_size
+    from_main(lambda: write_classifier(path, *kept))
+    described = {"labels": protocol.source, "training_images": len(protocol.train), "recipe": asdict(protocol.recipe)}
+    return {**training.result, "best_on_validation": training.best, **described, "file": path.name}
 
 
-def shaping_of(settings: Settings, tree: Tree, encoder: Encoder) -> dict[str, Any]:
-    """What decides about the results of every protocol, in plain values."""
-    names = ("image_size", "batch_size", "precision", "seed", "channels", "value_range", "mean", "std", "neighbours")
-    return {name: getattr(settings, name) for name in names} | {
-        "images of --data": tree.fingerprint(),
-        "--weights": digest(encoder.module),
-        "protocols": [name for name in PROTOCOLS if name in settings.protocols],
-    }
+class _Training:
+    """A protocol's classifier, and all that changes while it is trained."""
+
+    def __init__(self, run: Run, protocol: Protocol) -> None:
+        self.run, self.protocol, settings, frozen = run, protocol, run.settings, protocol.recipe.frozen
+        torch.manual_seed(settings.seed)  # the same first weights, whichever protocols came before
+        encoder = run.encoder if frozen else run.encoder._replace(module=copy.deepcopy(run.encoder.module))
+        self.classifier = Classifier(encoder, len(run.tree.classes), frozen=frozen).to(run.device)
+        self.optimizer = build_optimizer(self.classifier, protocol.recipe)
+        self.schedule = LambdaLR(self.optimizer, protocol.recipe.factor)
+        learner = self.classifier.fc if frozen else self.classifier
+        self.parts: dict[str, Any] = {"model": learner, "optimizer": self.optimizer, "schedule": self.schedule}
+        self.network = shared(self.classifier)
+        self.images, self.validation = TrainingImages(protocol.train, settings), centres(run.tree.validation, settings)
+        self.epoch = 0
+        self.result: Result = {}  # of the last epoch
+        self.best: Result = {}
+
+    def next_epoch(self, bar: Any) -> Result:
+        """Train on all images once and measure; what there is to tell of it."""
+        run, started, total = self.run, time.perf_counter(), len(self.protocol.train)
+        place, batches = (run.device, run.settings.precision), self.images.batches(self.epoch)
+        groups = zip(("classifier", "backbone"), self.optimizer.param_groups, strict=False)
+        rates = {f"lr_{name}": group["lr"] for name, group in groups}
+        torch.manual_seed(seed_of(run.settings.seed, self.epoch, distributed.rank()))  # some encoders have a dropout
+        try:
+            loss, unreadable = train_epoch(self.network, self.optimizer, batches, *place, after_step=bar.update)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            text = "a batch of a single image has no variance to normalise by: try another --batch-size"
+            raise Aborted(text) from None
+        speed = total / (time.perf_counter() - started)
+        if unreadable == total:
+            raise Aborted("no image of train/ can be read: is --data damaged?")
+        if not math.isfinite(loss):
+            raise Aborted("the loss is not finite: try a lower learning rate, and fp32")
+        measured = _checked(accuracies(self.classifier, self.validation, *place))
+        self.schedule.step()
+        self.epoch += 1
+        self.result = {"epoch": self.epoch, **measured, "unreadable_in_training": unreadable, "loss": loss}
+        if not self.best or self.result["top1"] > self.best["top1"]:
+            self.best = {name: self.result[name] for name in ("epoch", *COLUMNS)}
+        return {**self.result, **rates, "images_per_second": speed}
+
+    def state_dict(self) -> dict[str, Any]:
+        place = {"protocol": self.protocol.name, "epoch": self.epoch, "result": self.result, "best": self.best}
+        return place | {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.epoch, self.result, self.best = state["epoch"], state["result"], state["best"]
+
+
+def _checked(measured: Result) -> Result:
+    if not measured["validation_images"]:
+        raise Aborted("no validation image can be read: is --data damaged?")
+    return measured
+
+
+def _told(row: Result) -> str:
+    counts = {part: row.get(f"unreadable_in_{part}", 0) for part in ("training", "validation", "bank")}
+    left_out = [f"{count} unreadable in {part}, left out" for part, count in counts.items() if count]
+    return ", ".join([f"top-1 {row['top1']:.2f} %", f"top-5 {row['top5']:.2f} %", *left_out])

@@ -1,4 +1,4 @@
-"""An encoder in files of its own, what other programs make of them, and where they are published."""
+"""An encoder given away: in files of its own, what other programs make of them, its card, and where it is published."""
 
 import json
 from collections.abc import Sequence
@@ -7,13 +7,18 @@ from typing import Any
 
 import torch
 
+from barlow_loss import __version__
 from barlow_recipes import checkpoint
 from barlow_recipes.encoders import SMALL_ARCHS, TIMM, Encoder, is_own, resnets
 from barlow_recipes.errors import Aborted, UsageError, first_line, require
-from barlow_recipes.outputs import replacing
-from barlow_recipes.weights import digest, load_encoder
+from barlow_recipes.metrics import read_rows
+from barlow_recipes.outputs import BACKBONE, METRICS, replacing
+from barlow_recipes.pixels import MEAN, STD
+from barlow_recipes.tables import accuracy_cells
+from barlow_recipes.weights import OFFICIAL, OURS, digest, load_encoder, read_weights
 
 SAFETENSORS, CARD = "backbone.safetensors", "README.md"
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 
 def file_names(encoder: Encoder) -> list[str]:
@@ -45,12 +50,12 @@ def write_files(encoder: Encoder, folder: Path) -> list[Path]:
     channels, side, _ = encoder.shape
     facts = {"arch": encoder.arch, "stem": encoder.stem, "channels": str(channels), "image_size": str(side)}
     facts |= {name: json.dumps([*values]) for name, values in encoder.pixels.items()}
-    name, *others, _ = file_names(encoder)
-    with replacing(folder / name) as temporary:
+    paths = [folder / name for name in file_names(encoder)[:-1]]
+    with replacing(paths[0]) as temporary:
         temporary.write_bytes(library.save(state, {"format": "pt"} | facts))
-    for other in others:
-        checkpoint.save(folder / other, state)
-    return [folder / name for name in (name, *others)]
+    for path in paths[1:]:
+        checkpoint.save(path, state)
+    return paths
 
 
 @torch.no_grad()
@@ -70,6 +75,77 @@ def check(encoder: Encoder, path: Path) -> list[str]:
         if digest(module) != digest(encoder.module) or not torch.equal(module.eval()(images), expected):
             raise Aborted(f"{path}: loaded by {way}, the encoder is not the one that was exported")
     return list(loaded)
+
+
+def read_record(weights: Path) -> dict[str, Any]:
+    """All that a run has written about itself up to these weights, as the card's template takes it."""
+    file = read_weights(weights)
+    step = file.content.get("step") if file.layout == OURS else None
+    of_a_run = file.layout == OURS or file.path.name == BACKBONE  # beside which its metrics lie, too
+    rows = read_rows(file.path.with_name(METRICS)) if of_a_run else []
+    rows = [row for row in rows if step is None or row.get("step", 0) <= step]
+    newest = {row["kind"]: row for row in rows}
+    epoch = file.content["epoch"] if file.layout == OFFICIAL else newest.get("epoch", {}).get("epoch")
+    settings = newest.get("settings") or file.content.get("settings", {})
+    recipe = {key: value for key, value in sorted(settings.items()) if key != "kind"}
+    if recipe:
+        command = " ".join(settings.get("command", []))
+        recipe |= {"command": f"`{command}`", "done, steps": step, "done, whole epochs": epoch}
+    accuracies = {row["representation"]: row for row in rows if row["kind"] == "evaluation" and "representation" in row}
+    return {
+        "settings": settings,
+        "data": settings.get("data"),
+        "recipe": {key: _plain(value) for key, value in recipe.items() if value is not None},
+        "epoch": epoch,
+        "layout": file.layout,
+        "accuracies": accuracy_cells(accuracies) if accuracies else [],
+    }
+
+
+def write_card(encoder: Encoder, files: Sequence[Path], record: dict[str, Any]) -> Path:
+    """Write the card beside the files that it describes."""
+    hub: Any = require("huggingface_hub", CARD)
+    path, library = files[0].with_name(CARD), "timm" if encoder.arch.startswith(TIMM) else "torchvision"
+    facts = {
+        "name": encoder.arch.removeprefix(TIMM),
+        "encoder": encoder,
+        "parameters": sum(parameter.numel() for parameter in encoder.module.parameters()),
+        "loading": _loading(encoder, [file.name for file in files if file.name != SAFETENSORS]),
+        "pixels": _pixels(encoder, record["settings"]),
+        "version": __version__,
+    }
+    about = {"pipeline_tag": "image-feature-extraction", "tags": ["barlow-twins", "self-supervised-learning"]}
+    data = hub.ModelCardData(library_name=library, **about)
+    with replacing(path) as temporary:
+        hub.ModelCard.from_template(data, template_path=str(TEMPLATE), **facts, **record).save(temporary)
+    return path
+
+
+def _loading(encoder: Encoder, others: Sequence[str]) -> str:
+    """Code that builds ``model``: by the library that has the encoder, or by PyTorch Hub."""
+    if others:
+        (code, *_) = building_code(encoder).values()
+        return f"{code}model.load_state_dict(torch.load({others[0]!r}, weights_only=True))"
+    arch = f', arch="{encoder.arch}"' if is_own(encoder.arch) else ""
+    call = f'torch.hub.load("PATH/TO/barlow-loss", "encoder", "{SAFETENSORS}"{arch}, source="local")'
+    return f"import torch\n\nmodel = {call}"
+
+
+def _pixels(encoder: Encoder, settings: dict[str, Any]) -> str:
+    if encoder.arch == "digits-cnn":
+        return "The images are grey, with values from 0 to 1."
+    known = encoder.pixels or settings
+    if not known.get("mean"):
+        usual = f"ImageNet's, {_plain(MEAN)} and {_plain(STD)}, are usual"
+        return f"The file does not say by which mean and standard deviation its images were normalised; {usual}."
+    span = f", where {_plain(known['value_range'])} are 0 and 1" if known.get("value_range") else ""
+    return f"The images are normalised by mean {_plain(known['mean'])} and deviation {_plain(known['std'])}{span}."
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(_plain, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def hub_of(repository: str) -> Any:

@@ -40,6 +40,7 @@ OFFICIAL, STATE_DICT = "a checkpoint of facebookresearch/barlowtwins", "a state_
 SECOND = ("momentum", "target", "encoder_k", "key", "student", "ema")  # in the prefix of an encoder not to prefer
 COUNTER = "num_batches_tracked"  # batch norms of before torch 0.4 did not count their batches
 FIRST = ("resnet50", "resnet18")  # to be tried: an architecture takes 0.1 s
+RANDOM = "random"  # in the place of a file
 
 State = Mapping[str, Tensor]
 Names = dict[str, str]  # of a module's tensors: those in the file
@@ -47,18 +48,14 @@ Names = dict[str, str]  # of a module's tensors: those in the file
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds.
-
-    ``tensors`` are all, by the names that lead to them; ``settings`` what it says of its encoder ("arch", "stem", ...);
-    ``content`` all of it; ``ignored`` the kinds of objects that could only be read by running code.
-    """
+    """What a file holds."""
 
     path: Path
     layout: str
-    tensors: State
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    content: Mapping[str, Any] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
+    tensors: State  # all, by the names that lead to them
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what it says of its encoder ("arch", "stem", ...)
+    content: Mapping[str, Any] = field(default_factory=dict)  # all of it
+    ignored: tuple[str, ...] = ()  # the kinds of objects that could only be read by running code
 
 
 class Match(NamedTuple):
@@ -74,11 +71,18 @@ def read_weights(path: Path) -> Weights:
 
     UsageError where it is damaged or has no tensors, or they could only be read by running code.
     """
-    path, ignored, own, safe = _file_of(path), (), False, path.suffix == ".safetensors"
+    if path.is_dir():
+        found = [path / name for name in (*CHECKPOINTS, BACKBONE) if (path / name).is_file()]
+        if not found:
+            raise UsageError(
+                f"weights {path}: expected a file, or a run's folder with {CHECKPOINT} or {BACKBONE} in it"
+            )
+        path = found[0]
+    settings, ignored, layout = {}, (), STATE_DICT
     try:
-        if safe:
-            content, settings = _safetensors(path)
-        elif own := checkpoint.is_ours(path):
+        if path.suffix == ".safetensors":
+            layout, (content, settings) = SAFETENSORS, _safetensors(path)
+        elif checkpoint.is_ours(path):
             content = checkpoint.read(path)
         else:
             content, ignored = _foreign(path)
@@ -92,11 +96,11 @@ def read_weights(path: Path) -> Weights:
     if not tensors:
         some = ", ".join(map(str, list(content)[:3])) or "nothing"
         raise UsageError(f"weights {path}: expected tensors by their names, got {some}")
-    if safe:
-        return Weights(path, SAFETENSORS, tensors, settings)
-    if own and set(content) >= checkpoint.PARTS:
-        return Weights(path, OURS, tensors, content["settings"], content)
-    return Weights(path, OFFICIAL if _is_official(content) else STATE_DICT, tensors, {}, content, ignored)
+    if set(content) >= checkpoint.PARTS and checkpoint.is_ours(path):
+        layout, settings = OURS, content["settings"]
+    elif _is_official(content):
+        layout = OFFICIAL
+    return Weights(path, layout, tensors, settings, content, ignored)
 
 
 def _is_official(content: Mapping[str, Any]) -> bool:
@@ -104,15 +108,6 @@ def _is_official(content: Mapping[str, Any]) -> bool:
     kinds = {"model": Mapping, "optimizer": Mapping, "epoch": int}
     known = all(isinstance(content.get(name), kind) for name, kind in kinds.items())
     return known and any(str(name).startswith("module.projector.") for name in content["model"])
-
-
-def _file_of(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    found = [path / name for name in (*CHECKPOINTS, BACKBONE) if (path / name).is_file()]
-    if not found:
-        raise UsageError(f"weights {path}: expected a file, or a run's folder with {CHECKPOINT} or {BACKBONE} in it")
-    return found[0]
 
 
 def _safetensors(path: Path) -> tuple[State, dict[str, str]]:
@@ -134,11 +129,6 @@ class _Inert(list[Any]):
     def __setstate__(self, _: object) -> None: ...
 
 
-def _inert_mapping(name: str) -> type:
-    """One that makes plain mappings: torch's reader fills no others."""
-    return type(name, (), {"__new__": lambda *_: OrderedDict(), "__module__": "inert"})
-
-
 def _foreign(path: Path) -> tuple[Any, tuple[str, ...]]:
     """What is in a pickle (ValueError), and the names in it for which there is an inert stand-in."""
     inert: dict[str, type] = {}
@@ -158,7 +148,9 @@ def _foreign(path: Path) -> tuple[Any, tuple[str, ...]]:
                 reason = re.search(r"\n\n(.+)\n\nCheck the documentation", str(error))
                 said = reason[1] if reason else first_line(error)
                 raise ValueError(f"not a file of tensors and plain values: {said}") from None
-            inert[name] = _inert_mapping(name) if mapping else type(name, (_Inert,), {"__module__": "inert"})
+            # torch's reader fills no other mappings than plain ones.
+            made = {"__new__": lambda *_: OrderedDict()} if mapping else {}
+            inert[name] = type(name, () if mapping else (_Inert,), made | {"__module__": "inert"})
 
 
 def _named_tensors(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -235,16 +227,35 @@ def _words(weights: Weights, prefixes: list[str], names: Names, missing: int, ho
     return "; ".join([taken, *(f"{label} {', '.join(values)}" for label, values in facts.items() if values)])
 
 
-def load(module: nn.Module, match: Match, path: Path) -> None:
-    """Put in what was found in a file.
+def misfit(expected: State, found: State) -> str:
+    """In words, why a state_dict with the shapes of ``found`` cannot be loaded; nothing if it can."""
+    names = {
+        "missing": [name for name in expected if name not in found and not name.endswith(COUNTER)],
+        "unexpected": [name for name in found if name not in expected],
+    }
+    if any(names.values()):
+        firsts = [f"the first {label} is {some[0]}" for label, some in names.items() if some]
+        counts = f"{len(names['missing'])} names are missing and {len(names['unexpected'])} unexpected"
+        return f"{counts}: {', '.join(firsts)}"
+    for name, value in found.items():
+        if value.shape != expected[name].shape:
+            return f"{name} is {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
+    return ""
 
-    Raises:
-        UsageError: a value is not finite, as of a run that has diverged.
-    """
+
+def load(module: nn.Module, match: Match, path: Path) -> None:
+    """Put in what was found in a file; UsageError: a value is not finite, as of a run that has diverged."""
     bad = next((name for name, value in match.state.items() if not value.float().isfinite().all()), None)
     if bad:
         raise UsageError(f"weights {path}: {bad} has values that are not finite; give an earlier checkpoint")
     module.load_state_dict(match.state, strict=False)
+
+
+def find_encoder(weights: str, arch: str | None, stem: str | None = None, *images: int) -> Encoder:
+    """That of :func:`load_encoder`, or for "random" one with random weights, by default a ResNet-50."""
+    if weights == RANDOM:
+        return build_encoder(arch or "resnet50", stem or STEMS[0], *images)
+    return load_encoder(Path(weights), arch, stem, *images)
 
 
 def load_encoder(
@@ -256,13 +267,13 @@ def load_encoder(
 ) -> Encoder:
     """The encoder that a file, or a run's folder, has the weights of.
 
-    The other arguments are those of :func:`~barlow_recipes.encoders.build_encoder`. What is None is as the file says
-    or, where it is silent, as its names and shapes say of torchvision's ResNets. UsageError where its weights do not
-    fit, with the first missing and unexpected names.
+    The other arguments are those of :func:`.build_encoder`. What is None is as the file says or, where it is silent, as
+    its names and shapes say of torchvision's ResNets. UsageError where its weights do not fit, with the first missing
+    and unexpected names.
     """
     weights = read_weights(path)
-    said = {name: str(value) for name, value in weights.settings.items()}
-    found = (said["arch"], said.get("stem", STEMS[0])) if "arch" in said else None
+    known = _known(weights.settings)
+    found = (known["arch"], known.get("stem", STEMS[0])) if "arch" in known else None
     if found is None and (arch is None or arch in resnets()):
         found = recognized(weights)
     if arch is None and found is None:
@@ -275,8 +286,8 @@ def load_encoder(
     if arch is None and is_own(arch_found):  # a file must not decide what is run
         raise UsageError(f"weights {weights.path}: made by code of your own. Name it with --arch {arch_found}")
     arch, stem = arch or arch_found, stem or (stem_found if arch in (None, arch_found) else STEMS[0])
-    channels = channels or _number(said, "channels") or _channels(weights)
-    encoder = build_encoder(arch, stem, channels, image_size or _number(said, "image_size"))
+    channels = channels or known.get("channels") or _channels(weights)
+    encoder = build_encoder(arch, stem, channels, image_size or known.get("image_size"))
     match = find(weights, encoder.module, encoder.heads)
     if match.problem:
         named = f"{arch} with the {stem} stem" if arch in resnets() else arch
@@ -285,40 +296,25 @@ def load_encoder(
         raise UsageError(f"weights {weights.path}: expected those of {named}, but {match.problem}{hint}")
     load(encoder.module, match, weights.path)
     mapping = "" if weights.layout == OURS else f": {match.said}"
-    known = {name: _numbers(weights.settings.get(name)) for name in ("value_range", "mean", "std")}
-    pixels = {name: values for name, values in known.items() if values}
+    pixels = {name: known[name] for name in ("value_range", "mean", "std") if known.get(name)}
     return encoder._replace(source=f"{weights.path} ({weights.layout}{mapping})", pixels=pixels)
 
 
-def _number(said: Mapping[str, str], name: str) -> int | None:
-    return int(said[name]) if said.get(name, "").isdigit() else None
-
-
-def _numbers(values: Any) -> list[float]:
-    """Of settings or, as text, of safetensors' metadata."""
-    with contextlib.suppress(TypeError, ValueError):
-        return [*map(float, json.loads(values) if isinstance(values, str) else values)]
-    return []
+def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of its encoder and images; of safetensors all values are text."""
+    known = dict(settings)
+    for name in {"channels", "image_size", "value_range", "mean", "std"} & known.keys():
+        with contextlib.suppress(TypeError, ValueError):
+            value = json.loads(known[name]) if isinstance(known[name], str) else known[name]
+            known[name] = int(value) if name in ("channels", "image_size") else [*map(float, value)]
+            continue
+        del known[name]
+    return known
 
 
 def _channels(weights: Weights) -> int:
     """Of the images, as the first convolution in the file says."""
     return next((v.shape[1] for name, v in weights.tensors.items() if v.ndim == 4 and name.endswith("weight")), 3)
-
-
-def misfit(expected: State, found: State) -> str:
-    """In words, why a state_dict with the shapes of ``found`` cannot be loaded; nothing if it can."""
-    missing = [name for name in expected if name not in found and not name.endswith(COUNTER)]
-    unexpected = [name for name in found if name not in expected]
-    if missing or unexpected:
-        firsts = [
-            f"the first {label} is {n[0]}" for label, n in (("missing", missing), ("unexpected", unexpected)) if n
-        ]
-        return f"{len(missing)} names are missing and {len(unexpected)} unexpected: {', '.join(firsts)}"
-    for name, value in found.items():
-        if value.shape != expected[name].shape:
-            return f"{name} is {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
-    return ""
 
 
 def digest(module: nn.Module) -> str:

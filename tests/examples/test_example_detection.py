@@ -176,7 +176,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(trees: dict[str, Path], detect: 
         (("--data", "nowhere", *RANDOM), "--data nowhere: expected a folder with VOC2007/"),
         (("--data", "untested", *RANDOM), "No such file or directory: 'untested/VOC2007/ImageSets/Main/test.txt'"),
         (("--data", "empty", *RANDOM), "in the test: 0 images, 0 boxes, 3 images left out"),
-        (("--data", "voc", *RANDOM, "--neck", "c5"), "--neck"),
         (("--data", "voc", "--weights", "absent.pt"), "absent.pt: no such file"),
         (("--data", "voc", "--weights", "random", "--arch", "small-cnn"), "expected a ResNet"),
         (

@@ -20,12 +20,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import imagenet_evaluate as program
-from barlow_recipes import checkpoint, command_line, neighbours, protocols
+from barlow_recipes import checkpoint, command_line, evaluation, probes
+from barlow_recipes.classifier import RECIPES
 from barlow_recipes.encoders import build_encoder
 from barlow_recipes.errors import UsageError
 from barlow_recipes.evaluation import Settings
 from barlow_recipes.labelled import centres, load_tree
-from barlow_recipes.published import RECIPES
 
 Call = Callable[..., tuple[int, str, str]]
 FILES = {".lock", "checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "results.json", "settings.yaml"}
@@ -133,13 +133,13 @@ def test_a_transfer_to_a_tree_with_test_in_the_place_of_val(call: Call, tmp_path
 def test_the_last_epoch_is_the_result_whichever_was_best(
     call: Call, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured, measure = [], protocols.accuracies
+    measured, measure = [], evaluation.accuracies
 
     def falling(*args: Any) -> Any:
         measured.append(measure(*args) | {"top1": 90.0 - 10 * len(measured)})
         return measured[-1]
 
-    monkeypatch.setattr(protocols, "accuracies", falling)
+    monkeypatch.setattr(evaluation, "accuracies", falling)
     status, output, _ = call("--data", tree, *SMALL, "--protocols", "linear", "--linear-epochs", 3, "--out", "out")
     assert status == 0
     found = results("out")["protocols"]["linear"]
@@ -171,7 +171,7 @@ def test_a_run_that_was_interrupted_resumes_with_the_same_bits(
     """In the second epoch of the first protocol, at the beginning of the second one, and amid it."""
     flags = ("--data", tree, *SMALL, *FINE_TUNED)
     assert call(*flags, "--out", "whole")[0] == 0
-    measure, measured = protocols.accuracies, []
+    measure, measured = evaluation.accuracies, []
 
     def interrupted(*args: Any) -> Any:
         measured.append(args)
@@ -180,7 +180,7 @@ def test_a_run_that_was_interrupted_resumes_with_the_same_bits(
         return measure(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(protocols, "accuracies", interrupted)
+        patch.setattr(evaluation, "accuracies", interrupted)
         assert call(*flags, "--out", "parts")[0] == 130
     assert not Path("parts/results.json").exists()
     status, output, _ = call(*flags, "--out", "parts", "--resume")
@@ -291,7 +291,7 @@ def test_the_neighbours_vote_as_scikit_learns_do(tree: Path) -> None:
     at_random = replace(part.train, table=torch.cat([labels, part.train.table[:, 1:]], dim=1))
     loaders = [centres(catalogue, reading) for catalogue in (at_random, part.validation)]
     (bank, labels, _), (queries, truth, _) = (
-        neighbours.extract(encoder.module.eval(), loader, torch.device("cpu")) for loader in loaders
+        probes.extract(encoder.module.eval(), loader, torch.device("cpu")) for loader in loaders
     )
     bank, queries = (F.normalize(features - bank.mean(dim=0), dim=1) for features in (bank, queries))
     found = []
@@ -299,7 +299,7 @@ def test_the_neighbours_vote_as_scikit_learns_do(tree: Path) -> None:
         # Of vectors of length 1 the squared distance is 2 − 2 cosine.
         theirs = KNeighborsClassifier(min(k, 30), weights=lambda distance: np.exp((1 - distance**2 / 2) / 0.07))
         right = torch.from_numpy(theirs.fit(bank, labels).predict(queries)) == truth
-        measured = neighbours.nearest(encoder, *loaders, 3, torch.device("cpu"), k=k)
+        measured = probes.nearest(encoder, *loaders, 3, torch.device("cpu"), "fp32", k)
         assert measured["top1"] == pytest.approx(100 * float(right.float().mean()), abs=1e-4)
         counts = [measured[name] for name in ("validation_images", "unreadable_in_validation", "unreadable_in_bank")]
         assert counts == [12, 0, 0]
@@ -377,5 +377,5 @@ def test_a_class_without_a_vote_is_not_among_the_first_five() -> None:
     bank = DataLoader([*zip(images, (0, 1, 2), strict=True)], batch_size=2)
     queries = DataLoader([*zip(images, (0, 1, 0), strict=True)], batch_size=2)
     for k, top5 in ((1, 200 / 3), (3, 100)):
-        measured = neighbours.nearest(Features(), bank, queries, 3, torch.device("cpu"), k=k)
+        measured = probes.nearest(Features(), bank, queries, 3, torch.device("cpu"), "fp32", k)
         assert (measured["top1"], measured["top5"]) == (pytest.approx(200 / 3), pytest.approx(top5))

@@ -21,10 +21,11 @@ from barlow_recipes.labelled import (
     Views,
     centre_view,
     centres,
+    from_list,
     load_tree,
+    stratified,
     training_view,
 )
-from barlow_recipes.labels import from_list, stratified
 
 READING = Reading(image_size=16, batch_size=8, workers=0, seed=7, device=torch.device("cpu"))
 

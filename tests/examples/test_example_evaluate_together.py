@@ -20,28 +20,28 @@ import sys
 sys.path.insert(0, {str(EXAMPLES)!r})
 import torch
 import imagenet_evaluate as program
-from barlow_recipes import neighbours, protocols
+from barlow_recipes import evaluation, probes
 from barlow_recipes.distributed import is_main
 
 class Double(torch.nn.Module):
     def forward(self, images):
         return images.double()
 
-class InFloat64(protocols.Classifier):
+class InFloat64(evaluation.Classifier):
     def __init__(self, encoder, classes, *, frozen):
         super().__init__(encoder._replace(module=torch.nn.Sequential(Double(), encoder.module)), classes, frozen=frozen)
         built.append(self.double())
 
-def finish_and_keep(run, name, result):
+def finish_and_keep(run, name):
+    finish(run, name)
     if name != "knn" and is_main():
         torch.save(built[-1].state_dict(), run.out / (name + ".pt"))
-    finish(run, name, result)
 
 built, finish = [], program.Run.finish
-protocols.Classifier, program.Run.finish = InFloat64, finish_and_keep
-neighbours.MOST_SIMILARITIES = 20  # two queries at a time; the parts of the bank are of 9 and 11 images
-nearest = protocols.nearest
-protocols.nearest = lambda encoder, *args: (encoder.module.float(), nearest(encoder, *args))[1]
+evaluation.Classifier, program.Run.finish = InFloat64, finish_and_keep
+probes.MOST_SIMILARITIES = 20  # two queries at a time; the parts of the bank are of 9 and 11 images
+nearest = evaluation.nearest
+evaluation.nearest = lambda encoder, *args: (encoder.module.float(), nearest(encoder, *args))[1]
 sys.exit(program.main())
 """
 

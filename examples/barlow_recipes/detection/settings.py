@@ -14,7 +14,7 @@ from typing import Any, Literal
 import tyro
 
 from barlow_recipes.command_line import Positive, Real, RunSettings, Side, Whole, peek, plain, read
-from barlow_recipes.detection.data import find_layout
+from barlow_recipes.errors import UsageError
 
 # What may differ between a run and its continuation: everything else shapes the results.
 FREE = ("data", "weights", "device", "workers", "loader_timeout", "save_every", "out", "overwrite", "resume")
@@ -30,8 +30,6 @@ class Settings(RunSettings):
     "what the encoder has learned: a file or a run's folder, or 'random'"
     arch: str | None = None
     "encoder: a ResNet; without it found in the weights"
-    neck: Literal["c4", "fpn"] = "c4"
-    "c4, as published: layer4 sees each region; or fpn: a feature pyramid"
     freeze_backbone: bool = False
     "nothing pretrained learns, and its batch norms keep their statistics"
     iterations: Positive = 24_000
@@ -59,11 +57,9 @@ class Settings(RunSettings):
     rois_per_image: Positive = 512
     "regions of an image to learn from, a quarter of them positive"
     candidates: tuple[Positive, Positive] = (12_000, 6_000)
-    "likeliest regions of an image (with fpn, of a level) before overlaps are removed, in training and test"
+    "likeliest regions of an image before overlaps are removed, in training and test"
     proposals: tuple[Positive, Positive] = (2_000, 1_000)
     "of them left, in training and test"
-    fpn_channels: Positive = 256
-    "of the feature pyramid and its heads"
     precise_batches: Whole = 200
     "training batches, at most, by which batch norms are measured again before a test; 0: as training left them"
     save_every: Positive = 1000
@@ -90,13 +86,19 @@ class Asked:
     batch_size: int | None = None
 
 
+def find_layout(root: Path) -> str:
+    """Recognise a folder as "voc" or "coco", or raise UsageError."""
+    for layout, folder in (("voc", "VOC2007"), ("coco", "annotations")):
+        if (root / folder).is_dir():
+            return layout
+    expected = "VOC2007/ (and VOC2012/) of Pascal VOC, or annotations/, train2017/ and val2017/ of COCO"
+    raise UsageError(f"--data {root}: expected a folder with {expected}")
+
+
 def read_settings(argv: Sequence[str] | None, description: str) -> Settings:
     """Read the command line (``sys.argv`` if None); what is not given is as published for the layout of --data.
 
     The rate follows the batch, milestones and warm-up the length.
-
-    Raises:
-        UsageError: a flag is unknown or has a bad value, or the folder has neither layout.
     """
     asked = peek(Asked, argv)
     recipe = COCO if asked.data and find_layout(asked.data) == "coco" else VOC

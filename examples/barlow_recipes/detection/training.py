@@ -12,7 +12,7 @@ from torchvision.models.detection import FasterRCNN
 from barlow_recipes import distributed
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.data import seed_of
-from barlow_recipes.detection.images import Batch, Images
+from barlow_recipes.detection.data import Batch, Images
 from barlow_recipes.detection.settings import Settings
 from barlow_recipes.errors import Aborted, require
 from barlow_recipes.tables import aligned
@@ -100,7 +100,12 @@ def evaluate(model: FasterRCNN, images: Images, device: torch.device) -> tuple[S
         if batch.images:
             found = model(batch.on(device)[0])
             metric.update([*map(_with_booleans, found)], [*map(_with_booleans, batch.targets)])
-    _collect(metric)
+    if distributed.world_size() > 1:
+        everyones: Any = [None] * distributed.world_size() if distributed.is_main() else None
+        dist.gather_object(dict(metric.metric_state), everyones)
+        for state in (everyones or [])[1:]:
+            for name, values in state.items():
+                getattr(metric, name).extend(values)
     scores = scores_of(metric.compute()) if distributed.is_main() else {}
     return scores, distributed.totals([unreadable])[0]
 
@@ -109,17 +114,6 @@ def _with_booleans(objects: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, with masks of (N, H, W), as torchmetrics takes them; a detector's are (N, 1, H, W)."""
     on_cpu = {name: value.cpu() for name, value in objects.items()}
     return on_cpu | {name: value.flatten(0, -3) >= 0.5 for name, value in on_cpu.items() if name == "masks"}
-
-
-def _collect(metric: Any) -> None:
-    """Bring what the processes have found to rank 0; their numbers of images may differ."""
-    if distributed.world_size() == 1:
-        return
-    everyones: list[Any] | None = [None] * distributed.world_size() if distributed.is_main() else None
-    dist.gather_object(dict(metric.metric_state), everyones)
-    for state in (everyones or [])[1:]:
-        for name, values in state.items():
-            getattr(metric, name).extend(values)
 
 
 def scores_of(computed: Mapping[str, Tensor]) -> Scores:

@@ -30,14 +30,14 @@ from typing import Annotated, Any, Literal
 import torch
 
 import imagenet_pretrain
-from barlow_recipes import checkpoint, command_line, folders, small
+from barlow_recipes import command_line, folders, small
 from barlow_recipes.command_line import Device, Positive, Real, optional_value, own_cores
-from barlow_recipes.errors import Aborted, Interrupted, UsageError, first_line, require
+from barlow_recipes.errors import Aborted, UsageError, first_line, require
 from barlow_recipes.fashion_mnist import INSTALLED, PACKAGE, is_fashion_mnist
 from barlow_recipes.outputs import BACKBONE, RESULTS, replacing
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.report import versions
-from barlow_recipes.small import DIGITS, FASHION, MOST
+from barlow_recipes.small import DIGITS, FASHION
 
 EPOCHS = {DIGITS: 25, FASHION: 2}
 BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"  # of the table in README.md
@@ -50,34 +50,19 @@ Result = dict[str, Any]
 class Settings:
     """The flags."""
 
-    data: str = FASHION
-    "the folder of Fashion-MNIST; without it where Debian's package has it"
-    only: tuple[Literal["digits", "fashion-mnist"], ...] = ("digits", "fashion-mnist")
-    "one of the data sets"
-    seeds: Positive = 3
-    "encoders, draws of labels, runs of training"
-    epochs: Positive | None = None
-    "of pretraining, on either data [25 on digits, 2 on fashion-mnist]"
-    effort: Real = 1.0
-    "a factor of the steps of training with labels, which make up half of the time"
-    processes: Positive | None = None
-    "that work at the same time and share the cores; without it one for each core"
-    device: Device = field(default_factory=lambda: torch.device("cpu"))
-    "cpu, cuda, cuda:1, ..."
-    out: Path | None = None
-    "folder for the results; without it runs/evaluation, numbered if taken"
-    quick: bool = False
-    "the digits alone, two seeds, a few epochs and steps, under a minute: to see that it works"
-    overwrite: bool = False
-    "replace the results in that folder"
-    resume: bool = False
-    "keep the parts that are done in that folder, or in the newest, and go on"
-    update: File = None
-    "run nothing: put the table of these results, docs/evaluation.json if none, into README.md"
-    check: File = None
-    "run nothing: fail if README.md has not the table of these results"
-    readme: Path = Path("README.md")
-    "where the table goes"
+    data: str = FASHION  # the folder of Fashion-MNIST; without it where Debian's package has it
+    only: tuple[Literal["digits", "fashion-mnist"], ...] = ("digits", "fashion-mnist")  # one of the data sets
+    seeds: Positive = 3  # encoders, draws of labels, runs of training
+    epochs: Positive | None = None  # of pretraining, on either data [25 on digits, 2 on fashion-mnist]
+    effort: Real = 1.0  # a factor of the steps of training with labels, which make up half of the time
+    processes: Positive | None = None  # that work at the same time and share the cores; without it one for each core
+    device: Device = field(default_factory=lambda: torch.device("cpu"))  # cpu, cuda, cuda:1, ...
+    out: Path | None = None  # folder for the results; without it runs/evaluation, numbered if taken
+    quick: bool = False  # the digits alone, two seeds, a few epochs and steps, under a minute: to see that it works
+    overwrite: bool = False  # replace the results in that folder
+    update: File = None  # run nothing: put the table of these results, docs/evaluation.json if none, into README.md
+    check: File = None  # run nothing: fail if README.md has not the table of these results
+    readme: Path = Path("README.md")  # where the table goes
 
     def shaping(self) -> dict[str, Any]:
         """What decides about the numbers."""
@@ -101,8 +86,6 @@ def run(argv: list[str]) -> None:
         return
     for module, reason in (("sklearn", "the digits"), ("tqdm", "the progress bar"), ("joblib", "the processes")):
         require(module, reason)
-    if settings.resume and settings.overwrite:
-        raise UsageError("--resume: expected it without --overwrite, which begins anew")
     given = settings.data != FASHION
     if given and not is_fashion_mnist(settings.data):
         raise UsageError(f"--data {settings.data}: expected a folder with the four files of Fashion-MNIST")
@@ -113,57 +96,30 @@ def run(argv: list[str]) -> None:
 
 
 def evaluate(settings: Settings, device: torch.device) -> None:
-    """Do the parts, and write the results after each of them."""
-    default = Path("runs/evaluation")
-    known = [settings.out] if settings.out else folders.numbered(default)
-    earlier = [path for folder in known if settings.resume and (path := folder / RESULTS).exists()]
-    resumed = earlier[-1] if earlier else None
-    out = folders.make_output_folder(settings.out, default, overwrite=settings.overwrite, resumed=resumed)
-    with folders.locked(out):
-        wanted = [(name, seed) for name in reversed(settings.only) for seed in range(settings.seeds)]
-        parts = {f"{name}-seed-{seed}": partial(study, name, seed, settings, device, out) for name, seed in wanted}
-        processes = min(settings.processes or (own_cores() if device.type == "cpu" else 1), len(parts))
-        results = begin(settings, device, processes, resumed)
-        write(out / RESULTS, json.dumps(results, indent=1))
-        left = {name: part for name, part in parts.items() if name not in results["jobs"]}
-        print(f"{len(left)} parts in {processes} processes; results go to {out}")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the program as Ctrl-C does
-        try:
-            with closing(run_parts(left, processes, out)) as done:
-                for name, found in done:
-                    results["rows"] += found.pop("rows")
-                    results["jobs"][name] = found
-                    write(out / RESULTS, json.dumps(results, indent=1))
-                    print(f"{len(results['jobs'])}/{len(parts)} {name}: {found['seconds']:.0f} s")
-        except KeyboardInterrupt:
-            kept = f"{len(results['jobs'])} of {len(parts)} parts are kept in {out}: continue with --resume"
-            raise Interrupted(f"interrupted; {kept}") from None
-        finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        write(out / RESULTS, json.dumps(results | {"complete": True}, indent=1))
-        write(out / "table.md", small.markdown(results))
-    print(f"\n{small.markdown(results)}\n\nResults: {out}")
-
-
-def begin(settings: Settings, device: torch.device, processes: int, resumed: Path | None) -> Result:
-    """What there is already, or nothing; UsageError: other settings made what is there."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    places = {"device": name, "processes": processes, "cores": own_cores(), "versions": versions()}
-    if resumed:
-        results = json.loads(resumed.read_text(encoding="utf-8"))
-        checkpoint.check_settings(resumed, results["settings"], settings.shaping())
-        return results | {"environment": places}
-    sizes = {}
-    for name in settings.only:
-        data = small.load(name, settings.data)
-        sizes[name] = {"train": len(data.train.labels), MOST: len(data.bank), "test": len(data.test.labels)}
-    facts = {"settings": settings.shaping(), "environment": places, "data": sizes}
-    return facts | {"complete": False, "jobs": {}, "rows": []}
-
-
-def write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(f"{text}\n", encoding="utf-8")
+    """Do the parts, the longest first, and write the results."""
+    out = folders.make_output_folder(settings.out, Path("runs/evaluation"), overwrite=settings.overwrite, resumed=None)
+    wanted = [(name, seed) for name in reversed(settings.only) for seed in range(settings.seeds)]
+    parts = {f"{name}-seed-{seed}": partial(study, name, seed, settings, device, out) for name, seed in wanted}
+    processes = min(settings.processes or (own_cores() if device.type == "cpu" else 1), len(parts))
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    results: Result = {
+        "settings": settings.shaping(),
+        "environment": {"device": place, "processes": processes, "cores": own_cores(), "versions": versions()},
+        "data": {name: small.load(name, settings.data).sizes() for name in settings.only},
+        "jobs": {},
+        "rows": [],
+    }
+    print(f"{len(parts)} parts in {processes} processes; results go to {out}")
+    with closing(run_parts(parts, processes, out)) as done:
+        for name, found in done:
+            results["rows"] += found.pop("rows")
+            results["jobs"][name] = found
+            print(f"{len(results['jobs'])}/{len(parts)} {name}: {found['seconds']:.0f} s")
+    table = small.markdown(results)
+    for name, text in ((RESULTS, json.dumps(results, indent=1)), ("table.md", table)):
+        with replacing(out / name) as temporary:
+            temporary.write_text(f"{text}\n", encoding="utf-8")
+    print(f"\n{table}\n\nResults: {out}")
 
 
 def study(name: str, seed: int, settings: Settings, device: torch.device, out: Path) -> list[small.Row]:
@@ -171,7 +127,7 @@ def study(name: str, seed: int, settings: Settings, device: torch.device, out: P
     folder = out / f"{name}-seed-{seed}"
     flags = ["--data", settings.data] if name == FASHION else []
     flags += ["--seed", str(seed), "--epochs", str(settings.epochs or EPOCHS[name]), "--device", str(device)]
-    flags += ["--no-probe", "--no-evaluation", "--out", str(folder), "--resume" if settings.resume else "--overwrite"]
+    flags += ["--no-probe", "--no-evaluation", "--out", str(folder), "--overwrite"]
     if status := imagenet_pretrain.main(flags):
         raise Aborted(f"exit status {status}")
     data = small.load(name, settings.data)
@@ -229,4 +185,5 @@ def put_into_readme(path: Path, readme: Path, *, check: bool) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the program as Ctrl-C does
     start(main)

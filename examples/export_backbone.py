@@ -22,18 +22,12 @@ from barlow_recipes.weights import load_encoder
 class Settings:
     """The flags."""
 
-    weights: Path
-    "a run's folder, or a file of weights"
-    arch: str | None = None
-    "architecture: of torchvision, timm/NAME or module:callable; without it as the file says"
-    stem: str | None = None
-    "first layers of a ResNet: imagenet or cifar; without it as the file says"
-    out: Path | None = None
-    "folder for the files; without it export/ in the run's folder, or beside the file"
-    overwrite: bool = False
-    "replace the files there"
-    push: str | None = None
-    "repository of the Hugging Face Hub, such as NAME/resnet50-barlow, to which to upload them"
+    weights: Path  # a run's folder, or a file of weights
+    arch: str | None = None  # architecture: of torchvision, timm/NAME or module:callable; without it as the file says
+    stem: str | None = None  # first layers of a ResNet: imagenet or cifar; without it as the file says
+    out: Path | None = None  # folder for the files; without it export/ in the run's folder, or beside the file
+    overwrite: bool = False  # replace the files there
+    push: str | None = None  # repository of the Hugging Face Hub, such as NAME/resnet50-barlow, to which to upload them
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +52,7 @@ def run(settings: Settings) -> None:
         loaders = check(encoder, file)
         print(f"{file}: the same bits when loaded by {' and '.join(loaders)}")
     card = write_card(encoder, files, record)
-    print(f"{card}: the model card" + ("" if record["recipe"] else "; it does not say how it was pretrained"))
+    print(f"{card}: the model card" + ("" if record["settings"] else "; it does not say how it was pretrained"))
     if hub and settings.push:
         print(f"uploaded to {push(hub, settings.push, [*files, card])}")
 

@@ -60,10 +60,6 @@ class Run:
     metrics: Metrics
     unreadable: int = 0  # training images that were replaced, of all processes, since the program began
 
-    @property
-    def name(self) -> str:
-        return f"{self.encoder.arch}-C4, {self.settings.iterations:,} iterations"
-
     def save(self) -> None:
         content = self.state.state_dict() | {"settings": self.shaping}
         checkpoint.save(self.out / outputs.CHECKPOINT, content, keep_previous=True)
@@ -96,7 +92,7 @@ def run(settings: Settings) -> None:
         now = Run(settings, data, encoder, network, state, images, shaping, out, metrics)
         if saved:
             state.load_state_dict(saved.content)
-        print(f"{data}\n{now.name}, {encoder.source}, {settings.precision}; results go to {out}")
+        print(f"{data}\n{encoder.arch}-C4, {encoder.source}, {settings.precision}; results go to {out}")
         print(f"{device.type} in {distributed.world_size()} processes, learning rate {settings.learning_rate:g}")
         train_detector(now, requests)
         finish(now)
@@ -151,7 +147,7 @@ def finish(now: Run) -> None:
     if now.unreadable or unreadable:
         print(f"note: unreadable images: {now.unreadable} replaced in training, {unreadable} left out of the test")
     print(f"{data.name}, average precision in percent, at IoU 0.5 to 0.95, 0.5 and 0.75\n")
-    print(training.table(now.name, scores))
+    print(training.table(f"{now.encoder.arch}-C4, {now.settings.iterations:,} iterations", scores))
 
 
 if __name__ == "__main__":

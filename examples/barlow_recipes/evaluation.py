@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,7 +33,7 @@ from barlow_recipes.distributed import from_main, is_main
 from barlow_recipes.encoders import Encoder
 from barlow_recipes.errors import Aborted, UsageError, require
 from barlow_recipes.files import Catalogue
-from barlow_recipes.labelled import Reading, TrainingImages, Tree, centres, from_list, stratified
+from barlow_recipes.labelled import Reading, Tree, centres, from_list, stratified, training_images
 from barlow_recipes.metrics import Metrics
 from barlow_recipes.probes import nearest
 from barlow_recipes.tables import aligned
@@ -52,68 +52,46 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Reading):
-    """The flags; a number that is None is the published one."""
+    """The flags; a number that is None is the published one of each protocol, [in brackets]."""
 
-    data: Path
-    "folder with the images in train/ and in val/ or test/, one folder per class"
-    weights: str
-    "the encoder: a checkpoint or a state_dict, or 'random' for an untrained one"
-    arch: str | None = None
-    "of the encoder; without it as the file has it, of a random one resnet50"
+    data: Path  # folder with the images in train/ and in val/ or test/, one folder per class
+    weights: str  # the encoder: a checkpoint or a state_dict, or 'random' for an untrained one
+    arch: str | None = None  # of the encoder; without it as the file has it, of a random one resnet50
     stem: Literal["imagenet", "cifar"] | None = None
     "of a ResNet: imagenet, or cifar for images of 32 pixels; without it as the file has it"
     protocols: tuple[Literal["linear", "knn", "semi-1", "semi-10", "places205", "inaturalist18"], ...] = PROTOCOLS[:4]
     "what to measure; places205 and inaturalist18 are linear, with the numbers of those transfers"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    "fp32 as published, or autocast to bf16"
-    momentum: Real = 0.9
-    "of SGD"
-    linear_epochs: Positive | None = None
-    "passes over all images [linear 100, places205 14, inaturalist18 84]"
-    linear_lr_classifier: Real | None = None
-    "in the first epoch, not scaled by the batch size [0.3; of the transfers 0.01]"
-    linear_weight_decay: Real | None = None
-    "of the classifier [1e-6; of the transfers 5e-4]"
-    linear_milestones: tuple[Positive, ...] | None = None
-    "epochs after which the rate is multiplied by 0.1; nothing: cosine to 0 [cosine; of the transfers after a third]"
-    semi_epochs: Positive | None = None
-    "passes over the labelled images [20]"
-    semi_lr_backbone: Real | None = None
-    "in the first epoch, not scaled by the batch size [0.005]"
-    semi_lr_classifier: Real | None = None
-    "likewise [0.5]"
-    semi_weight_decay: Real | None = None
-    "of both [0]"
-    neighbours: Positive = 20
-    "that vote in knn"
+    precision: Literal["fp32", "bf16"] = "fp32"  # fp32 as published, or autocast to bf16
+    epochs: Positive | None = None  # [linear 100, semi-1 and semi-10 20, places205 14, inaturalist18 84]
+    lr_classifier: Real | None = None  # in the first epoch, not scaled by the batch size [0.3, 0.5; transfers 0.01]
+    lr_backbone: Real | None = None  # likewise, where the encoder is fine-tuned [0.005]
+    weight_decay: Real | None = None  # of what is trained [linear 1e-6, semi-1 and semi-10 0, transfers 5e-4]
+    momentum: Real | None = None  # of SGD [0.9]
+    milestones: tuple[Positive, ...] | None = None
+    "epochs after which the rates are multiplied by 0.1; nothing: cosine to 0 [cosine; of the transfers after a third]"
+    neighbours: Positive = 20  # that vote in knn
     lists: Path | None = None
     "folder with 1percent.txt and 10percent.txt; without it a share of each class by a fixed seed"
 
     def recipe(self, name: str) -> Recipe:
         """The published one of a protocol, with the numbers that are given in place of its own (UsageError)."""
-        prefix = "semi" if name in PERCENT else "linear"
-        given = {field: getattr(self, f"{prefix}_{field}", None) for field in asdict(RECIPES[name])}
-        given |= {"batch_size": self.batch_size, "momentum": self.momentum}
-        recipe = replace(RECIPES[name], **{field: value for field, value in given.items() if value is not None})
+        given = {field: getattr(self, field) for field in asdict(RECIPES[name]) if getattr(self, field) is not None}
+        if RECIPES[name].frozen:
+            given.pop("lr_backbone", None)
+        recipe = replace(RECIPES[name], **given)
         if max(recipe.milestones, default=0) >= recipe.epochs:
             milestones = " ".join(map(str, recipe.milestones))
-            raise UsageError(f"--linear-milestones {milestones}: expected less than --linear-epochs {recipe.epochs}")
+            raise UsageError(f"--milestones {milestones}: expected less than --epochs {recipe.epochs}")
         return recipe
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(NamedTuple):
     """A classifier to be trained on these images."""
 
     name: str
     recipe: Recipe
     train: Catalogue
     source: str  # of the images, in words
-
-    def settings(self) -> dict[str, Any]:
-        """What decides about its result, in plain values."""
-        values = asdict(self.recipe) | {"images": self.train.fingerprint()}
-        return {f"{self.name} {name}": value for name, value in values.items()}
 
 
 def find_protocol(name: str, settings: Settings, tree: Tree) -> Protocol:
@@ -150,8 +128,9 @@ class Run:
             "--weights": digest(self.encoder.module),
             "protocols": [name for name in PROTOCOLS if name in self.settings.protocols],
         }
-        for protocol in self.protocols.values():
-            shaping |= protocol.settings()
+        for name, recipe, train, _ in self.protocols.values():
+            values = asdict(recipe) | {"images": train.fingerprint()}
+            shaping |= {f"{name} {key}": value for key, value in values.items()}
         return shaping
 
     def resume(self, saved: dict[str, Any]) -> None:
@@ -251,7 +230,8 @@ class _Training:
         learner = self.classifier.fc if frozen else self.classifier
         self.parts: dict[str, Any] = {"model": learner, "optimizer": self.optimizer, "schedule": self.schedule}
         self.network = shared(self.classifier)
-        self.images, self.validation = TrainingImages(protocol.train, settings), centres(run.tree.validation, settings)
+        self.images: Any = training_images(protocol.train, settings)
+        self.validation = centres(run.tree.validation, settings)
         self.epoch = 0
         self.result: Result = {}  # of the last epoch
         self.best: Result = {}
@@ -259,12 +239,12 @@ class _Training:
     def next_epoch(self, bar: Any) -> Result:
         """Train on all images once and measure; what there is to tell of it."""
         run, started, total = self.run, time.perf_counter(), len(self.protocol.train)
-        place, batches = (run.device, run.settings.precision), self.images.batches(self.epoch)
+        place, self.images.batch_sampler.epoch = (run.device, run.settings.precision), self.epoch
         groups = zip(("classifier", "backbone"), self.optimizer.param_groups, strict=False)
         rates = {f"lr_{name}": group["lr"] for name, group in groups}
         torch.manual_seed(seed_of(run.settings.seed, self.epoch, distributed.rank()))  # some encoders have a dropout
         try:
-            loss, unreadable = train_epoch(self.network, self.optimizer, batches, *place, after_step=bar.update)
+            loss, unreadable = train_epoch(self.network, self.optimizer, self.images, *place, after_step=bar.update)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise

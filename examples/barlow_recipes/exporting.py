@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from barlow_loss import __version__
 from barlow_recipes import checkpoint
@@ -13,12 +14,42 @@ from barlow_recipes.encoders import SMALL_ARCHS, TIMM, Encoder, is_own, resnets
 from barlow_recipes.errors import Aborted, UsageError, first_line, require
 from barlow_recipes.metrics import read_rows
 from barlow_recipes.outputs import BACKBONE, METRICS, replacing
-from barlow_recipes.pixels import MEAN, STD
 from barlow_recipes.tables import accuracy_cells
 from barlow_recipes.weights import OFFICIAL, OURS, digest, load_encoder, read_weights
 
 SAFETENSORS, CARD = "backbone.safetensors", "README.md"
-TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+TEMPLATE = """
+# {name}, pretrained with Barlow Twins{data}
+
+An encoder: it takes images of shape {shape} to {features} features. It has {parameters:,} parameters.
+It was trained without labels to give two distorted views of an image features that agree and do not repeat each other
+(Zbontar et al., *Barlow Twins: Self-Supervised Learning via Redundancy Reduction*, ICML 2021, arXiv 2103.03230).
+
+## Loading it
+
+```python
+{loading}
+features = model.eval()(images)  # (N, {features})
+```
+
+## Pretraining
+
+From {layout}; how it was made, and its images normalised:
+
+```yaml
+{settings}```
+
+## What it is worth
+
+Held-out images of the pretraining data, frozen features, top-1:
+
+{worth}
+
+What has not been measured: how well it does on images unlike those it has seen, and for whom it does worse.
+
+The terms under which the images and these weights may be used are for whoever publishes them to add here.
+Written by barlow-loss {version}.
+"""
 
 
 def file_names(encoder: Encoder) -> list[str]:
@@ -78,7 +109,7 @@ def check(encoder: Encoder, path: Path) -> list[str]:
 
 
 def read_record(weights: Path) -> dict[str, Any]:
-    """All that a run has written about itself up to these weights, as the card's template takes it."""
+    """All that a run has written about itself up to these weights: its settings, and what it has measured."""
     file = read_weights(weights)
     step = file.content.get("step") if file.layout == OURS else None
     of_a_run = file.layout == OURS or file.path.name == BACKBONE  # beside which its metrics lie, too
@@ -87,18 +118,12 @@ def read_record(weights: Path) -> dict[str, Any]:
     newest = {row["kind"]: row for row in rows}
     epoch = file.content["epoch"] if file.layout == OFFICIAL else newest.get("epoch", {}).get("epoch")
     settings = newest.get("settings") or file.content.get("settings", {})
-    recipe = {key: value for key, value in sorted(settings.items()) if key != "kind"}
-    if recipe:
-        command = " ".join(settings.get("command", []))
-        recipe |= {"command": f"`{command}`", "done, steps": step, "done, whole epochs": epoch}
-    accuracies = {row["representation"]: row for row in rows if row["kind"] == "evaluation" and "representation" in row}
+    command = " ".join(settings.get("command", [])) or None
+    told = {**settings, "command": command, "steps done": step, "epochs done": epoch}
     return {
-        "settings": settings,
-        "data": settings.get("data"),
-        "recipe": {key: _plain(value) for key, value in recipe.items() if value is not None},
-        "epoch": epoch,
         "layout": file.layout,
-        "accuracies": accuracy_cells(accuracies) if accuracies else [],
+        "settings": {key: value for key, value in told.items() if value is not None and key != "kind"},
+        "accuracies": {row["representation"]: row for row in rows if row["kind"] == "evaluation"},
     }
 
 
@@ -106,46 +131,32 @@ def write_card(encoder: Encoder, files: Sequence[Path], record: dict[str, Any]) 
     """Write the card beside the files that it describes."""
     hub: Any = require("huggingface_hub", CARD)
     path, library = files[0].with_name(CARD), "timm" if encoder.arch.startswith(TIMM) else "torchvision"
-    facts = {
-        "name": encoder.arch.removeprefix(TIMM),
-        "encoder": encoder,
-        "parameters": sum(parameter.numel() for parameter in encoder.module.parameters()),
-        "loading": _loading(encoder, [file.name for file in files if file.name != SAFETENSORS]),
-        "pixels": _pixels(encoder, record["settings"]),
-        "version": __version__,
-    }
+    settings, codes = {**encoder.pixels, **record["settings"]}, [*building_code(encoder).values()]
+    if codes:
+        loading = f"{codes[0]}model.load_state_dict(torch.load({files[1].name!r}, weights_only=True))"
+    else:
+        arch = f', arch="{encoder.arch}"' if is_own(encoder.arch) else ""
+        call = f'torch.hub.load("PATH/TO/barlow-loss", "encoder", "{SAFETENSORS}"{arch}, source="local")'
+        loading = f"import torch\n\nmodel = {call}"
+    worth = accuracy_cells(record["accuracies"]) if record["accuracies"] else [["Not measured"]]
+    worth.insert(1, ["---"] * len(worth[0]))
+    text = TEMPLATE.format(
+        name=encoder.arch.removeprefix(TIMM),
+        data=f" on {settings['data']}" if settings.get("data") else "",
+        shape="×".join(map(str, encoder.shape)),
+        features=encoder.features,
+        parameters=sum(parameter.numel() for parameter in encoder.module.parameters()),
+        loading=loading,
+        layout=record["layout"],
+        settings=yaml.safe_dump(settings, allow_unicode=True) if settings else "# The file does not say.\n",
+        worth="\n".join(f"| {' | '.join(row)} |" for row in worth),
+        version=__version__,
+    )
     about = {"pipeline_tag": "image-feature-extraction", "tags": ["barlow-twins", "self-supervised-learning"]}
     data = hub.ModelCardData(library_name=library, **about)
     with replacing(path) as temporary:
-        hub.ModelCard.from_template(data, template_path=str(TEMPLATE), **facts, **record).save(temporary)
+        hub.ModelCard(f"---\n{data}\n---\n{text}").save(temporary)
     return path
-
-
-def _loading(encoder: Encoder, others: Sequence[str]) -> str:
-    """Code that builds ``model``: by the library that has the encoder, or by PyTorch Hub."""
-    if others:
-        (code, *_) = building_code(encoder).values()
-        return f"{code}model.load_state_dict(torch.load({others[0]!r}, weights_only=True))"
-    arch = f', arch="{encoder.arch}"' if is_own(encoder.arch) else ""
-    call = f'torch.hub.load("PATH/TO/barlow-loss", "encoder", "{SAFETENSORS}"{arch}, source="local")'
-    return f"import torch\n\nmodel = {call}"
-
-
-def _pixels(encoder: Encoder, settings: dict[str, Any]) -> str:
-    if encoder.arch == "digits-cnn":
-        return "The images are grey, with values from 0 to 1."
-    known = encoder.pixels or settings
-    if not known.get("mean"):
-        usual = f"ImageNet's, {_plain(MEAN)} and {_plain(STD)}, are usual"
-        return f"The file does not say by which mean and standard deviation its images were normalised; {usual}."
-    span = f", where {_plain(known['value_range'])} are 0 and 1" if known.get("value_range") else ""
-    return f"The images are normalised by mean {_plain(known['mean'])} and deviation {_plain(known['std'])}{span}."
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return ", ".join(map(_plain, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def hub_of(repository: str) -> Any:

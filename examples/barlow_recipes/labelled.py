@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,10 +29,8 @@ View = Callable[[Tensor], Tensor]
 class Reading(RunSettings, PixelSettings):
     """Flags that say how images are read."""
 
-    image_size: Side = 224
-    "side of the square that the encoder sees"
-    batch_size: Positive = 256
-    "images in a step, of all processes together"
+    image_size: Side = 224  # side of the square that the encoder sees
+    batch_size: Positive = 256  # images in a step, of all processes together
 
 
 class Tree(NamedTuple):
@@ -79,21 +76,16 @@ def from_list(path: Path, tree: Tree) -> tuple[Tensor, str]:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{where} ({first_line(error)})") from None
-    if not names:
-        raise UsageError(f"{where}; it is empty")
     wanted = {f"{name.partition('_')[0]}{os.sep}{name}": name for name in names}
     paths = map(os.fsdecode, tree.train.names[tree.train.table[:, 1].numpy()])
     found = {wanted[path]: number for number, path in enumerate(paths) if path in wanted}
+    missing = [name for name in names if name not in found]
+    if missing or len(found) < len(names):
+        problem = f"are not in train/, the first is {missing[0]}" if missing else "are listed twice"
+        raise UsageError(f"{where}; {len(missing) or len(names) - len(found)} of {len(names)} images {problem}")
     images = torch.tensor(sorted(found.values()), dtype=torch.int64)
-    counts = torch.bincount(tree.train.labels[images], minlength=len(tree.classes))
-    problems = {
-        "images are listed twice": (len(names), [name for name, count in Counter(names).items() if count > 1]),
-        "images are not in train/": (len(names), [name for name in names if name not in found]),
-        "classes have none": (len(counts), [tree.classes[label] for label in (counts == 0).nonzero()]),
-    }
-    for problem, (of, bad) in problems.items():
-        if bad:
-            raise UsageError(f"{where}; {len(bad)} of {of} {problem}, the first is {bad[0]}")
+    if lacking := [name for label, name in enumerate(tree.classes) if label not in tree.train.labels[images]]:
+        raise UsageError(f"{where}; {len(lacking)} of {len(tree.classes)} classes have none, the first is {lacking[0]}")
     return images, f"{len(images):,} images listed in {path.name}"
 
 
@@ -149,19 +141,10 @@ class EveryImage(EpochBatches):
             yield batch[own_rows(len(batch))]
 
 
-class TrainingImages:
-    """Labelled views of the images, in batches, from worker processes that live as long as this object."""
-
-    def __init__(self, catalogue: Catalogue, settings: Reading) -> None:
-        self.order = EveryImage(len(catalogue), settings.batch_size, settings.seed)
-        self.loader = _loader(Views(catalogue, settings), settings, self.order, persistent_workers=settings.workers > 0)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def batches(self, epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
-        self.order.epoch = epoch
-        return self.loader
+def training_images(catalogue: Catalogue, settings: Reading) -> Loader:
+    """Labelled views of the images, from workers that live as long; its ``batch_sampler.epoch`` is to be set."""
+    order = EveryImage(len(catalogue), settings.batch_size, settings.seed)
+    return _loader(Views(catalogue, settings), settings, order, persistent_workers=settings.workers > 0)
 
 
 def centres(catalogue: Catalogue, settings: Reading) -> Loader:

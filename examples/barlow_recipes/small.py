@@ -49,19 +49,11 @@ class Study(NamedTuple):
     scratch: dict[str, tuple[str, ...]]  # and for training from scratch: the others would take most of the time
 
 
+FEW = {SCRATCH: ("1", "10", MOST), AUGMENTED: ("1", "10", MOST)}
+SHARES = {SCRATCH: ("1", "10", "1%"), AUGMENTED: ("1", "10", "1%", "10%")}
 STUDIES = {
-    DIGITS: Study(
-        "Digits",
-        "digits-cnn",
-        (KNN, "1", "10", MOST),
-        {SCRATCH: ("1", "10", MOST), AUGMENTED: ("1", "10", MOST)},
-    ),
-    FASHION: Study(
-        "Fashion-MNIST in random colours",
-        "small-cnn",
-        tuple(COLUMNS),
-        {SCRATCH: ("1", "10", "1%"), AUGMENTED: ("1", "10", "1%", "10%")},
-    ),
+    DIGITS: Study("Digits", "digits-cnn", (KNN, "1", "10", MOST), FEW),
+    FASHION: Study("Fashion-MNIST in random colours", "small-cnn", tuple(COLUMNS), SHARES),
 }
 
 
@@ -85,6 +77,9 @@ class DataSet(NamedTuple):
     train: Labelled
     test: Labelled
     bank: Tensor  # numbers of the training images among which neighbours are sought; the most that have labels
+
+    def sizes(self) -> dict[str, int]:
+        return {"train": len(self.train.labels), MOST: len(self.bank), "test": len(self.test.labels)}
 
     def labelled(self, column: str, seed: int) -> Tensor:
         """The numbers of the training images that have labels; more labels of a seed contain the fewer."""

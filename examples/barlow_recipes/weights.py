@@ -67,10 +67,7 @@ class Match(NamedTuple):
 
 
 def read_weights(path: Path) -> Weights:
-    """Read a file, or of a run's folder its checkpoint, on the CPU.
-
-    UsageError where it is damaged or has no tensors, or they could only be read by running code.
-    """
+    """Read a file, or of a run's folder its checkpoint; UsageError: damaged, or no tensors without running code."""
     if path.is_dir():
         found = [path / name for name in (*CHECKPOINTS, BACKBONE) if (path / name).is_file()]
         if not found:
@@ -166,9 +163,6 @@ def find(weights: Weights, module: nn.Module, heads: tuple[str, ...] = ()) -> Ma
     """The part of a file that is for a module; ``heads`` are parts that it has no more, whose weights are left."""
     tensors, expected = weights.tensors, module.state_dict()
 
-    def taken(names: Names) -> State:
-        return {name: tensors[found] for name, found in names.items()}
-
     shapes = {(name, value.shape) for name, value in expected.items()}
     behind = _behind_prefixes(tensors)
     fitting = {p: sum((n, tensors[found].shape) in shapes for n, found in behind[p].items()) for p in behind}
@@ -177,14 +171,14 @@ def find(weights: Weights, module: nn.Module, heads: tuple[str, ...] = ()) -> Ma
     inside = {n: found for n, found in behind[prefixes[0]].items() if n in expected or not is_within(n, heads)}
     parts = {name.partition(".")[0] for name in expected} | {name for name, _ in module.named_children()}
     names = {name: found for name, found in inside.items() if name.partition(".")[0] in parts or name[0].isdigit()}
-    problem, how = misfit(expected, taken(names)), ""
+    problem, how = misfit(expected, {name: tensors[found] for name, found in names.items()}), ""
     if problem and (in_order := _in_order(behind, tensors, expected)):
         prefixes = _preferred(in_order)
         problem, how, names = "", " in order", in_order[prefixes[0]]
     elif problem:
-        problem = misfit(expected, taken(inside))
+        problem = misfit(expected, {name: tensors[found] for name, found in inside.items()})
     said = _words(weights, prefixes, names, len(expected) - len(names), how)
-    return Match(taken(names), problem, said)
+    return Match({name: tensors[found] for name, found in names.items()}, problem, said)
 
 
 def _behind_prefixes(tensors: State) -> dict[str, Names]:
@@ -212,7 +206,6 @@ def _in_order(behind: Mapping[str, Names], tensors: State, expected: State) -> d
 
 
 def _words(weights: Weights, prefixes: list[str], names: Names, missing: int, how: str) -> str:
-    """What was taken, what could have been, what was left, what is missing, and what was not read."""
     prefix, *others = prefixes
     parent = prefix[: prefix.rfind(".", 0, -1) + 1]
     left = [name for name in weights.tensors.keys() - names.values() if not name.startswith(tuple(others))]
@@ -267,9 +260,8 @@ def load_encoder(
 ) -> Encoder:
     """The encoder that a file, or a run's folder, has the weights of.
 
-    The other arguments are those of :func:`.build_encoder`. What is None is as the file says or, where it is silent, as
-    its names and shapes say of torchvision's ResNets. UsageError where its weights do not fit, with the first missing
-    and unexpected names.
+    What is None is as the file says or, where it is silent, as its names and shapes say of torchvision's ResNets.
+    UsageError where its weights do not fit, with the first missing and unexpected names.
     """
     weights = read_weights(path)
     known = _known(weights.settings)

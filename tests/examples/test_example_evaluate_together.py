@@ -65,7 +65,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Both:
     (folder / "10percent.txt").write_text("n01_1.JPEG\nn01_2.JPEG\nn02_4.JPEG\nn03_1.JPEG\nn03_6.JPEG\n")
     (folder / "program.py").write_text(PROGRAM)
     flags = ("--data", root, *SMALL, "--batch-size", 4, "--protocols", "linear", "knn", "semi-10", "--neighbours", 3)
-    flags += ("--linear-epochs", 3, "--semi-epochs", 2, "--semi-lr-classifier", 0.05, "--lists", folder)
+    flags += ("--epochs", 3, "--lr-classifier", 0.05, "--lists", folder)
     program = folder / "program.py"
     return Both(folder, *(launch(nursery, folder, count, program, *flags, "--out", str(count)) for count in (1, 2)))
 

@@ -219,7 +219,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_results_are_complete(finished: Path) -> None:
     found = json.loads((finished / "results.json").read_text())
-    assert (found["complete"], found["settings"]["seeds"]) == (True, 2)
+    assert found["settings"]["seeds"] == 2
     assert {"device", "cores", "processes", "versions"} <= found["environment"].keys()
     assert found["data"] == {DIGITS: {"train": 1442, MOST: 1442, "test": 355}}
     assert all(job["seconds"] > 0 and job["cpu_seconds"] > 0 for job in found["jobs"].values())
@@ -241,14 +241,7 @@ def test_a_finished_run_is_neither_repeated_nor_lost(finished: Path, run: Call) 
     status, output, errors = run(*SHORT, "--out", finished)
     assert (status, output) == (2, "")
     assert "holds another run" in errors
-    status, output, _ = run(*SHORT, "--out", finished, "--resume")
-    assert status == 0
-    assert "0 parts" in output
-    after = json.loads((finished / "results.json").read_text())
-    assert (after["rows"], after["jobs"]) == (before["rows"], before["jobs"])
-    status, _, errors = run(*SHORT, "--out", finished, "--resume", "--seeds", 3)
-    assert status == 2
-    assert "seeds was 2 and is now 3" in errors
+    assert json.loads((finished / "results.json").read_text()) == before
 
 
 @pytest.mark.parametrize(
@@ -257,7 +250,6 @@ def test_a_finished_run_is_neither_repeated_nor_lost(finished: Path, run: Call) 
         (("--only", "cifar"), "invalid choice 'cifar' for argument '--only'"),
         (("--data", "/nowhere"), "--data /nowhere: expected a folder with the four files"),
         (("--effort", "-1"), "--effort -1.0: expected a number ≥ 0"),
-        (("--resume", "--overwrite"), "--resume: expected it without --overwrite"),
         (("--check", "/nowhere.json"), "/nowhere.json"),
     ],
 )
@@ -286,9 +278,9 @@ def test_without_flags_both_are_measured_with_three_seeds_the_longer_first(
         yield from ()
 
     monkeypatch.setattr(evaluate_small, "run_parts", run_parts)
-    run("--data", fashion, "--out", "out")
+    monkeypatch.setattr(evaluate_small.small, "markdown", str)
+    assert run("--data", fashion, "--out", "out")[0] == 0
     assert [*asked[0]] == [f"{name}-seed-{seed}" for name in (FASHION, DIGITS) for seed in range(3)]
-    assert run("--data", fashion, "--out", "out", "--resume")[0] == 0
 
 
 # README.md
@@ -331,15 +323,12 @@ def test_a_failing_part_ends_all_and_is_told(name: str, part: Any, message: str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_program_and_processes_and_the_run_can_go_on(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_ends_program_and_processes(number: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, EXAMPLES / "evaluate_small.py", *SHORT, "--epochs", 300, "--processes", 2, "--out", out]
     with start(command, tmp_path) as process:
         process.until(lambda: len([*out.glob("digits-seed-*/checkpoint.pt")]) == 2, "two checkpoints")
         process.send(number)
         assert process.wait() == 130
-    assert "--resume" in process.errors
-    steps = {path.parent.name: torch.load(path)["step"] for path in out.glob("digits-seed-*/checkpoint.pt")}
-    assert len(steps) == 2
-    assert all(step > 0 for step in steps.values())
-    assert json.loads((out / "results.json").read_text())["complete"] is False
+    assert process.errors == "error: interrupted\n"
+    assert not (out / "results.json").exists()

@@ -35,7 +35,7 @@ def build_optimizer(model: nn.Module, settings: Settings) -> optim.SGD:
 
 
 def learning_rate_factor(step: int, settings: Settings) -> float:
-    """What multiplies the learning rate in a step: linear to 1 in the warm-up, times 0.1 for each milestone passed."""
+    """Linear to 1 in the warm-up, times 0.1 for each milestone passed."""
     done = min(step / settings.warmup, 1.0) if settings.warmup else 1.0
     decay = 0.1 ** sum(step >= milestone for milestone in settings.milestones)
     return decay * (settings.warmup_factor * (1 - done) + done)
@@ -124,6 +124,5 @@ def scores_of(computed: Mapping[str, Tensor]) -> Scores:
 
 
 def table(name: str, scores: Scores) -> str:
-    """The scores of a run, by its name."""
     cells = {f"{kind} {figure}": value for kind, figures in scores.items() for figure, value in figures.items()}
     return aligned([["", *cells], [name, *("–" if value is None else f"{value:.1f}" for value in cells.values())]])

@@ -3,16 +3,9 @@
 Those tensors are taken that stand, by the names and shapes of the encoder, behind the prefix where most of them fit; if
 they do not all fit, those that fit in order. What was taken and what was left is said.
 
-| written by | where the encoder lies |
-|---|---|
-| this program | checkpoint.pt: ``model.backbone.*`` beside projector and settings; backbone.pt and safetensors: bare |
-| facebookresearch/barlowtwins | checkpoint.pth: ``model.module.backbone.*``; resnet50.pth: bare |
-| torchvision, timm | bare, or behind ``state_dict.`` or ``model.``, with or without its classifier |
-| solo-learn, mmselfsup, mmpretrain | ``state_dict.backbone.*``, rather than ``momentum_backbone.*`` |
-| lightly | ``backbone.0.weight``, ...: an nn.Sequential, so in order; bare, or in a checkpoint of Lightning |
-| VISSL | ``classy_state_dict.base_model.model.trunk._feature_blocks.*``; others ``model_state_dict.*`` |
-| MoCo, DINO, BYOL | ``encoder_q``, ``teacher``, ``online_encoder``; not ``encoder_k``, ``student``, ``target`` |
-
+This program and facebookresearch/barlowtwins have the encoder behind ``model.`` or bare, torchvision and timm bare,
+solo-learn and mmselfsup in ``state_dict.backbone.``, VISSL in ``classy_state_dict.``..., MoCo, DINO and BYOL in
+``encoder_q``, ``teacher`` and ``online_encoder``; lightly's is an nn.Sequential, so in order.
 ``module.`` and the like before or behind these are prefixes as well; ``_orig_mod.``, of torch.compile, counts nowhere.
 """
 

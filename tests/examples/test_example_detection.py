@@ -17,9 +17,9 @@ pytest.importorskip("pycocotools")
 
 import shapes
 
+import transfer_detection as training
 from barlow_recipes import checkpoint
 from barlow_recipes.checkpoint import TrainingState
-from barlow_recipes.detection import training
 from barlow_recipes.encoders import build_encoder
 from barlow_recipes.weights import digest
 from programs import Nursery
@@ -43,11 +43,9 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def detect(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Detect:
     """Call the program with flags, in an empty folder; get its exit status, its output and its errors."""
-    from transfer_detection import main
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    return lambda *flags: (main([str(flag) for flag in flags]), *capsys.readouterr())
+    return lambda *flags: (training.main([str(flag) for flag in flags]), *capsys.readouterr())
 
 
 def results(folder: str | Path = "out") -> Any:

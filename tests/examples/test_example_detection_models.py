@@ -12,7 +12,7 @@ from torch import nn
 
 pytest.importorskip("pycocotools")
 
-from barlow_recipes.detection import training
+import transfer_detection as training
 from barlow_recipes.detection.data import Batch
 from barlow_recipes.detection.models import Pretrained, SharedRegions, build_detector
 from barlow_recipes.detection.settings import COCO, VOC, Settings

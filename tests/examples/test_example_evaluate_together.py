@@ -20,14 +20,14 @@ import sys
 sys.path.insert(0, {str(EXAMPLES)!r})
 import torch
 import imagenet_evaluate as program
-from barlow_recipes import evaluation, probes
+from barlow_recipes import probes
 from barlow_recipes.distributed import is_main
 
 class Double(torch.nn.Module):
     def forward(self, images):
         return images.double()
 
-class InFloat64(evaluation.Classifier):
+class InFloat64(program.Classifier):
     def __init__(self, encoder, classes, *, frozen):
         super().__init__(encoder._replace(module=torch.nn.Sequential(Double(), encoder.module)), classes, frozen=frozen)
         built.append(self.double())
@@ -38,10 +38,10 @@ def finish_and_keep(run, name):
         torch.save(built[-1].state_dict(), run.out / (name + ".pt"))
 
 built, finish = [], program.Run.finish
-evaluation.Classifier, program.Run.finish = InFloat64, finish_and_keep
+program.Classifier, program.Run.finish = InFloat64, finish_and_keep
 probes.MOST_SIMILARITIES = 20  # two queries at a time; the parts of the bank are of 9 and 11 images
-nearest = evaluation.nearest
-evaluation.nearest = lambda encoder, *args: (encoder.module.float(), nearest(encoder, *args))[1]
+nearest = program.nearest
+program.nearest = lambda encoder, *args: (encoder.module.float(), nearest(encoder, *args))[1]
 sys.exit(program.main())
 """
 
@@ -74,7 +74,7 @@ def test_two_processes_say_what_one_does(both: Both) -> None:
     folder, alone, together = both
     assert (alone.status, together.status, together.told) == (0, 0, []), together.errors
 
-    first, last = "  published  ", "the last epoch's"
+    first, last = "  published\n", "published: "
     tables = [done.output[done.output.index(first) : done.output.index(last)] for done in (alone, together)]
     assert tables[0] == tables[1]
     assert len(together.output.splitlines()) == len(alone.output.splitlines())

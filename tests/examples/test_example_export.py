@@ -18,11 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
-from barlow_recipes import exporting
+import export_backbone
 from barlow_recipes.encoders import build_encoder, resnets
 from barlow_recipes.errors import Aborted
 from barlow_recipes.weights import load_encoder
-from export_backbone import main
 from programs import run
 
 REPOSITORY = str(Path(__file__).parents[2])
@@ -31,7 +30,7 @@ Export = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def export(capsys: pytest.CaptureFixture[str]) -> Export:
-    return lambda *flags: (main([str(flag) for flag in flags]), *capsys.readouterr())
+    return lambda *flags: (export_backbone.main([str(flag) for flag in flags]), *capsys.readouterr())
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +126,7 @@ def test_the_code_on_the_card_runs(
     arch: str, shape: tuple[int, int, int], code: str, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = build_encoder(arch, channels=shape[0], image_size=shape[1])
-    exporting.write_files(encoder, tmp_path)
+    export_backbone.write_files(encoder, tmp_path)
     assert export("--weights", tmp_path / "backbone.safetensors", "--out", tmp_path / "out")[0] == 0
     text = (tmp_path / "out" / "README.md").read_text()
     assert f" to {encoder.features} features" in text
@@ -236,20 +235,20 @@ def test_the_records_end_with_the_weights(resnet_run: Path, export: Export, tmp_
 def test_an_exported_file_says_how_its_images_were_normalised(tmp_path: Path) -> None:
     pixels = {"value_range": [0.0, 4095.0], "mean": [0.1, 0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7, 0.8]}
     encoder = build_encoder("small-cnn", channels=4)._replace(pixels=pixels)
-    (path,) = exporting.write_files(encoder, tmp_path)
+    (path,) = export_backbone.write_files(encoder, tmp_path)
     assert load_encoder(path).pixels == pixels
-    (path,) = exporting.write_files(encoder._replace(pixels={}), tmp_path)
+    (path,) = export_backbone.write_files(encoder._replace(pixels={}), tmp_path)
     assert load_encoder(path).pixels == {}
 
 
 def test_a_file_that_has_changed_on_its_way_is_noticed(tmp_path: Path) -> None:
     encoder = build_encoder("resnet18")
-    _, other = exporting.write_files(encoder, tmp_path)
+    _, other = export_backbone.write_files(encoder, tmp_path)
     state = torch.load(other, weights_only=True)
     state["conv1.weight"][0, 0, 0, 0] += 1e-3
     torch.save(state, other)
     with pytest.raises(Aborted, match=r"loaded by .*, the encoder is not the one that was exported"):
-        exporting.check(encoder, other)
+        export_backbone.check(encoder, other)
 
 
 def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,13 +19,13 @@ import yaml
 from barlow_loss import __version__
 from barlow_recipes import checkpoint
 from barlow_recipes.command_line import read
-from barlow_recipes.encoders import SMALL_ARCHS, TIMM, Encoder, is_own, resnets
+from barlow_recipes.encoders import SMALL_ARCHS, TIMM, Encoder, is_own
 from barlow_recipes.errors import Aborted, UsageError, first_line, require
 from barlow_recipes.metrics import read_rows
 from barlow_recipes.outputs import BACKBONE, METRICS, replacing, writing
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.tables import accuracy_cells
-from barlow_recipes.weights import OFFICIAL, OURS, digest, load_encoder, read_weights
+from barlow_recipes.weights import OFFICIAL, OURS, digest, load_encoder, read_weights, save_safetensors
 
 SAFETENSORS, CARD = "backbone.safetensors", "README.md"
 TEMPLATE = """
@@ -106,35 +106,27 @@ def file_names(encoder: Encoder) -> list[str]:
     return [SAFETENSORS, *([f"{encoder.arch.removeprefix(TIMM)}.pth"] if building_code(encoder) else []), CARD]
 
 
-def building_code(encoder: Encoder) -> dict[str, str]:
-    """Of each library that has the architecture: code that builds ``model`` with nothing of this program."""
+def building_code(encoder: Encoder) -> str:
+    """That builds ``model`` by the library that has the architecture, with nothing of this program; "" if none has."""
     name, of_timm = encoder.arch.removeprefix(TIMM), encoder.arch.startswith(TIMM)
     ours = name in SMALL_ARCHS or is_own(encoder.arch) or encoder.stem != "imagenet"
     if ours or (encoder.shape[0] != 3 and not of_timm):
-        return {}
-    require("timm", "exporting")
+        return ""
     options = "".join(f", {key}={value!r}" for key, value in encoder.options.items())
-    by_timm = f"import timm, torch\n\nmodel = timm.create_model({name!r}, num_classes=0{options})\n"
     if of_timm:
-        return {"timm": by_timm}
-    by_torchvision = f"import torch, torchvision\n\nmodel = torchvision.models.get_model({name!r}{options})\n"
-    by_torchvision += "".join(f"model.set_submodule({head!r}, torch.nn.Identity())\n" for head in encoder.heads)
-    # The ResNets have the same names and layers in both.
-    return {"torchvision": by_torchvision} | ({"timm": by_timm} if name in resnets() else {})
+        return f"import timm, torch\n\nmodel = timm.create_model({name!r}, num_classes=0{options})\n"
+    code = f"import torch, torchvision\n\nmodel = torchvision.models.get_model({name!r}{options})\n"
+    return code + "".join(f"model.set_submodule({head!r}, torch.nn.Identity())\n" for head in encoder.heads)
 
 
 def write_files(encoder: Encoder, folder: Path) -> list[Path]:
     """The encoder as safetensors and, where a library has its architecture, as that library's state_dict (Aborted)."""
-    library: Any = require("safetensors.torch", SAFETENSORS)
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in encoder.module.state_dict().items()}
-    channels, side, _ = encoder.shape
-    facts = {"arch": encoder.arch, "stem": encoder.stem, "channels": str(channels), "image_size": str(side)}
-    facts |= {name: json.dumps([*values]) for name, values in encoder.pixels.items()}
     paths = [folder / name for name in file_names(encoder)[:-1]]
-    with replacing(paths[0]) as temporary:
-        temporary.write_bytes(library.save(state, {"format": "pt"} | facts))
+    state = encoder.module.state_dict()
+    pixels = {name: json.dumps([*values]) for name, values in encoder.pixels.items()}
+    save_safetensors(paths[0], state, encoder, channels=str(encoder.shape[0]), **pixels)
     for path in paths[1:]:
-        checkpoint.save(path, state)
+        checkpoint.save(path, {name: value.cpu().contiguous().clone() for name, value in state.items()})
     return paths
 
 
@@ -144,13 +136,13 @@ def check(encoder: Encoder, path: Path) -> list[str]:
     images = torch.rand(2, *encoder.shape, generator=torch.Generator().manual_seed(0))
     expected = encoder.module.cpu().eval()(images)
     loaded = {"this program": load_encoder(path, encoder.arch, encoder.stem, *encoder.shape[:2]).module}
-    library: Any = require("safetensors.torch", path.name)
-    of_torch = path.suffix == ".pth"
-    state = torch.load(path, map_location="cpu", weights_only=True) if of_torch else library.load_file(path)
-    for way, code in building_code(encoder).items():
+    if code := building_code(encoder):
         exec(code, names := {})
-        loaded[way] = names["model"]
-        loaded[way].load_state_dict(state)
+        library: Any = require("safetensors.torch", path.name)
+        of_torch = path.suffix == ".pth"
+        state = torch.load(path, map_location="cpu", weights_only=True) if of_torch else library.load_file(path)
+        names["model"].load_state_dict(state)
+        loaded["timm" if encoder.arch.startswith(TIMM) else "torchvision"] = names["model"]
     for way, module in loaded.items():
         if digest(module) != digest(encoder.module) or not torch.equal(module.eval()(images), expected):
             raise Aborted(f"{path}: loaded by {way}, the encoder is not the one that was exported")
@@ -180,9 +172,9 @@ def write_card(encoder: Encoder, files: Sequence[Path], record: dict[str, Any]) 
     """Write the card beside the files that it describes."""
     hub: Any = require("huggingface_hub", CARD)
     path, library = files[0].with_name(CARD), "timm" if encoder.arch.startswith(TIMM) else "torchvision"
-    settings, codes = {**encoder.pixels, **record["settings"]}, [*building_code(encoder).values()]
-    if codes:
-        loading = f"{codes[0]}model.load_state_dict(torch.load({files[1].name!r}, weights_only=True))"
+    settings, code = {**encoder.pixels, **record["settings"]}, building_code(encoder)
+    if code:
+        loading = f"{code}model.load_state_dict(torch.load({files[1].name!r}, weights_only=True))"
     else:
         arch = f', arch="{encoder.arch}"' if is_own(encoder.arch) else ""
         call = f'torch.hub.load("PATH/TO/barlow-loss", "encoder", "{SAFETENSORS}"{arch}, source="local")'

@@ -16,9 +16,8 @@ from torch.optim import SGD
 
 from barlow_recipes import distributed
 from barlow_recipes.encoders import Encoder
-from barlow_recipes.errors import require
-from barlow_recipes.outputs import replacing
 from barlow_recipes.steps import AUTOCAST
+from barlow_recipes.weights import save_safetensors
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images (N, C, H, W) and labels (N,), below 0 for what cannot be read
 INITIAL_STD = 0.01  # of the linear layer's weight; its bias starts at 0
@@ -226,11 +225,7 @@ def write_classifier(path: Path, classifier: Classifier, encoder: Encoder, class
     torchvision and timm load it into a model of as many classes; its metadata have the names of the classes as JSON,
     and the side of the images.
     """
-    library: Any = require("safetensors.torch", path.name)
     state = dict(classifier.encoder.state_dict())
     for head in encoder.heads or ("fc",):
         state |= {f"{head}.{name}": value for name, value in classifier.fc.state_dict().items()}
-    tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    metadata = {"format": "pt", "arch": encoder.arch, "stem": encoder.stem, "image_size": str(side)}
-    with replacing(path) as temporary:
-        temporary.write_bytes(library.save(tensors, metadata | {"classes": json.dumps(classes)}))
+    save_safetensors(path, state, encoder, image_size=str(side), classes=json.dumps(classes))

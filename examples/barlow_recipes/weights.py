@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from barlow_recipes import checkpoint
 from barlow_recipes.encoders import SMALL_ARCHS, STEMS, Encoder, build_encoder, is_own, is_within, resnets
 from barlow_recipes.errors import UsageError, first_line, require
-from barlow_recipes.outputs import BACKBONE, CHECKPOINT, CHECKPOINTS
+from barlow_recipes.outputs import BACKBONE, CHECKPOINT, CHECKPOINTS, replacing
 
 OURS, SAFETENSORS = "a checkpoint of this program", "safetensors"
 OFFICIAL, STATE_DICT = "a checkpoint of facebookresearch/barlowtwins", "a state_dict"
@@ -300,6 +300,15 @@ def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _channels(weights: Weights) -> int:
     """Of the images, as the first convolution in the file says."""
     return next((v.shape[1] for name, v in weights.tensors.items() if v.ndim == 4 and name.endswith("weight")), 3)
+
+
+def save_safetensors(path: Path, state: State, encoder: Encoder, **facts: str) -> None:
+    """Tensors, and in the metadata of what encoder they are (Aborted)."""
+    library: Any = require("safetensors.torch", path.name)
+    tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    known = {"format": "pt", "arch": encoder.arch, "stem": encoder.stem, "image_size": str(encoder.shape[1])}
+    with replacing(path) as temporary:
+        temporary.write_bytes(library.save(tensors, known | facts))
 
 
 def digest(module: nn.Module) -> str:

@@ -17,13 +17,9 @@ import re
 import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +28,7 @@ import torch
 import imagenet_pretrain
 from barlow_recipes import command_line, folders, small
 from barlow_recipes.command_line import Device, Positive, Real, optional_value, own_cores
-from barlow_recipes.errors import Aborted, UsageError, first_line, require
+from barlow_recipes.errors import Aborted, UsageError, require
 from barlow_recipes.fashion_mnist import INSTALLED, PACKAGE, is_fashion_mnist
 from barlow_recipes.outputs import BACKBONE, RESULTS, replacing
 from barlow_recipes.program import exit_status, start
@@ -42,7 +38,6 @@ from barlow_recipes.small import DIGITS, FASHION
 EPOCHS = {DIGITS: 25, FASHION: 2}
 BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"  # of the table in README.md
 File = Annotated[Path | None, optional_value(Path, Path("docs/evaluation.json"))]
-IDLE = 60  # seconds, after which a process ends: also where the program has been killed, and could tell nobody
 Result = dict[str, Any]
 
 
@@ -84,7 +79,7 @@ def run(argv: list[str]) -> None:
     if path := settings.update or settings.check:
         put_into_readme(path, settings.readme, check=settings.update is None)
         return
-    for module, reason in (("sklearn", "the digits"), ("tqdm", "the progress bar"), ("joblib", "the processes")):
+    for module, reason in (("sklearn", "the digits"), ("tqdm", "the progress bar")):
         require(module, reason)
     given = settings.data != FASHION
     if given and not is_fashion_mnist(settings.data):
@@ -99,8 +94,7 @@ def evaluate(settings: Settings, device: torch.device) -> None:
     """Do the parts, the longest first, and write the results."""
     out = folders.make_output_folder(settings.out, Path("runs/evaluation"), overwrite=settings.overwrite, resumed=None)
     wanted = [(name, seed) for name in reversed(settings.only) for seed in range(settings.seeds)]
-    parts = {f"{name}-seed-{seed}": partial(study, name, seed, settings, device, out) for name, seed in wanted}
-    processes = min(settings.processes or (own_cores() if device.type == "cpu" else 1), len(parts))
+    processes = min(settings.processes or (own_cores() if device.type == "cpu" else 1), len(wanted))
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     results: Result = {
         "settings": settings.shaping(),
@@ -109,12 +103,16 @@ def evaluate(settings: Settings, device: torch.device) -> None:
         "jobs": {},
         "rows": [],
     }
-    print(f"{len(parts)} parts in {processes} processes; results go to {out}")
-    with closing(run_parts(parts, processes, out)) as done:
-        for name, found in done:
-            results["rows"] += found.pop("rows")
-            results["jobs"][name] = found
-            print(f"{len(results['jobs'])}/{len(parts)} {name}: {found['seconds']:.0f} s")
+    print(f"{len(wanted)} parts in {processes} processes; results go to {out}")
+    joblib: Any = require("joblib", "the work in several processes")
+    parallel = joblib.Parallel(processes, return_as="generator_unordered", pre_dispatch="all")
+    try:
+        for name, part in parallel(joblib.delayed(study)(*each, settings, device, out) for each in wanted):
+            results["rows"] += part.pop("rows")
+            results["jobs"][name] = part
+            print(f"{len(results['jobs'])}/{len(wanted)} {name}: {part['seconds']:.0f} s")
+    except BrokenProcessPool:
+        raise Aborted("a process has died: is there memory enough?") from None
     table = small.markdown(results)
     for name, text in ((RESULTS, json.dumps(results, indent=1)), ("table.md", table)):
         with replacing(out / name) as temporary:
@@ -122,50 +120,23 @@ def evaluate(settings: Settings, device: torch.device) -> None:
     print(f"\n{table}\n\nResults: {out}")
 
 
-def study(name: str, seed: int, settings: Settings, device: torch.device, out: Path) -> list[small.Row]:
-    """Pretrain by examples/imagenet_pretrain.py and measure; Aborted: it has failed, or a signal has stopped it."""
-    folder = out / f"{name}-seed-{seed}"
+def study(name: str, seed: int, settings: Settings, device: torch.device, out: Path) -> tuple[str, Result]:
+    """Pretrain by examples/imagenet_pretrain.py and measure: a part, whose rows and seconds are the result.
+
+    What it prints is in a file; Aborted: it has failed, or a signal has stopped it.
+    """
+    folder, started = out / f"{name}-seed-{seed}", time.perf_counter()
     flags = ["--data", settings.data] if name == FASHION else []
     flags += ["--seed", str(seed), "--epochs", str(settings.epochs or EPOCHS[name]), "--device", str(device)]
     flags += ["--no-probe", "--no-evaluation", "--out", str(folder), "--overwrite"]
-    if status := imagenet_pretrain.main(flags):
-        raise Aborted(f"exit status {status}")
-    data = small.load(name, settings.data)
-    frozen = small.measure_frozen(data, folder / BACKBONE, seed, device)
-    return frozen + small.train_from_scratch(data, seed, settings.effort, device)
-
-
-def run_parts(
-    parts: Mapping[str, Callable[[], list[small.Row]]], processes: int, logs: Path
-) -> Iterator[tuple[str, Result]]:
-    """Do all parts, in processes that share the cores: their names, rows and seconds.
-
-    Raises:
-        Aborted: a part has failed or a process has died. However it ends, no process is left.
-    """
-    loky: Any = require("joblib.externals.loky", "the work in several processes")  # it sees when a process dies
-    pool, threads = loky.ProcessPoolExecutor(processes, timeout=IDLE), max(1, own_cores() // processes)
-    try:
-        submitted = [pool.submit(_do, name, part, threads, logs / f"{name}.log") for name, part in parts.items()]
-        for ready in futures.as_completed(submitted):
-            yield ready.result()
-    except BrokenProcessPool:
-        raise Aborted("a process has died: is there memory enough?") from None
-    finally:
-        pool.shutdown(kill_workers=True)
-
-
-def _do(name: str, part: Callable[[], list[small.Row]], threads: int, log: Path) -> tuple[str, Result]:
-    torch.set_num_threads(threads)
-    wall, cpu = time.perf_counter(), time.process_time()
-    with log.open("a", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
-        try:
-            rows = part()
-        except Exception as error:
-            traceback.print_exc()
-            raise Aborted(f"{name}: {type(error).__name__}: {first_line(error)} (see {log})") from None
-    seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-    return name, {"rows": rows, **seconds}
+    log = folder.with_suffix(".log")
+    with log.open("w", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        if status := imagenet_pretrain.main(flags):
+            raise Aborted(f"{folder.name}: exit status {status} (see {log})")
+        data = small.load(name, settings.data)
+        rows = small.measure_frozen(data, folder / BACKBONE, seed, device)
+        rows += small.train_from_scratch(data, seed, settings.effort, device)
+    return folder.name, {"rows": rows, "seconds": time.perf_counter() - started}
 
 
 def put_into_readme(path: Path, readme: Path, *, check: bool) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+import export_backbone as exporting
 from barlow_loss import BarlowTwinsLoss, Projector, barlow_twins_loss
-from barlow_recipes import exporting
 from barlow_recipes.encoders import build_encoder, freeze
 from barlow_recipes.errors import UsageError
 from barlow_recipes.models import BarlowTwins, build_model, parse_projector

@@ -587,7 +587,7 @@ EXAMPLE_STEPS = [
         ),
     ),
     *_in(
-        "examples/barlow_recipes/neighbours.py",
+        "examples/barlow_recipes/probes.py",
         ("tests/examples/test_example_probes.py",),
         ("neighbours-vote-with-their-cosines", "(similarity / TEMPERATURE).exp()", "similarity"),
     ),

@@ -71,9 +71,32 @@ class UnfitError(OSError):
 def decode(content: Any, name: str, pixels: PixelSettings = USUAL) -> Tensor:
     """Decode an image to (C, H, W): uint8 where the file has 8 bits and no range is declared, else float32 in [0, 1].
 
+    OSError where it is not a whole image; nothing is clipped: UnfitError.
+    """
+    image = raw(content, name, pixels)
+    if image.dtype == torch.uint8 and pixels.value_range in (None, (0, 255)):
+        return image
+    low, high = pixels.value_range or (0.0, white(image.dtype))
+    values = image.float()
+    least, most = (value.item() for value in values.aminmax())
+    if least != least:
+        raise UnfitError(f"{name}: has pixels that are not a number: give them a value within the range")
+    if not (low <= least and most <= high):
+        found = f"values from {least:g} to {most:g}, expected {low:g} to {high:g}"
+        raise UnfitError(f"{name}: {found}: give --value-range LOW HIGH")
+    return (values - low) / (high - low)
+
+
+def white(kind: torch.dtype) -> float:
+    """The value that becomes 1 where no range is declared."""
+    return {torch.uint8: 255.0, torch.bool: 1.0}.get(kind, 1.0 if kind.is_floating_point else SIXTEEN_BITS)
+
+
+def raw(content: Any, name: str, pixels: PixelSettings) -> Tensor:
+    """The values as they are: (C, H, W) of the file's type.
+
     ``content`` is a file's (whatever Pillow reads, .npy, TIFF of any bands), a Pillow image, an array or a Tensor.
     EXIF orientation is applied. Unless there are 4 channels, transparency is dropped, as torchvision's folders do.
-    OSError where it is not a whole image; nothing is clipped: UnfitError.
     """
     try:
         with warnings.catch_warnings():
@@ -85,19 +108,7 @@ def decode(content: Any, name: str, pixels: PixelSettings = USUAL) -> Tensor:
         raise
     except (*OF_DAMAGE, Image.DecompressionBombError) as error:
         raise OSError(f"{name} is not a readable image: {error}") from None
-    image = _planes(opened, name, pixels.channels)
-    if image.dtype == torch.uint8 and pixels.value_range in (None, (0, 255)):
-        return image
-    white = {torch.uint8: 255.0, torch.bool: 1.0}.get(image.dtype, 1.0 if image.is_floating_point() else SIXTEEN_BITS)
-    low, high = pixels.value_range or (0.0, white)
-    values = image.float()
-    least, most = (value.item() for value in values.aminmax())
-    if least != least:
-        raise UnfitError(f"{name}: has pixels that are not a number: give them a value within the range")
-    if not (low <= least and most <= high):
-        found = f"values from {least:g} to {most:g}, expected {low:g} to {high:g}"
-        raise UnfitError(f"{name}: {found}: give --value-range LOW HIGH")
-    return (values - low) / (high - low)
+    return _planes(opened, name, pixels.channels)
 
 
 def _opened(content: bytes, name: str, pixels: PixelSettings) -> Any:

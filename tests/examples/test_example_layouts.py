@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sources import fill, load, tensors, tiff
+from sources import fill, load, npy, tensors, tiff
 from torch.utils.data import Dataset
 
+from barlow_recipes.command_line import read
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.errors import UsageError
 from barlow_recipes.files import find_images, index_folder
+from barlow_recipes.pixels import PixelSettings, decode
 
 
 def seen(data: PretrainingData) -> int:
@@ -228,3 +230,39 @@ def test_the_first_unreadable_file_is_named(tmp_path: Path, run: Callable[..., t
     assert "images of epoch 1 could not be read, 5 are tolerated: " in errors
     assert "0" in errors.partition(".png is not a readable image: in no format that is known")[0][-3:]
     assert int(errors.split(" images of epoch")[0].split()[-1]) <= 12
+
+
+def test_a_command_describes_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its last line goes to the other programs: what is normalised by it has the mean 0 and the deviation 1."""
+    from describe_images import main
+
+    random = np.random.default_rng(0)
+    for number in range(20):
+        image = (random.normal(size=(4, 12, 10)) * 50 + np.arange(4)[:, None, None] * 400 - 300).astype("i2")
+        put(f"{number:02}.npy", npy(image))(tmp_path)
+    (tmp_path / "20.npy").write_bytes(b"nothing")
+    assert main(["--data", str(tmp_path), "--channels", "4"]) == 0
+    *told, flags = capsys.readouterr().out.splitlines()
+    assert f"{tmp_path}: 21 images, 21 read" in told
+    assert any(line.startswith("1 cannot be read, the first: ") and "20.npy" in line for line in told)
+    assert "width×height: 10×12 (20)" in told
+    assert "type: int16 (20)" in told
+    assert flags.startswith("--channels 4 --mean ")
+    pixels = read(PixelSettings, flags.split(), "")
+    (tmp_path / "20.npy").unlink()
+    values = [decode((tmp_path / f"{n:02}.npy").read_bytes(), "", pixels) for n in range(20)]
+    views = pixels.normalized(torch.stack(values))
+    torch.testing.assert_close(views.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=2e-3)
+    torch.testing.assert_close(views.std(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=2e-3)
+    (tmp_path / "floats").mkdir()
+    for number in range(12):
+        image = random.normal(size=(12, 10)).astype("f4")
+        image[0, 0] = np.nan if number == 0 else image[0, 0]
+        np.save(tmp_path / "floats" / f"{number:02}.npy", image)
+    assert main(["--data", str(tmp_path / "floats")]) == 0
+    *told, flags = capsys.readouterr().out.splitlines()
+    assert any("00.npy has pixels that are not finite" in line for line in told)
+    pixels = read(PixelSettings, flags.split(), "")  # the extreme values are within the range, to the last digit
+    assert all(decode((tmp_path / "floats" / f"{n:02}.npy").read_bytes(), "", pixels).max() <= 1 for n in range(1, 12))
+    assert main(["--data", str(fill(tmp_path / "png", 200))]) == 0
+    assert "--value-range" not in capsys.readouterr().out

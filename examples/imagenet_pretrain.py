@@ -36,7 +36,7 @@ from barlow_recipes.errors import Aborted, Interrupted, Stopped, first_line, req
 from barlow_recipes.fashion_mnist import is_fashion_mnist, load_fashion_mnist
 from barlow_recipes.images import load_images
 from barlow_recipes.looking import versions
-from barlow_recipes.metrics import BAR, accuracy_cells, aligned, epoch_line
+from barlow_recipes.metrics import BAR, TensorBoard, WeightsAndBiases, accuracy_cells, aligned, epoch_line
 from barlow_recipes.models import BarlowTwins, build_model
 from barlow_recipes.official import find_official, go_on, initialize
 from barlow_recipes.optimization import build_optimizer, build_schedule
@@ -70,6 +70,7 @@ def run(settings: Settings) -> None:
         begun = initialize(state.model, settings.init, settings.init_strict)
     device = settings.device
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    mirrors = {TensorBoard: settings.tensorboard, WeightsAndBiases: settings.wandb}
     opened = folders.opened(
         settings,
         default,
@@ -78,7 +79,7 @@ def run(settings: Settings) -> None:
         finished=BACKBONE,
         agreed={"the images of --data": data.fingerprint, "the weights that it begins with": begun},
         told={"device": chip, "data": data.name} | versions(),
-        wandb=settings.wandb,
+        mirrors=[mirror for mirror, asked in mirrors.items() if asked],
     )
     with opened as (out, metrics), StopRequests() as requests:
         watch = Stopwatch(device, settings.batch_size, settings.profile)

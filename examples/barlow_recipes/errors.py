@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-EXTRAS = {"pycocotools": "transfer", "datasets": "scale", "tifffile": "scale", "wandb": "scale"}
+EXTRAS = {"pycocotools": "transfer", "datasets": "scale", "tensorboard": "scale", "tifffile": "scale", "wandb": "scale"}
 LOST_WORKER = "a process that reads images has died: is there memory for --workers?"
 
 

@@ -11,7 +11,7 @@ All processes call these; they agree about what they do, and rank 0 alone writes
 import contextlib
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from barlow_recipes.checkpoint import Saved, load  # noqa: F401
 from barlow_recipes.command_line import RunSettings, plain
 from barlow_recipes.distributed import from_main, is_main
 from barlow_recipes.errors import UsageError
-from barlow_recipes.metrics import Metrics, WeightsAndBiases
+from barlow_recipes.metrics import Metrics, Mirror
 from barlow_recipes.outputs import BACKBONE, CHECKPOINT, CHECKPOINTS, RESULTS, SETTINGS
 
 LOCK = ".lock"
 OWN = (*CHECKPOINTS, outputs.DAMAGED, outputs.METRICS, outputs.REPORT, *outputs.PICTURES, outputs.WANDB_ID, SETTINGS)
 OWN += (BACKBONE, RESULTS, "model.pt")  # by which a run has ended
+OWN_PATTERNS = (f"{outputs.TENSORBOARD}/events.out.tfevents.*", "classifier-*.safetensors")
 
 
 def find(settings: RunSettings, default: Path) -> Path | None:
@@ -57,15 +58,15 @@ def opened(
     unit: str = "step",
     agreed: Mapping[str, object] | None = None,
     told: Mapping[str, object] | None = None,
-    wandb: bool = False,
+    mirrors: Sequence[Callable[[Path, int | None], Mirror]] = (),
 ) -> Iterator[tuple[Path, Metrics]]:
     """Make or go back to the output folder, without another run's files, and hold it until the end.
 
     ``settings`` choose the folder, which without --out is ``default``, with a number where that is taken; they become
     its settings.yaml. ``shaping`` are those that decide about the outcome, in plain values, and must be the same as in
     ``saved``, of which the run goes on after so many of ``unit``; ``agreed`` must be the same on all processes, too.
-    ``told`` goes into the metrics. A run without a checkpoint and without the file ``finished``, which it leaves at its
-    end, has nothing to lose: --resume begins anew.
+    ``told`` goes into the metrics, which the ``mirrors`` get, too. A run without a checkpoint and without the file
+    ``finished``, which it leaves at its end, has nothing to lose: --resume begins anew.
     """
     step, resumed, asked = (saved.content["step"], saved.path, saved.asked) if saved else (None, None, None)
     facts = {"the checkpoint": f"{unit} {step} of {resumed}" if saved else "none", **(agreed or {}), **shaping}
@@ -90,8 +91,8 @@ def opened(
                 path.unlink(missing_ok=True)
             with outputs.replacing(out / SETTINGS) as temporary:
                 temporary.write_text(yaml.safe_dump(flags, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        mirror = WeightsAndBiases(out, step) if wandb and is_main() else None
-        metrics = Metrics(out, resumed, step or 0, mirror) if is_main() else Metrics(None)
+        opened_mirrors = [mirror(out, step) for mirror in mirrors] if is_main() else []
+        metrics = Metrics(out, resumed, step or 0, opened_mirrors) if is_main() else Metrics(None)
         place = {"command": sys.argv[1:], "processes": distributed.world_size(), "torch": torch.__version__}
         metrics.add("settings", {**shaping, **place, **(told or {})})
         if resumed:
@@ -129,7 +130,7 @@ def _is_in(path: Path | None, folder: Path) -> bool:
 
 
 def own_files(out: Path) -> list[Path]:
-    return [*(out / name for name in OWN), *out.glob("classifier-*.safetensors")]
+    return [*(out / name for name in OWN), *(path for pattern in OWN_PATTERNS for path in out.glob(pattern))]
 
 
 def numbered(default: Path) -> list[Path]:

@@ -1,5 +1,6 @@
-"""A run's history: metrics.jsonl, Weights & Biases beside it, and tables for people."""
+"""A run's history: metrics.jsonl, TensorBoard and Weights & Biases beside it, and tables for people."""
 
+import importlib
 import json
 import math
 import os
@@ -8,27 +9,31 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from barlow_recipes.errors import UsageError, first_line, require
-from barlow_recipes.outputs import METRICS, WANDB_ID, replacing, writing
+from barlow_recipes.outputs import METRICS, TENSORBOARD, WANDB_ID, replacing, writing
 
 HISTORY = ("baseline", "step", "epoch", "profile", "event")  # kinds that a resumed run keeps
 BAR = "{bar} {n_fmt}/{total_fmt} [{remaining}{postfix}]"  # of tqdm
 
 
+class Mirror(Protocol):  # a second place for the metrics
+    def add(self, kind: str, row: Mapping[str, Any]) -> None: ...
+
+
 class Metrics:
-    """The run's history: JSON objects, one a line, and the same in memory and in W&B, if that is given.
+    """The run's history: JSON objects, one a line, and the same in memory and in the mirrors.
 
     ``kind`` tells them apart: settings, baseline, step, epoch, profile, event, evaluation, report.
     A number that is not finite is null. Without a folder they are kept in memory only.
     """
 
     def __init__(
-        self, folder: Path | None, resumed: Path | None = None, step: int = 0, mirror: "WeightsAndBiases | None" = None
+        self, folder: Path | None, resumed: Path | None = None, step: int = 0, mirrors: Sequence[Mirror] = ()
     ) -> None:
         """With ``resumed`` and ``step``, keep what its run had written up to the checkpoint."""
-        self.path, self.mirror = folder / METRICS if folder else None, mirror
+        self.path, self.mirrors = folder / METRICS if folder else None, mirrors
         past = [row for row in (read_rows(resumed.with_name(METRICS)) if resumed else []) if row["kind"] in HISTORY]
         self.rows = [row for row in past if isinstance(row.get("step"), int) and row["step"] <= step]
         if self.path:
@@ -42,8 +47,8 @@ class Metrics:
         if self.path:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.rows[-1]) + "\n")
-        if self.mirror is not None:
-            self.mirror.add(kind, row)
+        for mirror in self.mirrors:
+            mirror.add(kind, row)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["kind"] == kind]
@@ -56,6 +61,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         with suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and "kind" in row]
+
+
+class TensorBoard:
+    """A mirror of the numbers with a step: ``tensorboard --logdir runs`` shows them while the run trains."""
+
+    def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
+        """What is there of the steps after ``resumed_step``, a checkpoint's, is void."""
+        require("tensorboard", "--tensorboard")
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        self.folder = folder / TENSORBOARD
+        with writing(self.folder):
+            self.writer = writer(str(self.folder), purge_step=None if resumed_step is None else resumed_step + 1)
+
+    def add(self, kind: str, row: Mapping[str, Any]) -> None:
+        with writing(self.folder):
+            for name, value in _numbers(kind, row).items():
+                self.writer.add_scalar(name, value, row["step"])
+            self.writer.flush()  # with it a row takes 0.2 ms, and a crash loses nothing
 
 
 class WeightsAndBiases:
@@ -75,10 +98,15 @@ class WeightsAndBiases:
     def add(self, kind: str, row: Mapping[str, Any]) -> None:
         if kind == "settings":
             self.run.config.update(dict(row), allow_val_change=True)
-        prefix = f"{kind}/{row['representation']}" if "representation" in row else kind
-        numbers = {f"{prefix}/{name}": value for name, value in row.items() if isinstance(value, Real)}
-        if "step" in row and (shown := {name: value for name, value in numbers.items() if name != f"{prefix}/step"}):
-            self.run.log(shown, step=row["step"])
+        elif numbers := _numbers(kind, row):
+            self.run.log(numbers, step=row["step"])
+
+
+def _numbers(kind: str, row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row that has a step, as ``kind/name`` or ``kind/representation/name``."""
+    prefix = f"{kind}/{row['representation']}" if "representation" in row else kind
+    numbers = {name: value for name, value in row.items() if isinstance(value, Real) and name != "step"}
+    return {f"{prefix}/{name}": value for name, value in numbers.items()} if "step" in row else {}
 
 
 def accuracies_of(row: Mapping[str, Any]) -> list[str]:

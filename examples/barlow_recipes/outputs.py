@@ -12,6 +12,7 @@ RESULTS = "results.json"  # of the programs that evaluate and transfer
 CHECKPOINTS = CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"  # a run has one, or both
 PICTURES = CURVES, CROSS_CORRELATION = "curves.png", "cross_correlation.png"
 DAMAGED, WANDB_ID, SETTINGS = "checkpoint.damaged.pt", "wandb.id", "settings.yaml"
+TENSORBOARD = "tensorboard"  # a folder of event files
 
 
 @contextmanager

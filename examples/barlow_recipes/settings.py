@@ -16,8 +16,8 @@ from barlow_recipes.views import PAPER, ViewRecipe
 
 # What may differ between a run and its continuation: where it runs, what it writes. Everything else shapes the weights.
 FREE = {
-    "preset", "data", "device", "backend", "workers", "loader_timeout", "channels_last", "compile", "wandb",
-    "deterministic", "probe_every", "log_every", "save_every",
+    "preset", "data", "device", "backend", "workers", "loader_timeout", "channels_last", "compile", "tensorboard",
+    "wandb", "deterministic", "probe_every", "log_every", "save_every",
     "profile", "out", "overwrite", "resume", "limit_steps", "evaluation",
 }  # fmt: skip
 WORLD_SIZE_OF_THE_OFFICIAL_RUN = 16  # V100s, says its README; the paper says 32
@@ -116,6 +116,7 @@ class Settings(RunSettings, PixelSettings):
     evaluation: bool = True  # measure at the end what the encoder is worth
     log_every: Positive = 10  # steps from one row of metrics.jsonl to the next
     save_every: Positive | None = None  # steps between checkpoints, beside one after each epoch
+    tensorboard: bool = False  # log to TensorBoard, too: tensorboard --logdir OUT shows it
     wandb: bool = False  # log to Weights & Biases, too
     profile: bool = False  # time the parts of the steps, and wait for the device to do so
     limit_steps: Positive | None = None  # stop after so many steps of the run

@@ -1,4 +1,4 @@
-"""Metrics survive a resume, a crash and a full disk; Weights & Biases gets the same numbers."""
+"""Metrics survive a resume, a crash and a full disk; TensorBoard and Weights & Biases get the same numbers."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from barlow_recipes.errors import Aborted, UsageError
-from barlow_recipes.metrics import Metrics, WeightsAndBiases
+from barlow_recipes.metrics import Metrics, TensorBoard, WeightsAndBiases
 
 
 class Kept(list[tuple[str, dict[str, Any]]]):
@@ -21,13 +21,13 @@ class Kept(list[tuple[str, dict[str, Any]]]):
         self.append((kind, row))
 
 
-def test_metrics_are_json_lines_and_a_mirror_gets_the_same(tmp_path: Path) -> None:
-    mirror = Kept()
-    metrics = Metrics(tmp_path, mirror=mirror)  # type: ignore[arg-type]
+def test_metrics_are_json_lines_and_mirrors_get_the_same(tmp_path: Path) -> None:
+    mirrors = [Kept(), Kept()]
+    metrics = Metrics(tmp_path, mirrors=mirrors)
     metrics.add("step", {"step": 1, "loss": math.inf})
     metrics.add("event", {"step": 2, "text": "a fallback"})
     expected = [("step", {"step": 1, "loss": None}), ("event", {"step": 2, "text": "a fallback"})]
-    assert mirror == expected
+    assert mirrors == [expected, expected]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == metrics.rows == [{"kind": kind, **row} for kind, row in expected]
     assert metrics.of_kind("event") == rows[1:]
@@ -72,6 +72,37 @@ def test_a_full_disk_ends_the_run_and_not_its_history(tmp_path: Path) -> None:
             assert [row["step"] for row in kept] == [0, 1, 2]
 
 
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard itself finds in a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {tag: values for tag, values in found.items() if values}
+
+
+def test_tensorboard_shows_the_metrics_and_no_step_twice_after_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    folder = tmp_path / "tensorboard"
+    metrics = Metrics(None, mirrors=[TensorBoard(tmp_path)])
+    metrics.add("settings", {"seed": 0})
+    for step in (1, 11, 21, 31):
+        metrics.add("step", {"step": step, "loss": math.nan if step == 11 else float(step), "dead_features": 3})
+    metrics.add("epoch", {"step": 31, "epoch": 1, "knn": 50.5})
+    assert scalars(folder)["step/loss"] == [(1, 1), (21, 21), (31, 31)]
+
+    resumed = Metrics(None, mirrors=[TensorBoard(tmp_path, resumed_step=21)])
+    for step in (31, 41):
+        resumed.add("step", {"step": step, "loss": -float(step), "dead_features": 3})
+    resumed.add("evaluation", {"step": 41, "representation": "raw pixels", "knn": 97.75})
+    resumed.add("event", {"step": 41, "text": "all is well"})
+    assert scalars(folder) == {
+        "step/loss": [(1, 1), (21, 21), (31, -31), (41, -41)],
+        "step/dead_features": [(1, 3), (11, 3), (21, 3), (31, 3), (41, 3)],
+        "evaluation/raw pixels/knn": [(41, 97.75)],
+    }
+
+
 def sent(run: Path) -> Iterator[Any]:
     """The records of a W&B run that is kept offline: blocks as of LevelDB's log, each small record in one piece."""
     from wandb.proto.wandb_internal_pb2 import Record
@@ -102,7 +133,7 @@ def test_weights_and_biases_offline_gets_the_numbers_and_goes_on_in_the_same_run
     ids, runs = [], []
     for resumed_step in (None, 11, None):
         mirror = WeightsAndBiases(tmp_path, resumed_step)
-        metrics = Metrics(None, mirror=mirror)
+        metrics = Metrics(None, mirrors=[mirror])
         metrics.add("settings", {"seed": 5, "command": ["--wandb"]})
         for step in (1, 11) if resumed_step is None else (21,):
             metrics.add("step", {"step": step, "loss": math.nan if step == 11 else float(step), "dead_features": 3})
@@ -120,10 +151,13 @@ def test_weights_and_biases_offline_gets_the_numbers_and_goes_on_in_the_same_run
     ]
 
 
-def test_a_missing_package_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UsageError, match=r"--wandb needs wandb.*pip install 'barlow-loss\[scale\]'"):
-        WeightsAndBiases(tmp_path)
+@pytest.mark.parametrize(("module", "mirror"), [("tensorboard", TensorBoard), ("wandb", WeightsAndBiases)])
+def test_a_missing_package_is_named_with_the_remedy(
+    module: str, mirror: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UsageError, match=rf"--{module} needs {module}.*pip install 'barlow-loss\[scale\]'"):
+        mirror(tmp_path)
 
 
 def test_without_an_account_wandb_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

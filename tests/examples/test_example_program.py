@@ -20,9 +20,9 @@ PROGRAM = EXAMPLES / "imagenet_pretrain.py"
 
 
 @pytest.mark.slow
-def test_the_command_without_torchvision_pretrains_on_digits(tmp_path: Path) -> None:
-    """A new interpreter, in which it cannot be imported."""
-    block = "import runpy, sys; sys.modules.update(torchvision=None); sys.argv = sys.argv[1:]; "
+def test_the_command_without_torchvision_and_tensorboard_pretrains_on_digits(tmp_path: Path) -> None:
+    """A new interpreter, in which neither can be imported."""
+    block = "import runpy, sys; sys.modules.update(torchvision=None, tensorboard=None); sys.argv = sys.argv[1:]; "
     program = f"sys.path.insert(0, {str(EXAMPLES)!r}); runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
     done = run_program([sys.executable, "-c", block + program, PROGRAM, *SHORT_DIGITS, "--probe-every", 1], tmp_path)
     assert done.status == 0, done.errors
@@ -91,7 +91,7 @@ def test_a_run_on_jpegs_survives_a_broken_file_and_resumes(run: Run, jpegs: Path
 
 WAYS: dict[str, tuple[str, ...]] = {
     "in chunks": ("--chunk-size", "3", "--channels-last"),
-    "the preset for CIFAR": ("--preset", "cifar"),
+    "the preset for CIFAR, TensorBoard": ("--preset", "cifar", "--tensorboard"),
 }
 
 
@@ -105,6 +105,8 @@ def test_images_in_every_way(flags: tuple[str, ...], run: Run, jpegs: Path) -> N
     assert run(*common, "--out", "parts", "--resume")[0] == 0
     assert differences(*states("whole", "parts")) == []
     assert all(row["loss"] for row in rows(Path("whole"), "step"))
+    events = list(Path("parts").glob("tensorboard/events.out.tfevents.*"))
+    assert len(events) == (2 if "--tensorboard" in flags else 0)
 
 
 @pytest.mark.usefixtures("few_looks")

@@ -42,6 +42,7 @@ def test_a_run_is_overwritten_on_demand_only_and_other_files_never(tmp_path: Pat
         "curves.png",
         "cross_correlation.png",
         "wandb.id",
+        "tensorboard/events.out.tfevents.1.host.2.3",
     ],
 )
 def test_every_file_of_a_run_is_known(name: str, tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def test_the_warm_up_is_a_tenth_of_a_short_run() -> None:
 
 def test_where_a_run_takes_place_does_not_shape_it() -> None:
     first = settings("--data a --workers 1 --compile --channels-last --backend eager --out x --profile")
-    second = settings("--data b --workers 2 --save-every 3 --log-every 1 --loader-timeout 5 --deterministic")
+    second = settings(
+        "--data b --workers 2 --save-every 3 --tensorboard --log-every 1 --loader-timeout 5 --deterministic"
+    )
     assert first.shaping() == second.shaping()
     assert first.shaping() != settings("--data a --seed 1").shaping()
 

@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 
 from barlow_recipes.errors import UsageError
 from barlow_recipes.pixels import USUAL, PixelSettings, as_float, normalized
+from barlow_recipes.views import UnfinishedView
 
 WHOLE = slice(None)
 SPLIT_SEED = 0  # what is held out is the same for every --seed, so that runs can be compared
@@ -31,7 +32,7 @@ def seed_of(*numbers: int) -> int:
 class Batch(NamedTuple):
     """Two views of the same images; ``unreadable`` of them had to be replaced by others."""
 
-    views: tuple[Tensor, Tensor]  # each (N, C, H, W) float32
+    views: tuple[Tensor | UnfinishedView, Tensor | UnfinishedView]  # each (N, C, H, W), finished on the device
     unreadable: int
 
 

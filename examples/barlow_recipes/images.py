@@ -26,6 +26,7 @@ PROBED_TOGETHER = 256  # at most: the probes run on one process, in float32
 TOLERATED_UNREADABLE = 5, 1 / 1000  # images per epoch: the larger of a handful and a thousandth
 LOOKED_AT = 16  # images, before a run begins
 WORKERS: WeakSet[Any] = WeakSet()  # the processes of all loaders
+CLOSED = ConnectionError, EOFError  # so ends the pipe of a worker that dies while it sends a batch
 DARK = 1 / 16  # of the range of values: 12 bits in 16
 
 
@@ -94,7 +95,8 @@ class Loader(DataLoader[Any]):
                 late = f"no image has come from the workers for {self.timeout:g} seconds"
                 remedy = "does the storage of --data answer? If it is only slow, give a longer --loader-timeout"
                 raise Aborted(f"{late}: {remedy}") from None
-            if "DataLoader worker (pid" in str(error):
+            own = isinstance(error, CLOSED) and "in DataLoader worker process" not in str(error)
+            if own or "DataLoader worker (pid" in str(error):
                 raise Aborted(LOST_WORKER) from None
             raise
 
@@ -126,8 +128,8 @@ class ImagePairs(Pairs):
             yield Batch((view1, view2), unreadable)
 
 
-def look_at_some(images: Catalogue, source: str, pixels: PixelSettings) -> None:
-    """Before time is spent on all, see whether the flags describe them, or all of more than eight bits are dark."""
+def look_at_some(images: Catalogue, source: str, pixels: PixelSettings) -> bool:
+    """Before time is spent on all, see whether the flags describe them, or are dark; whether they have eight bits."""
     decoded, unreadable = list[Tensor](), list[str]()
     for number in range(0, len(images), math.ceil(len(images) / LOOKED_AT)):
         try:
@@ -144,13 +146,14 @@ def look_at_some(images: Catalogue, source: str, pixels: PixelSettings) -> None:
     if brightest < DARK and pixels.value_range is None:
         most = f"the largest value is {brightest:g} of 1, or {SIXTEEN_BITS * brightest:g} of {SIXTEEN_BITS}"
         raise UsageError(f"--data {source}: nearly black, {most}: give --value-range LOW HIGH")
+    return not deep
 
 
 def load_images(settings: Settings, rows: slice = WHOLE) -> PretrainingData:
     """Index the images of --data, look at some, and hold some out for the probe; ``rows`` of every batch are ours."""
     source, size, seed = settings.data or "", settings.image_size, settings.seed
     images, notes = find_images(source)
-    look_at_some(images, source, settings)
+    eight_bits = look_at_some(images, source, settings)
     fraction = HELD_OUT if settings.probe and images.labels.any() else 0  # of one class there is nothing to learn
     held_out = hold_out(images.labels, fraction, at_most=MOST_HELD_OUT_PER_CLASS)
     pretraining = images.subset((~held_out).nonzero()[:, 0])
@@ -169,7 +172,8 @@ def load_images(settings: Settings, rows: slice = WHOLE) -> PretrainingData:
         probe = Probe(bank, queries, linear=True, labels_per_class=())
     elif settings.probe:
         notes += ("no probe: it needs labels of two classes, and ten images in a class to hold one out",)
-    views = [View(recipe, size, settings) for recipe in settings.recipes()]
+    left = {"workers": None, "device": torch.uint8 if eight_bits else torch.float32}[settings.augment_on]
+    views = [View(recipe, size, settings, left) for recipe in settings.recipes()]
     dataset = TwoViews(pretraining, views, seed, tolerated, settings)
     order = EpochBatches(len(pretraining), settings.batch_size, seed, rows)
     pairs, fingerprint = ImagePairs(dataset, order, **loading), pretraining.fingerprint()

@@ -28,6 +28,7 @@ from barlow_recipes.errors import require
 from barlow_recipes.metrics import Metrics, accuracies_of, accuracy_cells, aligned, label_of
 from barlow_recipes.outputs import CROSS_CORRELATION, CURVES, PICTURES, REPORT, replacing
 from barlow_recipes.steps import Accuracies, Run
+from barlow_recipes.views import finished
 
 PICTURED_PAIRS, PICTURED_FEATURES = 1024, 128  # of thousands of features a picture shows none
 LOGGED_PAIRS = 256  # of a process: with thousands the effective rank, in float64, takes as long as a step
@@ -79,7 +80,7 @@ def draw(now: Run) -> None:
     """
     model, settings = copy.deepcopy(now.state.model).train(), now.settings
     batches = islice(now.data.pairs.batches(epoch=0), -(-PICTURED_PAIRS // settings.batch_size))
-    pairs = [[model(view.to(settings.device)) for view in batch.views] for batch in batches]
+    pairs = [[model(finished(view, settings.device, now.data.pixels)) for view in batch.views] for batch in batches]
     z1, z2 = map(torch.cat, zip(*pairs, strict=True))
     correlation = cross_correlation(z1[:, :PICTURED_FEATURES], z2[:, :PICTURED_FEATURES])
     if now.before is None:

@@ -88,6 +88,7 @@ class Settings(RunSettings, PixelSettings):
     grayscale: Share = 0.2  # probability in either view
     blur: tuple[Share, Share] = (1.0, 0.1)  # probability in view 1 and in view 2
     solarize: tuple[Share, Share] = (0.0, 0.2)  # probability in view 1 and in view 2
+    augment_on: Literal["workers", "device"] = "workers"  # device: colours, blur and solarization in batches, there
 
     batch_size: Annotated[int, Bounds(2)] = 2048  # pairs in a step, of all processes together
     # images that pass through the encoder together; the rest of the memory of a step is that of their features. Batch

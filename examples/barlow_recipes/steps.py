@@ -20,6 +20,7 @@ from barlow_recipes.errors import Aborted
 from barlow_recipes.metrics import Metrics
 from barlow_recipes.outputs import CHECKPOINT
 from barlow_recipes.settings import Settings
+from barlow_recipes.views import finished
 
 Accuracies = dict[str, dict[str, float]]  # of each representation, in percent
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -121,8 +122,8 @@ def gradients(now: Run, batches: Iterator[Batch]) -> Step:
         batch = next(batches)
     with watch.lap("forward"), autocast:
         # The views pass through the network one after the other: each has its own batch statistics.
-        views = (view.to(settings.device, non_blocking=True, memory_format=layout) for view in batch.views)
-        z1, z2 = (now.network(view) for view in views)
+        views = (finished(view, settings.device, now.data.pixels) for view in batch.views)
+        z1, z2 = (now.network(view.to(memory_format=layout)) for view in views)
     leaf1, leaf2 = (z.detach().requires_grad_() for z in (z1, z2))  # parts the loss's backward from the rest
     with watch.lap("loss"):
         with autocast:

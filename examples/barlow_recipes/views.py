@@ -1,8 +1,9 @@
 """Two random views of an image, as published: crop, flip, jitter, greyscale, blur, solarization.
 
-Workers crop and flip with torchvision. Colours are changed a batch at a time, in memory or, a batch of one, by a
-worker. These operations are ours: of one image with 224 pixels torchvision's v2 takes longer than the official pipeline
-on Pillow (its hue 2 to 8 times, its blur 5 to 6 times as long as these), and of 256 small ones kornia 2.5 times.
+Workers crop and flip with torchvision. Colours are changed a batch at a time: by a worker (a batch of one), on the
+device, or in memory. These operations are ours: of one image with 224 pixels torchvision's v2 takes longer than the
+official pipeline on Pillow (its hue 2 to 8 times, its blur 5 to 6 times as long as these), and of 256 small ones kornia
+2.5 times.
 """
 
 import math
@@ -89,18 +90,42 @@ def draw(recipe: ViewRecipe, n: int, generator: torch.Generator | None = None) -
     return torch.stack(drawn, dim=1)
 
 
-class View:
-    """From (C, H, W), uint8 or float in [0, 1], to (C, size, size) float32, by torch's default generator."""
+class UnfinishedView(NamedTuple):
+    """Views that a worker has cropped and flipped, and what is decided about their colours."""
 
-    def __init__(self, recipe: ViewRecipe, size: int, pixels: PixelSettings = USUAL) -> None:
+    pixels: Tensor  # (N, C, H, W), uint8 or float32 in [0, 1]
+    decisions: Tensor  # (N, D), rows of draw(), on the CPU
+
+
+class View:
+    """From (C, H, W), uint8 or float in [0, 1], to (C, size, size) float32, by torch's default generator.
+
+    Or to what :func:`finished` takes, if pixels are to be ``left`` in uint8 or float32.
+    """
+
+    def __init__(
+        self, recipe: ViewRecipe, size: int, pixels: PixelSettings = USUAL, left: torch.dtype | None = None
+    ) -> None:
         v2: Any = require("torchvision.transforms.v2", "--data")
         crop = v2.RandomResizedCrop(size, recipe.crop_scale, CROP_RATIO, v2.InterpolationMode.BICUBIC, antialias=True)
         self.crop = v2.Compose([crop, v2.RandomHorizontalFlip(recipe.flip)])
-        self.recipe, self.pixels = recipe, pixels
+        self.recipe, self.pixels, self.left = recipe, pixels, left
 
-    def __call__(self, image: Tensor) -> Tensor:
-        cropped = as_float(self.crop(image)[None])
-        return self.pixels.normalized(colored(cropped, draw(self.recipe, 1)))[0]
+    def __call__(self, image: Tensor) -> Tensor | UnfinishedView:
+        cropped, decisions = self.crop(image), draw(self.recipe, 1)
+        if self.left is None:
+            return finished(UnfinishedView(cropped[None], decisions), torch.device("cpu"), self.pixels)[0]
+        if self.left == torch.uint8 and cropped.is_floating_point():  # one deep image among those of eight bits
+            cropped = cropped.clamp(0, 1).mul(255).round().byte()
+        return UnfinishedView(cropped if self.left == torch.uint8 else as_float(cropped), decisions[0])
+
+
+def finished(view: Tensor | UnfinishedView, device: torch.device, pixels: PixelSettings = USUAL) -> Tensor:
+    """The views on the device: (N, C, H, W) float32, normalised. A Tensor is finished, and only moved."""
+    if isinstance(view, Tensor):
+        return view.to(device, non_blocking=True)
+    images = as_float(view.pixels.to(device, non_blocking=True))
+    return pixels.normalized(colored(images, view.decisions))
 
 
 def image_without_augmentation(size: int, pixels: PixelSettings = USUAL) -> Callable[[Tensor], Tensor]:

@@ -47,7 +47,7 @@ def npy(values: Any) -> bytes:
 
 
 def tensors(batches: Any) -> list[Tensor]:
-    """What is in views, or in batches of a probe."""
+    """What is in views, unfinished ones too, or in batches of a probe."""
     if isinstance(batches, Tensor):
         return [batches]
     return [tensor for part in batches if not isinstance(part, int) for tensor in tensors(part)]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,10 +22,11 @@ from outcomes import EXAMPLES
 from PIL import Image
 from sources import fill, load, npy, same, saved, tiff
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from barlow_recipes.data import EpochBatches, hold_out, seed_of
 from barlow_recipes.digits import augment_digits, load_digits
-from barlow_recipes.errors import UsageError
+from barlow_recipes.errors import Aborted, UsageError
 from barlow_recipes.files import index_folder
 from barlow_recipes.images import Loader, TwoViews
 from barlow_recipes.pixels import PixelSettings, UnfitError, decode
@@ -287,10 +289,11 @@ def test_an_image_that_is_lost_gives_way_to_the_next(damage: Callable[[Path], ob
     assert dataset[0, 1][2] == 3  # more than tolerated, which ends the run
 
 
-def test_the_number_of_workers_changes_nothing(jpegs: Path) -> None:
+@pytest.mark.parametrize("augment_on", ["workers", "device"])
+def test_the_number_of_workers_changes_nothing(augment_on: str, jpegs: Path) -> None:
     epochs = []
     for workers in (0, 2):
-        pairs = load(jpegs, workers=workers).pairs
+        pairs = load(jpegs, workers=workers, augment_on=augment_on).pairs
         list(islice(pairs.batches(0), 1))  # an epoch left early, as for the pictures
         epochs.append(list(pairs.batches(1)) + list(pairs.batches(2, first_step=2)))
     assert same(*epochs)
@@ -298,9 +301,10 @@ def test_the_number_of_workers_changes_nothing(jpegs: Path) -> None:
     assert [batch.unreadable for batch in epochs[0]] == [batch.unreadable for batch in epochs[1]]
 
 
-def test_workers_that_are_spawned_get_the_same(jpegs: Path) -> None:
+@pytest.mark.parametrize("augment_on", ["workers", "device"])
+def test_workers_that_are_spawned_get_the_same(augment_on: str, jpegs: Path) -> None:
     """Python 3.14 starts them so that they have to be sent the dataset."""
-    dataset = load(jpegs).pairs.loader.dataset  # type: ignore[attr-defined]
+    dataset = load(jpegs, augment_on=augment_on).pairs.loader.dataset  # type: ignore[attr-defined]
     assert same(dataset[0, 3][:2], pickle.loads(pickle.dumps(dataset))[0, 3][:2])
 
 
@@ -343,6 +347,28 @@ def test_the_death_of_a_worker_ends_the_run_whatever_it_does(
 
     assert exit_status(train) == 1
     assert re.fullmatch("error: a process that reads images has died.*\n", capsys.readouterr().err)
+
+
+class Disconnected(Dataset[int]):
+    """Its storage hangs up."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise ConnectionResetError
+
+
+def test_a_pipe_that_closes_is_the_death_of_a_worker_and_a_storage_that_hangs_up_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ConnectionResetError, match="in DataLoader worker process"):
+        list(Loader(Disconnected(), patience=60, num_workers=1))
+    for error in (ConnectionResetError(104, "Connection reset by peer"), EOFError()):
+        closed = Loader(Disconnected(), patience=60)
+        monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", Mock(side_effect=error))
+        with pytest.raises(Aborted, match="a process that reads images has died"):
+            list(closed)
 
 
 HANGING = f"""

@@ -211,8 +211,9 @@ def test_what_cannot_be_read_is_said_in_one_line(make: Callable[[Path], object],
     assert "\n" not in str(error.value)
 
 
-def test_images_of_many_bands_become_views(tmp_path: Path) -> None:
-    data = load(BANDS(tmp_path), channels=13)
+@pytest.mark.parametrize("augment_on", ["workers", "device"])
+def test_images_of_many_bands_become_views(augment_on: str, tmp_path: Path) -> None:
+    data = load(BANDS(tmp_path), channels=13, augment_on=augment_on)
     view, *_ = tensors(next(iter(data.pairs.batches(0))))
     assert view.shape == (4, 13, 16, 16)
     assert data.pixels.channels == 13

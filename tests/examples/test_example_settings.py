@@ -85,6 +85,10 @@ def test_where_a_run_takes_place_does_not_shape_it() -> None:
             "--data images --stem round",
             "invalid choice 'round' for argument '--stem'. Expected one of ('imagenet', 'cifar').",
         ),
+        (
+            "--data images --augment-on moon",
+            "invalid choice 'moon' for argument '--augment-on'. Expected one of ('workers', 'device').",
+        ),
         ("--data images --mean nan 0 0", "--mean nan 0.0 0.0: expected finite numbers"),
         ("--data images --value-range 0 inf", "--value-range 0.0 inf: expected finite numbers"),
         ("--data images --init-strict", "--init-strict: expected --init"),

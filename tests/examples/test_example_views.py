@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
@@ -15,11 +16,13 @@ from barlow_recipes.views import (
     ORDERS,
     PAPER,
     Decisions,
+    UnfinishedView,
     View,
     ViewRecipe,
     colored,
     crop_small,
     draw,
+    finished,
     image_without_augmentation,
     small_views,
 )
@@ -31,6 +34,7 @@ def torchvisions_blur(image: Tensor, sigma: float) -> Tensor:
 
 
 MANY = 40_000
+CPU = torch.device("cpu")
 NOTHING = ViewRecipe(flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0)
 JITTER = (views.brightness, views.contrast, views.saturation, views.hue)
 OPERATIONS = {
@@ -187,13 +191,23 @@ def test_a_workers_crop_and_flip_are_those_of_the_recipe() -> None:
     assert 0.7 < ratio.min() < 0.8 < 1.25 < ratio.max() < 1.43
 
 
-def test_a_view_is_made_of_its_seed_and_leaves_the_image_alone() -> None:
+@recipes
+def test_a_worker_and_the_device_make_the_same_view(recipe: ViewRecipe) -> None:
+    """From the same seed: the decisions are drawn in the same order."""
     photos = torch.randint(0, 256, (6, 3, 60, 50), generator=generator(), dtype=torch.uint8)
-    before, view = photos.clone(), View(PAPER[1], 32)
-    views = [[seeded(view, photo, number) for number, photo in enumerate(photos)] for _ in range(2)]
-    assert all(map(torch.equal, *views))
+    halves, wholes = [], []
+    before = photos.clone()
+    for number, photo in enumerate(photos):
+        halves.append(seeded(View(recipe, 32, left=torch.uint8), photo, number))
+        wholes.append(seeded(View(recipe, 32), photo, number))
+        assert torch.equal(wholes[-1], seeded(View(recipe, 32), photo, number))
     assert torch.equal(photos, before)  # which make the other view, too
-    assert len(torch.stack(views[0]).flatten(1).unique(dim=0)) == 6
+    batch, whole = default_collate(halves), torch.stack(wholes)
+    assert isinstance(batch, UnfinishedView)
+    assert batch.pixels.dtype == torch.uint8
+    assert len(whole.flatten(1).unique(dim=0)) == 6
+    torch.testing.assert_close(finished(batch, CPU), whole, rtol=0, atol=1e-5)
+    assert finished(whole, CPU) is whole
 
 
 def test_views_are_normalised_crops_of_the_right_size() -> None:
@@ -213,6 +227,10 @@ def test_views_of_any_number_of_channels(channels: int, kind: torch.dtype) -> No
     image = noise if kind == torch.float32 else (255 * noise).to(kind)
     for recipe in PAPER:
         whole = torch.stack([seeded(View(recipe, 32, pixels), image, seed) for seed in range(40)])
+        worker = View(recipe, 32, pixels, kind)
+        half = default_collate([seeded(worker, image, seed) for seed in range(40)])
+        assert half.pixels.dtype == kind
+        torch.testing.assert_close(finished(half, CPU, pixels), whole, rtol=0, atol=1e-5)
         assert whole.shape == (40, channels, 32, 32)
         assert 0 <= whole.min() < 0.2 < 0.8 < whole.max() <= 1 + 1e-6
     turned = replace(NOTHING, color_jitter=(0.0, 0.0, 0.2, 0.5), jitter=1.0, grayscale=1.0)
@@ -223,7 +241,5 @@ def test_views_of_any_number_of_channels(channels: int, kind: torch.dtype) -> No
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @recipes
 def test_a_gpu_makes_the_same_views(recipe: ViewRecipe) -> None:
-    pixels, decisions = images(64), draw(recipe, 64, generator())
-    torch.testing.assert_close(
-        small_views(pixels.cuda(), decisions).cpu(), small_views(pixels, decisions), rtol=0, atol=1e-4
-    )
+    view = UnfinishedView(images(64), draw(recipe, 64, generator()))
+    torch.testing.assert_close(finished(view, torch.device("cuda")).cpu(), finished(view, CPU), rtol=0, atol=1e-4)

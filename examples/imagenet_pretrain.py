@@ -56,7 +56,7 @@ def run(settings: Settings) -> None:
     require("matplotlib", "the curves")  # now, not hours later
     model = prepare_model(settings)
     data = load_data(settings)
-    steps_per_epoch = len(data.pairs)
+    steps_per_epoch = len(data.pairs) // settings.accumulate
     state = first_state(settings, model, steps_per_epoch)
     name = data.name if settings.data is None else f"{data.name}-{settings.arch}"
     default = Path("runs") / re.sub(r"[^\w.-]+", "-", name)
@@ -111,13 +111,13 @@ def prepare_model(settings: Settings) -> BarlowTwins:
         freeze(model.backbone, settings.freeze)
     model = model.to(memory_format=torch.channels_last) if settings.channels_last else model
     if settings.chunk_size:  # as many parts on every process, though their rows differ: they may exchange statistics
-        model.chunks = -(-settings.batch_size // (distributed.world_size() * settings.chunk_size))
+        model.chunks = -(-settings.micro_batch_size // (distributed.world_size() * settings.chunk_size))
     return model
 
 
 def load_data(settings: Settings) -> PretrainingData:
     """The images, split before anything is learned from them."""
-    size, seed, monitor = settings.batch_size, settings.seed, settings.probe
+    size, seed, monitor = settings.micro_batch_size, settings.seed, settings.probe
     rows = distributed.own_rows(size)
     if settings.data is None:
         data = load_digits(size, seed, monitor=monitor, rows=rows)
@@ -194,7 +194,7 @@ def train(now: Run, requests: StopRequests) -> None:
             unreadable = 0
             now.network.train()
             watch.begin_epoch()
-            batches = now.data.pairs.batches(epoch, first)
+            batches = now.data.pairs.batches(epoch, first * settings.accumulate)
             for _ in range(min(now.steps_per_epoch - first, now.last_step - state.step)):
                 done = gradients(now, batches)
                 bad, broken, *signals = distributed.totals([not done.finite, done.unreadable, *requests.counts()])

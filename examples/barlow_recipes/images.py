@@ -163,7 +163,7 @@ def load_images(settings: Settings, rows: slice = WHOLE) -> PretrainingData:
 
     def plain(part: Catalogue, chosen: Tensor) -> Loader:
         dataset = Labelled(part.subset(chosen.nonzero()[:, 0]), image_without_augmentation(size, settings), settings)
-        return Loader(dataset, batch_size=min(settings.batch_size, PROBED_TOGETHER), **loading)
+        return Loader(dataset, batch_size=min(settings.micro_batch_size, PROBED_TOGETHER), **loading)
 
     probe = None
     if held_out.any():
@@ -175,7 +175,7 @@ def load_images(settings: Settings, rows: slice = WHOLE) -> PretrainingData:
     left = {"workers": None, "device": torch.uint8 if eight_bits else torch.float32}[settings.augment_on]
     views = [View(recipe, size, settings, left) for recipe in settings.recipes()]
     dataset = TwoViews(pretraining, views, seed, tolerated, settings)
-    order = EpochBatches(len(pretraining), settings.batch_size, seed, rows)
+    order = EpochBatches(len(pretraining), settings.micro_batch_size, seed, rows)
     pairs, fingerprint = ImagePairs(dataset, order, **loading), pretraining.fingerprint()
     path = Path(source).absolute()
     name = path.parent.name if path.name == "train" else path.stem if path.is_file() else path.name

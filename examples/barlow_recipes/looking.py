@@ -79,7 +79,7 @@ def draw(now: Run) -> None:
     Of the first pairs, by their embeddings as the loss sees them: with batch statistics.
     """
     model, settings = copy.deepcopy(now.state.model).train(), now.settings
-    batches = islice(now.data.pairs.batches(epoch=0), -(-PICTURED_PAIRS // settings.batch_size))
+    batches = islice(now.data.pairs.batches(epoch=0), -(-PICTURED_PAIRS // settings.micro_batch_size))
     pairs = [[model(finished(view, settings.device, now.data.pixels)) for view in batch.views] for batch in batches]
     z1, z2 = map(torch.cat, zip(*pairs, strict=True))
     correlation = cross_correlation(z1[:, :PICTURED_FEATURES], z2[:, :PICTURED_FEATURES])
@@ -88,7 +88,7 @@ def draw(now: Run) -> None:
         return
     now.collapse = collapse_report(z1, z2, lambd=settings.lambd)
     if is_main():
-        n, d = settings.batch_size, z1.shape[1]
+        n, d = settings.micro_batch_size, z1.shape[1]
         draw_cross_correlation(now.out / CROSS_CORRELATION, now.before, correlation, now.state.step)
         limits = {"floor": noise_floor(n, d), "rank": min(n - 1, LOGGED_PAIRS * world_size() - 1, d)}
         draw_curves(now.out / CURVES, now.metrics, lambd=settings.lambd, **limits)

@@ -91,6 +91,9 @@ class Settings(RunSettings, PixelSettings):
     augment_on: Literal["workers", "device"] = "workers"  # device: colours, blur and solarization in batches, there
 
     batch_size: Annotated[int, Bounds(2)] = 2048  # pairs in a step, of all processes together
+    # add up the gradients of so many parts of the batch. Each has a cross-correlation of its own: not the loss of the
+    # large batch, which --chunk-size gives
+    accumulate: Positive = 1
     # images that pass through the encoder together; the rest of the memory of a step is that of their features. Batch
     # norms of the encoder see one chunk; the projector and the loss see the whole batch
     chunk_size: Positive | None = None
@@ -122,6 +125,11 @@ class Settings(RunSettings, PixelSettings):
     profile: bool = False  # time the parts of the steps, and wait for the device to do so
     limit_steps: Positive | None = None  # stop after so many steps of the run
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Pairs that pass through the network together."""
+        return self.batch_size // self.accumulate
+
     def recipes(self) -> tuple[ViewRecipe, ViewRecipe]:
         """What makes view 1 and view 2: as published, but for the flags."""
         both = {"crop_scale": (self.crop_scale, 1.0), "color_jitter": self.color_jitter, "grayscale": self.grayscale}
@@ -144,7 +152,9 @@ class Settings(RunSettings, PixelSettings):
             raise UsageError("--compile: expected it without --chunk-size, which torch.compile cannot trace")
         if (self.arch == "digits-cnn") != (self.data is None):
             raise UsageError(f"--arch {self.arch}: digits-cnn goes with the digits, every other encoder with --data")
-        if self.batch_size < (least := distributed.world_size()):
+        if self.batch_size % self.accumulate:
+            raise UsageError(f"--accumulate {self.accumulate}: expected a divisor of --batch-size {self.batch_size}")
+        if self.batch_size < (least := self.accumulate * max(2, distributed.world_size())):
             raise UsageError(f"--batch-size {self.batch_size}: expected {least} or more, a pair for each process")
 
 

@@ -87,7 +87,8 @@ class Run:
     collapse: CollapseReport | None = None  # the newest, on the embeddings of the first pairs
 
     def __post_init__(self) -> None:
-        self.steps_per_epoch, self.checkpoint = len(self.data.pairs), self.out / CHECKPOINT
+        self.steps_per_epoch = len(self.data.pairs) // self.settings.accumulate
+        self.checkpoint = self.out / CHECKPOINT
         self.last_step = min(self.settings.epochs * self.steps_per_epoch, self.settings.limit_steps or sys.maxsize)
 
     def save(self) -> None:
@@ -98,9 +99,9 @@ class Run:
 class Step(NamedTuple):
     """What a step has computed, before it is applied."""
 
-    z1: Tensor  # (N, D), the embeddings of view 1
+    z1: Tensor  # (N, D), the last part's embeddings of view 1
     z2: Tensor  # (N, D), and of view 2
-    terms: BarlowTwinsTerms
+    terms: BarlowTwinsTerms  # means over the parts
     gradient_norm: Tensor
     finite: bool  # the loss and every gradient
     unreadable: int
@@ -108,7 +109,7 @@ class Step(NamedTuple):
 
 
 def gradients(now: Run, batches: Iterator[Batch]) -> Step:
-    """Compute the gradients of one step, of the loss of the next batch."""
+    """Compute the gradients of one step: of the next batch's loss, or of the mean of several (--accumulate)."""
     settings, state, watch = now.settings, now.state, now.watch
     autocast = torch.autocast(settings.device.type, AUTOCAST.get(settings.precision), settings.precision != "fp32")
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
@@ -118,25 +119,29 @@ def gradients(now: Run, batches: Iterator[Batch]) -> Step:
     buffers = list(state.model.buffers())
     now.buffers_before = now.buffers_before or [buffer.clone() for buffer in buffers]
     torch._foreach_copy_(now.buffers_before, buffers)
-    with watch.lap("data"):
-        batch = next(batches)
-    with watch.lap("forward"), autocast:
-        # The views pass through the network one after the other: each has its own batch statistics.
-        views = (finished(view, settings.device, now.data.pixels) for view in batch.views)
-        z1, z2 = (now.network(view.to(memory_format=layout)) for view in views)
-    leaf1, leaf2 = (z.detach().requires_grad_() for z in (z1, z2))  # parts the loss's backward from the rest
-    with watch.lap("loss"):
-        with autocast:
-            terms = loss_fn(leaf1, leaf2, return_terms=True)
-        state.scaler.scale(terms.loss * settings.scale_loss).backward()
-    with watch.lap("backward"):
-        torch.autograd.backward([z1, z2], [leaf1.grad, leaf2.grad])
+    parts, unreadable = list[BarlowTwinsTerms](), 0
+    for _ in range(settings.accumulate):
+        with watch.lap("data"):
+            batch = next(batches)
+        with watch.lap("forward"), autocast:
+            # The views pass through the network one after the other: each has its own batch statistics.
+            views = (finished(view, settings.device, now.data.pixels) for view in batch.views)
+            z1, z2 = (now.network(view.to(memory_format=layout)) for view in views)
+        leaf1, leaf2 = (z.detach().requires_grad_() for z in (z1, z2))  # parts the loss's backward from the rest
+        with watch.lap("loss"):
+            with autocast:
+                terms = loss_fn(leaf1, leaf2, return_terms=True)
+            state.scaler.scale(terms.loss * (settings.scale_loss / settings.accumulate)).backward()
+        with watch.lap("backward"):
+            torch.autograd.backward([z1, z2], [leaf1.grad, leaf2.grad])
+        parts.append(BarlowTwinsTerms(*(value.detach() for value in terms)))
+        unreadable += batch.unreadable
     with watch.lap("optimizer"):
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
-    terms = BarlowTwinsTerms(*(value.detach() for value in terms))
-    finite, rate = bool(terms.loss.isfinite() & norm.isfinite()), state.optimizer.param_groups[0]["lr"]
-    return Step(leaf1.detach(), leaf2.detach(), terms, norm, finite, batch.unreadable, rate)
+    mean = BarlowTwinsTerms(*(torch.stack(values).mean() for values in zip(*parts, strict=True)))
+    finite, rate = bool(mean.loss.isfinite() & norm.isfinite()), state.optimizer.param_groups[0]["lr"]
+    return Step(leaf1.detach(), leaf2.detach(), mean, norm, finite, unreadable, rate)
 
 
 def apply(now: Run, *, good: bool) -> None:

@@ -121,6 +121,13 @@ def test_uneven_shards_take_the_steps_of_one_process(in_float64: Callable[..., P
     assert report == pytest.approx(expected, rel=1e-9)
 
 
+def test_accumulated_parts_on_uneven_shards_take_the_steps_of_one_process(in_float64: Callable[..., Path]) -> None:
+    """Whatever is exchanged after each part: 5 pairs of 15, 2 and 3 on the ranks."""
+    one, two = (in_float64(processes, f"parts-on-{processes}", "--accumulate", 3) for processes in (1, 2))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-13)
+    exact(*(state["model"] for state in states(one, two)))
+
+
 def test_a_run_resumes_with_another_number_of_processes(in_float64: Callable[..., Path]) -> None:
     in_float64(1, "turns", "--limit-steps", 3)
     in_float64(2, "turns", "--limit-steps", 7, "--resume")

@@ -91,7 +91,7 @@ def test_a_run_on_jpegs_survives_a_broken_file_and_resumes(run: Run, jpegs: Path
 
 WAYS: dict[str, tuple[str, ...]] = {
     "colours on the device": ("--augment-on", "device"),
-    "in chunks": ("--chunk-size", "3", "--channels-last"),
+    "in chunks and parts": ("--chunk-size", "2", "--channels-last", "--accumulate", "2"),
     "the preset for CIFAR, TensorBoard": ("--preset", "cifar", "--tensorboard"),
 }
 

@@ -66,6 +66,14 @@ def test_the_warm_up_is_a_tenth_of_a_short_run() -> None:
     assert settings("--data images --preset paper").warmup_epochs == 10
 
 
+def test_accumulation_divides_the_batch() -> None:
+    assert settings("--batch-size 120 --accumulate 4").micro_batch_size == 30
+    with pytest.raises(UsageError, match="--accumulate 7: expected a divisor of --batch-size 128"):
+        settings("--accumulate 7")
+    with pytest.raises(UsageError, match="--batch-size 4: expected 8 or more"):
+        settings("--batch-size 4 --accumulate 4")
+
+
 def test_where_a_run_takes_place_does_not_shape_it() -> None:
     first = settings("--data a --workers 1 --compile --channels-last --backend eager --out x --profile")
     second = settings(
@@ -73,6 +81,7 @@ def test_where_a_run_takes_place_does_not_shape_it() -> None:
     )
     assert first.shaping() == second.shaping()
     assert first.shaping() != settings("--data a --seed 1").shaping()
+    assert first.shaping() != settings("--data a --accumulate 2").shaping()
 
 
 @pytest.mark.parametrize(

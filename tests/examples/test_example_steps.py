@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def begin(line: str, tmp_path: Path) -> Run:
     # The usual 2¹⁶ overflows in the first steps, and is halved until it does not.
     scaler = torch.amp.GradScaler("cpu", 2.0**8, enabled=settings.precision == "fp16")  # type: ignore[attr-defined]
     state = TrainingState(model, optimizer, build_schedule(optimizer, 1000, 0), scaler, settings.device)
-    data = load_digits(settings.batch_size, settings.seed, monitor=False)
+    data = load_digits(settings.micro_batch_size, settings.seed, monitor=False)
     return Run(settings, data, state, tmp_path, Metrics(None), Stopwatch(settings.device, 32), model.train())
 
 
@@ -39,20 +40,29 @@ def gradient(now: Run) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in now.state.model.named_parameters() if p.grad is not None}
 
 
-def test_the_gradient_is_that_of_the_loss(tmp_path: Path) -> None:
-    now = begin("--scale-loss 0.5", tmp_path)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_gradient_is_that_of_the_mean_of_the_parts_losses(parts: int, tmp_path: Path) -> None:
+    now = begin(f"--accumulate {parts} --scale-loss 0.5", tmp_path)
     model = copy.deepcopy(now.state.model)
     done = gradients(now, now.data.pairs.batches(0))
-    one, two = next(now.data.pairs.batches(0)).views
-    loss = barlow_twins_loss(model(one), model(two))
-    (0.5 * loss).backward()
-    torch.testing.assert_close(done.terms.loss, loss.detach())
+    batches = islice(now.data.pairs.batches(0), parts)
+    mean = torch.stack([barlow_twins_loss(*map(model, batch.views)) for batch in batches]).mean()
+    (0.5 * mean).backward()
+    torch.testing.assert_close(done.terms.loss, mean.detach())
     expected = {name: p.grad for name, p in model.named_parameters()}
     for name, found in gradient(now).items():
         torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-5)
     norm = nn.utils.get_total_norm(list(gradient(now).values()))
     assert done.gradient_norm.item() == pytest.approx(norm.item(), rel=1e-6)
     assert done.finite
+
+
+def test_parts_are_not_the_large_batch(tmp_path: Path) -> None:
+    """As the flag's help says: each part has a cross-correlation of its own."""
+    whole, parts = (
+        gradients(now, now.data.pairs.batches(0)) for now in (begin("", tmp_path), begin("--accumulate 4", tmp_path))
+    )
+    assert parts.terms.off_diagonal > 1.1 * whole.terms.off_diagonal
 
 
 def broken(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -111,7 +121,7 @@ def quick(few_looks: None) -> tuple[object, ...]:
 
 LINES: dict[str, tuple[str, ...]] = {
     "bf16": ("--precision", "bf16"),
-    "deterministic": ("--deterministic",),
+    "parts": ("--accumulate", "4", "--deterministic"),
     "sgd": ("--optimizer", "sgd", "--learning-rate-weights", "0.01", "--learning-rate-biases", "0.01"),
     "lars": ("--optimizer", "lars", "--learning-rate-weights", "2", "--channels-last"),
 }

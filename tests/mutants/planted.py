@@ -551,7 +551,7 @@ EXAMPLE_STEPS = [
     *_in(
         "examples/barlow_recipes/steps.py",
         STEPS,
-        ("loss-not-scaled", "terms.loss * settings.scale_loss", "terms.loss"),
+        ("accumulated-gradients-not-averaged", "settings.scale_loss / settings.accumulate", "settings.scale_loss"),
         (
             "running-statistics-of-a-step-left-out-stay",
             "torch._foreach_copy_(list(state.model.buffers()), now.buffers_before)",

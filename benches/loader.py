@@ -35,8 +35,7 @@ from torch.nn import functional
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from barlow_recipes.decoding import decode
-from barlow_recipes.pixels import MEAN, STD, as_float
+from barlow_recipes.pixels import MEAN, STD, as_float, decode
 from barlow_recipes.views import ORDERS, PAPER, Decisions, View, ViewRecipe, colored, draw
 from machine import RESULTS, environment
 from timing import interleave, ratios, spread

@@ -13,21 +13,17 @@ import torch
 from sklearn.preprocessing import StandardScaler
 
 from barlow_recipes.command_line import Positive, read
-from barlow_recipes.decoding import raw, white
 from barlow_recipes.errors import UsageError
-from barlow_recipes.images import DARK, find_images
-from barlow_recipes.pixels import PixelSettings
+from barlow_recipes.files import find_images
+from barlow_recipes.images import DARK
+from barlow_recipes.pixels import PixelSettings, raw, white
 from barlow_recipes.program import exit_status, start
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(PixelSettings):
-    """What to look at; --mean and --std are not looked at."""
-
-    data: str
-    "as imagenet_pretrain.py takes it"
-    images: Positive = 1000
-    "how many to read, evenly spaced"
+    data: str  # as imagenet_pretrain.py takes it
+    images: Positive = 1000  # how many to read, evenly spaced
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,12 +31,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe(settings: Settings) -> None:
-    """Read images as they are, and add up."""
+    """Read images as they are, and add up; what is given of --mean and --std does not count."""
     images, notes = find_images(settings.data)
     numbers = range(0, len(images), math.ceil(len(images) / settings.images))
     sizes, kinds, unreadable = Counter[str](), Counter[torch.dtype](), list[str]()
-    scaler = StandardScaler()
-    low, high = float("inf"), float("-inf")
+    scaler, low, high = StandardScaler(), math.inf, -math.inf
     for number in numbers:
         try:
             content, name = images.read(number)

@@ -16,8 +16,7 @@ CONTENT, STYLE, OBSERVED, FEATURES = 4, 24, 64, 16
 
 def observe(world: nn.Module, content: Tensor) -> Tensor:
     """One view, (N, 64), of the contents (N, 4)."""
-    observed: Tensor = world(torch.cat([content, torch.randn(len(content), STYLE)], dim=1))
-    return observed
+    return world(torch.cat([content, torch.randn(len(content), STYLE)], dim=1))
 
 
 @torch.no_grad()

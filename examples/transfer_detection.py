@@ -1,7 +1,7 @@
 """Transfer a pretrained encoder to object detection (Pascal VOC) or to detection and instance segmentation (COCO).
 
     python examples/transfer_detection.py --data VOCdevkit --weights runs/imagenet-resnet50/backbone.pt
-    python examples/transfer_detection.py --data coco --weights resnet50.pth --neck fpn
+    python examples/transfer_detection.py --data coco --weights resnet50.pth --precision bf16
     torchrun --nproc-per-node 8 examples/transfer_detection.py --data coco --weights resnet50.pth
 
 The folder decides: with VOC2007/ and VOC2012/ in it, Faster R-CNN is trained on the trainval parts and tested on 2007's
@@ -16,34 +16,38 @@ results.json, model.pt, metrics.jsonl and checkpoint.pt with the one before it.
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import LambdaLR
+from torchvision.models.detection import FasterRCNN
 
 from barlow_recipes import checkpoint, distributed, folders, outputs
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.command_line import find_device
-from barlow_recipes.detection import training
-from barlow_recipes.detection.data import DetectionData, load_data
-from barlow_recipes.detection.images import Images
+from barlow_recipes.data import seed_of
+from barlow_recipes.detection.data import Batch, DetectionData, Images, load_data
 from barlow_recipes.detection.models import build_detector
 from barlow_recipes.detection.settings import Settings, read_settings
 from barlow_recipes.distributed import from_main, is_main
-from barlow_recipes.encoders import Encoder, build_encoder
-from barlow_recipes.errors import Stopped, require
-from barlow_recipes.metrics import Metrics
-from barlow_recipes.program import exit_status, start
-from barlow_recipes.signals import StopRequests, arrived, stop_requests
-from barlow_recipes.tables import BAR
-from barlow_recipes.weights import digest, load_encoder
+from barlow_recipes.encoders import Encoder
+from barlow_recipes.errors import Aborted, Stopped, require
+from barlow_recipes.metrics import BAR, Metrics, aligned
+from barlow_recipes.program import StopRequests, arrived, exit_status, start
+from barlow_recipes.weights import digest, find_encoder
 
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --short-side or --rois-per-image, or more processes"
 LOG_EVERY = 20  # iterations from one row of metrics.jsonl to the next
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+NORMS = (BATCH_NORM, nn.GroupNorm, nn.LayerNorm)
+FIGURES = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}  # AP: the mean over IoU 0.5, 0.55, ..., 0.95
+Scores = dict[str, dict[str, float | None]]  # of "box" and "mask", in percent; None where nothing is to be found
 
 
 @dataclass
@@ -60,10 +64,6 @@ class Run:
     out: Path
     metrics: Metrics
     unreadable: int = 0  # training images that were replaced, of all processes, since the program began
-
-    @property
-    def name(self) -> str:
-        return f"{self.encoder.arch}-{self.settings.neck.upper()}, {self.settings.iterations:,} iterations"
 
     def save(self) -> None:
         content = self.state.state_dict() | {"settings": self.shaping}
@@ -83,24 +83,21 @@ def run(settings: Settings) -> None:
     device, data = find_device(settings.device), load_data(settings.data)
     images = Images(data, settings, pin_memory=device.type == "cuda")
     torch.manual_seed(settings.seed)
-    if settings.weights == "random":
-        encoder = build_encoder(settings.arch or "resnet50")
-    else:
-        encoder = load_encoder(Path(settings.weights), settings.arch)
+    encoder = find_encoder(settings.weights, settings.arch)
     shaping = settings.shaping() | {"--weights": digest(encoder.module), "--data": str(data)}
     model = build_detector(encoder, settings, classes=len(data.classes), masks=data.masks).to(device)
-    optimizer = training.build_optimizer(model, settings)
-    schedule = LambdaLR(optimizer, lambda step: training.learning_rate_factor(step, settings))
+    optimizer = build_optimizer(model, settings)
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
     state = TrainingState(model, optimizer, schedule, torch.amp.GradScaler(device.type, enabled=False), device)
-    default = Path("runs") / f"{data.name.lower()}-{encoder.arch.replace('/', '-')}-{settings.neck}"
+    default = Path("runs") / f"{data.name.lower()}-{encoder.arch.replace('/', '-')}-c4"
     saved, agreed = folders.load(folders.find(settings, default)), {"the device": device.type}
     opened = folders.opened(settings, default, shaping, saved, unit="iteration", agreed=agreed)
-    with opened as (out, metrics), stop_requests() as requests:
+    with opened as (out, metrics), StopRequests() as requests:
         network = distributed.synchronized(model)
         now = Run(settings, data, encoder, network, state, images, shaping, out, metrics)
         if saved:
             state.load_state_dict(saved.content)
-        print(f"{data}\n{now.name}, {encoder.source}, {settings.precision}; results go to {out}")
+        print(f"{data}\n{encoder.arch}-C4, {encoder.source}, {settings.precision}; results go to {out}")
         print(f"{device.type} in {distributed.world_size()} processes, learning rate {settings.learning_rate:g}")
         train_detector(now, requests)
         finish(now)
@@ -115,7 +112,7 @@ def train_detector(now: Run, requests: StopRequests) -> None:
     now.network.train()
     with require("tqdm", "the progress bar").tqdm(**how) as bar:
         for batch in islice(now.images.from_step(state.step), last - state.step):
-            losses = training.take_step(now.network, state, batch, settings)
+            losses = take_step(now.network, state, batch, settings)
             unreadable, *signals = distributed.totals([batch.unreadable, *requests.counts()])
             now.unreadable += unreadable
             bar.update()
@@ -132,8 +129,8 @@ def train_detector(now: Run, requests: StopRequests) -> None:
 
 def finish(now: Run) -> None:
     """Test, write the results and the model, and print the table."""
-    training.prepare_test(now.state.model, now.images, now.settings, now.state.device)
-    scores, unreadable = training.evaluate(now.state.model, now.images, now.state.device)
+    prepare_test(now.state.model, now.images, now.settings, now.state.device)
+    scores, unreadable = evaluate(now.state.model, now.images, now.state.device)
     if not is_main():
         return
     data, built = now.data, {"arch": now.encoder.arch, "stem": now.encoder.stem, "classes": now.data.classes}
@@ -155,7 +152,112 @@ def finish(now: Run) -> None:
     if now.unreadable or unreadable:
         print(f"note: unreadable images: {now.unreadable} replaced in training, {unreadable} left out of the test")
     print(f"{data.name}, average precision in percent, at IoU 0.5 to 0.95, 0.5 and 0.75\n")
-    print(training.table(now.name, scores))
+    print(table(f"{now.encoder.arch}-C4, {now.settings.iterations:,} iterations", scores))
+
+
+def build_optimizer(model: nn.Module, settings: Settings) -> optim.SGD:
+    """SGD on what is not frozen; without weight decay for norms, as detectron2's WEIGHT_DECAY_NORM."""
+    norms = {parameter for module in model.modules() if isinstance(module, NORMS) for parameter in module.parameters()}
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in learning if parameter not in norms]},
+        {"params": [parameter for parameter in learning if parameter in norms], "weight_decay": 0.0},
+    ]
+    return optim.SGD(groups, settings.learning_rate, momentum=0.9, weight_decay=settings.weight_decay)
+
+
+def learning_rate_factor(step: int, settings: Settings) -> float:
+    """Linear to 1 in the warm-up, times 0.1 for each milestone passed."""
+    done = min(step / settings.warmup, 1.0) if settings.warmup else 1.0
+    decay = 0.1 ** sum(step >= milestone for milestone in settings.milestones)
+    return decay * (settings.warmup_factor * (1 - done) + done)
+
+
+def take_step(network: nn.Module, state: TrainingState, batch: Batch, settings: Settings) -> dict[str, float]:
+    """One step of the optimiser; the losses, as this process sees them. Aborted, and no step: one is not finite.
+
+    Which sides and regions are drawn is a pure function of (seed, step, rank). As in detectron2, each process takes the
+    mean over its own regions, so two processes' gradient is not that of one; uneven shares weigh as they have images.
+    """
+    torch.manual_seed(seed_of(settings.seed, state.step, distributed.rank()))
+    losses: dict[str, Tensor] = network(*batch.on(state.device))
+    total = torch.stack([*losses.values()]).sum()
+    state.optimizer.zero_grad()
+    (total * len(batch.images) * distributed.world_size() / settings.batch_size).backward()
+    numbers = {"loss": total.item()} | {name: loss.item() for name, loss in losses.items()}
+    (bad,) = distributed.totals([not total.isfinite().item()])
+    if bad:
+        raise Aborted(f"step {state.step + 1}: the loss is not finite ({numbers}): try a smaller --learning-rate")
+    state.optimizer.step()
+    state.schedule.step()
+    state.step += 1
+    return numbers
+
+
+@torch.no_grad()
+def prepare_test(model: FasterRCNN, images: Images, settings: Settings, device: torch.device) -> None:
+    """Give the trained model the test's side, and its batch norms the mean statistics of the next training batches.
+
+    As in fvcore's ``PreciseBatchNorm``, which the published runs used; frozen batch norms stay as they are.
+    """
+    model.train()
+    if settings.precise_batches:
+        for norm in model.modules():
+            if isinstance(norm, BATCH_NORM) and norm.training:
+                norm.reset_running_stats()
+                norm.momentum = None  # the cumulative mean
+        torch.manual_seed(seed_of(settings.seed, settings.iterations, distributed.rank()))
+        for batch in islice(images.from_step(settings.iterations), settings.precise_batches):
+            model(*batch.on(device))
+    model.transform.min_size = (settings.test_short_side or settings.short_side[-1],)
+    model.eval()
+
+
+def build_metric(masks: bool, recall_points: int) -> Any:
+    """torchmetrics' average precision at ``recall_points`` points of recall: 101 as COCO, 11 as Pascal VOC 2007."""
+    return require("torchmetrics.detection", "average precision").MeanAveragePrecision(
+        iou_type=("bbox", "segm") if masks else "bbox",
+        rec_thresholds=[number / (recall_points - 1) for number in range(recall_points)],
+        backend="pycocotools",
+        sync_on_compute=False,  # it expects as many images of every process
+    )
+
+
+@torch.no_grad()
+def evaluate(model: FasterRCNN, images: Images, device: torch.device) -> tuple[Scores, int]:
+    """The scores of all processes' images, on rank 0 alone; and how many were left out because they cannot be read."""
+    metric, unreadable = build_metric(images.data.masks, images.data.recall_points), 0
+    for batch in images.of_test():
+        unreadable += batch.unreadable
+        if batch.images:
+            found = model(batch.on(device)[0])
+            metric.update([*map(_with_booleans, found)], [*map(_with_booleans, batch.targets)])
+    if distributed.world_size() > 1:
+        everyones: Any = [None] * distributed.world_size() if distributed.is_main() else None
+        dist.gather_object(dict(metric.metric_state), everyones)
+        for state in (everyones or [])[1:]:
+            for name, values in state.items():
+                getattr(metric, name).extend(values)
+    scores = scores_of(metric.compute()) if distributed.is_main() else {}
+    return scores, distributed.totals([unreadable])[0]
+
+
+def _with_booleans(objects: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, with masks of (N, H, W), as torchmetrics takes them; a detector's are (N, 1, H, W)."""
+    on_cpu = {name: value.cpu() for name, value in objects.items()}
+    return on_cpu | {name: value.flatten(0, -3) >= 0.5 for name, value in on_cpu.items() if name == "masks"}
+
+
+def scores_of(computed: Mapping[str, Tensor]) -> Scores:
+    """torchmetrics' results, in percent; it says −1 where there is nothing to find."""
+    prefixes = {"box": "bbox_", "mask": "segm_"} if "bbox_map" in computed else {"box": ""}
+    percent = {name: 100 * value.item() if value >= 0 else None for name, value in computed.items() if "map" in name}
+    return {kind: {name: percent[prefix + key] for name, key in FIGURES.items()} for kind, prefix in prefixes.items()}
+
+
+def table(name: str, scores: Scores) -> str:
+    cells = {f"{kind} {figure}": value for kind, figures in scores.items() for figure, value in figures.items()}
+    return aligned([["", *cells], [name, *("–" if value is None else f"{value:.1f}" for value in cells.values())]])
 
 
 if __name__ == "__main__":

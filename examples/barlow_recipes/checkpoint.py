@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import optim
@@ -58,34 +58,33 @@ class TrainingState:
                 put(state["rng"][place])
 
     def _random_states(self) -> dict[str, tuple[Any, Any]]:
-        """The views need none (see data.py); these are for a dropout that somebody may add."""
+        """The views need none (see data.py); these are for an encoder's dropout."""
         states = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
         if self.device.type != "cpu":
             module = torch.get_device_module(self.device)
-            put = partial(module.set_rng_state, device=self.device)
-            states[self.device.type] = (partial(module.get_rng_state, self.device), put)
+            get, put = module.get_rng_state, module.set_rng_state
+            states[self.device.type] = (partial(get, self.device), partial(put, device=self.device))
         return states
 
 
+class Saved(NamedTuple):
+    content: dict[str, Any]
+    path: Path  # the file that it comes from
+    asked: Path  # the file that was asked for: another one, where that is damaged or missing
+
+
 def previous(path: Path) -> Path:
-    """Where the generation before ``path`` lies."""
     return path.with_suffix(f".previous{path.suffix}")
 
 
 def save(path: Path, content: object, *, keep_previous: bool = False) -> None:
-    """Write, as :func:`~barlow_recipes.outputs.replacing`; ``keep_previous``: the old one becomes :func:`previous`.
-
-    Raises:
-        Aborted: the disk is full or the folder cannot be written. What was there before stays.
-    """
-    keep = previous(path) if keep_previous else None
-    with replacing(path, keep) as temporary, temporary.open("wb") as file:
+    """``keep_previous``: the old one becomes :func:`previous`."""
+    with replacing(path, previous(path) if keep_previous else None) as temporary, temporary.open("wb") as file:
         _write(file, content)
 
 
 def _write(file: BinaryIO, content: object) -> None:
-    """By way of the memory: torch.save does not tell why a file cannot be written."""
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # torch.save itself does not tell why a file cannot be written
     torch.save(content, buffer)
     archive = buffer.getbuffer()[:-2]  # without the length of its comment, which is 0
     comment = LABEL + hashlib.sha256(archive).hexdigest().encode()
@@ -94,23 +93,14 @@ def _write(file: BinaryIO, content: object) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file ends like one of :func:`save`: it may still be damaged.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
+    """Whether a file ends like one of :func:`save`: it may still be damaged. FileNotFoundError where there is none."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - COMMENT))
         return file.read().startswith(LABEL)
 
 
 def read(path: Path) -> Any:
-    """What :func:`save` wrote, on the CPU; tensors and plain values only, and nothing in it is run.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not, to the bit, what was written.
-    """
+    """What :func:`save` wrote, to the bit, or ValueError; tensors and plain values only, and nothing in it is run."""
     data = path.read_bytes()
     archive, length, comment = data[: -COMMENT - 2], data[-COMMENT - 2 : -COMMENT], data[-COMMENT:]
     if comment[: len(LABEL)] != LABEL or int.from_bytes(length, "little") != COMMENT:
@@ -123,16 +113,11 @@ def read(path: Path) -> Any:
         raise ValueError(first_line(error)) from None
 
 
-def load(path: Path, parts: Collection[str] = PARTS) -> tuple[dict[str, Any], Path]:
-    """Read a checkpoint with these parts, or the one before it where that one is damaged or missing.
-
-    Returns:
-        Its content, and the file it comes from.
-
-    Raises:
-        UsageError: neither is there, whole, and a checkpoint of this program.
-    """
-    reasons = []
+def load(path: Path | None, parts: Collection[str] = PARTS) -> Saved | None:
+    """Read a checkpoint with these parts, or the one before it where that one is damaged or missing; of None, None."""
+    reasons: list[str] = []
+    if path is None:
+        return None
     for candidate in (path, previous(path)):
         try:
             state = read(candidate)
@@ -143,26 +128,12 @@ def load(path: Path, parts: Collection[str] = PARTS) -> tuple[dict[str, Any], Pa
         else:
             if not isinstance(state, dict) or not set(state) >= set(parts):
                 raise UsageError(f"--resume {candidate}: not a checkpoint of this program")
-            return state, candidate
+            return Saved(state, candidate, path)
     raise UsageError("--resume " + "; ".join(reasons if previous(path).exists() else reasons[:1]))
 
 
-def set_aside(path: Path) -> None:
-    """Move a damaged checkpoint out of the way of the next one, which would take it for the previous generation."""
-    if path.exists():
-        path.replace(path.with_suffix(f".damaged{path.suffix}"))
-
-
 def check_settings(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse to continue a run under other settings.
-
-    Raises:
-        UsageError: naming every setting that differs.
-    """
-    differences = [
-        f"{name} was {saved.get(name)} and is now {current.get(name)}"
-        for name in sorted(saved.keys() | current.keys())
-        if saved.get(name) != current.get(name)
-    ]
-    if differences:
+    """Refuse to continue a run under other settings, and name all that differ."""
+    both = {name: (saved.get(name), current.get(name)) for name in sorted(saved.keys() | current.keys())}
+    if differences := [f"{name} was {old} and is now {new}" for name, (old, new) in both.items() if old != new]:
         raise UsageError(f"--resume {path}: {'; '.join(differences)}. Give the same, or begin a new run")

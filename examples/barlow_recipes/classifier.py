@@ -1,9 +1,9 @@
-"""A linear classifier on an encoder: trained and measured by one process or several together, kept as a file."""
+"""A linear classifier on an encoder: the published numbers; trained and measured by one process or several together."""
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +16,61 @@ from torch.optim import SGD
 
 from barlow_recipes import distributed
 from barlow_recipes.encoders import Encoder
-from barlow_recipes.errors import require
-from barlow_recipes.outputs import replacing
-from barlow_recipes.published import Recipe
 from barlow_recipes.steps import AUTOCAST
+from barlow_recipes.weights import save_safetensors
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images (N, C, H, W) and labels (N,), below 0 for what cannot be read
 INITIAL_STD = 0.01  # of the linear layer's weight; its bias starts at 0
 TOP = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a classifier is trained: by SGD, with learning rates that are constant within an epoch."""
+
+    epochs: int
+    batch_size: int = 256  # of all processes together; the learning rates are not scaled by it
+    lr_classifier: float
+    lr_backbone: float | None = None  # None: the encoder is frozen, in eval()
+    weight_decay: float  # of the classifier's weight and bias, and of the encoder if it is fine-tuned
+    momentum: float = 0.9
+    milestones: tuple[int, ...] = ()  # after so many epochs the rates are multiplied by 0.1; (): cosine to 0
+
+    @property
+    def frozen(self) -> bool:
+        return self.lr_backbone is None
+
+    def factor(self, epoch: int) -> float:
+        """What the learning rates are multiplied by in an epoch, the first is 0; by default (1 + cos(πt)) / 2."""
+        if self.milestones:
+            return 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
+        return (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+
+
+# Source: README and evaluate.py of facebookresearch/barlowtwins. The paper (appendix B.2) has 0.002 for the encoder,
+# and ×0.2 after epochs 12 and 16 in place of the cosine.
+SEMI_SUPERVISED = Recipe(epochs=20, lr_classifier=0.5, lr_backbone=0.005, weight_decay=0.0)
+RECIPES = {
+    # Source: the paper, arXiv 2103.03230, appendix B.1; evaluate.py of facebookresearch/barlowtwins.
+    "linear": Recipe(epochs=100, lr_classifier=0.3, weight_decay=1e-6),
+    "semi-1": SEMI_SUPERVISED,
+    "semi-10": SEMI_SUPERVISED,
+    # Source of both: the paper, appendix C.1, after Misra & van der Maaten (2020), PIRL, arXiv 1912.01991, appendix C:
+    # ×0.1 at "two equally spaced intervals", which we read as thirds. PIRL pools to some 9,000 features, here they are
+    # the encoder's own. VISSL's configurations (eval_resnet_8gpu_transfer_*_linear.yaml of facebookresearch/vissl) have
+    # the batch size, and the same rate, decay and epochs; but drops after 4, 8 and 12 (24, 48 and 72) epochs and
+    # Nesterov's momentum.
+    "places205": Recipe(epochs=14, lr_classifier=0.01, weight_decay=5e-4, milestones=(5, 9)),
+    "inaturalist18": Recipe(epochs=84, lr_classifier=0.01, weight_decay=5e-4, milestones=(28, 56)),
+}
+# Top-1 and perhaps top-5, in percent, of the paper's ResNet-50, pretrained on ImageNet for 1000 epochs: tables 1 to 3.
+PUBLISHED = {
+    "linear": (73.2, 91.0),
+    "semi-1": (55.0, 79.2),
+    "semi-10": (69.7, 89.3),
+    "places205": (54.1,),
+    "inaturalist18": (46.5,),
+}
 
 
 class Classifier(nn.Module):
@@ -117,10 +164,7 @@ def train_epoch(
 
 @torch.no_grad()
 def accuracies(network: Classifier, batches: Batches, device: torch.device, precision: str = "fp32") -> dict[str, Any]:
-    """How often the truth has the greatest logit, and one of the five greatest; leaves the network in eval().
-
-    Of several processes each gives its own images; they wait for each other at the end. See :meth:`Scores.result`.
-    """
+    """How good the classifier is on its own process's share of the images; leaves it in eval(). See :class:`Scores`."""
     network.eval()
     scores = Scores(network.fc.out_features, device)
     for images, labels in batches:
@@ -133,40 +177,34 @@ def accuracies(network: Classifier, batches: Batches, device: torch.device, prec
 
 
 class Scores:
-    """Accuracies of logits, counted by torchmetrics over all processes."""
+    """How often the truth has the greatest logit, and one of the five greatest, of all processes' images."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
-        metrics: Any = require("torchmetrics.classification", "the accuracies")
-        self.classes, self.unreadable = classes, 0
-        # Five more classes, which are never true, make a top-5 of any number of them.
-        self.counts = [metrics.MulticlassStatScores(classes + TOP, k, average=None).to(device) for k in (1, TOP)]
+        self.counts = torch.zeros(3, classes, dtype=torch.int64, device=device)  # images; right; among the five
+        self.unreadable = 0
 
     def add(self, logits: Tensor, truth: Tensor) -> None:
         """Count the images with these logits, (N, classes); −∞ is a class that is not among the first five."""
-        more = logits.new_full((len(logits), TOP), torch.finfo(logits.dtype).min)
-        for metric in self.counts:
-            metric.update(torch.cat([logits, more], dim=1), truth)
+        classes = logits.shape[1]
+        greatest, places = logits.topk(min(TOP, classes))
+        found = (places == truth[:, None]) & (greatest > -torch.inf)
+        for row, some in enumerate((truth, truth[found[:, 0]], truth[found.any(dim=1)])):
+            self.counts[row] += torch.bincount(some, minlength=classes)
 
     def result(self) -> dict[str, Any]:
-        """Of all processes, which wait for each other.
+        """In percent of the readable images, NaN where there are none; and the numbers of readable and other images.
 
-        Returns:
-            In percent of the readable images, NaN where there are none: ``top1``; ``top5``, which is 100 of five
-            classes or fewer; ``mean_per_class``, of top1 over the classes that have an image. Then how many images
-            were readable, and how many were not and left out.
+        ``top5`` is 100 of five classes or fewer, ``mean_per_class`` of top1 over the classes that have an image. The
+        processes wait for each other.
         """
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The ``compute`` method", UserWarning)  # a process without images
-            first, five = (metric.compute().cpu()[: self.classes].double() for metric in self.counts)
-        right, images = first[:, 0], first[:, 4]
+        images, first, five = summed(self.counts).cpu().double()
         there = images > 0
-        (unreadable,) = distributed.totals([self.unreadable])
         return {
-            "top1": 100 * float(right.sum() / images.sum()),
-            "top5": 100 * float(five[:, 0].sum() / images.sum()),
-            "mean_per_class": 100 * float((right[there] / images[there]).mean()),
+            "top1": 100 * float(first.sum() / images.sum()),
+            "top5": 100 * float(five.sum() / images.sum()),
+            "mean_per_class": 100 * float((first[there] / images[there]).mean()),
             "validation_images": int(images.sum()),
-            "unreadable_in_validation": unreadable,
+            "unreadable_in_validation": distributed.totals([self.unreadable])[0],
         }
 
 
@@ -186,15 +224,8 @@ def write_classifier(path: Path, classifier: Classifier, encoder: Encoder, class
 
     torchvision and timm load it into a model of as many classes; its metadata have the names of the classes as JSON,
     and the side of the images.
-
-    Raises:
-        Aborted: it cannot be written.
     """
-    library: Any = require("safetensors.torch", path.name)
     state = dict(classifier.encoder.state_dict())
     for head in encoder.heads or ("fc",):
         state |= {f"{head}.{name}": value for name, value in classifier.fc.state_dict().items()}
-    tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    metadata = {"format": "pt", "arch": encoder.arch, "stem": encoder.stem, "image_size": str(side)}
-    with replacing(path) as temporary:
-        temporary.write_bytes(library.save(tensors, metadata | {"classes": json.dumps(classes)}))
+    save_safetensors(path, state, encoder, image_size=str(side), classes=json.dumps(classes))

@@ -1,9 +1,4 @@
-"""Settings of a program: a dataclass of which every field is a flag, with its help and its default, read by tyro.
-
-    @dataclass(frozen=True, kw_only=True)
-    class Settings:
-        epochs: Positive = 100
-        "passes over the images"
+"""Settings of a program: a dataclass of which every field is a flag, read by tyro; the comment beside it is its help.
 
 ``--settings FILE`` takes the values of a YAML file, such as the settings.yaml of a run; flags beside it count more.
 """
@@ -12,9 +7,10 @@ import contextlib
 import io
 import itertools
 import math
+import operator
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -28,8 +24,6 @@ from barlow_recipes import distributed
 from barlow_recipes.errors import UsageError, first_line
 
 S = TypeVar("S")
-HELP = "--help lists the flags"
-OF_A_FILE = "\n\n--settings FILE takes the flags that are not given from a YAML file, such as a run's settings.yaml."
 
 
 @dataclass(frozen=True)
@@ -51,6 +45,7 @@ Positive = Annotated[int, Bounds(1)]
 Side = Annotated[int, Bounds(8)]  # in pixels
 Real = Annotated[float, Bounds(0)]
 Share = Annotated[float, Bounds(0, 1)]
+Device = torch.device | None
 
 
 def optional_value(kind: type, without: Any) -> PrimitiveConstructorSpec[Any]:
@@ -64,90 +59,46 @@ def optional_value(kind: type, without: Any) -> PrimitiveConstructorSpec[Any]:
     )
 
 
-Resume = Annotated[str | None, optional_value(str, "auto")]
-
-
-def _device(text: str) -> torch.device:
-    try:
-        return torch.device(text)
-    except RuntimeError as error:
-        raise ValueError(first_line(error)) from None
-
-
-Device = Annotated[
-    torch.device | None,
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="DEVICE",
-        instance_from_str=lambda values: _device(*values),
-        is_instance=lambda value: isinstance(value, torch.device),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """What every program that trains or evaluates can be told about its run."""
 
-    device: Device = None
-    "cpu, cuda, cuda:1, ...; without it the accelerator, if there is one"
-    workers: Whole = field(default_factory=lambda: min(8, own_cores()))
-    "processes that decode for each that trains"
-    loader_timeout: Positive = 120
-    "seconds that a batch may take to be read"
-    seed: Whole = 0
-    "of weights, order and views"
-    out: Path | None = None
-    "folder for the results; without it runs/NAME, numbered if taken"
-    overwrite: bool = False
-    "replace the run in that folder"
-    resume: Resume = None
-    "continue from a checkpoint; 'auto' or nothing: from the one in the output folder, if there is one"
+    device: Device = None  # cpu, cuda, cuda:1, ...; without it the accelerator, if there is one
+    workers: Whole = field(default_factory=lambda: min(8, own_cores()))  # processes that decode for each that trains
+    loader_timeout: Positive = 120  # seconds that a batch may take to be read
+    seed: Whole = 0  # of weights, order and views
+    out: Path | None = None  # folder for the results; without it runs/NAME, numbered if taken
+    overwrite: bool = False  # replace the run in that folder
+    # continue from a checkpoint; 'auto' or nothing: from the one in the output folder, if there is one
+    resume: Annotated[str | None, optional_value(str, "auto")] = None
 
 
 def read(kind: type[S], argv: Sequence[str] | None, description: str, default: S | None = None) -> S:
-    """Read the command line, ``sys.argv`` if None.
-
-    Args:
-        kind: the dataclass.
-        argv: the flags.
-        description: for ``--help``.
-        default: has the values of the flags that are not given; None: the dataclass's own.
-
-    Raises:
-        UsageError: a flag is unknown or has a bad value, or the file of ``--settings`` cannot be used.
-    """
+    """Read the command line, ``sys.argv`` if None; the flags that are not given are those of ``default``, if any."""
     given: dict[str, Any] = {} if default is None else {"default": default}
+    description += "\n\n--settings FILE takes the flags that are not given from a file, such as a run's settings.yaml."
     with _told_in_one_line():
-        settings = tyro.cli(kind, args=with_file(argv), description=description + OF_A_FILE, **given)
+        settings = tyro.cli(kind, args=with_file(argv), description=description, **given)
     for name, hint in get_type_hints(kind, include_extras=True).items():
         value, bounds = getattr(settings, name), _bounds(hint)
-        values = value if isinstance(value, tuple) else (value,)
+        values = [each for each in (value if isinstance(value, tuple) else (value,)) if each is not None]
         if any(isinstance(each, float) and not math.isfinite(each) for each in values):
             raise UsageError(f"{flag(name)} {' '.join(map(str, values))}: expected finite numbers")
-        outside = [each for each in values if bounds and each is not None and each not in bounds]
-        if outside:
-            whole = "whole " * all(isinstance(each, int) for each in values)
+        if outside := [each for each in values if bounds and each not in bounds]:
+            whole = "whole " * isinstance(outside[0], int)
             raise UsageError(f"{flag(name)} {outside[0]}: expected a {whole}number {bounds}")
     return settings
+
+
+def _bounds(hint: Any) -> Bounds | None:
+    """Of an annotation or, of a tuple or an optional one, of what it is made of."""
+    return hint if isinstance(hint, Bounds) else next(filter(None, map(_bounds, get_args(hint))), None)
 
 
 def peek(kind: type[S], argv: Sequence[str] | None) -> S:
     """Read the flags of this dataclass alone, and leave the others for :func:`read`."""
     with _told_in_one_line():
         return tyro.cli(kind, args=with_file(argv), return_unknown_args=True, add_help=False)[0]
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _bounds(hint: Any) -> Bounds | None:
-    """Of an annotation or, of a tuple or an optional one, of what it is made of."""
-    if isinstance(hint, Bounds):
-        return hint
-    return next(filter(None, map(_bounds, get_args(hint))), None)
 
 
 @contextlib.contextmanager
@@ -157,30 +108,24 @@ def _told_in_one_line() -> Iterator[None]:
     try:
         with contextlib.redirect_stderr(told):
             yield
+    except RuntimeError as error:  # torch's, of a device
+        raise UsageError(f"--device: {first_line(error)}") from None
     except SystemExit as end:
         if not end.code:  # --help
             raise
         _, *lines = (line.strip("│ ") for line in told.getvalue().splitlines())
-        words = itertools.dropwhile(_is_rule, lines)  # without UTF-8 the title has a rule below
-        raise UsageError(f"{' '.join(itertools.takewhile(lambda line: not _is_rule(line), words))} ({HELP})") from None
-
-
-def _is_rule(line: str) -> bool:
-    return set(line) <= set("─╰╯-")
+        texts = ["" if set(line) <= set("─╰╯-") else line for line in lines]  # without UTF-8 the title has a rule below
+        paragraph = itertools.takewhile(bool, itertools.dropwhile(operator.not_, texts))
+        raise UsageError(f"{' '.join(paragraph)} (--help lists the flags)") from None
 
 
 def with_file(argv: Sequence[str] | None) -> list[str]:
-    """The flags, those of a file before the others.
-
-    Raises:
-        UsageError: the file is not there, or no YAML of names and values.
-    """
+    """The flags, those of a file before the others."""
     flags = [*(sys.argv[1:] if argv is None else argv)]
     if "--settings" not in flags:
         return flags
     place = flags.index("--settings")
-    _, *names = flags[place : place + 2]
-    path = Path(*names)
+    path = Path(*flags[place + 1 : place + 2])
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -188,6 +133,10 @@ def with_file(argv: Sequence[str] | None) -> list[str]:
     if not isinstance(values, Mapping):
         raise UsageError(f"--settings {path}: expected names and values, such as 'epochs: 100'")
     return [*as_flags(values), *flags[:place], *flags[place + 2 :]]
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
@@ -201,15 +150,11 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
     return flags
 
 
-def plain(settings: Any, without: Sequence[str] = ()) -> dict[str, Any]:
+def plain(settings: Any, without: Collection[str] = ()) -> dict[str, Any]:
     """The fields of a dataclass as they stand in JSON and YAML, apart from some."""
-    return {name: _plain(value) for name, value in asdict(settings).items() if name not in without}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (Path, torch.device)):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    kept = {name: value for name, value in asdict(settings).items() if name not in without}
+    texts = {name: str(value) for name, value in kept.items() if isinstance(value, (Path, torch.device))}
+    return kept | texts | {name: list(value) for name, value in kept.items() if isinstance(value, tuple)}
 
 
 def own_cores() -> int:
@@ -219,11 +164,7 @@ def own_cores() -> int:
 
 
 def find_device(device: torch.device | None, prefer_cpu: bool = False) -> torch.device:
-    """This process's device, of that kind; without one the accelerator, if there is one and the CPU is not preferred.
-
-    Raises:
-        UsageError: there is no such device, or it does not work.
-    """
+    """This process's device, of that kind; without one the accelerator, if there is one and no CPU is preferred."""
     if device is None:
         accelerator = None if prefer_cpu else torch.accelerator.current_accelerator(check_available=True)
         return distributed.own_device(accelerator or torch.device("cpu"))

@@ -9,7 +9,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from barlow_recipes.views import UnfinishedView
 
 WHOLE = slice(None)
 SPLIT_SEED = 0  # what is held out is the same for every --seed, so that runs can be compared
-MemoryView = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def seed_of(*numbers: int) -> int:
@@ -33,19 +32,8 @@ def seed_of(*numbers: int) -> int:
 class Batch(NamedTuple):
     """Two views of the same images; ``unreadable`` of them had to be replaced by others."""
 
-    views: tuple[Tensor | UnfinishedView, Tensor | UnfinishedView]  # each (N, C, H, W), to be finished on the device
+    views: tuple[Tensor | UnfinishedView, Tensor | UnfinishedView]  # each (N, C, H, W), finished on the device
     unreadable: int
-
-
-class Pairs(Protocol):
-    """Training data: its length is the number of batches in an epoch."""
-
-    order: "EpochBatches"
-    first_unreadable: str  # the file that could not be read, and why; "" for none
-
-    def __len__(self) -> int: ...
-
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]: ...
 
 
 class Probe(NamedTuple):
@@ -57,35 +45,12 @@ class Probe(NamedTuple):
     labels_per_class: tuple[int, ...]  # the sizes of the few-label probes' training sets
 
 
-@dataclass(frozen=True)
-class PretrainingData:
-    """A data set, split before pretraining begins; UsageError if it is smaller than a batch."""
-
-    name: str
-    images: int  # in the pretraining part
-    pairs: Pairs
-    monitor: Probe | None  # while training
-    final: Probe | None  # once, at the end: on images that the monitor has not seen, or, of a folder, the monitor again
-    notes: tuple[str, ...] = ()
-    pixels: PixelSettings = USUAL  # how many channels there are, and what views are normalised by
-    tolerated_unreadable: int = 0  # per epoch
-    fingerprint: str = ""  # of what and where the images are; the same on every process, or their rows do not fit
-
-    def __post_init__(self) -> None:
-        if not len(self.pairs):
-            size = self.pairs.order.batch_size
-            raise UsageError(f"--batch-size {size} is more than the {self.images} images to pretrain on")
-
-
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index), or some rows of each: one shuffle per epoch, the incomplete last batch dropped.
-
-    Set ``epoch`` and ``first_step`` before iterating. Workers that outlive an epoch learn of it from the keys.
-    """
+    """Batches of (epoch, index), or some rows of each: one shuffle per epoch, the incomplete last batch dropped."""
 
     def __init__(self, images: int, batch_size: int, seed: int, rows: slice = WHOLE) -> None:
         self.images, self.batch_size, self.seed, self.rows = images, batch_size, seed, rows
-        self.epoch = self.first_step = 0
+        self.epoch = self.first_step = 0  # to be set before iterating
 
     def __len__(self) -> int:
         return self.images // self.batch_size
@@ -98,17 +63,23 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, index) for index in order[start : start + self.batch_size][self.rows]]
 
 
-class MemoryPairs:
-    """Two views of so many images in memory, by one function each: of a batch's numbers (N,) and a generator."""
+class Pairs:
+    """Training data, in the order's batches."""
 
-    first_unreadable = ""
-
-    def __init__(self, images: int, views: Sequence[MemoryView], batch_size: int, seed: int) -> None:
-        self.views, self.seed = views, seed
-        self.order = EpochBatches(images, batch_size, seed)
+    order: EpochBatches
+    first_unreadable = ""  # the file that could not be read, and why
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]: ...
+
+
+class MemoryPairs(Pairs):
+    """Two views of so many images in memory, by one function each: of a batch's numbers (N,) and a generator."""
+
+    def __init__(self, images: int, views: Sequence[Callable[..., Tensor]], batch_size: int, seed: int) -> None:
+        self.views, self.seed, self.order = views, seed, EpochBatches(images, batch_size, seed)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         self.order.epoch, self.order.first_step = epoch, first_step
@@ -129,6 +100,26 @@ class PlainBatches:
         for numbers in self.chosen.nonzero()[:, 0].split(512):
             images = self.images[numbers]
             yield images if images.is_floating_point() else normalized(as_float(images)), self.labels[numbers]
+
+
+@dataclass(frozen=True)
+class PretrainingData:
+    """A data set, split before pretraining begins."""
+
+    name: str
+    images: int  # in the pretraining part
+    pairs: Pairs
+    monitor: Probe | None  # while training
+    final: Probe | None  # once, at the end: on images that the monitor has not seen, or, of a folder, the monitor again
+    notes: tuple[str, ...] = ()
+    pixels: PixelSettings = USUAL  # how many channels there are, and what views are normalised by
+    tolerated_unreadable: int = 0  # per epoch
+    fingerprint: str = ""  # of what and where the images are; the same on every process, or their rows do not fit
+
+    def __post_init__(self) -> None:
+        if not len(self.pairs):
+            size = self.pairs.order.batch_size
+            raise UsageError(f"--batch-size {size} is more than the {self.images} images to pretrain on")
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int = SPLIT_SEED, at_most: int = sys.maxsize) -> Tensor:

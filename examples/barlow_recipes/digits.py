@@ -12,11 +12,7 @@ from barlow_recipes.pixels import PixelSettings
 
 
 def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) -> PretrainingData:
-    """Split the digits, before anything is learned: a fifth for the final evaluation, a tenth of the rest to watch.
-
-    Raises:
-        UsageError: scikit-learn is missing, or there are fewer than a batch.
-    """
+    """Split the digits, before anything is learned: a fifth for the final evaluation, a tenth of the rest to watch."""
     digits = require("sklearn.datasets", "the digits run").load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # (1797, 1, 8, 8), values in [0, 1]
     labels = torch.tensor(digits.target)

@@ -1,7 +1,4 @@
-"""Several processes, one run: which rows of a batch are this one's, and what one process does or says for all.
-
-torchrun starts the processes and numbers them. Without it there is one, and everything here is as if it were absent.
-"""
+"""Several processes of torchrun, one run: which rows of a batch are ours, and what one process does or says for all."""
 
 import contextlib
 import importlib
@@ -32,81 +29,53 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that prints and writes."""
     return rank() == 0
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Join the processes that torchrun started, and leave them at the end.
+    """Join the processes that torchrun started; rank 0 alone prints and takes Ctrl-C.
 
-    Rank 0 speaks for all: it alone prints, and it alone takes Ctrl-C. Of failures the first is raised, on the rank that
-    has it. What the other ranks raise is the same or follows from it, such as a lost connection: they exit in silence.
-
-    Raises:
-        UsageError: more than one process is expected, but they do not find each other.
+    Of failures the first is raised, on the rank that has it. The others, which follow from it, exit in silence.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
-    store, own_rank, size = _store()
+    store = _connect()
+    if not is_main():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        _connect(store, own_rank, size)
-        with contextlib.nullcontext() if is_main() else _silence():
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
             yield
     except (Exception, KeyboardInterrupt) as error:
         if store.add("failures", 1) > 1:
             sys.exit(getattr(error, "exit_code", 1))
         raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
-def _store() -> "tuple[dist.Store, int, int]":
-    """What all processes read and write, this one's rank, and their number."""
-    try:
-        from torch.distributed.rendezvous import rendezvous
-
-        store, own_rank, size = next(rendezvous("env://"))
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise _alone(error) from None
-    # torchrun --max-restarts keeps the store of an attempt for the next one, with the addresses of the dead in it.
-    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), own_rank, size
-
-
-def _connect(store: "dist.Store", own_rank: int, size: int) -> None:
+def _connect() -> "dist.Store":
     """Form the group. With a GPU it has a backend for the CPU's small messages as well: they make no GPU wait."""
     # DistributedDataParallel imports it. Imported after the group is formed, it keeps the group's threads past their
     # end (torch 2.14.1), and now and then one of them aborts the process at its exit.
     importlib.import_module("torch._dynamo")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
+        from torch.distributed.rendezvous import rendezvous
+
+        store, own_rank, size = next(rendezvous("env://"))
+        # torchrun --max-restarts keeps the store of an attempt for the next one, with the addresses of the dead in it.
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
-    except (RuntimeError, ValueError) as error:
-        raise _alone(error) from None
-
-
-def _alone(error: Exception) -> UsageError:
-    return UsageError(
-        f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not find each other "
-        f"({first_line(error)}): start them with torchrun"
-    )
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
+    except (ImportError, RuntimeError, ValueError) as error:
+        lost = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not find each other"
+        raise UsageError(f"{lost} ({first_line(error)}): start them with torchrun") from None
+    return store
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this process: of several on a machine, each has the GPU of its number there.
-
-    Raises:
-        UsageError: one GPU for all processes, fewer GPUs than processes, or a device that several cannot use.
-    """
+    """The device of this process: of several on a machine, each has the GPU of its number there."""
     if world_size() == 1 or device.type == "cpu":
         return device
     if device.type != "cuda" or device.index is not None:
@@ -127,8 +96,7 @@ def own_rows(n: int) -> slice:
 def synchronized(model: nn.Module) -> nn.Module:
     """What to train in place of the model, so that several processes take the step that one would take.
 
-    The model itself gets the batch statistics of all processes, so from then on all must call it in train(). Its
-    parameters stay the same objects, and the keys of its state_dict the same names.
+    The model itself gets the batch statistics of all processes, so from then on all must call it in train().
     """
     if world_size() == 1:
         return model
@@ -150,28 +118,16 @@ def totals(numbers: Sequence[int]) -> list[int]:
 
 
 def require_agreement(facts: Mapping[str, object]) -> None:
-    """Compare what must be the same on all processes; they wait for each other.
-
-    Raises:
-        UsageError: on all of them, with what differs, and on which process first.
-    """
+    """Compare what must be the same on all processes, which wait for each other; all raise what differs first."""
     if world_size() == 1:
         return
     everyones: list[Any] = [None] * world_size()
     dist.all_gather_object(everyones, dict(facts))
     for number, theirs in enumerate(everyones):
-        for name, value in everyones[0].items():
-            if theirs[name] != value:
-                raise UsageError(
-                    f"the processes do not agree about {name}: {value} on rank 0, {theirs[name]} on rank {number}. "
-                    "Start all with the same command, on the same data and, to resume, with the same checkpoint"
-                )
-
-
-def without_exchange(network: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Within, a backward adds to this process's gradients and leaves their exchange to a later one."""
-    module = getattr(network, "_orig_mod", network)  # of torch.compile
-    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+        for name in [name for name, value in everyones[0].items() if theirs[name] != value]:
+            differs = f"{name}: {everyones[0][name]} on rank 0, {theirs[name]} on rank {number}"
+            remedy = "Start all with the same command, on the same data and, to resume, with the same checkpoint"
+            raise UsageError(f"the processes do not agree about {differs}. {remedy}")
 
 
 def from_main(function: Callable[[], T]) -> T:

@@ -16,39 +16,30 @@ from barlow_recipes.errors import UsageError, first_line, require
 SMALL_ARCHS = ("digits-cnn", "small-cnn")  # for the digits of 8 pixels, and for Fashion-MNIST
 STEMS = ("imagenet", "cifar")
 TIMM = "timm/"  # before the name of an architecture of timm
-RANDOM = "random weights"
 PHOTOGRAPH = 224
 REFUSALS = (AssertionError, RuntimeError, TypeError, ValueError)  # each architecture has its own way to say no
 
 
 class Encoder(NamedTuple):
-    """``module`` takes images (N, C, H, W) to features (N, ``features``); it was built for (C, H, W) = ``shape``.
-
-    ``heads`` are the names of the classifier that it has no more: a file may have their weights. ``options`` are what
-    its library was asked for beside the name. ``pixels`` are the flags of its images when it was trained, if known.
-    """
+    """``module`` takes images (N, C, H, W) to features (N, ``features``); it was built for (C, H, W) = ``shape``."""
 
     module: nn.Module
     features: int
     arch: str
-    stem: str
-    source: str = RANDOM
-    heads: tuple[str, ...] = ()
+    stem: str  # the first layers of a ResNet: "imagenet", or "cifar" for images of 32 pixels
+    source: str = "random weights"
+    heads: tuple[str, ...] = ()  # names of the classifier that it has no more: a file may have their weights
     shape: tuple[int, int, int] = (3, PHOTOGRAPH, PHOTOGRAPH)
-    options: Mapping[str, Any] = {}
-    pixels: Mapping[str, Any] = {}
+    options: Mapping[str, Any] = {}  # what its library was asked for beside the name
+    pixels: Mapping[str, Any] = {}  # the flags of its images when it was trained, if known
 
 
 def build_encoder(arch: str, stem: str = "imagenet", channels: int = 3, image_size: int | None = None) -> Encoder:
     """An encoder with random weights; UsageError where it, or its package, is missing or cannot take such images.
 
-    Args:
-        arch: "digits-cnn" (grey), "small-cnn", a classifier of torchvision, such as "resnet50" or "vit_b_16", of timm,
-            such as "timm/convnext_tiny", or "module:callable", which gives an nn.Module; where it has arguments
-            ``channels`` and ``image_size``, it is told them.
-        stem: the first layers of a ResNet: "imagenet", or "cifar" for images of 32 pixels.
-        channels: of an image.
-        image_size: its side in pixels, for architectures that are built for one; None: the architecture's own.
+    ``arch`` is "digits-cnn" (grey), "small-cnn", a classifier of torchvision, such as "resnet50" or "vit_b_16", of
+    timm, such as "timm/convnext_tiny", or "module:callable", which gives an nn.Module; where it has arguments
+    ``channels`` and ``image_size``, it is told them. ``image_size`` is for those that are built for one.
     """
     if arch in SMALL_ARCHS:
         return _small_encoder(arch, stem, channels)
@@ -89,10 +80,7 @@ def resnets() -> list[str]:
 
 
 def _of_torchvision(arch: str, stem: str, channels: int, **options: Any) -> Encoder:
-    """A classifier without its last layer. Residual branches of a ResNet start at 0 (``zero_init_residual``).
-
-    The "cifar" stem is one 3×3 convolution of stride 1 without pooling, for images of 32 pixels.
-    """
+    """A classifier without its last layer. Residual branches of a ResNet start at 0 (``zero_init_residual``)."""
     models = require("torchvision.models", f"--arch {arch}")
     if arch not in models.list_models(module=models):
         raise UsageError(
@@ -111,19 +99,14 @@ def _of_torchvision(arch: str, stem: str, channels: int, **options: Any) -> Enco
         module.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
         module.maxpool = nn.Identity()
-    elif channels != 3:
-        _replace_first_convolution(module, channels)
+    elif channels != 3:  # the new weights are drawn as widely
+        first, old = next((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d))
+        how: Any = (old.kernel_size, old.stride, old.padding, old.dilation, old.groups, old.bias is not None)
+        new = nn.Conv2d(channels, old.out_channels, *how)
+        new.weight = nn.Parameter(torch.randn_like(new.weight) * old.weight.detach().std())
+        module.set_submodule(first, new)
     shape = (channels, PHOTOGRAPH, PHOTOGRAPH)
     return Encoder(module, layer.in_features, arch, stem, heads=(name,), shape=shape, options=options)
-
-
-def _replace_first_convolution(module: nn.Module, channels: int) -> None:
-    """By one for other than three channels, whose weights are drawn as widely."""
-    name, old = next((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d))
-    shape = old.kernel_size, old.stride, old.padding, old.dilation, old.groups, old.bias is not None
-    new = nn.Conv2d(channels, old.out_channels, *shape)  # type: ignore[arg-type]
-    new.weight = nn.Parameter(torch.randn_like(new.weight) * old.weight.detach().std())
-    module.set_submodule(name, new)
 
 
 def _of_timm(arch: str, stem: str, channels: int, **options: Any) -> Encoder:
@@ -144,8 +127,7 @@ def _of_timm(arch: str, stem: str, channels: int, **options: Any) -> Encoder:
 def _plan(arch: str, channels: int, image_size: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """How a library is to build an encoder for images of this size: found by trying, without memory for its weights.
 
-    Returns:
-        What to ask for beside the name, and what was found out of the encoder: its ``features`` and ``shape``.
+    Returns what to ask for beside the name, and what was found out of the encoder: its ``features`` and ``shape``.
     """
     of_timm = arch.startswith(TIMM)
     build = _of_timm if of_timm else _of_torchvision
@@ -162,17 +144,16 @@ def _plan(arch: str, channels: int, image_size: int | None) -> tuple[dict[str, A
             return options, given
         except REFUSALS as error:
             reasons += [error] if "unexpected keyword" not in str(error) else []
-    raise _refusal(arch, channels, image_size, reasons[-1])
+    raise _refusal(arch, channels, image_size or PHOTOGRAPH, reasons[-1])
 
 
-def _refusal(arch: str, channels: int, image_size: int | None, error: Exception) -> UsageError:
-    size = image_size or PHOTOGRAPH
-    return UsageError(f"--arch {arch}: cannot take {size} pixels of {channels} channels ({first_line(error)})")
+def _refusal(arch: str, channels: int, side: int, error: Exception) -> UsageError:
+    return UsageError(f"--arch {arch}: cannot take {side} pixels of {channels} channels ({first_line(error)})")
 
 
 @torch.no_grad()
 def _width(encoder: Encoder) -> int:
-    """Of the features that it makes of two images, in evaluation: the weights may be those that will be trained."""
+    """Of the features that it makes of two images; in eval(), as the weights may be those that will be trained."""
     features = encoder.module.eval()(torch.zeros(2, *encoder.shape))
     encoder.module.train()
     if isinstance(features, Tensor) and features.ndim == 2 and len(features) == 2:
@@ -185,7 +166,6 @@ def _width(encoder: Encoder) -> int:
 
 
 def _own(arch: str, channels: int, image_size: int | None) -> Encoder:
-    """What the user's function gives; the width of its features is found by two images."""
     function, side = imported(arch, "--arch"), image_size or PHOTOGRAPH
     told = {"channels": channels, "image_size": side}
     module = function(**{name: told[name] for name in told if name in inspect.signature(function).parameters})
@@ -195,7 +175,7 @@ def _own(arch: str, channels: int, image_size: int | None) -> Encoder:
     try:
         return encoder._replace(features=_width(encoder))
     except REFUSALS as error:
-        raise _refusal(arch, channels, image_size, error) from None
+        raise _refusal(arch, channels, side, error) from None
 
 
 def imported(name: str, flag: str) -> Callable[..., Any]:

@@ -13,21 +13,15 @@ class UsageError(Exception):
     exit_code = 2
 
 
-class Aborted(UsageError):
-    """A run that had started and cannot go on. The program prints it and exits with 1."""
-
+class Aborted(UsageError):  # a run that had started and cannot go on
     exit_code = 1
 
 
-class Interrupted(UsageError):
-    """Ctrl-C, at once. The program prints it and exits with 130, as shells expect."""
-
+class Interrupted(UsageError):  # by Ctrl-C, at once
     exit_code = 130
 
 
-class Stopped(UsageError):
-    """A signal that the run has obeyed. The program prints it and exits with 128 + its number, as shells expect."""
-
+class Stopped(UsageError):  # by a signal that the run has obeyed
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + number
@@ -38,13 +32,10 @@ def first_line(error: BaseException) -> str:
 
 
 def require(module: str, reason: str) -> ModuleType:
-    """Import an optional package, or say how to install it.
-
-    A torchvision built for another torch fails with RuntimeError, not ImportError.
-    """
+    """Import an optional package, or say how to install it."""
     try:
         return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError) as error:  # the latter of a torchvision that was built for another torch
         package = module.partition(".")[0]
         remedy = f"pip install 'barlow-loss[{EXTRAS.get(package, 'examples')}]'"
         why = f"{reason} needs {package}, which cannot be imported ({first_line(error)})"

@@ -7,7 +7,6 @@ Source: Xiao et al. (2017), arXiv 1708.07747.
 """
 
 import gzip
-import math
 import struct
 import zlib
 from functools import partial
@@ -50,13 +49,10 @@ def load_fashion_mnist(
     monitor: bool,
     rows: slice = WHOLE,
 ) -> PretrainingData:
-    """Read the files, colour the images, and hold a tenth of the training images out, at most 100 of a class, to watch.
+    """Read the files (UsageError), colour the images, and hold a tenth, at most 100 of a class, out to watch.
 
     The test images are for the final evaluation. ``source`` is "fashion-mnist", for the files of the Debian package, or
     the folder they are in; ``rows`` of every batch are this process's.
-
-    Raises:
-        UsageError: a file is missing or damaged, or there are fewer images than a batch.
     """
     folder = _folder(source) or Path(source)
     images, labels = _read(folder, TRAIN)
@@ -86,13 +82,17 @@ def load_fashion_mnist(
 
 def _read(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     """The images of a part in colour, (N, 3, 28, 28) uint8, and their labels."""
-    grey = _read_idx(folder, f"{part}-images-idx3-ubyte", None, SIDE, SIDE)
-    labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", len(grey))
+    grey = _read_idx(folder, f"{part}-images-idx3-ubyte", SIDE, SIDE)
+    labels = _read_idx(folder, f"{part}-labels-idx1-ubyte")
+    if len(labels) != len(grey):
+        raise UsageError(
+            f"--data {folder}: expected a label for each of {len(grey)} images of {part}, got {len(labels)}"
+        )
     return in_two_colors(grey, seed_of(SPLIT_SEED, part == TEST)), labels.long()
 
 
-def _read_idx(folder: Path, name: str, *expected: int | None) -> Tensor:
-    """A file of bytes in the idx format: a magic number, the shape, the values; None in a shape is any number.
+def _read_idx(folder: Path, name: str, *item: int) -> Tensor:
+    """A file of bytes in the idx format: a magic number, the shape, the values.
 
     Source: http://yann.lecun.com/exdb/mnist
     """
@@ -100,17 +100,15 @@ def _read_idx(folder: Path, name: str, *expected: int | None) -> Tensor:
     if path is None:
         remedy = f"apt install {PACKAGE}, or give the folder with the four files to --data"
         raise UsageError(f"--data: no {name}.gz in {folder}" + f": {remedy}" * (folder == INSTALLED))
+    start = 8 + 4 * len(item)
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        magic, *shape = struct.unpack_from(f">{1 + len(expected)}I", content)
-    except (OSError, EOFError, zlib.error, struct.error) as error:
+        magic, count, *shape = struct.unpack_from(f">{start // 4}I", content)
+        if not (magic == 0x801 + len(item) and shape == [*item] and count):
+            raise ValueError(f"its shape is {(count, *shape)}, expected (N, {', '.join(map(str, item))})")
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(count, *item)
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, struct.error) as error:
         raise UsageError(f"--data {path}: cannot be read, is it damaged? ({error})") from None
-    start = 4 * (1 + len(shape))
-    fits = all(size == wanted for size, wanted in zip(shape, expected, strict=True) if wanted)
-    if magic != 0x800 + len(shape) or not fits or not 0 < math.prod(shape) == len(content) - start:
-        found = f"{content[:start].hex()} and {len(content) - start} bytes"
-        raise UsageError(f"--data {path}: expected the idx file of {expected} bytes, got {found}")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)
 
 
 def in_two_colors(grey: Tensor, seed: int) -> Tensor:

@@ -1,55 +1,55 @@
-"""Encoded images by number, wherever they lie: files in folders, files of a list, or places in archives."""
+"""Images by number, wherever they lie: in folders, lists, tar archives, data sets of Hugging Face, the user's own."""
 
 import csv
 import hashlib
+import importlib
 import os
 import re
+import sys
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from barlow_recipes.errors import UsageError, first_line
+from barlow_recipes.errors import UsageError, first_line, require
 
-WHOLE_FILE = -1  # as a size
+WHOLE_FILE, NO_LABEL = -1, -1  # as a size, as a label
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".npy")
 LISTS = {".txt": None, ".csv": ",", ".tsv": "\t"}  # what separates columns; of None, a space before a number
-LABEL_COLUMNS = {"label", "labels", "class", "target", "category"}
 PARTS = {"train", "training", "val", "valid", "validation", "test"}  # of a data set
+LABELS = ("label", "labels", "fine_label", "class", "target")  # columns of Hugging Face, the first that is there
 CAN_READ = (
     f"can read images ({' '.join(SUFFIXES)}) in folders or in a list (.txt .csv .tsv), .tar shards, .parquet or a "
     "folder of datasets' save_to_disk, and module:callable"
 )
+KEY = re.compile(r"((?:.*/)?[^./]+)\.(?:[^/]*\.)?([^./]+)")  # webdataset's key, and the last extension
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Where every image lies, and its label.
+    """Where every encoded image lies, and its label.
 
-    In arrays: to look at an object in a Python list is to write to it, to its count of references, and a forked worker
-    copies each page that it writes to. A list of 1.3 million paths came to 250 MB for each worker, this to nothing.
+    In arrays: to look at a Python object is to write to its count of references, and a forked worker copies each page
+    that it writes to. A list of 1.3 million paths came to 250 MB for each worker, this to nothing.
     """
 
     root: Path
     names: NDArray[np.bytes_]  # of the files, below the root
     table: Tensor  # (N, 4): label, from 0 (all 0 without labels); number of the file; offset and size in it, in bytes
 
-    @classmethod
-    def of(cls, root: Path, files: Iterable[str], table: Tensor) -> "Catalogue":
-        return cls(root, np.array([os.fsencode(name) for name in files]), table)
-
-    @classmethod
-    def of_files(cls, root: Path, files: Sequence[str], classes: Sequence[str]) -> "Catalogue":
+    @staticmethod
+    def of_files(root: Path, files: Sequence[str], classes: Sequence[str]) -> "Catalogue":
         """Of whole files, by class and name."""
-        labels = np.unique(classes, return_inverse=True)[1].tolist()
-        images = sorted(zip(labels, files, strict=True))
+        images = sorted(zip(numbered(classes).tolist(), files, strict=True))
         table = torch.tensor([(label, number, 0, WHOLE_FILE) for number, (label, _) in enumerate(images)])
-        return cls.of(root, (name for _, name in images), table)
+        return Catalogue(root, np.array([os.fsencode(name) for _, name in images]), table)
 
     @property
     def labels(self) -> Tensor:
@@ -64,31 +64,88 @@ class Catalogue:
         return len(self.table)
 
     def subset(self, indices: Tensor) -> "Catalogue":
-        """The images of these numbers, numbered anew."""
         return replace(self, table=self.table[indices])
 
-    def read(self, index: int) -> tuple[bytes, str]:
-        """The bytes of an image, and what to call it.
-
-        Raises:
-            OSError: they are not there.
-        """
+    def read(self, index: int) -> tuple[Any, str]:
+        """The bytes of an image, and what to call it; OSError where they are not there."""
         _, number, offset, size = self.table[index].tolist()
         path = self.root / os.fsdecode(self.names[number])
-        if size == WHOLE_FILE:
-            return path.read_bytes(), str(path)
-        name = f"{path}, byte {offset}"
-        with path.open("rb") as archive:
-            archive.seek(offset)
-            content = archive.read(size)
+        name = str(path) if size == WHOLE_FILE else f"{path}, byte {offset}"
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(size)
         if len(content) < size:
             raise OSError(f"{name}: expected {size} bytes, found {len(content)}")
         return content, name
 
 
+@dataclass(frozen=True)
+class Items(Catalogue):
+    """Images that a Dataset gives by their number, which stands in the table."""
+
+    dataset: Any
+    column: str | None  # with the image; None: an item is one, or begins with one
+
+    @classmethod
+    def of_dataset(cls, name: str, dataset: Any, column: str | None, labels: Any) -> "Items":
+        """All of them. Labels of any kind become numbers; there are none if there is not one for each image."""
+        images, given = len(dataset), labels if isinstance(labels, Iterable) else []
+        values = [label.item() if isinstance(label, Tensor) else label for label in given]
+        if len(values) != images or any(isinstance(value, (list, dict)) or value is None for value in values):
+            values = [0] * images
+        own = getattr(dataset, "_fingerprint", "")  # of what the images show, where the dataset has one
+        table = torch.stack([numbered(values), torch.arange(images)], dim=1)
+        return cls(Path(name), np.array([os.fsencode(f"{name} {own}")]), table, dataset, column)
+
+    def read(self, index: int) -> tuple[Any, str]:
+        """A Pillow image, bytes, an array or a Tensor, and what to call it."""
+        number = int(self.table[index, 1])
+        item = self.dataset[number]
+        if self.column is not None:  # Hugging Face's, not decoded
+            item = item[self.column]["bytes"] or Path(item[self.column]["path"]).read_bytes()
+        return item[0] if isinstance(item, (tuple, list)) else item, f"{self.root}, image {number}"
+
+
+def numbered(labels: Sequence[Any]) -> Tensor:
+    """Labels of any kind as numbers from 0."""
+    return torch.from_numpy(np.unique(labels, return_inverse=True)[1])
+
+
+def find_images(source: str) -> tuple[Catalogue, tuple[str, ...]]:
+    """The images of --data, in ``source/train`` if there is one, and in words what is left out."""
+    path, suffix = Path(source), Path(source).suffix.lower()
+    if not path.exists():
+        if re.fullmatch(r"[\w.]+:\w+", source):
+            return from_callable(source), ()
+        raise UsageError(f"--data {path}: no such file or folder")
+    if path.is_file():
+        if suffix in LISTS:
+            return index_list(path), ()
+        if suffix not in (".tar", ".parquet"):
+            raise UsageError(f"--data {path}: a file that cannot be read; {CAN_READ}")
+        return index_shards(path.parent, [path]) if suffix == ".tar" else from_hugging_face(path, [path]), ()
+    root = path / "train" if (path / "train").is_dir() else path
+    if any((root / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return from_hugging_face(root), ()
+    files = [*files_below(root)]
+    images = [name for name in files if is_image(name)]
+    shards, parquet = (choose_shards(root, files, ending) for ending in (".tar", ".parquet"))
+    if sum(map(bool, (images, shards, parquet))) > 1:
+        raise UsageError(f"--data {root}: found {kinds(files)}; expected images, .tar or .parquet alone: give one kind")
+    others = sorted({*files} - {*images, *(str(path.relative_to(root)) for path in (*shards, *parquet))})
+    notes = (f"left out of {root}: {kinds(others)}",) if others else ()
+    if shards:
+        return index_shards(root, shards), notes
+    return from_hugging_face(root, parquet) if parquet else index_folder(root, files, labelled=False), notes
+
+
 def hidden(name: str) -> bool:
-    """Whether a system or a program has put it there: .ipynb_checkpoints, ._0001.png, __MACOSX."""
+    """Put there by a system or a program: .ipynb_checkpoints, ._0001.png, __MACOSX."""
     return name.startswith(".") or name == "__MACOSX"
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
 
 
 def files_below(root: Path) -> Iterator[str]:
@@ -107,10 +164,6 @@ def files_below(root: Path) -> Iterator[str]:
     return (os.path.relpath(path, root) for path in walk(str(root), (os.path.realpath(root),)))
 
 
-def is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
-
-
 def kinds(files: Iterable[str]) -> str:
     """What files there are, in words: "12 .h5, 1 without a suffix"."""
     counts = Counter("".join(re.findall(r"(?:\.tar)?\.\w+$", name.lower())) for name in files)
@@ -118,18 +171,13 @@ def kinds(files: Iterable[str]) -> str:
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the folders in a folder, but for hidden ones."""
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not hidden(entry.name))
 
 
 def index_folder(root: Path, files: Iterable[str] | None = None, *, labelled: bool = True) -> Catalogue:
     """The image files at any depth, by class and path. The folders directly below are the classes.
 
-    ``files`` are those below the folder, if they are known. Unless it must be ``labelled``, images beside the class
-    folders are taken, too, and none has a label.
-
-    Raises:
-        UsageError: no class folders, an empty class, or nothing that can be read.
+    Unless it must be ``labelled``, images beside the class folders are taken, too, and none has a label.
     """
     files, classes = [*(files or files_below(root))], class_folders(root)
     images = [name for name in files if is_image(name)]
@@ -139,43 +187,116 @@ def index_folder(root: Path, files: Iterable[str] | None = None, *, labelled: bo
         raise UsageError(f"--data {root}: {', '.join(classes)} are no classes. Give the part to read, such as {part}")
     if not images:
         raise UsageError(f"--data {root}: no image, found {kinds(files)}; {CAN_READ}")
-    if "" in folder_of:
-        if labelled:
-            raise UsageError(f"--data {root}: expected class folders alone, found {folder_of.count('')} images beside")
-        return Catalogue.of_files(root, images, [""] * len(images))
-    if empty := sorted({*classes} - {*folder_of}):
+    if (beside := folder_of.count("")) and labelled:
+        raise UsageError(f"--data {root}: expected class folders alone, found {beside} images beside")
+    empty = sorted({*classes} - {*folder_of})
+    if empty and not beside:
         count = f"{len(empty)} of {len(classes)} class folders"
         raise UsageError(f"--data {root}: no image in {count}, the first is {empty[0]}. Remove it or fill it")
-    return Catalogue.of_files(root, images, folder_of)
+    return Catalogue.of_files(root, images, [""] * len(images) if beside else folder_of)
 
 
 def index_list(path: Path) -> Catalogue:
-    """The images that a list names; their paths begin at its folder.
-
-    In a text file a path stands in each line, with or without a number behind it for the class. In a table it is in the
-    first column that has images, and the label in the next one, or in the one that a line of heads calls so.
-
-    Raises:
-        UsageError: it cannot be read or is empty, names something else than images, or has a label for some alone.
-    """
+    """The images that a list names: in each line a path from the list's folder, and perhaps a label."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--data {path}: cannot be read as a list ({first_line(error)})") from None
     if separator := LISTS[path.suffix.lower()]:
         rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator)]
+        rows = rows[1:] if len(rows) > 1 and not is_image(rows[0][0]) else rows
     else:
         rows = [[line] if is_image(line) else line.rsplit(maxsplit=1) for line in lines]
-    heads = rows.pop(0) if len(rows) > 1 and not any(map(is_image, rows[0])) else []
-    place = next((number for number, cell in enumerate(rows[0] if rows else []) if is_image(cell)), 0)
-    named = [number for number, head in enumerate(heads) if head.lower() in LABEL_COLUMNS]
-    label = named[0] if named else len(heads) or place + 1
-    files = ["".join(row[place : place + 1]) for row in rows]
-    labels = ["".join(row[label : label + 1]) for row in rows]
-    others = [name for name in files if not is_image(name)]
-    if others or not files:
-        found = repr(others[0]) if others else "nothing"
-        raise UsageError(f"--data {path}: expected a path of an image in each line ({' '.join(SUFFIXES)}), got {found}")
+    files, labels = [row[0] for row in rows], ["".join(row[1:2]) for row in rows]
+    if others := [name for name in files or ["nothing"] if not is_image(name)]:
+        wanted = f"expected a path of an image in each line ({' '.join(SUFFIXES)})"
+        raise UsageError(f"--data {path}: {wanted}, got {others[0]!r}")
     if any(labels) and not all(labels):
         raise UsageError(f"--data {path}: {labels.count('')} of {len(files)} images have no label")
     return Catalogue.of_files(path.parent, files, labels)
+
+
+def choose_shards(root: Path, files: Iterable[str], ending: str) -> list[Path]:
+    """Those to read: with "train" in any name, only the ones that have it; else those without "val" and "test"."""
+    found = sorted(root / name for name in files if name.lower().endswith(ending))
+    shards = [path for path in found if not path.with_suffix("").is_dir()]  # it was unpacked beside it
+    training = [path for path in shards if "train" in path.name]
+    return training or [path for path in shards if "val" not in path.name and "test" not in path.name] or shards
+
+
+def index_shards(root: Path, shards: Sequence[Path]) -> Catalogue:
+    """The images of webdataset's shards: tar archives in which ``KEY.jpg`` and ``KEY.cls`` make up a labelled image.
+
+    Their headers are read at every start, a million in a minute. An image is then read from its place, like a file.
+    """
+    entries = sorted(entry for number, shard in enumerate(shards) for entry in _index(number, shard))
+    table = torch.tensor([(label, number, offset, size) for label, _, number, offset, size in entries])
+    unlabelled = int((table[:, 0] == NO_LABEL).sum())
+    if 0 < unlabelled < len(table):
+        wanted = "Expected a KEY.cls with a whole number ≥ 0 for each image, or for none"
+        raise UsageError(f"--data {root}: {unlabelled} of {len(table)} images have no label. {wanted}")
+    table[:, 0] = table[:, 0].unique(return_inverse=True)[1]
+    return Catalogue(root, np.array([os.fsencode(shard.relative_to(root)) for shard in shards]), table)
+
+
+def _index(number: int, shard: Path) -> list[tuple[int, str, int, int, int]]:
+    """Label, name, number of the shard, offset and size of each image."""
+    images: list[tuple[str, str, int, int]] = []
+    labels: dict[str, int] = {}
+    try:
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                match = KEY.fullmatch(member.name)
+                if not member.isreg() or not match or any(map(hidden, member.name.removeprefix("./").split("/"))):
+                    continue
+                key, extension = match[1], match[2].lower()
+                if f".{extension}" in SUFFIXES:
+                    images.append((key, member.name, member.offset_data, member.size))
+                elif extension == "cls" and (content := archive.extractfile(member)):
+                    number_read = re.fullmatch(rb"\s*(\d{1,18})\s*", content.read())
+                    labels[key] = int(number_read[1]) if number_read else NO_LABEL
+            file.seek(archive.offset)  # a damaged header is for tarfile as good as the end, which is a block of zeros
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset}")
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise UsageError(f"--data {shard}: not a whole tar archive, uncompressed ({first_line(error)})") from None
+    if not images:
+        raise UsageError(f"--data {shard}: no image in it. Expected files KEY{', KEY'.join(SUFFIXES)}")
+    return [(labels.get(key, NO_LABEL), name, number, offset, size) for key, name, offset, size in images]
+
+
+def from_hugging_face(path: Path, parquet: Sequence[Path] = ()) -> Items:
+    """What ``datasets`` has saved to a folder, of splits the one called train; or files of .parquet."""
+    hugging_face = require("datasets", f"--data {path}")
+    try:
+        files = [str(file) for file in parquet]
+        found = hugging_face.Dataset.from_parquet(files) if files else hugging_face.load_from_disk(str(path))
+        found = found["train"] if isinstance(found, dict) else found
+    except Exception as error:  # pyarrow and datasets have their own
+        wanted = f"expected a data set, of splits one called train ({first_line(error)})"
+        raise UsageError(f"--data {path}: {wanted}") from None
+    columns = found.features
+    images = [name for name, feature in columns.items() if isinstance(feature, hugging_face.Image)]
+    if not images:
+        raise UsageError(f"--data {path}: no column of images among {', '.join(columns)}")
+    found = found.cast_column(images[0], hugging_face.Image(decode=False))
+    labels = next((found[name] for name in LABELS if name in columns), None)
+    return Items.of_dataset(str(path), found, images[0], labels)
+
+
+def from_callable(source: str) -> Items:
+    """The Dataset that ``module:callable`` returns, whose items are images or begin with one, always the same.
+
+    Its labels are those of its attribute ``targets`` or ``labels``: nothing is read to find them.
+    """
+    module, _, name = source.partition(":")
+    sys.path.insert(0, "")  # of the working directory
+    try:
+        dataset = getattr(importlib.import_module(module), name)()
+        dataset[0]
+        return Items.of_dataset(source, dataset, None, getattr(dataset, "targets", getattr(dataset, "labels", None)))
+    except (ImportError, AttributeError, TypeError, LookupError) as error:
+        wanted = f"expected a callable that returns a Dataset with images ({first_line(error)})"
+        raise UsageError(f"--data {source}: {wanted}") from None
+    finally:
+        sys.path.remove("")

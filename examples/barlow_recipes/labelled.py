@@ -1,4 +1,4 @@
-"""Class folders to train on and to measure on, as batches: this process's share of them, the same bits every time."""
+"""Class folders to train on and to measure on, which of them have labels, and this process's share as batches."""
 
 import math
 import os
@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from barlow_recipes.command_line import Positive, RunSettings, Side
-from barlow_recipes.data import EpochBatches, seed_of
+from barlow_recipes.data import SPLIT_SEED, EpochBatches, hold_out, seed_of
 from barlow_recipes.distributed import own_rows
-from barlow_recipes.errors import UsageError, require
+from barlow_recipes.errors import UsageError, first_line, require
 from barlow_recipes.files import Catalogue, class_folders, index_folder
 from barlow_recipes.images import Labelled, Loader
 from barlow_recipes.pixels import PixelSettings, as_float
@@ -29,10 +29,8 @@ View = Callable[[Tensor], Tensor]
 class Reading(RunSettings, PixelSettings):
     """Flags that say how images are read."""
 
-    image_size: Side = 224
-    "side of the square that the encoder sees"
-    batch_size: Positive = 256
-    "images in a step, of all processes together"
+    image_size: Side = 224  # side of the square that the encoder sees
+    batch_size: Positive = 256  # images in a step, of all processes together
 
 
 class Tree(NamedTuple):
@@ -48,11 +46,7 @@ class Tree(NamedTuple):
 
 
 def load_tree(root: Path) -> Tree:
-    """Index root/train, and root/val or root/test.
-
-    Raises:
-        UsageError: there is no such folder, it has no classes or an empty one, or the parts differ in their classes.
-    """
+    """Index root/train, and root/val or root/test; UsageError: a part or a class is missing, or has no image."""
     if not root.is_dir():
         found = "a file; evaluation wants a folder with train/ and val/" if root.exists() else "no such folder"
         raise UsageError(f"--data {root}: {found}")
@@ -71,9 +65,38 @@ def load_tree(root: Path) -> Tree:
     return Tree(root.resolve().name, classes, *parts)
 
 
-def paths_of(part: Catalogue) -> list[str]:
-    """Of every image, below the catalogue's root."""
-    return [os.fsdecode(name) for name in part.names[part.table[:, 1].numpy()]]
+def from_list(path: Path, tree: Tree) -> tuple[Tensor, str]:
+    """The training images that a published list names, such as n01440764_10043.JPEG of the class folder n01440764.
+
+    Returns their numbers (n,), ascending, and in words where they come from; UsageError: the list cannot be read, is
+    empty, names a file that is not there, or twice; or a class has none.
+    """
+    where = f"--lists {path}: expected a list of image files, one a line"
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{where} ({first_line(error)})") from None
+    wanted = {f"{name.partition('_')[0]}{os.sep}{name}": name for name in names}
+    paths = map(os.fsdecode, tree.train.names[tree.train.table[:, 1].numpy()])
+    found = {wanted[path]: number for number, path in enumerate(paths) if path in wanted}
+    missing = [name for name in names if name not in found]
+    if missing or len(found) < len(names):
+        problem = f"are not in train/, the first is {missing[0]}" if missing else "are listed twice"
+        raise UsageError(f"{where}; {len(missing) or len(names) - len(found)} of {len(names)} images {problem}")
+    images = torch.tensor(sorted(found.values()), dtype=torch.int64)
+    if lacking := [name for label, name in enumerate(tree.classes) if label not in tree.train.labels[images]]:
+        raise UsageError(f"{where}; {len(lacking)} of {len(tree.classes)} classes have none, the first is {lacking[0]}")
+    return images, f"{len(images):,} images listed in {path.name}"
+
+
+def stratified(percent: int, tree: Tree) -> tuple[Tensor, str]:
+    """That share of every class by a fixed seed, rounded down, but one image at least; and the same in words."""
+    labels = tree.train.labels
+    chosen = hold_out(labels, percent / 100, SPLIT_SEED)
+    lacking = torch.bincount(labels[chosen], minlength=len(tree.classes)) == 0
+    chosen |= hold_out(labels, 1.0, SPLIT_SEED, at_most=1) & lacking[labels]
+    images = chosen.nonzero().flatten()
+    return images, f"{len(images):,} images, {percent} % of each class or one, by a fixed seed, not a published list"
 
 
 def training_view(settings: Reading) -> View:
@@ -87,7 +110,7 @@ def training_view(settings: Reading) -> View:
 
 
 def centre_view(settings: Reading) -> View:
-    """The centre of an image, with 1/8 of the shorter side cut off: (C, H, W) to (C, side, side) float32."""
+    """The centre of an image, with 1/8 of the shorter side cut off."""
     v2: Any = require("torchvision.transforms.v2", "--data")
     cut = [v2.Resize(round(settings.image_size * RESIZE)), v2.CenterCrop(settings.image_size)]
     return cast("View", v2.Compose([*cut, as_float, settings.normalized]))
@@ -118,19 +141,10 @@ class EveryImage(EpochBatches):
             yield batch[own_rows(len(batch))]
 
 
-class TrainingImages:
-    """Labelled views of the images, in batches, from worker processes that live as long as this object."""
-
-    def __init__(self, catalogue: Catalogue, settings: Reading) -> None:
-        self.order = EveryImage(len(catalogue), settings.batch_size, settings.seed)
-        self.loader = _loader(Views(catalogue, settings), settings, self.order, persistent_workers=settings.workers > 0)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def batches(self, epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
-        self.order.epoch = epoch
-        return self.loader
+def training_images(catalogue: Catalogue, settings: Reading) -> Loader:
+    """Labelled views of the images, from workers that live as long; its ``batch_sampler.epoch`` is to be set."""
+    order = EveryImage(len(catalogue), settings.batch_size, settings.seed)
+    return _loader(Views(catalogue, settings), settings, order, persistent_workers=settings.workers > 0)
 
 
 def centres(catalogue: Catalogue, settings: Reading) -> Loader:

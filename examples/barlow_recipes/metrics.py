@@ -1,4 +1,4 @@
-"""A run's history: metrics.jsonl always, TensorBoard and Weights & Biases beside it where they are asked for."""
+"""A run's history: metrics.jsonl, TensorBoard and Weights & Biases beside it, and tables for people."""
 
 import importlib
 import json
@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from barlow_recipes.errors import UsageError, first_line, require
 from barlow_recipes.outputs import METRICS, TENSORBOARD, WANDB_ID, replacing, writing
 
-HISTORY = ("baseline", "step", "epoch", "collapse", "profile", "event")  # kinds that a resumed run keeps
-Row = dict[str, Any]
+HISTORY = ("baseline", "step", "epoch", "profile", "event")  # kinds that a resumed run keeps
+BAR = "{bar} {n_fmt}/{total_fmt} [{remaining}{postfix}]"  # of tqdm
 
 
 class Mirror(Protocol):  # a second place for the metrics
@@ -25,7 +25,7 @@ class Mirror(Protocol):  # a second place for the metrics
 class Metrics:
     """The run's history: JSON objects, one a line, and the same in memory and in the mirrors.
 
-    ``kind`` tells them apart: settings, baseline, step, epoch, collapse, profile, event, evaluation, report.
+    ``kind`` tells them apart: settings, baseline, step, epoch, profile, event, evaluation, report.
     A number that is not finite is null. Without a folder they are kept in memory only.
     """
 
@@ -33,11 +33,9 @@ class Metrics:
         self, folder: Path | None, resumed: Path | None = None, step: int = 0, mirrors: Sequence[Mirror] = ()
     ) -> None:
         """With ``resumed`` and ``step``, keep what its run had written up to the checkpoint."""
-        self.path = folder / METRICS if folder else None
-        self.mirrors = mirrors
-        past = read_rows(resumed.with_name(METRICS)) if resumed else []
-        past = [row for row in past if row["kind"] in HISTORY and isinstance(row.get("step"), int)]
-        self.rows = [row for row in past if row["step"] <= step]
+        self.path, self.mirrors = folder / METRICS if folder else None, mirrors
+        past = [row for row in (read_rows(resumed.with_name(METRICS)) if resumed else []) if row["kind"] in HISTORY]
+        self.rows = [row for row in past if isinstance(row.get("step"), int) and row["step"] <= step]
         if self.path:
             with replacing(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
@@ -52,11 +50,11 @@ class Metrics:
         for mirror in self.mirrors:
             mirror.add(kind, row)
 
-    def of_kind(self, kind: str) -> list[Row]:
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["kind"] == kind]
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; a line that a crash has cut off, or that is another's, is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
@@ -69,7 +67,7 @@ class TensorBoard:
     """A mirror of the numbers with a step: ``tensorboard --logdir runs`` shows them while the run trains."""
 
     def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
-        """``folder`` is the run's. What is there of the steps after ``resumed_step``, a checkpoint's, is void."""
+        """What is there of the steps after ``resumed_step``, a checkpoint's, is void."""
         require("tensorboard", "--tensorboard")
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self.folder = folder / TENSORBOARD
@@ -84,13 +82,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A mirror of the settings and of the numbers with a step, in the project WANDB_PROJECT or "barlow-twins".
-
-    A resumed run goes on in its W&B run, which keeps what it had of the steps after the checkpoint.
-    """
+    """A mirror in the project WANDB_PROJECT or "barlow-twins"; ``wandb.id`` is the W&B run that goes on on resume."""
 
     def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
-        """``folder`` is the run's: it gets ``wandb.id`` and ``wandb/``. UsageError where nobody is logged in."""
         wandb: Any = require("wandb", "--wandb")
         kept, project = folder / WANDB_ID, os.environ.get("WANDB_PROJECT", "barlow-twins")
         name = kept.read_text() if resumed_step is not None and kept.is_file() else uuid.uuid4().hex[:8]
@@ -111,5 +105,40 @@ class WeightsAndBiases:
 def _numbers(kind: str, row: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a row that has a step, as ``kind/name`` or ``kind/representation/name``."""
     prefix = f"{kind}/{row['representation']}" if "representation" in row else kind
-    numbers = {name: value for name, value in row.items() if isinstance(value, Real) and not isinstance(value, bool)}
-    return {f"{prefix}/{name}": value for name, value in numbers.items() if "step" in row and name != "step"}
+    numbers = {name: value for name, value in row.items() if isinstance(value, Real) and name != "step"}
+    return {f"{prefix}/{name}": value for name, value in numbers.items()} if "step" in row else {}
+
+
+def accuracies_of(row: Mapping[str, Any]) -> list[str]:
+    return [name for name in row if name == "knn" or name.startswith("linear_")]
+
+
+def label_of(accuracy: str) -> str:
+    size = accuracy.removeprefix("linear_")
+    if size.isdigit():
+        return f"{size} label{'s' * (size != '1')}/class"
+    return {"knn": "10-NN", "linear_all": "all labels"}[accuracy]
+
+
+def accuracy_cells(rows: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """What :func:`probes.evaluate` returned for each representation, as the cells of a table with a head."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in accuracies_of(row)))
+    lines = [
+        [label, *(f"{row[name]:.1f} %" if name in row else "–" for name in columns)] for label, row in rows.items()
+    ]
+    return [["", *map(label_of, columns)], *lines]
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """The cells of a table with a head, in columns; the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in cells]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+
+
+def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
+    parts = [f"{label_of(name)} {row[name]:.1f} %" for name in accuracies_of(row)]
+    parts.append(f"{row['images_per_second']:,.0f} images/s, {row['waiting']:.0%} of the time waiting for them")
+    if count := row["unreadable"]:
+        parts.append(f"{count} unreadable image{'s' * (count > 1)} replaced")
+    return f"epoch {row['epoch']}/{epochs}: " + ", ".join(parts)

@@ -3,22 +3,18 @@
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from barlow_recipes import checkpoint
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.errors import UsageError
 from barlow_recipes.models import BarlowTwins
-from barlow_recipes.optimization import LARS
-from barlow_recipes.presets import LEARNING_RATE_BIASES
-from barlow_recipes.weights import OFFICIAL, Weights, find, load, misfit, read_weights
+from barlow_recipes.optimization import LARS, LEARNING_RATE_BIASES
+from barlow_recipes.weights import OFFICIAL, Match, Weights, find, load, misfit, read_weights
 
 
 def initialize(model: BarlowTwins, path: Path, strict: bool = False) -> str:
-    """Put the weights of a file into the encoder and, if the file has one that fits, into the projector.
+    """Put the weights of a file (UsageError) into the encoder and, if one is there and fits, into the projector.
 
-    With ``strict`` the projector has to be there, and fit. Returns in words what came from where; UsageError where the
-    weights do not fit.
+    With ``strict`` it has to. Returns in words what came from where.
     """
     weights = read_weights(path)
     said, problem = _load(model, weights)
@@ -44,17 +40,23 @@ def go_on(weights: Weights, state: TrainingState, learning_rate_biases: float, s
 
     Both step by LARS, with μ ← 0.9 μ + d and p ← p − lr·μ, and number the parameters alike: first the matrices, then
     the vectors. Here another learning rate of the vectors may belong to the same updates, since the official gradient
-    is 1/W of the true one (see :func:`.presets.official`), and with it another μ: lr·μ stays what it was.
-
-    Raises:
-        UsageError: the weights do not fit the model, or the optimiser is another one.
+    is 1/W of the true one (see :func:`.settings.official`), and with it another μ: lr·μ stays what it was. UsageError:
+    the weights do not fit the model, or the optimiser is another one.
     """
     if not isinstance(state.optimizer, LARS):
         raise UsageError(f"--resume {weights.path}: that run was optimised by LARS, expected --optimizer lars")
     if problem := _load(state.model, weights)[1]:
         raise UsageError(f"--resume {weights.path}: expected the weights of this --projector, but {problem}")
     factors = (1.0, LEARNING_RATE_BIASES / learning_rate_biases if learning_rate_biases else 1.0)
-    momenta = _momenta(weights, state, factors)
+    saved = weights.content["optimizer"].get("state", {})
+    found = {str(number): values["mu"] for number, values in saved.items() if "mu" in values}
+    groups = zip(state.optimizer.param_groups, factors, strict=True)
+    ours = [(parameter, factor) for group, factor in groups for parameter in group["params"]]
+    if problem := misfit({str(number): parameter for number, (parameter, _) in enumerate(ours)}, found):
+        raise UsageError(
+            f"--resume {weights.path}: its optimizer is not of this model: of the momenta by number, {problem}"
+        )
+    momenta = {number: {"mu": found[str(number)] * factor} for number, (_, factor) in enumerate(ours)}
     state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": momenta})
     epoch = int(weights.content["epoch"])
     state.step = epoch * steps_per_epoch
@@ -65,33 +67,19 @@ def go_on(weights: Weights, state: TrainingState, learning_rate_biases: float, s
 
 
 def _load(model: BarlowTwins, weights: Weights) -> tuple[str, str]:
-    """Put in the encoder (UsageError) and, if it fits, the projector.
-
-    Returns in words what was taken for the encoder, and why nothing for the projector.
-    """
-    encoder = find(weights, model.backbone, model.heads)
+    """Returns in words what was taken for the encoder (UsageError), and why nothing for the projector."""
+    marked = {name: f".{name}" for name in weights.tensors if ".projector." in f".{name}"}
+    inside = {name: mark.rpartition(".projector.")[2] for name, mark in marked.items()}
+    projector = Match({}, "the file has none", "")
+    if inside:
+        tensors = {within: weights.tensors[name] for name, within in inside.items()}
+        projector = find(replace(weights, tensors=tensors), model.projector)
+    left = {name: value for name, value in weights.tensors.items() if projector.problem or name not in inside}
+    encoder = find(replace(weights, tensors=left), model.backbone, model.heads)
     if encoder.problem:
         expected = "those of this encoder (--arch, --stem)"
         raise UsageError(f"weights {weights.path}: expected {expected}, but {encoder.problem}")
     load(model.backbone, encoder, weights.path)
-    inside = {f".{name}".rpartition(".projector."): value for name, value in weights.tensors.items()}
-    tensors = {name: value for (_, projector, name), value in inside.items() if projector}
-    if not tensors:
-        return encoder.said, "the file has none"
-    projector = find(replace(weights, tensors=tensors), model.projector)
     if not projector.problem:
         load(model.projector, projector, weights.path)
     return encoder.said, projector.problem
-
-
-def _momenta(weights: Weights, state: TrainingState, factors: tuple[float, float]) -> dict[int, dict[str, Tensor]]:
-    """The official optimiser's μ by the number of its parameter, those of a group times its factor."""
-    saved = weights.content["optimizer"].get("state", {})
-    found = {str(number): values["mu"] for number, values in saved.items() if "mu" in values}
-    groups = zip(state.optimizer.param_groups, factors, strict=True)
-    ours = [(parameter, factor) for group, factor in groups for parameter in group["params"]]
-    if problem := misfit({str(number): parameter for number, (parameter, _) in enumerate(ours)}, found):
-        raise UsageError(
-            f"--resume {weights.path}: its optimizer is not of this model: of the momenta by number, {problem}"
-        )
-    return {number: {"mu": found[str(number)] * factor} for number, (_, factor) in enumerate(ours)}

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import LambdaLR
 
+LEARNING_RATE_BIASES, WEIGHT_DECAY = 0.0048, 1e-6  # as published
 # The author's learning rates of the weights by batch size (300 epochs); a small batch wants more, not less.
 PUBLISHED_LEARNING_RATES = {128: 0.7, 256: 0.4, 512: 0.3, 1024: 0.25, 2048: 0.2, 4096: 0.2}
 
@@ -20,65 +20,39 @@ def published_learning_rate(batch_size: int) -> float:
     return float(np.interp(math.log2(batch_size), np.log2(sizes), rates))
 
 
-def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
-    r"""What multiplies every group's base rate (batch/256 × its learning rate) in a step.
+def build_optimizer(
+    name: str, net: nn.Module, *, batch_size: int, lr_weights: float, lr_biases: float, weight_decay: float, **lars: Any
+) -> optim.Optimizer:
+    """LARS as published, SGD or AdamW; rates are times batch/256. Vectors do not decay, nor does LARS adapt them."""
+    base = batch_size / 256
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim > 1], "lr": base * lr_weights, "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim == 1], "lr": base * lr_biases, "weight_decay": 0.0},
+    ]
+    if name == "lars":
+        groups[1]["adapt"] = False
+        return LARS(groups, lr=base * lr_weights, **lars)
+    return optim.SGD(groups, momentum=0.9) if name == "sgd" else optim.AdamW(groups)
+
+
+def build_schedule(optimizer: optim.Optimizer, steps: int, warmup_steps: int) -> LambdaLR:
+    r"""The published factor of every group's base rate, to be advanced after each of so many steps.
 
     .. math::
         t/w \text{ for } t < w, \qquad
         q + 0.001\,(1 - q) \text{ after, with } q = \tfrac12 (1 + \cos(\pi (t - w)/(T - w)))
 
-    Args:
-        step: t, from 0.
-        steps: T, of the whole run.
-        warmup_steps: w; the first step of a warm-up has rate 0.
-
-    Source: ``adjust_learning_rate`` of facebookresearch/barlowtwins.
+    The first step of a warm-up, t = 0, has rate 0. Source: ``adjust_learning_rate`` of facebookresearch/barlowtwins.
     """
-    if step < warmup_steps:
-        return step / warmup_steps
-    q = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1)))
-    return q + 0.001 * (1 - q)
 
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        q = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1)))
+        return q + 0.001 * (1 - q)
 
-def parameter_groups(
-    model: nn.Module, lr_weights: float, lr_biases: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Matrices and kernels; and vectors (biases, norms), which get no weight decay."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "lr": lr_weights, "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1], "lr": lr_biases, "weight_decay": 0.0},
-    ]
-
-
-OPTIMIZERS = ("lars", "sgd", "adamw")
-
-
-def build_optimizer(
-    name: str,
-    model: nn.Module,
-    *,
-    batch_size: int,
-    lr_weights: float,
-    lr_biases: float,
-    weight_decay: float,
-    trust_coefficient: float = 0.001,
-    clip_trust: bool = False,
-) -> optim.Optimizer:
-    """LARS as published, without adaptation of vectors; SGD with momentum; or AdamW. Rates are times batch/256."""
-    base = batch_size / 256
-    groups = parameter_groups(model, base * lr_weights, base * lr_biases, weight_decay)
-    if name == "lars":
-        groups[1]["adapt"] = False
-        return LARS(groups, lr=base * lr_weights, trust_coefficient=trust_coefficient, clip=clip_trust)
-    if name == "sgd":
-        return optim.SGD(groups, momentum=0.9)
-    return optim.AdamW(groups)
-
-
-def build_schedule(optimizer: optim.Optimizer, steps: int, warmup_steps: int) -> LambdaLR:
-    """The published schedule, to be advanced after every step."""
-    return LambdaLR(optimizer, partial(learning_rate_factor, steps=steps, warmup_steps=warmup_steps))
+    return LambdaLR(optimizer, factor)
 
 
 class LARS(optim.Optimizer):
@@ -90,33 +64,17 @@ class LARS(optim.Optimizer):
         \mu \leftarrow m\,\mu + q\,d, \qquad
         p \leftarrow p - \text{lr}\;\mu
 
-    A group with ``adapt`` False has q = 1. It is written here because the libraries' versions divide by
-    ‖g‖ + β‖p‖, which is 3.9e-6 away after 50 steps, too far to tell an equivalent run from another one.
-
-    Args:
-        params: tensors or groups, as for every optimiser of torch.
-        lr: the learning rate.
-        weight_decay: β.
-        momentum: m.
-        trust_coefficient: η.
-        clip: replace q by min(q / lr, 1), so that no step is longer than a plain one (solo-learn's CIFAR runs).
-        adapt: whether q is used at all.
+    β is ``weight_decay``, m ``momentum`` and η ``trust_coefficient``. ``clip`` replaces q by min(q / lr, 1), so that no
+    step is longer than a plain one (solo-learn's CIFAR runs). A group with ``adapt`` False has q = 1. It is written
+    here because the libraries' versions divide by ‖g‖ + β‖p‖, which is 3.9e-6 away after 50 steps, too far to tell an
+    equivalent run from another one.
 
     Source: ``LARS`` in ``main.py`` of facebookresearch/barlowtwins; You et al. (2017), arXiv 1708.03888.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        trust_coefficient: float = 0.001,
-        clip: bool = False,
-        adapt: bool = True,
-    ) -> None:
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-        super().__init__(params, defaults | {"trust_coefficient": trust_coefficient, "clip": clip, "adapt": adapt})
+    def __init__(self, params: Iterable[Any], lr: float, **changes: Any) -> None:
+        usual = {"weight_decay": 0.0, "momentum": 0.9, "trust_coefficient": 0.001, "clip": False, "adapt": True}
+        super().__init__(params, {"lr": lr} | usual | changes)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -10,15 +10,13 @@ from barlow_recipes.errors import Aborted
 METRICS, REPORT, BACKBONE = "metrics.jsonl", "report.html", "backbone.pt"
 RESULTS = "results.json"  # of the programs that evaluate and transfer
 CHECKPOINTS = CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"  # a run has one, or both
-DAMAGED = "checkpoint.damaged.pt"
 PICTURES = CURVES, CROSS_CORRELATION = "curves.png", "cross_correlation.png"
+DAMAGED, WANDB_ID, SETTINGS = "checkpoint.damaged.pt", "wandb.id", "settings.yaml"
 TENSORBOARD = "tensorboard"  # a folder of event files
-WANDB_ID = "wandb.id"
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Tell in one line that the disk is full or the folder cannot be written (Aborted)."""
     try:
         yield
     except OSError as error:
@@ -29,10 +27,7 @@ def writing(path: Path) -> Iterator[None]:
 def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """A temporary path to write to, which takes the place of ``path`` at the end: a reader sees old or new, never half.
 
-    Afterwards the file is on the disk, and the old one is ``keep``.
-
-    Raises:
-        Aborted: the disk is full or the folder cannot be written. What was there before stays.
+    Afterwards the file is on the disk, and the old one is ``keep``. Where that fails (Aborted), the old one stays.
     """
     temporary = path.with_name(f".{path.name}.new")  # of that name what a killed process leaves is written over
     try:

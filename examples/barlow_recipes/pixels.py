@@ -1,28 +1,38 @@
-"""What the numbers in an image file mean, and how an encoder is to see them."""
+"""From the bytes of an image file, or what a Dataset gives, to pixels, and how an encoder is to see them."""
 
+import io
+import struct
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from barlow_recipes.command_line import Positive
-from barlow_recipes.errors import UsageError
+from barlow_recipes.errors import UsageError, require
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per channel
+NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes
+OF_DAMAGE = OSError, EOFError, SyntaxError, ValueError, struct.error, IndexError, KeyError, TypeError
+SAMPLE_FORMAT, UNSIGNED, SIGNED = 339, 1, 2  # a tag of TIFF, and two of its values
+SIXTEEN_BITS = 65535  # what is white where an integer has more than eight bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelSettings:
     """Flags of every program that reads images."""
 
+    # of an image; files with another number are converted where that is usual (grey, palette, CMYK), else refused
     channels: Positive = 3
-    "of an image; files with another number are converted where that is usual (grey, palette, CMYK), else refused"
+    # the values that become 0 and 1; without it those of the files' type: 0 and 255, 65535, or 1 of floats
     value_range: tuple[float, float] | None = None
-    "the values that become 0 and 1; without it those of the files' type: 0 and 255, 65535, or 1 of floats"
+    # of each channel, to be subtracted; without it ImageNet's, or 0.5 for other than three channels
     mean: tuple[float, ...] = ()
-    "of each channel, to be subtracted; without it ImageNet's, or 0.5 for other than three channels"
+    # of each channel, to divide by; without it ImageNet's, or 0.25 for other than three channels
     std: tuple[float, ...] = ()
-    "of each channel, to divide by; without it ImageNet's, or 0.25 for other than three channels"
 
     def normalized(self, images: Tensor) -> Tensor:
         """By mean and deviation of each channel, in place: (..., C, H, W) float32 in [0, 1]."""
@@ -31,12 +41,10 @@ class PixelSettings:
         return images
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation of each channel."""
         usual = (MEAN, STD) if self.channels == 3 else ((0.5,) * self.channels, (0.25,) * self.channels)
         return self.mean or usual[0], self.std or usual[1]
 
     def check_pixels(self) -> None:
-        """Raise UsageError if mean and deviation are not for each channel, a deviation is 0 or the range empty."""
         for flag, values in zip(("--mean", "--std"), self.statistics(), strict=True):
             if len(values) != self.channels:
                 raise UsageError(f"{flag}: expected {self.channels} numbers, as many as --channels, got {len(values)}")
@@ -47,6 +55,7 @@ class PixelSettings:
 
 
 USUAL = PixelSettings()
+normalized = USUAL.normalized
 
 
 def as_float(images: Tensor) -> Tensor:
@@ -55,6 +64,101 @@ def as_float(images: Tensor) -> Tensor:
     return copy.div_(255) if images.dtype == torch.uint8 else copy
 
 
-def normalized(images: Tensor) -> Tensor:
-    """By ImageNet's mean and deviation, in place."""
-    return USUAL.normalized(images)
+class UnfitError(OSError):
+    """A whole image that the flags of :class:`PixelSettings` do not describe; the message names the flag."""
+
+
+def decode(content: Any, name: str, pixels: PixelSettings = USUAL) -> Tensor:
+    """Decode an image to (C, H, W): uint8 where the file has 8 bits and no range is declared, else float32 in [0, 1].
+
+    OSError where it is not a whole image; nothing is clipped: UnfitError.
+    """
+    image = raw(content, name, pixels)
+    if image.dtype == torch.uint8 and pixels.value_range in (None, (0, 255)):
+        return image
+    low, high = pixels.value_range or (0.0, white(image.dtype))
+    values = image.float()
+    least, most = (value.item() for value in values.aminmax())
+    if least != least:
+        raise UnfitError(f"{name}: has pixels that are not a number: give them a value within the range")
+    if not (low <= least and most <= high):
+        found = f"values from {least:g} to {most:g}, expected {low:g} to {high:g}"
+        raise UnfitError(f"{name}: {found}: give --value-range LOW HIGH")
+    return (values - low) / (high - low)
+
+
+def white(kind: torch.dtype) -> float:
+    """The value that becomes 1 where no range is declared."""
+    return {torch.uint8: 255.0, torch.bool: 1.0}.get(kind, 1.0 if kind.is_floating_point else SIXTEEN_BITS)
+
+
+def raw(content: Any, name: str, pixels: PixelSettings) -> Tensor:
+    """The values as they are: (C, H, W) of the file's type.
+
+    ``content`` is a file's (whatever Pillow reads, .npy, TIFF of any bands), a Pillow image, an array or a Tensor.
+    EXIF orientation is applied. Unless there are 4 channels, transparency is dropped, as torchvision's folders do.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken metadata
+            opened = _opened(content, name, pixels) if isinstance(content, bytes) else content
+            if isinstance(opened, Image.Image):
+                opened = _of_pillow(opened, name, pixels.channels)
+    except UnfitError:
+        raise
+    except (*OF_DAMAGE, Image.DecompressionBombError) as error:
+        raise OSError(f"{name} is not a readable image: {error}") from None
+    return _planes(opened, name, pixels.channels)
+
+
+def _opened(content: bytes, name: str, pixels: PixelSettings) -> Any:
+    """By Pillow where it can: it cuts 16 bits in several channels to 8, and knows no other number than 1 to 4.
+
+    Pillow 13 takes int8 for uint8 and uint32 for int32: findings/pillow_reads_signed_tiff_bytes_as_unsigned.sh.
+    """
+    if content.startswith(NPY):
+        return np.load(io.BytesIO(content), allow_pickle=False)
+    tiff = content.startswith(TIFF)
+    try:
+        image = Image.open(io.BytesIO(content))
+        deep = image.mode in ("RGB", "RGBA") and any(";16" in str(tile.args) for tile in image.tile)
+        if not tiff and deep and pixels.value_range:
+            lost = "of its 16 bits Pillow reads 8, too few for --value-range"
+            raise UnfitError(f"{name}: {lost}: save it as TIFF or .npy")
+        many = getattr(image, "n_frames", 1) > 1 or pixels.channels > len("RGBA")
+        signs = image.tag_v2.get(SAMPLE_FORMAT, (UNSIGNED,)) if tiff else (UNSIGNED,)  # type: ignore[attr-defined]
+        if not tiff or not (deep or many or (image.mode, signs[0]) in (("L", SIGNED), ("I", UNSIGNED))):
+            return image
+    except UnidentifiedImageError:
+        if not tiff:
+            raise ValueError("in no format that is known") from None
+    return require("tifffile", f"{name}, a TIFF that Pillow cannot read,").imread(io.BytesIO(content))
+
+
+def _of_pillow(image: Image.Image, name: str, channels: int) -> Any:
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith(("I", "F")):  # one plane of more than 8 bits
+        return np.asarray(image)
+    if channels not in (1, 3) and len(image.getbands()) != channels:
+        raise UnfitError(f"{name}: {len(image.getbands())} channels, but --channels is {channels}")
+    values = np.array(image.convert({1: "L", 3: "RGB"}.get(channels, image.mode)))
+    return torch.from_numpy(values).view(image.height, image.width, channels).permute(2, 0, 1)
+
+
+def _planes(values: Any, name: str, channels: int) -> Tensor:
+    """(H, W), (H, W, C) or (C, H, W) to (C, H, W); one plane serves as three."""
+    if last_first := not isinstance(values, Tensor):  # where both could be the channels
+        try:
+            values = torch.from_numpy(np.array(values, np.asarray(values).dtype.newbyteorder("=")))
+        except TypeError as error:
+            raise UnfitError(f"{name}: expected an array of numbers ({error})") from None
+    values = values[None] if values.ndim == 2 else values
+    if values.ndim != 3 or not values.numel():
+        raise UnfitError(f"{name}: expected an image of (H, W), (H, W, C) or (C, H, W), got {tuple(values.shape)}")
+    wanted = (channels, 1) if channels == 3 else (channels,)
+    first, _, last = values.shape
+    if last in wanted and (last_first or first not in wanted):
+        values = values.permute(2, 0, 1)
+    elif first not in wanted:
+        raise UnfitError(f"{name}: {min(first, last)} channels, but --channels is {channels}")
+    return values.expand(channels, -1, -1)

@@ -1,21 +1,99 @@
-"""One step of training: the gradients, and whether they are applied."""
+"""A run of the program, and one step of it: the gradients, whether they are applied, and where the time goes."""
 
 import contextlib
+import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from barlow_loss import BarlowTwinsLoss, BarlowTwinsTerms
-from barlow_recipes import distributed
-from barlow_recipes.data import Batch
+from barlow_loss import BarlowTwinsLoss, BarlowTwinsTerms, CollapseReport
+from barlow_recipes import checkpoint
+from barlow_recipes.checkpoint import TrainingState
+from barlow_recipes.data import Batch, PretrainingData
 from barlow_recipes.errors import Aborted
-from barlow_recipes.run import Run
+from barlow_recipes.metrics import Metrics
+from barlow_recipes.outputs import CHECKPOINT
+from barlow_recipes.settings import Settings
 from barlow_recipes.views import finished
 
+Accuracies = dict[str, dict[str, float]]  # of each representation, in percent
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_SKIPPED, MOST_SKIPPED_IN_FP16 = 5, 25  # steps in a row; each halves the scale of fp16, which begins at 2¹⁶
+
+
+class Stopwatch:
+    """How fast an epoch's steps are, of so many images each, and what their parts take (of a ``profile`` exactly)."""
+
+    def __init__(self, device: torch.device, images: int, profile: bool = False) -> None:
+        self.device, self.images, self.profile = device, images, profile
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        self.began = self.ended = self._now()
+        self.steps, self.parts = 0, Counter[str]()  # seconds
+
+    @contextlib.contextmanager
+    def lap(self, part: str) -> Iterator[None]:
+        began = self._now()
+        yield
+        self.parts[part] += self._now() - began
+
+    def end_step(self) -> None:
+        self.steps, self.ended = self.steps + 1, self._now()
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images * self.steps / self.seconds if self.steps else 0.0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The mean of each part of a step, and its share; what was in no part is "other"."""
+        parts = {**self.parts, "other": self.seconds - self.parts.total()}
+        per_step, share = 1000 / self.steps, 1 / self.seconds
+        return [{"part": part, "milliseconds": per_step * s, "share": share * s} for part, s in parts.items()]
+
+    def _now(self) -> float:
+        if self.profile and self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+
+@dataclass
+class Run:
+    """What the parts of a run share, on this process."""
+
+    settings: Settings
+    data: PretrainingData
+    state: TrainingState
+    out: Path
+    metrics: Metrics
+    watch: Stopwatch
+    network: nn.Module  # the model as it is trained: synchronised, compiled
+    begun: str | None = None  # in words, where the weights came from that were not random
+    buffers_before: list[Tensor] = field(default_factory=list)  # the model's, as they were before the step
+    watched: Accuracies = field(default_factory=dict)  # the monitor's, without pretraining
+    compared: Accuracies = field(default_factory=dict)  # and the final evaluation's
+    accuracies: Accuracies = field(default_factory=dict)  # the newest, beside those without
+    before: Tensor | None = None  # the cross-correlation of the initial weights
+    collapse: CollapseReport | None = None  # the newest, on the embeddings of the first pairs
+
+    def __post_init__(self) -> None:
+        self.steps_per_epoch = len(self.data.pairs) // self.settings.accumulate
+        self.checkpoint = self.out / CHECKPOINT
+        self.last_step = min(self.settings.epochs * self.steps_per_epoch, self.settings.limit_steps or sys.maxsize)
+
+    def save(self) -> None:
+        shaping = self.settings.shaping() | {"images": self.data.images}
+        checkpoint.save(self.checkpoint, self.state.state_dict() | {"settings": shaping}, keep_previous=True)
 
 
 class Step(NamedTuple):
@@ -31,31 +109,31 @@ class Step(NamedTuple):
 
 
 def gradients(now: Run, batches: Iterator[Batch]) -> Step:
-    """Compute the gradients of one step: of a batch's loss, or of the mean of the losses of several (--accumulate)."""
+    """Compute the gradients of one step: of the next batch's loss, or of the mean of several (--accumulate)."""
     settings, state, watch = now.settings, now.state, now.watch
     autocast = torch.autocast(settings.device.type, AUTOCAST.get(settings.precision), settings.precision != "fp32")
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
     loss_fn = BarlowTwinsLoss(settings.lambd, backend=settings.backend)
-    parts: list[BarlowTwinsTerms] = []
-    unreadable = 0
     state.optimizer.zero_grad()
-    keep_buffers(now)
-    while len(parts) < settings.accumulate:
-        last = len(parts) == settings.accumulate - 1
+    # A forward pass moves the running statistics of batch norms, whether or not its step is taken.
+    buffers = list(state.model.buffers())
+    now.buffers_before = now.buffers_before or [buffer.clone() for buffer in buffers]
+    torch._foreach_copy_(now.buffers_before, buffers)
+    parts, unreadable = list[BarlowTwinsTerms](), 0
+    for _ in range(settings.accumulate):
         with watch.lap("data"):
             batch = next(batches)
-        with contextlib.nullcontext() if last else distributed.without_exchange(now.network):
-            with watch.lap("forward"), autocast:
-                # The views pass through the network one after the other: each has its own batch statistics.
-                views = (finished(view, settings.device, now.data.pixels) for view in batch.views)
-                z1, z2 = (now.network(view.to(memory_format=layout)) for view in views)
-            leaf1, leaf2 = (z.detach().requires_grad_() for z in (z1, z2))  # parts the loss's backward from the rest
-            with watch.lap("loss"):
-                with autocast:
-                    terms = loss_fn(leaf1, leaf2, return_terms=True)
-                state.scaler.scale(terms.loss * (settings.scale_loss / settings.accumulate)).backward()
-            with watch.lap("backward"):
-                torch.autograd.backward([z1, z2], [leaf1.grad, leaf2.grad])
+        with watch.lap("forward"), autocast:
+            # The views pass through the network one after the other: each has its own batch statistics.
+            views = (finished(view, settings.device, now.data.pixels) for view in batch.views)
+            z1, z2 = (now.network(view.to(memory_format=layout)) for view in views)
+        leaf1, leaf2 = (z.detach().requires_grad_() for z in (z1, z2))  # parts the loss's backward from the rest
+        with watch.lap("loss"):
+            with autocast:
+                terms = loss_fn(leaf1, leaf2, return_terms=True)
+            state.scaler.scale(terms.loss * (settings.scale_loss / settings.accumulate)).backward()
+        with watch.lap("backward"):
+            torch.autograd.backward([z1, z2], [leaf1.grad, leaf2.grad])
         parts.append(BarlowTwinsTerms(*(value.detach() for value in terms)))
         unreadable += batch.unreadable
     with watch.lap("optimizer"):
@@ -64,13 +142,6 @@ def gradients(now: Run, batches: Iterator[Batch]) -> Step:
     mean = BarlowTwinsTerms(*(torch.stack(values).mean() for values in zip(*parts, strict=True)))
     finite, rate = bool(mean.loss.isfinite() & norm.isfinite()), state.optimizer.param_groups[0]["lr"]
     return Step(leaf1.detach(), leaf2.detach(), mean, norm, finite, unreadable, rate)
-
-
-def keep_buffers(now: Run) -> None:
-    """Note the running statistics of batch norms: a forward pass moves them, whether or not its step is taken."""
-    buffers = list(now.state.model.buffers())
-    now.buffers_before = now.buffers_before or [buffer.clone() for buffer in buffers]
-    torch._foreach_copy_(now.buffers_before, buffers)
 
 
 def apply(now: Run, *, good: bool) -> None:
@@ -85,23 +156,16 @@ def apply(now: Run, *, good: bool) -> None:
         state.schedule.step()
     state.step += 1
     if not good:
-        now.tell("the loss or its gradient was not finite: the step was not applied")
+        text = "the loss or its gradient was not finite: the step was not applied"
+        now.metrics.add("event", {"step": state.step, "text": text})
 
 
 def check_health(now: Run, epoch: int, unreadable: int, skipped: int) -> None:
-    """End a run that cannot become anything.
-
-    Raises:
-        Aborted: too many unreadable images in this epoch, or too many steps in a row that could not be applied.
-    """
-    tolerated = now.data.tolerated_unreadable
-    if unreadable > tolerated:
-        raise Aborted(
-            f"{unreadable} images of epoch {epoch + 1} could not be read, {tolerated} are tolerated: "
-            f"{now.data.pairs.first_unreadable or f'is {now.settings.data} damaged?'}"
-        )
+    """Abort a run with too many unreadable images in this epoch, or too many steps in a row that were left out."""
+    if unreadable > (tolerated := now.data.tolerated_unreadable):
+        first = now.data.pairs.first_unreadable or f"is {now.settings.data} damaged?"
+        counted = f"{unreadable} images of epoch {epoch + 1} could not be read, {tolerated} are tolerated"
+        raise Aborted(f"{counted}: {first}")
     if skipped == (MOST_SKIPPED_IN_FP16 if now.state.scaler.is_enabled() else MOST_SKIPPED):
-        raise Aborted(
-            f"the loss or its gradient was not finite in {skipped} steps in a row (they were not applied): "
-            "try a lower learning rate"
-        )
+        lost = f"the loss or its gradient was not finite in {skipped} steps in a row (they were not applied)"
+        raise Aborted(f"{lost}: try a lower learning rate")

@@ -1,9 +1,9 @@
 """Two random views of an image, as published: crop, flip, jitter, greyscale, blur, solarization.
 
-Workers crop and flip with torchvision. Colours are changed a batch at a time, each image in its own way: by a worker
-(a batch of one), on the device, or in memory where the images are small. These operations are ours: of one image with
-224 pixels torchvision's v2 takes longer than the official pipeline on Pillow (its hue 2 to 8 times as long as these,
-its blur 5 to 6 times), and of 256 small ones kornia takes two and a half times as long as these.
+Workers crop and flip with torchvision. Colours are changed a batch at a time: by a worker (a batch of one), on the
+device, or in memory. These operations are ours: of one image with 224 pixels torchvision's v2 takes longer than the
+official pipeline on Pillow (its hue 2 to 8 times, its blur 5 to 6 times as long as these), and of 256 small ones kornia
+2.5 times.
 """
 
 import math
@@ -44,15 +44,8 @@ class ViewRecipe:
 PAPER = (ViewRecipe(blur=1.0, solarize=0.0), ViewRecipe(blur=0.1, solarize=0.2))
 
 
-class UnfinishedView(NamedTuple):
-    """Views that a worker has cropped and flipped, and what is decided about their colours."""
-
-    pixels: Tensor  # (N, C, H, W), uint8 or float32 in [0, 1]
-    decisions: Tensor  # (N, D), rows of draw(), on the CPU
-
-
 class Decisions(NamedTuple):
-    """What is decided about a view: the columns of :func:`draw`. The first five serve :func:`small_views` alone."""
+    """What is decided about a view: the columns of :func:`draw`. The first five serve :func:`crop_small` alone."""
 
     width: Tensor  # of the crop, by the image's
     height: Tensor
@@ -73,14 +66,22 @@ def draw(recipe: ViewRecipe, n: int, generator: torch.Generator | None = None) -
     """Decide about ``n`` views, by the generator or by torch's default one: (n, D) float32."""
     uniform = torch.rand(len(Decisions._fields) + 2, n, generator=generator)
     left, top, flip, jitter, order, *strengths, grayscale, blur, sigma, solarize, _ = uniform
-    factors = [1 + reach * (2 * unit - 1) for reach, unit in zip(recipe.color_jitter[:3], strengths, strict=False)]
+    scales = [1 + reach * (2 * unit - 1) for reach, unit in zip(recipe.color_jitter[:3], strengths, strict=False)]
+    # A square image's crop, as of RandomResizedCrop: the first try that fits, or all of it.
+    area, ratio = torch.rand(2, n, CROP_TRIES, generator=generator)
+    low, high = recipe.crop_scale
+    area, ratio = low + area * (high - low), (math.log(CROP_RATIO[1]) * (2 * ratio - 1)).exp()
+    whole = torch.ones(n, 1)
+    width, height = (torch.cat([side.sqrt(), whole], dim=1) for side in (area * ratio, area / ratio))
+    first = torch.maximum(width, height).le(1).int().argmax(dim=1, keepdim=True)
     drawn = Decisions(
-        *_crop_sizes(recipe, n, generator),
+        width.gather(1, first)[:, 0],
+        height.gather(1, first)[:, 0],
         left,
         top,
         flip < recipe.flip,
         torch.where(jitter < recipe.jitter, (order * (len(ORDERS) - 1)).floor(), len(ORDERS) - 1),
-        *factors,
+        *scales,
         recipe.color_jitter[3] * (2 * strengths[3] - 1),
         grayscale < recipe.grayscale,
         (blur < recipe.blur) * (BLUR_SIGMA[0] + sigma * (BLUR_SIGMA[1] - BLUR_SIGMA[0])),
@@ -89,22 +90,17 @@ def draw(recipe: ViewRecipe, n: int, generator: torch.Generator | None = None) -
     return torch.stack(drawn, dim=1)
 
 
-def _crop_sizes(recipe: ViewRecipe, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Widths and heights of a square image's crops: like RandomResizedCrop, the first try that fits, or all of it."""
-    area, ratio = torch.rand(2, n, CROP_TRIES, generator=generator)
-    low, high = recipe.crop_scale
-    area, ratio = low + area * (high - low), (math.log(CROP_RATIO[1]) * (2 * ratio - 1)).exp()
-    whole = torch.ones(n, 1)
-    width, height = (torch.cat([side.sqrt(), whole], dim=1) for side in (area * ratio, area / ratio))
-    first = torch.maximum(width, height).le(1).int().argmax(dim=1, keepdim=True)
-    return width.gather(1, first)[:, 0], height.gather(1, first)[:, 0]
+class UnfinishedView(NamedTuple):
+    """Views that a worker has cropped and flipped, and what is decided about their colours."""
+
+    pixels: Tensor  # (N, C, H, W), uint8 or float32 in [0, 1]
+    decisions: Tensor  # (N, D), rows of draw(), on the CPU
 
 
 class View:
-    """The random transformation of view 1 or view 2 by a worker, by torch's default generator.
+    """From (C, H, W), uint8 or float in [0, 1], to (C, size, size) float32, by torch's default generator.
 
-    From (C, H, W), uint8 or float in [0, 1], to (C, size, size) float32; or to what :func:`finished` takes, if pixels
-    are to be ``left`` in uint8 or float32.
+    Or to what :func:`finished` takes, if pixels are to be ``left`` in uint8 or float32.
     """
 
     def __init__(
@@ -119,7 +115,7 @@ class View:
         cropped, decisions = self.crop(image), draw(self.recipe, 1)
         if self.left is None:
             return finished(UnfinishedView(cropped[None], decisions), torch.device("cpu"), self.pixels)[0]
-        if self.left == torch.uint8 and cropped.is_floating_point():
+        if self.left == torch.uint8 and cropped.is_floating_point():  # one deep image among those of eight bits
             cropped = cropped.clamp(0, 1).mul(255).round().byte()
         return UnfinishedView(cropped if self.left == torch.uint8 else as_float(cropped), decisions[0])
 
@@ -146,7 +142,7 @@ def small_views(images: Tensor, decisions: Tensor) -> Tensor:
 
 
 def crop_small(images: Tensor, decisions: Tensor) -> Tensor:
-    """Crop, resize and flip: an image is never made smaller here, so that nothing has to be smoothed."""
+    """Crop, resize and flip. Nothing is smoothed: an image is never made smaller here."""
     box = Decisions(*decisions.to(images.device, non_blocking=True).T)
     zero = torch.zeros_like(box.width)
     x, y = (side - 1 + 2 * start * (1 - side) for start, side in ((box.left, box.width), (box.top, box.height)))
@@ -224,7 +220,6 @@ def grayscale(images: Tensor, _: Tensor) -> Tensor:
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """By a Gaussian, down and across."""
     reach, sizes = TAPS // 2, images.shape[-2:]
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / sigma) ** 2)
     taps = (weights / weights.sum(dim=-1, keepdim=True)).split(1, dim=-1)
@@ -238,7 +233,6 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor, _: Tensor) -> Tensor:
-    """Invert what is brighter than the middle."""
     return torch.minimum(images, 1 - images)
 
 

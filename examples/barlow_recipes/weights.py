@@ -3,16 +3,9 @@
 Those tensors are taken that stand, by the names and shapes of the encoder, behind the prefix where most of them fit; if
 they do not all fit, those that fit in order. What was taken and what was left is said.
 
-| written by | where the encoder lies |
-|---|---|
-| this program | checkpoint.pt: ``model.backbone.*`` beside projector and settings; backbone.pt and safetensors: bare |
-| facebookresearch/barlowtwins | checkpoint.pth: ``model.module.backbone.*``; resnet50.pth: bare |
-| torchvision, timm | bare, or behind ``state_dict.`` or ``model.``, with or without its classifier |
-| solo-learn, mmselfsup, mmpretrain | ``state_dict.backbone.*``, rather than ``momentum_backbone.*`` |
-| lightly | ``backbone.0.weight``, ...: an nn.Sequential, so in order; bare, or in a checkpoint of Lightning |
-| VISSL | ``classy_state_dict.base_model.model.trunk._feature_blocks.*``; others ``model_state_dict.*`` |
-| MoCo, DINO, BYOL | ``encoder_q``, ``teacher``, ``online_encoder``; not ``encoder_k``, ``student``, ``target`` |
-
+This program and facebookresearch/barlowtwins have the encoder behind ``model.`` or bare, torchvision and timm bare,
+solo-learn and mmselfsup in ``state_dict.backbone.``, VISSL in ``classy_state_dict.``..., MoCo, DINO and BYOL in
+``encoder_q``, ``teacher`` and ``online_encoder``; lightly's is an nn.Sequential, so in order.
 ``module.`` and the like before or behind these are prefixes as well; ``_orig_mod.``, of torch.compile, counts nowhere.
 """
 
@@ -33,13 +26,14 @@ from torch import Tensor, nn
 from barlow_recipes import checkpoint
 from barlow_recipes.encoders import SMALL_ARCHS, STEMS, Encoder, build_encoder, is_own, is_within, resnets
 from barlow_recipes.errors import UsageError, first_line, require
-from barlow_recipes.outputs import BACKBONE, CHECKPOINT, CHECKPOINTS
+from barlow_recipes.outputs import BACKBONE, CHECKPOINT, CHECKPOINTS, replacing
 
 OURS, SAFETENSORS = "a checkpoint of this program", "safetensors"
 OFFICIAL, STATE_DICT = "a checkpoint of facebookresearch/barlowtwins", "a state_dict"
 SECOND = ("momentum", "target", "encoder_k", "key", "student", "ema")  # in the prefix of an encoder not to prefer
 COUNTER = "num_batches_tracked"  # batch norms of before torch 0.4 did not count their batches
 FIRST = ("resnet50", "resnet18")  # to be tried: an architecture takes 0.1 s
+RANDOM = "random"  # in the place of a file
 
 State = Mapping[str, Tensor]
 Names = dict[str, str]  # of a module's tensors: those in the file
@@ -47,18 +41,14 @@ Names = dict[str, str]  # of a module's tensors: those in the file
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds.
-
-    ``tensors`` are all, by the names that lead to them; ``settings`` what it says of its encoder ("arch", "stem", ...);
-    ``content`` all of it; ``ignored`` the kinds of objects that could only be read by running code.
-    """
+    """What a file holds."""
 
     path: Path
     layout: str
-    tensors: State
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    content: Mapping[str, Any] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
+    tensors: State  # all, by the names that lead to them
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what it says of its encoder ("arch", "stem", ...)
+    content: Mapping[str, Any] = field(default_factory=dict)  # all of it
+    ignored: tuple[str, ...] = ()  # the kinds of objects that could only be read by running code
 
 
 class Match(NamedTuple):
@@ -70,15 +60,19 @@ class Match(NamedTuple):
 
 
 def read_weights(path: Path) -> Weights:
-    """Read a file, or of a run's folder its checkpoint, on the CPU.
-
-    UsageError where it is damaged or has no tensors, or they could only be read by running code.
-    """
-    path, ignored, own, safe = _file_of(path), (), False, path.suffix == ".safetensors"
+    """Read a file, or of a run's folder its checkpoint; UsageError: damaged, or no tensors without running code."""
+    if path.is_dir():
+        found = [path / name for name in (*CHECKPOINTS, BACKBONE) if (path / name).is_file()]
+        if not found:
+            raise UsageError(
+                f"weights {path}: expected a file, or a run's folder with {CHECKPOINT} or {BACKBONE} in it"
+            )
+        path = found[0]
+    settings, ignored, layout = {}, (), STATE_DICT
     try:
-        if safe:
-            content, settings = _safetensors(path)
-        elif own := checkpoint.is_ours(path):
+        if path.suffix == ".safetensors":
+            layout, (content, settings) = SAFETENSORS, _safetensors(path)
+        elif checkpoint.is_ours(path):
             content = checkpoint.read(path)
         else:
             content, ignored = _foreign(path)
@@ -92,11 +86,11 @@ def read_weights(path: Path) -> Weights:
     if not tensors:
         some = ", ".join(map(str, list(content)[:3])) or "nothing"
         raise UsageError(f"weights {path}: expected tensors by their names, got {some}")
-    if safe:
-        return Weights(path, SAFETENSORS, tensors, settings)
-    if own and set(content) >= checkpoint.PARTS:
-        return Weights(path, OURS, tensors, content["settings"], content)
-    return Weights(path, OFFICIAL if _is_official(content) else STATE_DICT, tensors, {}, content, ignored)
+    if set(content) >= checkpoint.PARTS and checkpoint.is_ours(path):
+        layout, settings = OURS, content["settings"]
+    elif _is_official(content):
+        layout = OFFICIAL
+    return Weights(path, layout, tensors, settings, content, ignored)
 
 
 def _is_official(content: Mapping[str, Any]) -> bool:
@@ -104,15 +98,6 @@ def _is_official(content: Mapping[str, Any]) -> bool:
     kinds = {"model": Mapping, "optimizer": Mapping, "epoch": int}
     known = all(isinstance(content.get(name), kind) for name, kind in kinds.items())
     return known and any(str(name).startswith("module.projector.") for name in content["model"])
-
-
-def _file_of(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    found = [path / name for name in (*CHECKPOINTS, BACKBONE) if (path / name).is_file()]
-    if not found:
-        raise UsageError(f"weights {path}: expected a file, or a run's folder with {CHECKPOINT} or {BACKBONE} in it")
-    return found[0]
 
 
 def _safetensors(path: Path) -> tuple[State, dict[str, str]]:
@@ -134,11 +119,6 @@ class _Inert(list[Any]):
     def __setstate__(self, _: object) -> None: ...
 
 
-def _inert_mapping(name: str) -> type:
-    """One that makes plain mappings: torch's reader fills no others."""
-    return type(name, (), {"__new__": lambda *_: OrderedDict(), "__module__": "inert"})
-
-
 def _foreign(path: Path) -> tuple[Any, tuple[str, ...]]:
     """What is in a pickle (ValueError), and the names in it for which there is an inert stand-in."""
     inert: dict[str, type] = {}
@@ -158,7 +138,9 @@ def _foreign(path: Path) -> tuple[Any, tuple[str, ...]]:
                 reason = re.search(r"\n\n(.+)\n\nCheck the documentation", str(error))
                 said = reason[1] if reason else first_line(error)
                 raise ValueError(f"not a file of tensors and plain values: {said}") from None
-            inert[name] = _inert_mapping(name) if mapping else type(name, (_Inert,), {"__module__": "inert"})
+            # torch's reader fills no other mappings than plain ones.
+            made = {"__new__": lambda *_: OrderedDict()} if mapping else {}
+            inert[name] = type(name, () if mapping else (_Inert,), made | {"__module__": "inert"})
 
 
 def _named_tensors(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -174,9 +156,6 @@ def find(weights: Weights, module: nn.Module, heads: tuple[str, ...] = ()) -> Ma
     """The part of a file that is for a module; ``heads`` are parts that it has no more, whose weights are left."""
     tensors, expected = weights.tensors, module.state_dict()
 
-    def taken(names: Names) -> State:
-        return {name: tensors[found] for name, found in names.items()}
-
     shapes = {(name, value.shape) for name, value in expected.items()}
     behind = _behind_prefixes(tensors)
     fitting = {p: sum((n, tensors[found].shape) in shapes for n, found in behind[p].items()) for p in behind}
@@ -185,14 +164,14 @@ def find(weights: Weights, module: nn.Module, heads: tuple[str, ...] = ()) -> Ma
     inside = {n: found for n, found in behind[prefixes[0]].items() if n in expected or not is_within(n, heads)}
     parts = {name.partition(".")[0] for name in expected} | {name for name, _ in module.named_children()}
     names = {name: found for name, found in inside.items() if name.partition(".")[0] in parts or name[0].isdigit()}
-    problem, how = misfit(expected, taken(names)), ""
+    problem, how = misfit(expected, {name: tensors[found] for name, found in names.items()}), ""
     if problem and (in_order := _in_order(behind, tensors, expected)):
         prefixes = _preferred(in_order)
         problem, how, names = "", " in order", in_order[prefixes[0]]
     elif problem:
-        problem = misfit(expected, taken(inside))
+        problem = misfit(expected, {name: tensors[found] for name, found in inside.items()})
     said = _words(weights, prefixes, names, len(expected) - len(names), how)
-    return Match(taken(names), problem, said)
+    return Match({name: tensors[found] for name, found in names.items()}, problem, said)
 
 
 def _behind_prefixes(tensors: State) -> dict[str, Names]:
@@ -220,7 +199,6 @@ def _in_order(behind: Mapping[str, Names], tensors: State, expected: State) -> d
 
 
 def _words(weights: Weights, prefixes: list[str], names: Names, missing: int, how: str) -> str:
-    """What was taken, what could have been, what was left, what is missing, and what was not read."""
     prefix, *others = prefixes
     parent = prefix[: prefix.rfind(".", 0, -1) + 1]
     left = [name for name in weights.tensors.keys() - names.values() if not name.startswith(tuple(others))]
@@ -235,16 +213,35 @@ def _words(weights: Weights, prefixes: list[str], names: Names, missing: int, ho
     return "; ".join([taken, *(f"{label} {', '.join(values)}" for label, values in facts.items() if values)])
 
 
-def load(module: nn.Module, match: Match, path: Path) -> None:
-    """Put in what was found in a file.
+def misfit(expected: State, found: State) -> str:
+    """In words, why a state_dict with the shapes of ``found`` cannot be loaded; nothing if it can."""
+    names = {
+        "missing": [name for name in expected if name not in found and not name.endswith(COUNTER)],
+        "unexpected": [name for name in found if name not in expected],
+    }
+    if any(names.values()):
+        firsts = [f"the first {label} is {some[0]}" for label, some in names.items() if some]
+        counts = f"{len(names['missing'])} names are missing and {len(names['unexpected'])} unexpected"
+        return f"{counts}: {', '.join(firsts)}"
+    for name, value in found.items():
+        if value.shape != expected[name].shape:
+            return f"{name} is {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
+    return ""
 
-    Raises:
-        UsageError: a value is not finite, as of a run that has diverged.
-    """
+
+def load(module: nn.Module, match: Match, path: Path) -> None:
+    """Put in what was found in a file; UsageError: a value is not finite, as of a run that has diverged."""
     bad = next((name for name, value in match.state.items() if not value.float().isfinite().all()), None)
     if bad:
         raise UsageError(f"weights {path}: {bad} has values that are not finite; give an earlier checkpoint")
     module.load_state_dict(match.state, strict=False)
+
+
+def find_encoder(weights: str, arch: str | None, stem: str | None = None, *images: int) -> Encoder:
+    """That of :func:`load_encoder`, or for "random" one with random weights, by default a ResNet-50."""
+    if weights == RANDOM:
+        return build_encoder(arch or "resnet50", stem or STEMS[0], *images)
+    return load_encoder(Path(weights), arch, stem, *images)
 
 
 def load_encoder(
@@ -256,13 +253,12 @@ def load_encoder(
 ) -> Encoder:
     """The encoder that a file, or a run's folder, has the weights of.
 
-    The other arguments are those of :func:`~barlow_recipes.encoders.build_encoder`. What is None is as the file says
-    or, where it is silent, as its names and shapes say of torchvision's ResNets. UsageError where its weights do not
-    fit, with the first missing and unexpected names.
+    What is None is as the file says or, where it is silent, as its names and shapes say of torchvision's ResNets.
+    UsageError where its weights do not fit, with the first missing and unexpected names.
     """
     weights = read_weights(path)
-    said = {name: str(value) for name, value in weights.settings.items()}
-    found = (said["arch"], said.get("stem", STEMS[0])) if "arch" in said else None
+    known = _known(weights.settings)
+    found = (known["arch"], known.get("stem", STEMS[0])) if "arch" in known else None
     if found is None and (arch is None or arch in resnets()):
         found = recognized(weights)
     if arch is None and found is None:
@@ -275,8 +271,8 @@ def load_encoder(
     if arch is None and is_own(arch_found):  # a file must not decide what is run
         raise UsageError(f"weights {weights.path}: made by code of your own. Name it with --arch {arch_found}")
     arch, stem = arch or arch_found, stem or (stem_found if arch in (None, arch_found) else STEMS[0])
-    channels = channels or _number(said, "channels") or _channels(weights)
-    encoder = build_encoder(arch, stem, channels, image_size or _number(said, "image_size"))
+    channels = channels or known.get("channels") or _channels(weights)
+    encoder = build_encoder(arch, stem, channels, image_size or known.get("image_size"))
     match = find(weights, encoder.module, encoder.heads)
     if match.problem:
         named = f"{arch} with the {stem} stem" if arch in resnets() else arch
@@ -285,20 +281,20 @@ def load_encoder(
         raise UsageError(f"weights {weights.path}: expected those of {named}, but {match.problem}{hint}")
     load(encoder.module, match, weights.path)
     mapping = "" if weights.layout == OURS else f": {match.said}"
-    known = {name: _numbers(weights.settings.get(name)) for name in ("value_range", "mean", "std")}
-    pixels = {name: values for name, values in known.items() if values}
+    pixels = {name: known[name] for name in ("value_range", "mean", "std") if known.get(name)}
     return encoder._replace(source=f"{weights.path} ({weights.layout}{mapping})", pixels=pixels)
 
 
-def _number(said: Mapping[str, str], name: str) -> int | None:
-    return int(said[name]) if said.get(name, "").isdigit() else None
-
-
-def _numbers(values: Any) -> list[float]:
-    """Of settings or, as text, of safetensors' metadata."""
-    with contextlib.suppress(TypeError, ValueError):
-        return [*map(float, json.loads(values) if isinstance(values, str) else values)]
-    return []
+def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of its encoder and images; of safetensors all values are text."""
+    known = dict(settings)
+    for name in {"channels", "image_size", "value_range", "mean", "std"} & known.keys():
+        with contextlib.suppress(TypeError, ValueError):
+            value = json.loads(known[name]) if isinstance(known[name], str) else known[name]
+            known[name] = int(value) if name in ("channels", "image_size") else [*map(float, value)]
+            continue
+        del known[name]
+    return known
 
 
 def _channels(weights: Weights) -> int:
@@ -306,19 +302,13 @@ def _channels(weights: Weights) -> int:
     return next((v.shape[1] for name, v in weights.tensors.items() if v.ndim == 4 and name.endswith("weight")), 3)
 
 
-def misfit(expected: State, found: State) -> str:
-    """In words, why a state_dict with the shapes of ``found`` cannot be loaded; nothing if it can."""
-    missing = [name for name in expected if name not in found and not name.endswith(COUNTER)]
-    unexpected = [name for name in found if name not in expected]
-    if missing or unexpected:
-        firsts = [
-            f"the first {label} is {n[0]}" for label, n in (("missing", missing), ("unexpected", unexpected)) if n
-        ]
-        return f"{len(missing)} names are missing and {len(unexpected)} unexpected: {', '.join(firsts)}"
-    for name, value in found.items():
-        if value.shape != expected[name].shape:
-            return f"{name} is {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
-    return ""
+def save_safetensors(path: Path, state: State, encoder: Encoder, **facts: str) -> None:
+    """Tensors, and in the metadata of what encoder they are (Aborted)."""
+    library: Any = require("safetensors.torch", path.name)
+    tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    known = {"format": "pt", "arch": encoder.arch, "stem": encoder.stem, "image_size": str(encoder.shape[1])}
+    with replacing(path) as temporary:
+        temporary.write_bytes(library.save(tensors, known | facts))
 
 
 def digest(module: nn.Module) -> str:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm
-from barlow_recipes import presets
+from barlow_recipes import settings as presets
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.models import BarlowTwins
 from barlow_recipes.official import find_official, go_on
 from barlow_recipes.optimization import build_optimizer, build_schedule
-from barlow_recipes.presets import official
+from barlow_recipes.settings import official
 
 WORLD_SIZE, BATCH_SIZE, STEPS, WARMUP_STEPS = 2, 32, 12, 4
 # Large enough to see: with the published weight decay of 1e-6 the comparison could not tell W from 1.

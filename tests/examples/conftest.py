@@ -53,7 +53,7 @@ def few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "DRAWS", 2)
     monkeypatch.setattr(looking, "PICTURED_PAIRS", 64)
     for draw in ("draw_curves", "draw_cross_correlation"):
-        monkeypatch.setattr(looking.pictures, draw, lambda *_, **__: None)
+        monkeypatch.setattr(looking, draw, lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")

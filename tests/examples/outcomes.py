@@ -11,9 +11,9 @@ FILES = PICTURES | {"backbone.pt", "checkpoint.pt", "checkpoint.previous.pt", "m
 SHORT_DIGITS = ("--epochs", 2, "--projector", "64-64")
 # What a run imports late; a fork has it at once.
 IMPORTED = (
-    "PIL.Image", "jinja2", "matplotlib.pyplot", "sklearn.datasets", "sklearn.linear_model", "torch._dynamo",
+    "PIL.Image", "matplotlib.pyplot", "sklearn.datasets", "sklearn.linear_model", "torch._dynamo",
     "torch.distributed.run", "torchvision.datasets.folder", "torchvision.transforms.v2", "tqdm", "imagenet_pretrain",
-    "barlow_recipes.report",
+    "barlow_recipes.looking",
 )  # fmt: skip
 SMALL = ("--batch-size", 8, "--epochs", 2, "--workers", 0, "--device", "cpu")
 SMALL_CNN = ("--arch", "small-cnn", "--projector", "64-64", "--image-size", 28, *SMALL)

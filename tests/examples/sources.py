@@ -10,15 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from barlow_recipes.data import PretrainingData
+from barlow_recipes.data import WHOLE, PretrainingData
 from barlow_recipes.images import load_images
-from barlow_recipes.views import PAPER
+from barlow_recipes.settings import Settings
 
 
-def load(source: object, **changes: Any) -> PretrainingData:
-    settings: dict[str, Any] = {"recipes": PAPER, "image_size": 16, "batch_size": 4, "seed": 0, "workers": 0}
-    settings |= {"timeout": 60, "monitor": True, "pin_memory": False}
-    return load_images(str(source), **(settings | changes))
+def load(source: object, *, rows: slice = WHOLE, **changes: Any) -> PretrainingData:
+    flags: dict[str, Any] = {"image_size": 16, "batch_size": 4, "workers": 0, "loader_timeout": 60}
+    return load_images(Settings(data=str(source), **(flags | changes)), rows)
 
 
 def fill(folder: Path, images: int) -> Path:

@@ -40,7 +40,7 @@ def test_what_was_saved_is_loaded_and_nothing_else_is_left(tmp_path: Path) -> No
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, STATE)
     checkpoint.save(path, STATE | {"step": 4})
-    loaded, source = checkpoint.load(path)
+    loaded, source, _ = checkpoint.load(path)
     assert (loaded["step"], source) == (4, path)
     assert torch.equal(loaded["model"]["weight"], torch.arange(5000.0))
     assert list(tmp_path.iterdir()) == [path]
@@ -115,25 +115,14 @@ def test_a_damaged_file_gives_way_to_the_one_before(damage: Callable[[bytes], by
         checkpoint.save(path, STATE | {"step": step}, keep_previous=True)
     assert checkpoint.load(path)[0]["step"] == 5
     path.write_bytes(damage(path.read_bytes()))
-    state, source = checkpoint.load(path)
-    assert (state["step"], source) == (4, checkpoint.previous(path))
+    state, source, asked = checkpoint.load(path)
+    assert (state["step"], source, asked) == (4, checkpoint.previous(path), path)
     source.write_bytes(damage(source.read_bytes()))
     with pytest.raises(UsageError) as error:
         checkpoint.load(path)
     assert str(error.value).count("not a readable checkpoint") == 2
     assert str(path) in str(error.value)
     assert str(source) in str(error.value)
-
-
-def test_a_damaged_file_set_aside_does_not_take_the_place_of_a_whole_one(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.pt"
-    for step in (3, 4):
-        checkpoint.save(path, STATE | {"step": step}, keep_previous=True)
-    path.write_bytes(b"damaged")
-    checkpoint.set_aside(path)
-    checkpoint.save(path, STATE | {"step": 5}, keep_previous=True)
-    assert [checkpoint.read(p)["step"] for p in (path, checkpoint.previous(path))] == [5, 3]
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"}
 
 
 def test_between_two_renames_the_previous_one_is_found(tmp_path: Path) -> None:

@@ -14,9 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from barlow_recipes.classifier import Classifier, Scores, accuracies, build_optimizer, train_epoch, write_classifier
+from barlow_recipes.classifier import (
+    RECIPES,
+    Classifier,
+    Recipe,
+    Scores,
+    accuracies,
+    build_optimizer,
+    train_epoch,
+    write_classifier,
+)
 from barlow_recipes.encoders import Encoder, build_encoder
-from barlow_recipes.published import RECIPES, Recipe
 
 CPU = torch.device("cpu")
 IMAGES, FEATURES, CLASSES = 45, 7, 6

@@ -17,9 +17,9 @@ pytest.importorskip("pycocotools")
 
 import shapes
 
+import transfer_detection as training
 from barlow_recipes import checkpoint
 from barlow_recipes.checkpoint import TrainingState
-from barlow_recipes.detection import training
 from barlow_recipes.encoders import build_encoder
 from barlow_recipes.weights import digest
 from programs import Nursery
@@ -43,11 +43,9 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def detect(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Detect:
     """Call the program with flags, in an empty folder; get its exit status, its output and its errors."""
-    from transfer_detection import main
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    return lambda *flags: (main([str(flag) for flag in flags]), *capsys.readouterr())
+    return lambda *flags: (training.main([str(flag) for flag in flags]), *capsys.readouterr())
 
 
 def results(folder: str | Path = "out") -> Any:
@@ -176,7 +174,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(trees: dict[str, Path], detect: 
         (("--data", "nowhere", *RANDOM), "--data nowhere: expected a folder with VOC2007/"),
         (("--data", "untested", *RANDOM), "No such file or directory: 'untested/VOC2007/ImageSets/Main/test.txt'"),
         (("--data", "empty", *RANDOM), "in the test: 0 images, 0 boxes, 3 images left out"),
-        (("--data", "voc", *RANDOM, "--neck", "c5"), "--neck"),
         (("--data", "voc", "--weights", "absent.pt"), "absent.pt: no such file"),
         (("--data", "voc", "--weights", "random", "--arch", "small-cnn"), "expected a ResNet"),
         (

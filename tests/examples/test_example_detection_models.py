@@ -12,8 +12,8 @@ from torch import nn
 
 pytest.importorskip("pycocotools")
 
-from barlow_recipes.detection import training
-from barlow_recipes.detection.images import Batch
+import transfer_detection as training
+from barlow_recipes.detection.data import Batch
 from barlow_recipes.detection.models import Pretrained, SharedRegions, build_detector
 from barlow_recipes.detection.settings import COCO, VOC, Settings
 from barlow_recipes.encoders import build_encoder
@@ -21,9 +21,8 @@ from barlow_recipes.errors import UsageError
 
 SMALL = replace(
     VOC, short_side=(64,), anchor_sizes=(16, 32), anchors_per_image=32, rois_per_image=8, candidates=(100, 100),
-    proposals=(20, 10), fpn_channels=8,
+    proposals=(20, 10),
 )  # fmt: skip
-FPN = {"neck": "fpn", "anchor_sizes": (8, 16, 32, 48, 64)}
 Build = Callable[..., Any]
 
 
@@ -46,12 +45,9 @@ def targets() -> list[dict[str, torch.Tensor]]:
     return 2 * [{"boxes": torch.tensor([[10.0, 10, 40, 40]]), "labels": torch.tensor([1]), "masks": masks}]
 
 
-@pytest.mark.parametrize("neck", [{}, FPN], ids=["c4", "fpn"])
 @pytest.mark.parametrize("masks", [False, True])
-def test_every_parameter_learns_and_detections_are_in_the_image(
-    neck: dict[str, Any], masks: bool, build: Build
-) -> None:
-    model = build(**neck, masks=masks).train()
+def test_every_parameter_learns_and_detections_are_in_the_image(masks: bool, build: Build) -> None:
+    model = build(masks=masks).train()
     for name, parameter in model.named_parameters():  # zero-initialised residual branches hide what is before them
         if name.endswith("bn2.weight"):
             nn.init.ones_(parameter)
@@ -112,11 +108,10 @@ def test_the_published_detector() -> None:
     assert COCO.short_side == (640, 672, 704, 736, 768, 800)
 
 
-@pytest.mark.parametrize("neck", [{}, FPN], ids=["c4", "fpn"])
-def test_a_frozen_encoder_stays_as_it_is(neck: dict[str, Any]) -> None:
+def test_a_frozen_encoder_stays_as_it_is() -> None:
     encoder = build_encoder("resnet18")
     before = copy.deepcopy(encoder.module.state_dict())
-    model = build_detector(encoder, replace(SMALL, freeze_backbone=True, **neck), classes=2, masks=True).train()
+    model = build_detector(encoder, replace(SMALL, freeze_backbone=True), classes=2, masks=True).train()
     optimizer = training.build_optimizer(model, SMALL)
     sum(model(images(), targets()).values()).backward()
     optimizer.step()
@@ -133,11 +128,9 @@ def test_pooling_is_aligned_to_pixels() -> None:
     assert pooled[0, 0, 0].tolist() == pytest.approx([5.0, 7.0])
 
 
-def test_other_encoders_and_anchors_are_refused(build: Build) -> None:
+def test_other_encoders_are_refused(build: Build) -> None:
     with pytest.raises(UsageError, match="--arch small-cnn: expected a ResNet"):
         build("small-cnn")
-    with pytest.raises(UsageError, match="--anchor-sizes: expected 5 for --neck fpn"):
-        build(neck="fpn")
     with pytest.raises(UsageError, match="expected a ResNet for RGB"):
         build_detector(build_encoder("resnet18", channels=4), SMALL, classes=2, masks=False)
 

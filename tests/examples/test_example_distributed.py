@@ -13,14 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from outcomes import EXAMPLES, FILES, SMALL_CNN, differences, rows, states
+from sources import load
 from together import Done, launch
 
 from barlow_recipes import distributed
-from barlow_recipes.data import Batch, PretrainingData
+from barlow_recipes.data import Batch
 from barlow_recipes.digits import load_digits
 from barlow_recipes.errors import UsageError
-from barlow_recipes.images import load_images
-from barlow_recipes.views import PAPER
 from programs import Nursery
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
@@ -122,6 +121,13 @@ def test_uneven_shards_take_the_steps_of_one_process(in_float64: Callable[..., P
     assert report == pytest.approx(expected, rel=1e-9)
 
 
+def test_accumulated_parts_on_uneven_shards_take_the_steps_of_one_process(in_float64: Callable[..., Path]) -> None:
+    """Whatever is exchanged after each part: 5 pairs of 15, 2 and 3 on the ranks."""
+    one, two = (in_float64(processes, f"parts-on-{processes}", "--accumulate", 3) for processes in (1, 2))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-13)
+    exact(*(state["model"] for state in states(one, two)))
+
+
 def test_a_run_resumes_with_another_number_of_processes(in_float64: Callable[..., Path]) -> None:
     in_float64(1, "turns", "--limit-steps", 3)
     in_float64(2, "turns", "--limit-steps", 7, "--resume")
@@ -212,19 +218,15 @@ def of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return pretend
 
 
-def load_from(root: Path, rows: slice) -> PretrainingData:
-    settings = {"image_size": 32, "batch_size": 8, "seed": 0, "workers": 0, "monitor": True, "pin_memory": False}
-    settings |= {"recipes": PAPER, "timeout": 60, "augment_on": "workers"}
-    return load_images(str(root), **settings, rows=rows)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("kind", ["digits", "images"])
 def test_the_ranks_rows_make_up_the_batches_of_one_process(
     kind: str, jpegs: Path, of: Callable[[int, int], None]
 ) -> None:
     def batches() -> list[Batch]:
         rows = distributed.own_rows(8)
-        data = load_digits(8, 0, True, rows) if kind == "digits" else load_from(jpegs, rows)
+        data = (
+            load_digits(8, 0, True, rows) if kind == "digits" else load(jpegs, image_size=32, batch_size=8, rows=rows)
+        )
         return list(islice(data.pairs.batches(1), 4))
 
     whole, parts = batches(), []

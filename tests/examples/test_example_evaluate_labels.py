@@ -16,15 +16,16 @@ from barlow_recipes.errors import UsageError
 from barlow_recipes.labelled import (
     EveryImage,
     Reading,
-    TrainingImages,
     Tree,
     Views,
     centre_view,
     centres,
+    from_list,
     load_tree,
+    stratified,
+    training_images,
     training_view,
 )
-from barlow_recipes.labels import from_list, stratified
 
 READING = Reading(image_size=16, batch_size=8, workers=0, seed=7, device=torch.device("cpu"))
 
@@ -50,9 +51,9 @@ def test_a_list_names_its_images(tree: Tree, tmp_path: Path) -> None:
 
 WHOLE = "n01_1.JPEG n02_1.JPEG n03_1.JPEG"
 BAD_LISTS = {
-    "  ": "; it is empty",
+    "  ": "; 3 of 3 classes have none, the first is n01",
     f"{WHOLE} n01_77.JPEG n99_1.JPEG x.JPEG": "; 3 of 6 images are not in train/, the first is n01_77.JPEG",
-    f"{WHOLE} n02_1.JPEG": "; 1 of 4 images are listed twice, the first is n02_1.JPEG",
+    f"{WHOLE} n02_1.JPEG": "; 1 of 4 images are listed twice",
     "n01_1.JPEG n01_2.JPEG": "; 2 of 3 classes have none, the first is n02",
     "\xff\xd8\xff\xe0 a picture": " (",
 }
@@ -101,7 +102,7 @@ def test_a_share_without_rows_is_a_batch_all_the_same(tree: Tree, monkeypatch: p
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
     one = tree.train.subset(torch.tensor([5]))
-    ((images, labels),) = TrainingImages(one, READING).batches(0)
+    ((images, labels),) = training_images(one, READING)
     assert images.shape == (0, 3, 16, 16)
     assert (labels.shape, labels.dtype) == ((0,), torch.int64)
     assert list(centres(one, READING)) == []

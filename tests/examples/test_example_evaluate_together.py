@@ -20,28 +20,28 @@ import sys
 sys.path.insert(0, {str(EXAMPLES)!r})
 import torch
 import imagenet_evaluate as program
-from barlow_recipes import neighbours, protocols
+from barlow_recipes import probes
 from barlow_recipes.distributed import is_main
 
 class Double(torch.nn.Module):
     def forward(self, images):
         return images.double()
 
-class InFloat64(protocols.Classifier):
+class InFloat64(program.Classifier):
     def __init__(self, encoder, classes, *, frozen):
         super().__init__(encoder._replace(module=torch.nn.Sequential(Double(), encoder.module)), classes, frozen=frozen)
         built.append(self.double())
 
-def finish_and_keep(run, name, result):
+def finish_and_keep(run, name):
+    finish(run, name)
     if name != "knn" and is_main():
         torch.save(built[-1].state_dict(), run.out / (name + ".pt"))
-    finish(run, name, result)
 
 built, finish = [], program.Run.finish
-protocols.Classifier, program.Run.finish = InFloat64, finish_and_keep
-neighbours.MOST_SIMILARITIES = 20  # two queries at a time; the parts of the bank are of 9 and 11 images
-nearest = protocols.nearest
-protocols.nearest = lambda encoder, *args: (encoder.module.float(), nearest(encoder, *args))[1]
+program.Classifier, program.Run.finish = InFloat64, finish_and_keep
+probes.MOST_SIMILARITIES = 20  # two queries at a time; the parts of the bank are of 9 and 11 images
+nearest = program.nearest
+program.nearest = lambda encoder, *args: (encoder.module.float(), nearest(encoder, *args))[1]
 sys.exit(program.main())
 """
 
@@ -65,7 +65,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Both:
     (folder / "10percent.txt").write_text("n01_1.JPEG\nn01_2.JPEG\nn02_4.JPEG\nn03_1.JPEG\nn03_6.JPEG\n")
     (folder / "program.py").write_text(PROGRAM)
     flags = ("--data", root, *SMALL, "--batch-size", 4, "--protocols", "linear", "knn", "semi-10", "--neighbours", 3)
-    flags += ("--linear-epochs", 3, "--semi-epochs", 2, "--semi-lr-classifier", 0.05, "--lists", folder)
+    flags += ("--epochs", 3, "--lr-classifier", 0.05, "--lists", folder)
     program = folder / "program.py"
     return Both(folder, *(launch(nursery, folder, count, program, *flags, "--out", str(count)) for count in (1, 2)))
 
@@ -74,7 +74,7 @@ def test_two_processes_say_what_one_does(both: Both) -> None:
     folder, alone, together = both
     assert (alone.status, together.status, together.told) == (0, 0, []), together.errors
 
-    first, last = "  published  ", "the last epoch's"
+    first, last = "  published\n", "published: "
     tables = [done.output[done.output.index(first) : done.output.index(last)] for done in (alone, together)]
     assert tables[0] == tables[1]
     assert len(together.output.splitlines()) == len(alone.output.splitlines())

@@ -165,13 +165,13 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     ),
     "not compressed": (TEST_IMAGES, lambda _: idx(BYTES), UNREADABLE),
     "empty": (TRAIN_LABELS, lambda _: b"", UNREADABLE),
-    "labels for images": (TRAIN_IMAGES, replaced_by(LABELS), r"expected the idx file of \(None, 28, 28\)"),
+    "labels for images": (TRAIN_IMAGES, replaced_by(LABELS), r"expected \(N, 28, 28\)"),
     "half a header": (TRAIN_IMAGES, replaced_by(BYTES, cut=10), UNREADABLE),
-    "too few values": (TRAIN_IMAGES, replaced_by(BYTES, cut=-1), "got .* 156799 bytes"),
-    "too many values": (TRAIN_LABELS, replaced_by(LABELS, more=b"0"), "got .* 201 bytes"),
-    "no images": (TEST_IMAGES, replaced_by(BYTES[:0]), "got .* 0 bytes"),
-    "larger images": (TRAIN_IMAGES, replaced_by(BYTES.view(50, 56, 56)), r"expected .* \(None, 28, 28\)"),
-    "fewer labels": (TRAIN_LABELS, replaced_by(LABELS[:9]), r"expected .* \(200,\) bytes, got .* 9 bytes"),
+    "too few values": (TRAIN_IMAGES, replaced_by(BYTES, cut=-1), UNREADABLE),
+    "too many values": (TRAIN_LABELS, replaced_by(LABELS, more=b"0"), UNREADABLE),
+    "no images": (TEST_IMAGES, replaced_by(BYTES[:0]), UNREADABLE),
+    "larger images": (TRAIN_IMAGES, replaced_by(BYTES.view(50, 56, 56)), r"expected \(N, 28, 28\)"),
+    "fewer labels": (TRAIN_LABELS, replaced_by(LABELS[:9]), "a label for each of 200 images"),
 }
 
 
@@ -179,7 +179,7 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
 def test_a_damaged_file_is_named(name: str, damage: Callable[[bytes], bytes], message: str, folder: Path) -> None:
     path = folder / f"{name}.gz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UsageError, match=f"--data {path}: .*{message}"):
+    with pytest.raises(UsageError, match=f"--data ({path}|{folder}): .*{message}"):
         load(folder)
     path.unlink()
     with pytest.raises(UsageError, match=f"--data: no {name}.gz in {folder}$"):

@@ -87,27 +87,29 @@ def test_what_was_begun_under_other_settings_is_refused() -> None:
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew() -> None:
-    """Unless it has ended for good, which its last file says; and never in the place of a pretraining run."""
+    """Unless it has ended for good, which its last file says."""
     out = train(settings("--out", "out"), 0)
     assert train(settings("--out", "out", "--resume"), 0) == out
     (out / "results.json").write_text("{}")
     with pytest.raises(UsageError, match="holds another run"):
         train(settings("--out", "out", "--resume"), 0)
-    (out / "results.json").rename(out / BACKBONE)
-    with pytest.raises(UsageError, match="holds a pretraining run"):
-        train(settings("--out", "out", "--overwrite"), 0)
-    train(settings("--out", "out", "--overwrite"), 0, finished=BACKBONE)
+    train(settings("--out", "out", "--resume"), 0, finished=BACKBONE)
 
 
-def test_a_pretraining_run_that_was_stopped_is_not_overwritten_and_not_resumed_by_another_program() -> None:
-    out = train(settings("--out", "out"), 1)
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_a_run_of_another_program_is_not_overwritten(flag: str) -> None:
+    """Known by its flags."""
+    out = train(settings("--out", "out"), 0)
     with (out / "settings.yaml").open("a") as file:
         file.write("projector: 64-64\n")
-    with pytest.raises(UsageError, match="--out out: holds a pretraining run"):
-        train(settings("--out", "out", "--overwrite"), 1)
+    with pytest.raises(UsageError, match="--out out: holds a run of another program"):
+        train(settings("--out", "out", flag), 1)
+
+
+def test_a_checkpoint_of_another_program_is_refused() -> None:
+    out = train(settings("--out", "out"), 1)
     with pytest.raises(UsageError, match="not a checkpoint of this program"):
         folders.load(out / "checkpoint.pt", {"results", "step"})
-    assert checkpoint.read(out / "checkpoint.pt")["step"] == 1
 
 
 def test_one_run_at_a_time() -> None:

@@ -35,7 +35,7 @@ def test_metrics_are_json_lines_and_mirrors_get_the_same(tmp_path: Path) -> None
 
 def test_a_resumed_run_keeps_its_history_and_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path)
-    for kind in ("settings", "step", "epoch", "collapse", "profile", "event", "evaluation", "report"):
+    for kind in ("settings", "step", "epoch", "profile", "event", "evaluation", "report"):
         metrics.add(kind, {"step": 3})
     metrics.add("step", {"step": 4})
     others = ["5", "null", "[]", '{"kind": "step"}', '{"kind": "step", "step": "3"}', '{"step": 1}', "{half"]
@@ -45,7 +45,7 @@ def test_a_resumed_run_keeps_its_history_and_forgets_what_came_after_its_checkpo
     resumed.add("step", {"step": 4, "loss": 3.0})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == resumed.rows
-    kept = [(kind, 3) for kind in ("step", "epoch", "collapse", "profile", "event")]
+    kept = [(kind, 3) for kind in ("step", "epoch", "profile", "event")]
     assert [(row["kind"], row["step"]) for row in rows] == [*kept, ("step", 4)]
 
 

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from outcomes import differences
 from torch import Tensor, nn
 from torchvision import models
 
+import export_backbone as exporting
 from barlow_loss import BarlowTwinsLoss, Projector, barlow_twins_loss
-from barlow_recipes import exporting
 from barlow_recipes.encoders import build_encoder, freeze
 from barlow_recipes.errors import UsageError
-from barlow_recipes.models import BarlowTwins, build_model, checkpoint_activations, has_batch_norms, parse_projector
+from barlow_recipes.models import BarlowTwins, build_model, parse_projector
 from barlow_recipes.weights import load_encoder
 
 
@@ -256,23 +255,13 @@ def kept(model: nn.Module, images: Tensor) -> int:
     return sum(size for place, size in sizes.items() if place not in parameters)
 
 
-def test_computing_activations_twice_keeps_fewer_and_changes_no_bit() -> None:
-    """Neither of the weights, nor of the running statistics, which a second pass must leave alone."""
+def test_chunks_keep_fewer_activations() -> None:
     torch.manual_seed(0)
     plain = build_model("resnet18", "16", "cifar")
-    checkpointed = copy.deepcopy(plain)
-    checkpoint_activations(checkpointed.backbone)
-    assert torch.equal(train(plain), train(checkpointed))
-    states = plain.state_dict(), checkpointed.state_dict()
-    assert differences(*states) == []
-    assert states[0]["backbone.layer1.0.bn1.num_batches_tracked"] == 6
-    images = torch.rand(2, 3, 32, 32)
-    assert kept(checkpointed, images) < 0.6 * kept(plain, images)
-
-
-def test_an_encoder_without_blocks_cannot_compute_them_twice() -> None:
-    with pytest.raises(UsageError, match="--checkpoint-activations: expected a ResNet"):
-        checkpoint_activations(build_encoder("digits-cnn").module)
+    chunked = copy.deepcopy(plain)
+    chunked.chunks = 4
+    images = torch.rand(8, 3, 32, 32)
+    assert kept(chunked, images) < 0.6 * kept(plain, images)
 
 
 def encoder_with(norm: str) -> nn.Module:
@@ -303,7 +292,6 @@ def test_chunks_give_the_gradient_of_the_whole_batch(norm: str, chunks: int) -> 
     """23 images, in parts of different sizes; the projector has batch norms, which see all."""
     torch.manual_seed(0)
     model = BarlowTwins(encoder_with(norm), Projector(12, 16, 16, num_layers=2)).double().train()
-    assert not has_batch_norms(model.backbone)
     views = torch.rand(2, 23, 3, 10, 10, dtype=torch.float64)
     chunked = copy.deepcopy(model)
     chunked.chunks = chunks
@@ -317,7 +305,6 @@ def test_chunks_give_the_gradient_of_the_whole_batch(norm: str, chunks: int) -> 
 def test_batch_norms_of_the_encoder_see_chunks_and_keep_each_once() -> None:
     torch.manual_seed(0)
     model = BarlowTwins(encoder_with("batch"), Projector(12, 16, 16, num_layers=2), chunks=4).double().train()
-    assert has_batch_norms(model.backbone)
     views = torch.rand(2, 24, 3, 10, 10, dtype=torch.float64)
     ghost = copy.deepcopy(model)
     ghost.chunks = 1

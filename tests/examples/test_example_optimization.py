@@ -13,7 +13,6 @@ from barlow_recipes.optimization import (
     PUBLISHED_LEARNING_RATES,
     build_optimizer,
     build_schedule,
-    parameter_groups,
     published_learning_rate,
 )
 
@@ -124,7 +123,8 @@ def test_the_state_of_lars_survives_saving() -> None:
 def test_vectors_are_one_group_and_everything_else_the_other() -> None:
     model = network()
     model[0].bias.requires_grad_(False)  # type: ignore[union-attr]
-    weights, vectors = parameter_groups(model, 0.2, 0.0048, 1e-6)
+    rates = {"lr_weights": 0.2, "lr_biases": 0.0048, "weight_decay": 1e-6}
+    weights, vectors = build_optimizer("lars", model, batch_size=256, **rates).param_groups
     assert [p.ndim for p in weights["params"]] == [4, 2]
     assert [p.ndim for p in vectors["params"]] == [1, 1, 1]
     assert (weights["weight_decay"], vectors["weight_decay"]) == (1e-6, 0.0)

@@ -91,16 +91,13 @@ def test_a_run_on_jpegs_survives_a_broken_file_and_resumes(run: Run, jpegs: Path
 
 WAYS: dict[str, tuple[str, ...]] = {
     "colours on the device": ("--augment-on", "device"),
-    "activations computed twice": (
-        *("--arch", "resnet18", "--checkpoint-activations", "--channels-last", "--accumulate", "2"),
-    ),
+    "in chunks and parts": ("--chunk-size", "2", "--channels-last", "--accumulate", "2"),
     "the preset for CIFAR, TensorBoard": ("--preset", "cifar", "--tensorboard"),
 }
-SLOW = {"activations computed twice": pytest.mark.slow}
 
 
 @pytest.mark.usefixtures("few_looks")
-@pytest.mark.parametrize("flags", [pytest.param(flags, id=way, marks=SLOW.get(way, ())) for way, flags in WAYS.items()])
+@pytest.mark.parametrize("flags", WAYS.values(), ids=WAYS)
 def test_images_in_every_way(flags: tuple[str, ...], run: Run, jpegs: Path) -> None:
     """Two epochs of four steps, at once and in two parts."""
     common = ("--data", jpegs, *SMALL_CNN, "--no-probe", *flags)
@@ -191,14 +188,13 @@ USAGE = {
     "not a number": ("--weight-decay nan", "--weight-decay nan: expected finite numbers"),
     "an unknown optimizer": ("--optimizer adam", "invalid choice 'adam' for argument '--optimizer'"),
     "an unknown precision": ("--precision fp8", "invalid choice 'fp8' for argument '--precision'"),
-    "an unknown device": ("--device abacus", "Error parsing --device: Expected one of cpu, cuda"),
+    "an unknown device": ("--device abacus", "--device: Expected one of cpu, cuda"),
     "a crooked projector": ("--projector 1-2-3", "--projector 1-2-3: expected widths such as"),
     "a ResNet for digits": ("--arch resnet18", "--arch resnet18: digits-cnn goes with the digits"),
     "an unknown encoder": (
         "--data . --arch abacus",
         "--arch abacus: expected digits-cnn, small-cnn, a classifier of torchvision",
     ),
-    "no whole step": ("--batch-size 2000 --accumulate 2", "--batch-size 2000: expected at most the number of images"),
     "no folder": ("--data nowhere", "--data nowhere: no such file or folder"),
     "a batch beyond the data": ("--batch-size 5000", "--batch-size 5000 is more than the 1302 images"),
     "a missing checkpoint": ("--resume nowhere.pt", "--resume nowhere.pt: no such file"),

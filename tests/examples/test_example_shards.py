@@ -14,18 +14,11 @@ from PIL import Image
 from sources import load, same, saved
 
 from barlow_recipes.errors import UsageError
-from barlow_recipes.shards import choose_shards, index_shards
+from barlow_recipes.files import choose_shards, index_shards
 
 webdataset = pytest.importorskip("webdataset", reason="pip install webdataset")
 
 Sample = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the program keeps its indices."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "barlow-loss"
 
 
 def write(path: Path, samples: Iterable[Sample]) -> Path:
@@ -144,7 +137,7 @@ def test_shards_to_pretrain_on_are_told_by_their_names(
     names: tuple[str, ...], chosen: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "folder").mkdir()
-    assert [path.name for path in choose_shards([tmp_path / name for name in names])] == chosen
+    assert [path.name for path in choose_shards(tmp_path, names, ".tar")] == chosen
 
 
 def test_shards_are_found_at_any_depth_or_one_is_given(tmp_path: Path) -> None:
@@ -191,27 +184,3 @@ def test_a_shard_that_cannot_be_used_is_named(damage: Callable[[Path], object], 
         load(tmp_path)
     assert str(error.value).startswith(f"--data {tmp_path}")
     assert "1.tar" in str(error.value) or "label" in message
-
-
-def test_an_index_is_kept_as_long_as_the_shards_stay_the_same(cache: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "0.tar", numbered(8, cls=1))
-    before = index_shards(tmp_path, [path])
-    (kept,) = cache.iterdir()
-    time = path.stat().st_mtime_ns
-    flip_a_bit_in_a_header(path)
-    os.utime(path, ns=(time, time))
-    after = index_shards(tmp_path, [path])  # from the cache: the archive itself cannot be indexed any more
-    assert [after.read(index) for index in range(8)] == [before.read(index) for index in range(8)]
-    kept.write_bytes(kept.read_bytes()[:-8] + bytes(8))
-    with pytest.raises(UsageError, match="damaged"):  # the index is damaged as well, and not trusted
-        index_shards(tmp_path, [path])
-    write(path, numbered(8, cls=1))
-    os.utime(path, ns=(time + 1, time + 1))
-    assert len(index_shards(tmp_path, [path])) == 8
-    assert len(list(cache.iterdir())) == 2
-
-
-@pytest.mark.parametrize("place", ["/dev/null", "/proc/nowhere"])
-def test_an_index_that_cannot_be_kept_is_none(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", place)
-    assert len(index_shards(tmp_path, [write(tmp_path / "0.tar", numbered(8))])) == 8

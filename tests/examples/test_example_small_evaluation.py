@@ -2,9 +2,7 @@
 
 import gzip
 import json
-import multiprocessing
 import os
-import re
 import signal
 import struct
 import sys
@@ -20,17 +18,27 @@ from outcomes import EXAMPLES
 from torch import Tensor
 
 import evaluate_small
-from barlow_recipes.command_line import read
+from barlow_recipes import small
 from barlow_recipes.encoders import build_encoder
 from barlow_recipes.errors import Aborted
-from barlow_recipes.pixels import MEAN, STD
-from barlow_recipes.small import data as small_data
-from barlow_recipes.small import methods, tables
-from barlow_recipes.small.data import DIGITS, FASHION, KNN, MOST, TASKS, DataSet, Labelled, load
-from barlow_recipes.small.jobs import Job, run_jobs
-from barlow_recipes.small.methods import recipe_for, train_with_labels
+from barlow_recipes.small import (
+    AUGMENTED,
+    DIGITS,
+    FASHION,
+    KNN,
+    MOST,
+    PRETRAINED,
+    RAW,
+    SCRATCH,
+    STUDIES,
+    UNTRAINED,
+    DataSet,
+    Labelled,
+    load,
+)
 from programs import start
 
+CPU = torch.device("cpu")
 Call = Callable[..., tuple[int, str, str]]
 SHORT = ("--only", "digits", "--seeds", 2, "--epochs", 1, "--quick", "--effort", 0.02)
 
@@ -69,16 +77,16 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     return call
 
 
-def row(task: str, method: str, labels: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
-    return {"task": task, "method": method, "labels": labels, "seed": seed, "draw": 0, "accuracy": accuracy} | more
+def row(method: str, labels: str, seed: int, accuracy: float) -> dict[str, Any]:
+    return small.row_of(DIGITS, method, labels, seed, 0, accuracy=accuracy)
 
 
-def results(rows: list[dict[str, Any]], seeds: int = 2) -> dict[str, Any]:
+def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "settings": {"seeds": seeds, "epochs": {DIGITS: 30}},
-        "environment": {"device": "cpu", "processes": 2, "threads": 1, "versions": {"torch": "2.14"}},
+        "settings": {"seeds": 2, "epochs": {DIGITS: 30}},
+        "environment": {"device": "cpu", "versions": {"torch": "2.14"}},
         "data": {DIGITS: {"train": 1442, MOST: 1442, "test": 355}},
-        "seconds": 90.0,
+        "jobs": {"digits-seed-0": {"seconds": 90.0}},
         "rows": rows,
     }
 
@@ -86,9 +94,10 @@ def results(rows: list[dict[str, Any]], seeds: int = 2) -> dict[str, Any]:
 # The labels
 
 
-def test_labels_of_each_class() -> None:
-    asked = [("1", 1442), ("10", 1442), ("1%", 60_000), ("10%", 60_000), ("1%", 200)]
-    assert [small_data.labels_per_class(*each) for each in asked] == [1, 10, 60, 600, 1]
+def test_a_share_is_a_share_of_each_class(fashion: Path) -> None:
+    data = load(FASHION, str(fashion))
+    counts = [data.train.labels[data.labelled(column, 0)].bincount().tolist() for column in ("1%", "10%")]
+    assert counts == [[1] * 10, [10] * 10]
 
 
 @pytest.mark.parametrize("column", ["1", "10"])
@@ -101,24 +110,25 @@ def test_a_draw_has_as_many_of_each_class_and_is_a_function_of_the_seed(digits: 
 
 
 def test_every_method_gets_the_same_labels(digits: DataSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Probes of three representations, training from scratch and fine-tuning: what each of them asks for."""
-    weights, expected, asked = tmp_path / "backbone.pt", methods.draws(digits, "10", 1)[0], []
+    """Probes of three representations, and training from scratch in two ways: what each of them asks for."""
+    weights, expected, asked = tmp_path / "backbone.pt", digits.draws("10", 1)[0], []
     torch.save(build_encoder("digits-cnn").module.state_dict(), weights)
 
     def fitted(features: Tensor, labels: Tensor, queries: Tensor, truth: Tensor) -> float:
         asked.append(labels.equal(digits.train.labels[expected]))
         return 0.0
 
-    def trained(task: object, data: DataSet, numbers: Tensor, *_: object, **__: object) -> Any:
+    def trained(data: DataSet, numbers: Tensor, *_: object) -> Any:
         asked.append(numbers.equal(expected))
         return {"accuracy": 0.0}
 
-    monkeypatch.setattr(methods.probes, "linear_accuracy", fitted)
-    monkeypatch.setattr(methods, "train_with_labels", trained)
-    methods.probe(DIGITS, "", str(weights), ["10"], 1, "cpu")
-    methods.supervise(DIGITS, "", None, "10", 1, 1.0, "cpu")
-    methods.supervise(DIGITS, "", str(weights), "10", 1, 1.0, "cpu")
-    assert asked == [True] * (3 + 2 + 1)
+    monkeypatch.setattr(small.probes, "linear_accuracy", fitted)
+    monkeypatch.setattr(small, "train", trained)
+    study = STUDIES[DIGITS]._replace(columns=("10",), scratch={SCRATCH: ("10",), AUGMENTED: ("10",)})
+    monkeypatch.setitem(STUDIES, DIGITS, study)
+    assert [each["accuracy"] for each in small.measure_frozen(digits, weights, 1, CPU)] == [0.0] * 3
+    assert len(small.train_from_scratch(digits, 1, 1.0, CPU)) == 2
+    assert asked == [True] * (3 + 2)
 
 
 # The images
@@ -132,82 +142,64 @@ def test_no_test_image_is_among_the_training_images(name: str, fashion: Path) ->
     assert len(data.bank.unique()) == len(data.bank) <= len(data.train.labels)
 
 
-@pytest.mark.parametrize("augmented", [True, False])
-def test_training_is_blind_to_the_test_images(digits: DataSet, augmented: bool) -> None:
+@pytest.mark.parametrize("method", [SCRATCH, AUGMENTED])
+def test_training_is_blind_to_the_test_images(digits: DataSet, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other test images the same weights come out, whose accuracy on them is another."""
     blank = digits._replace(test=Labelled(torch.zeros_like(digits.test.images), digits.test.labels))
-    numbers, recipe = digits.labelled("1", 0), recipe_for(10, augmented=augmented, effort=0.1)
-    trained, encoders = [], []
-    for data in (digits, blank):
-        torch.manual_seed(0)
-        encoders.append(build_encoder("digits-cnn"))
-        trained.append(
-            train_with_labels(TASKS[DIGITS], data, numbers, encoders[-1], recipe, augmented=augmented, seed=0)
-        )
-    assert trained[0]["loss"] == trained[1]["loss"]
-    assert trained[0]["accuracy"] != trained[1]["accuracy"]
+    encoders: list[Any] = []
+
+    def built(arch: str) -> Any:
+        encoders.append(build_encoder(arch))
+        return encoders[-1]
+
+    monkeypatch.setattr(small, "build_encoder", built)
+    one, other = (small.train(data, digits.labelled("1", 0), method, 0, 0.1, CPU) for data in (digits, blank))
+    assert one["loss"] == other["loss"]
+    assert one["accuracy"] != other["accuracy"]
     for left, right in zip(*(encoder.module.state_dict().values() for encoder in encoders), strict=True):
         assert left.equal(right)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.parametrize("augmented", [True, False])
-def test_every_task_shows_its_encoder_what_it_takes(name: str, augmented: bool, fashion: Path) -> None:
-    task = TASKS[name]
-    data = load(task.data, str(fashion))
-    images = data.train.images[:40]
+def test_every_encoder_sees_what_it_takes(name: str, augmented: bool, fashion: Path) -> None:
+    images = load(name, str(fashion)).train.images[:40]
     before = images.clone()
-    seen = task.augmented(images, torch.Generator().manual_seed(0)) if augmented else task.plain(images)
-    shape = (1, 8, 8) if task.arch == "digits-cnn" else (3, 28, 28)
-    assert seen.shape == (40, *shape)
+    generator = torch.Generator().manual_seed(0)
+    seen = small.augmented(name, images, generator) if augmented else small.plain(images)
+    assert seen.shape == (40, *((1, 8, 8) if name == DIGITS else (3, 28, 28)))
     assert seen.dtype == torch.float32
     assert images.equal(before)
-    assert build_encoder(task.arch).module(seen).isfinite().all()
-    assert seen.flatten(1).std(dim=0).min() > 0 or task.data == DIGITS  # no two images became one
-
-
-def test_a_digit_grown_and_shrunk_again_is_itself() -> None:
-    """Grey in three channels, 28×28: undone by the way that Fashion-MNIST takes to 8×8, but for the smoothing."""
-    flat = torch.full((2, 1, 8, 8), 0.5)
-    grown = TASKS["fashion-mnist-to-digits"].plain(flat)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    torch.testing.assert_close(grown * std + mean, torch.full((2, 3, 28, 28), 0.5))
-    coloured = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 28, 28)
-    shrunk = TASKS["digits-to-fashion-mnist"].plain(coloured)
-    torch.testing.assert_close(shrunk, torch.full((1, 1, 8, 8), 0.299))
+    assert build_encoder(STUDIES[name].arch).module(seen).isfinite().all()
+    assert seen.flatten(1).std(dim=0).min() > 0 or name == DIGITS  # no two images became one
 
 
 # The table
 
 
 def test_mean_and_spread_are_over_seeds_and_draws_are_averaged_first() -> None:
-    """Of training with augmentation and without the better counts."""
-    rows = [row(DIGITS, methods.PRETRAINED, "1", seed, value) for seed, value in ((0, 80), (0, 90), (1, 91), (1, 91))]
-    figure = tables.summarize(rows)[DIGITS, methods.PRETRAINED, "1"]
-    assert (figure.mean, figure.seeds, str(figure)) == (88.0, 2, "88.0 ± 4.2")  # √18: of 85 and 91, with n − 1
-    assert str(tables.summarize(rows[:1])[DIGITS, methods.PRETRAINED, "1"]) == "80.0"
-    tried = product((0, 1), (True, False))
-    rows = [row(DIGITS, methods.SCRATCH, "10", seed, 90 + seed + with_, augmented=with_) for seed, with_ in tried]
-    assert tables.summarize(rows)[DIGITS, methods.SCRATCH, "10"][::3] == (91.5, True)
+    rows = [row(PRETRAINED, "1", seed, value) for seed, value in ((0, 80), (0, 90), (1, 91), (1, 91))]
+    assert small.figures(rows)[DIGITS, PRETRAINED, "1"] == (88.0, pytest.approx(18**0.5))  # of 85 and 91, with n − 1
+    assert small.figures(rows[:1])[DIGITS, PRETRAINED, "1"] == (80.0, None)
 
 
 def test_markdown() -> None:
-    rows = [row(DIGITS, methods.RAW, KNN, seed, 97.7) for seed in (0, 1)]
-    rows += [row(DIGITS, methods.PRETRAINED, labels, seed, 90 + seed) for labels in (KNN, "1") for seed in (0, 1)]
-    rows += [row(DIGITS, methods.SCRATCH, "1", seed, 60, augmented=True) for seed in (0, 1)]
-    lines = tables.markdown(results(rows)).splitlines()
+    rows = [row(RAW, KNN, seed, 97.7) for seed in (0, 1)]
+    rows += [row(PRETRAINED, labels, seed, 90 + seed) for labels in (KNN, "1") for seed in (0, 1)]
+    rows += [row(AUGMENTED, "1", seed, 60) for seed in (0, 1)]
+    lines = small.markdown(results(rows)).splitlines()
     assert lines[:6] == [
         "|  | 10-NN | 1 a class |",
         "| --- | ---: | ---: |",
         "| **Digits** |  |  |",
         "| raw pixels | **97.7 ± 0.0** | – |",
-        "| trained from scratch | – | 60.0 ± 0.0 |",
+        "| from scratch, augmented | – | 60.0 ± 0.0 |",
         "| pretrained encoder | 90.5 ± 0.7 | **90.5 ± 0.7** |",
     ]
     text = " ".join(lines[6:])
     assert "standard deviation over 2 seeds" in text
     assert "1,442 of 1,442" in text
-    assert "torch 2.14" in text
+    assert "1.5 minutes of one process on cpu, with torch 2.14" in text
 
 
 # The program
@@ -224,18 +216,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_results_are_complete(finished: Path) -> None:
     found = json.loads((finished / "results.json").read_text())
-    assert (found["complete"], found["settings"]["seeds"]) == (True, 2)
-    assert {"device", "cores", "processes", "threads", "versions"} <= found["environment"].keys()
+    assert found["settings"]["seeds"] == 2
+    assert {"device", "cores", "processes", "versions"} <= found["environment"].keys()
     assert found["data"] == {DIGITS: {"train": 1442, MOST: 1442, "test": 355}}
-    assert all(job["seconds"] > 0 and job["cpu_seconds"] > 0 for job in found["jobs"].values())
+    assert all(job["seconds"] > 0 for job in found["jobs"].values())
     assert all(0 <= each["accuracy"] <= 100 for each in found["rows"])
-    cells = Counter((each["method"], each["labels"], each.get("augmented")) for each in found["rows"])
-    frozen = product((methods.RAW, methods.UNTRAINED, methods.PRETRAINED), TASKS[DIGITS].columns, [None])
-    scratch = product([methods.SCRATCH], TASKS[DIGITS].trained, (True, False))
-    counts = {key: 2 * methods.DRAWS.get(key[1], 1) for key in (*frozen, *scratch)}
-    assert cells == counts | {(methods.RAW, column, None): 1 for column in (KNN, MOST)}  # the same for every seed
-    assert (finished / "table.md").read_text() == tables.markdown(found) + "\n"
-    for name in ("accuracies.png", "digits-seed-0/backbone.pt", "digits-seed-1/curves.png"):
+    cells = Counter((each["method"], each["labels"]) for each in found["rows"])
+    study = STUDIES[DIGITS]
+    asked = [*product((RAW, UNTRAINED, PRETRAINED), study.columns)]
+    asked += [(method, column) for method, columns in study.scratch.items() for column in columns]
+    counts = {cell: 2 * small.DRAWS.get(cell[1], 1) for cell in asked}
+    assert cells == counts | {(RAW, column): 1 for column in (KNN, MOST)}  # the same for every seed
+    assert (finished / "table.md").read_text() == small.markdown(found) + "\n"
+    for name in ("digits-seed-0.log", "digits-seed-0/backbone.pt", "digits-seed-1/curves.png"):
         assert (finished / name).exists()
 
 
@@ -245,25 +238,15 @@ def test_a_finished_run_is_neither_repeated_nor_lost(finished: Path, run: Call) 
     status, output, errors = run(*SHORT, "--out", finished)
     assert (status, output) == (2, "")
     assert "holds another run" in errors
-    status, output, _ = run(*SHORT, "--out", finished, "--resume")
-    assert status == 0
-    assert "0 parts" in output
-    after = json.loads((finished / "results.json").read_text())
-    assert (after["rows"], after["jobs"]) == (before["rows"], before["jobs"])
-    status, _, errors = run(*SHORT, "--out", finished, "--resume", "--seeds", 3)
-    assert status == 2
-    assert "seeds was 2 and is now 3" in errors
+    assert json.loads((finished / "results.json").read_text()) == before
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--only", "cifar"), "invalid choice 'cifar' for argument '--only'"),
-        (("--labels", "5"), "invalid choice '5' for argument '--labels'"),
         (("--data", "/nowhere"), "--data /nowhere: expected a folder with the four files"),
         (("--effort", "-1"), "--effort -1.0: expected a number ≥ 0"),
-        (("--resume", "--overwrite"), "--resume: expected it without --overwrite"),
-        (("--only", "digits", "--labels", "1%"), "--labels 1%: expected some of the columns of digits"),
         (("--check", "/nowhere.json"), "/nowhere.json"),
     ],
 )
@@ -276,26 +259,23 @@ def test_bad_flags_are_told_in_one_line(run: Call, flags: tuple[str, ...], messa
 
 def test_a_missing_data_set_is_told_with_its_remedy(run: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(evaluate_small, "INSTALLED", tmp_path / "absent")
-    monkeypatch.setattr(evaluate_small, "evaluate", lambda settings: print(*settings.only))
-    status, output, _ = run()
-    note, tasks = output.splitlines()
-    assert status == 0
-    assert "apt install dataset-fashion-mnist" in note
-    assert tasks == "digits"
-    status, _, errors = run("--only", "fashion-mnist")
+    status, _, errors = run()
     assert status == 2
     assert "apt install dataset-fashion-mnist" in errors
+    assert "--only digits" in errors
 
 
-def test_fashion_mnist_in_a_folder(fashion: Path, tmp_path: Path) -> None:
-    settings = evaluate_small.completed(read(evaluate_small.Settings, ["--data", str(fashion)], ""))
-    assert settings.only == tuple(TASKS)
-    jobs = {job.name: job for job in evaluate_small.plan_jobs(settings, tmp_path)}
-    assert all(job.arguments["source"] == str(fashion) for job in jobs.values())
-    assert {f"{data}/pretraining/{seed}" for data in (DIGITS, FASHION) for seed in range(3)} <= jobs.keys()
-    assert all(job.waits == bool(job.arguments.get("weights")) for job in jobs.values())
-    fine = methods.supervise(FASHION, str(fashion), None, "1%", 0, 0.01, "cpu")["rows"]
-    assert [each["augmented"] for each in fine] == [True, False]
+def test_without_flags_both_are_measured_with_three_seeds_the_longer_first(
+    fashion: Path, run: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(name: str, seed: int, *_: Any) -> tuple[str, Any]:
+        return f"{name}-seed-{seed}", {"rows": [], "seconds": 1.0}
+
+    monkeypatch.setattr(evaluate_small, "study", measured)
+    monkeypatch.setattr(small, "markdown", str)
+    assert run("--data", fashion, "--out", "out", "--processes", 1)[0] == 0
+    expected = [f"{name}-seed-{seed}" for name in (FASHION, DIGITS) for seed in range(3)]
+    assert [*json.loads(Path("out/results.json").read_text())["jobs"]] == expected
 
 
 # README.md
@@ -303,7 +283,7 @@ def test_fashion_mnist_in_a_folder(fashion: Path, tmp_path: Path) -> None:
 
 def test_the_table_in_the_readme(tmp_path: Path, run: Call) -> None:
     found, path = tmp_path / "results.json", tmp_path / "README.md"
-    found.write_text(json.dumps(results([row(DIGITS, methods.RAW, KNN, seed, 97.7) for seed in (0, 1)])))
+    found.write_text(json.dumps(results([row(RAW, KNN, seed, 97.7) for seed in (0, 1)])))
     path.write_text(f"# Before\n\n{evaluate_small.BEGIN}\nold\n{evaluate_small.END}\n\nafter\n")
     status, _, errors = run("--check", found, "--readme", path)
     assert (status, "has not the table" in errors) == (2, True)
@@ -320,33 +300,34 @@ def test_the_table_in_the_readme(tmp_path: Path, run: Call) -> None:
 # The processes
 
 
+def dies(name: str, *_: Any) -> None:
+    os._exit(7)
+
+
+def fails(name: str, *_: Any) -> None:
+    raise Aborted("exit status 1 (see a.log)")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("job", "message"),
-    [
-        (Job("bad", json.loads, {"s": "nothing"}), "bad: JSONDecodeError: Expecting value: line 1 column 1 (char 0) ("),
-        (Job("dead", os._exit, {"status": 7}), "a process has died"),
-    ],
-)
-def test_a_failing_job_ends_all_and_is_told(job: Job, message: str, tmp_path: Path) -> None:
-    with pytest.raises(Aborted, match=re.escape(message)):
-        list(run_jobs([Job("long", signal.pause, {}), job], 2, 1, tmp_path))  # which by itself would wait for ever
-    assert not multiprocessing.active_children()
-    if job.name == "bad":
-        assert any("Traceback" in log.read_text() for log in tmp_path.glob("process-*.log"))
+@pytest.mark.parametrize(("study", "message"), [(dies, "a process has died"), (fails, "exit status 1 (see a.log)")])
+def test_a_failing_part_ends_all_and_is_told(
+    study: Any, message: str, run: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_small, "study", study)
+    status, _, errors = run("--only", "digits", "--out", "out", "--processes", 2)
+    assert status == 1
+    assert errors.splitlines()[-1].startswith(f"error: {message}")
+    assert not Path("out/results.json").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_program_and_processes_and_the_run_can_go_on(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_ends_program_and_processes(number: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, EXAMPLES / "evaluate_small.py", *SHORT, "--epochs", 300, "--processes", 2, "--out", out]
     with start(command, tmp_path) as process:
         process.until(lambda: len([*out.glob("digits-seed-*/checkpoint.pt")]) == 2, "two checkpoints")
         process.send(number)
         assert process.wait() == 130
-    assert "--resume" in process.errors
-    steps = {path.parent.name: torch.load(path)["step"] for path in out.glob("digits-seed-*/checkpoint.pt")}
-    assert len(steps) == 2
-    assert all(step > 0 for step in steps.values())
-    assert json.loads((out / "results.json").read_text())["complete"] is False
+    assert process.errors.startswith("error: interrupted\n")
+    assert not (out / "results.json").exists()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from barlow_recipes import timing
-from barlow_recipes.timing import Profile, Stopwatch, loader_bound
+from barlow_recipes import steps
+from barlow_recipes.steps import Stopwatch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TAKES = {"data": 0.004, "forward": 0.008, "loss": 0.002, "backward": 0.006, "optimizer": 0.002}  # seconds
@@ -25,85 +25,56 @@ class Clock:
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(timing, "time", clock)
+    monkeypatch.setattr(steps, "time", clock)
     return clock
 
 
-def step(watch: Stopwatch, slower: float = 1.0) -> Profile | None:
-    for part, seconds in [*TAKES.items()] * 2:  # as where the gradient is accumulated: laps add up
+def step(watch: Stopwatch, slower: float = 1.0) -> None:
+    for part, seconds in [*TAKES.items()] * 2:  # laps add up
         with watch.lap(part):
-            timing.time.sleep(slower * seconds / 2)
-    timing.time.sleep(0.002)
-    return watch.end_step()
+            steps.time.sleep(slower * seconds / 2)
+    steps.time.sleep(0.002)
+    watch.end_step()
 
 
 @pytest.fixture
 def synchronized(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """The devices that have been waited for; there need be none."""
-    devices: list[torch.device] = []
-    monkeypatch.setattr(torch.accelerator, "synchronize", devices.append)
-    return devices
+    """The devices that were waited for."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    return waited
 
 
-def test_a_profile_leaves_the_warm_up_out_and_adds_up() -> None:
-    watch = Stopwatch(CPU, images=64, profile=4)
-    profiles = [step(watch, slower=3 if number < 3 else 1) for number in range(9)]
-    assert [profile is not None for profile in profiles] == [False] * 6 + [True] + [False] * 2
-    profile = profiles[6]
-    assert profile is not None
-    expected = {part: 1000 * seconds for part, seconds in (TAKES | {"other": 0.002}).items()}
-    assert {row["part"]: row["milliseconds"] for row in profile.rows} == pytest.approx(expected)
+def test_a_profile_is_the_mean_of_the_steps_of_an_epoch() -> None:
+    watch = Stopwatch(CPU, images=64, profile=True)
+    step(watch, 50)
+    steps.time.sleep(9)  # a look
+    watch.begin_epoch()
+    for factor in (1, 1, 3, 3):
+        step(watch, factor)
+    expected = {part: 2000 * seconds for part, seconds in TAKES.items()} | {"other": 2}
+    assert {row["part"]: row["milliseconds"] for row in watch.rows()} == pytest.approx(expected)
     shares = {part: ms / sum(expected.values()) for part, ms in expected.items()}
-    assert {row["part"]: row["share"] for row in profile.rows} == pytest.approx(shares)
-    assert profile.images_per_second == pytest.approx(64 / (sum(TAKES.values()) + 0.002))
-
-
-def test_the_table_of_a_profile() -> None:
-    seconds = {"data": 0.04, "forward": 1.2, "loss": 0.02, "backward": 0.18, "optimizer": 0.16}
-    assert str(Profile([seconds], images=800)).splitlines() == [
-        "part       median ms   share",
-        "────────────────────────────",
-        "data           40.00   2.5 %",
-        "forward     1,200.00  75.0 %",
-        "loss           20.00   1.2 %",
-        "backward      180.00  11.2 %",
-        "optimizer     160.00  10.0 %",
-        "other           0.00   0.0 %",
-        "500 images/s",
-    ]
+    assert {row["part"]: row["share"] for row in watch.rows()} == pytest.approx(shares)
 
 
 def test_only_a_profile_waits_for_the_device(synchronized: list[torch.device]) -> None:
     step(Stopwatch(GPU, images=1))
     assert synchronized == []
-    watch = Stopwatch(GPU, images=1, profile=1)
-    for _ in range(4):
-        step(watch)
-    assert set(synchronized) == {GPU}
-    assert len(synchronized) == 1 + 4 * (2 * 2 * len(TAKES) + 1)
-    synchronized.clear()
-    step(watch)
-    assert synchronized == []  # it is over
+    step(Stopwatch(GPU, images=1, profile=True))
+    assert synchronized == [GPU] * (1 + 2 * 2 * len(TAKES) + 1)
 
 
 def test_the_wait_for_images_and_the_speed_are_of_the_epoch_alone() -> None:
     watch, usual = Stopwatch(CPU, images=100), sum(TAKES.values()) + 0.002
-    assert watch.images_per_second == watch.epoch_images_per_second == 0
+    assert watch.images_per_second == 0
     step(watch)
-    timing.time.sleep(0.1)  # a look at held-out images
+    steps.time.sleep(0.1)  # a look at held-out images
     watch.begin_epoch()
-    assert watch.waited == watch.seconds == 0
+    assert watch.parts["data"] == watch.seconds == 0
     for slower in [9] * 5 + [1] * 10:
         step(watch, slower)
-    timing.time.sleep(0.1)  # after the last step
-    assert watch.waited == pytest.approx((9 * 5 + 10) * TAKES["data"])
+    steps.time.sleep(0.1)  # after the last step
+    assert watch.parts["data"] == pytest.approx((9 * 5 + 10) * TAKES["data"])
     assert watch.seconds == pytest.approx(5 * (9 * usual - 8 * 0.002) + 10 * usual)
-    assert watch.images_per_second == pytest.approx(100 / usual)  # of the last ten steps
-    assert watch.epoch_images_per_second == pytest.approx(1500 / watch.seconds)
-
-
-def test_a_run_that_waits_for_images_is_told() -> None:
-    assert loader_bound(waited=20, total=100) is loader_bound(waited=0, total=0) is None
-    warning = loader_bound(waited=43.4, total=100)
-    for words in ("43 % of the time", "--workers", "--augment-on device", "disk", "shards"):
-        assert words in str(warning)
+    assert watch.images_per_second == pytest.approx(1500 / watch.seconds)

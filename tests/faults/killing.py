@@ -45,7 +45,7 @@ def _kill_a_saver(plan: Plan, name: str, *bugs: str) -> bool:
     expect(saver.wait() == -signal.SIGKILL, f"ended by itself: {saver.errors[-500:]}")
     begun, ended = (saver.output.count(f"{word} ") for word in ("saving", "saved"))
     try:
-        content, _ = checkpoint.load(path)
+        content, *_ = checkpoint.load(path)
     except UsageError as error:
         raise Lost(f"{ended} saves were acknowledged, and none is left: {error}") from None
     step = content["step"]

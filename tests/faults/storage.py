@@ -248,6 +248,18 @@ def _is_readable(path: Path) -> bool:
     return True
 
 
+def _expect_told(plan: Plan, row: Row, run: Training, began: float, what: str, limit: float) -> None:
+    workers = run.workers(2) if what == "hung" else []
+    until(lambda: run.told or run.ended(), "an error")
+    seconds = time.monotonic() - began
+    row.measure(f"s to the error, {what}", seconds)
+    expect(seconds <= limit, f"the error came after {seconds:.2f} s: {run.told}")
+    run.fail(1, "has died" if what == "killed" else "no image has come", seconds=plan.at_most(5))
+    row.measure("s to the end", time.monotonic() - began - seconds)
+    left = [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+    expect(not left, f"{len(left)} loaders are left")
+
+
 def lost_loader(plan: Plan) -> Row:
     timeout, soon = 3, plan.at_most(1)  # seconds
     row = Row(
@@ -255,21 +267,22 @@ def lost_loader(plan: Plan) -> Row:
         f"error ≤ {soon:g} s after it, or ≤ --loader-timeout ({timeout}) + {soon:g} s; "
         f"ended {plan.at_most(5):g} s later; status 1, one line",
     )
-    # In the middle of an epoch of 50 steps: as one begins, the program allows more for what was fetched ahead.
     flags = (*on_jpegs(plan.jpegs(images=400), workers=2, epochs=50), "--loader-timeout", timeout)
     for number in range(plan.count(4, 1)):
-        for what, kind, limit in (("killed", signal.SIGKILL, soon), ("hung", signal.SIGSTOP, timeout + soon)):
-            with row.injection(f"{what}, {number + 1}"):
-                run = plan.nursery.start(plan.folder / f"{what}-{number}", *flags)
-                run.reach(plan.random.randint(3, 20))
-                workers = run.workers(2)
-                began = send(plan.random.choice(workers), kind)
-                until(lambda run=run: run.told or run.ended(), "an error")
-                seconds = time.monotonic() - began
-                row.measure(f"s to the error, {what}", seconds)
-                expect(seconds <= limit, f"the error came after {seconds:.2f} s: {run.told}")
-                run.fail(1, "has died" if what == "killed" else f"for {timeout} seconds", seconds=plan.at_most(5))
-                row.measure("s to the end", time.monotonic() - began - seconds)
-                left = [worker for worker in workers if Path(f"/proc/{worker}").exists()]
-                expect(not left, f"{len(left)} loaders are left")
+        with row.injection(f"killed, {number + 1}"):
+            run = plan.nursery.start(plan.folder / f"killed-{number}", *flags)
+            run.reach(plan.random.randint(3, 20))
+            began = send(plan.random.choice(run.workers(2)), signal.SIGKILL)
+            _expect_told(plan, row, run, began, "killed", soon)
+        with row.injection(f"hung, {number + 1}"):
+            data = plan.jpegs(f"hung-{number}", images=400)
+            run = plan.nursery.start(
+                plan.folder / f"hung-{number}-run", *on_jpegs(data, 2, 50), "--loader-timeout", timeout
+            )
+            run.reach(plan.random.randint(3, 20))
+            began = time.monotonic()
+            for path in data.rglob("*.jpg"):  # to open a pipe that nobody writes to takes for ever
+                path.unlink()
+                os.mkfifo(path)
+            _expect_told(plan, row, run, began, "hung", timeout + soon)
     return row

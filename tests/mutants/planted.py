@@ -570,7 +570,7 @@ EXAMPLE_IMAGES = [
         ("held-out-images-pretrained-on", "images.subset((~held_out).nonzero()[:, 0])", "images"),
     ),
     *_in(
-        "examples/barlow_recipes/shards.py",
+        "examples/barlow_recipes/files.py",
         ("tests/examples/test_example_shards.py",),
         ("images-in-the-order-of-the-archive", "entries = sorted(entry", "entries = list(entry"),
         (
@@ -599,7 +599,7 @@ EXAMPLE_STEPS = [
     *_in(
         "examples/barlow_recipes/optimization.py",
         OPTIMIZATION,
-        ("biases-decay", '"lr": lr_biases, "weight_decay": 0.0', '"lr": lr_biases, "weight_decay": weight_decay'),
+        ("biases-decay", 'lr_biases, "weight_decay": 0.0', 'lr_biases, "weight_decay": weight_decay'),
         ("warm-up-a-step-early", "return step / warmup_steps", "return (step + 1) / warmup_steps"),
     ),
     *_in(
@@ -626,7 +626,7 @@ EXAMPLE_STEPS = [
         ("tests/examples/test_example_models.py",),
         (
             "statistics-move-in-both-passes",
-            "nullcontext(), _running_statistics_kept(module)",
+            "nullcontext(), statistics_kept()",
             "nullcontext(), nullcontext()",
         ),
         ("chunks-that-are-kept", "represent = computed_twice(self.backbone)", "represent = self.backbone"),
@@ -641,7 +641,7 @@ EXAMPLE_STEPS = [
         ),
     ),
     *_in(
-        "examples/barlow_recipes/neighbours.py",
+        "examples/barlow_recipes/probes.py",
         ("tests/examples/test_example_probes.py",),
         ("neighbours-vote-with-their-cosines", "(similarity / TEMPERATURE).exp()", "similarity"),
     ),

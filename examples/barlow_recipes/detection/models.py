@@ -1,7 +1,6 @@
 """Faster R-CNN and Mask R-CNN of torchvision on a pretrained ResNet.
 
-"c4", the published one: conv1 to layer3 see the image, layer4 and a batch norm see each region, for boxes and masks.
-"fpn": all four stages see the image, a feature pyramid is on top, and the heads are maskrcnn_resnet50_fpn_v2's.
+conv1 to layer3 see the image, layer4 and a batch norm see each region, for boxes and masks ("C4").
 
 As published (Base-RCNN-C4.yaml and defaults.py of detectron2, Res5ROIHeadsExtraNorm of facebookresearch/moco) are
 anchors, proposals, RoIAlign and initial weights; thresholds and shares are torchvision's defaults, which are the same.
@@ -17,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from barlow_recipes.detection.settings import Settings
 from barlow_recipes.encoders import Encoder
@@ -36,71 +34,41 @@ Parts = OrderedDict[str, nn.Module]
 def build_detector(encoder: Encoder, settings: Settings, *, classes: int, masks: bool) -> FasterRCNN:
     """Put a detector on the encoder, whose modules become parts of it; ``classes`` are without the background.
 
-    Raises:
-        UsageError: the encoder is no ResNet, or the anchors do not fit the neck.
+    UsageError: the encoder is no ResNet for RGB.
     """
-    module, on_c4 = encoder.module, settings.neck == "c4"
+    module, labels = encoder.module, classes + 1
     names = ("conv1", "bn1", "relu" if hasattr(module, "relu") else "act1", "maxpool", *STAGES)  # act1 is timm's
     if not all(hasattr(module, name) for name in names) or encoder.shape[0] != 3:
         raise UsageError(f"--arch {encoder.arch}: expected a ResNet for RGB: its stages become a detector's parts")
-    anchors = [settings.anchor_sizes] if on_c4 else [(size,) for size in settings.anchor_sizes]
-    if not on_c4 and len(anchors) != len(STAGES) + 1:
-        raise UsageError(f"--anchor-sizes: expected {len(STAGES) + 1} for --neck fpn, one for each of its levels")
     parts = OrderedDict((name, getattr(module, name)) for name in names)
-    labels = classes + 1
-    backbone, heads = _on_c4(parts, settings, labels, masks) if on_c4 else _on_fpn(parts, settings, labels)
-    predictor = heads["box_predictor"]
+    with torch.no_grad():
+        maps = Pretrained(parts, settings, STAGES).eval()(torch.zeros(1, 3, PROBED, PROBED))
+    (_, channels, side, _), (_, seen, _, _) = maps["layer3"].shape, maps["layer4"].shape
+    layer4 = Pretrained(OrderedDict(layer4=parts.pop("layer4")), settings, ["layer4"])
+    regions = SharedRegions(layer4, nn.BatchNorm2d(seen), 14, PROBED // side, masks=masks)
+    backbone: Any = Pretrained(parts, settings, ["layer3"])
+    backbone.out_channels = channels  # where torchvision's detectors look for it
+    predictor, mask_predictor = FastRCNNPredictor(seen, labels), MaskRCNNPredictor(seen, MASK_CHANNELS, labels)
     for layer, deviation in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):  # detectron2's
         nn.init.normal_(layer.weight, std=deviation)
         nn.init.zeros_(layer.bias)
+    for_masks = {"mask_roi_pool": regions, "mask_head": nn.Identity(), "mask_predictor": mask_predictor}
     return (MaskRCNN if masks else FasterRCNN)(
         backbone,
         min_size=settings.short_side,
         max_size=1333,
-        rpn_anchor_generator=AnchorGenerator(anchors, [ASPECT_RATIOS] * len(anchors)),
+        rpn_anchor_generator=AnchorGenerator([settings.anchor_sizes], [ASPECT_RATIOS]),
         rpn_pre_nms_top_n_train=settings.candidates[0],
         rpn_pre_nms_top_n_test=settings.candidates[1],
         rpn_post_nms_top_n_train=settings.proposals[0],
         rpn_post_nms_top_n_test=settings.proposals[1],
         rpn_batch_size_per_image=settings.anchors_per_image,
         box_batch_size_per_image=settings.rois_per_image,
-        **{name: part for name, part in heads.items() if masks or not name.startswith("mask")},
+        box_roi_pool=regions,
+        box_head=nn.AdaptiveAvgPool2d(1),
+        box_predictor=predictor,
+        **(for_masks if masks else {}),
     )
-
-
-def _on_c4(parts: Parts, settings: Settings, labels: int, masks: bool) -> tuple[Any, dict[str, Any]]:
-    (*_, channels, seen), (*_, stride, _) = _geometry(parts, settings)
-    layer4 = Pretrained(OrderedDict(layer4=parts.pop("layer4")), settings, ["layer4"])
-    regions = SharedRegions(layer4, nn.BatchNorm2d(seen), 14, stride, masks=masks)
-    boxes, mask = FastRCNNPredictor(seen, labels), MaskRCNNPredictor(seen, MASK_CHANNELS, labels)
-    heads: dict[str, Any] = {"box_roi_pool": regions, "box_head": nn.AdaptiveAvgPool2d(1), "box_predictor": boxes}
-    heads |= {"mask_roi_pool": regions, "mask_head": nn.Identity(), "mask_predictor": mask}
-    backbone: Any = Pretrained(parts, settings, ["layer3"])
-    backbone.out_channels = channels  # where torchvision's detectors look for it
-    return backbone, heads
-
-
-def _on_fpn(parts: Parts, settings: Settings, labels: int) -> tuple[Any, dict[str, Any]]:
-    width = settings.fpn_channels
-    pyramid = FeaturePyramidNetwork(_geometry(parts, settings)[0], width, LastLevelMaxPool(), nn.BatchNorm2d)
-    heads = {
-        "box_roi_pool": MultiScaleRoIAlign([*STAGES], 7, sampling_ratio=2),
-        "box_head": FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], nn.BatchNorm2d),
-        "box_predictor": FastRCNNPredictor(4 * width, labels),
-        "mask_roi_pool": MultiScaleRoIAlign([*STAGES], 14, sampling_ratio=2),
-        "mask_head": MaskRCNNHeads(width, [width] * 4, 1, nn.BatchNorm2d),
-        "mask_predictor": MaskRCNNPredictor(width, width, labels),
-    }
-    backbone: Any = nn.Sequential(OrderedDict(stages=Pretrained(parts, settings, STAGES), pyramid=pyramid))
-    backbone.out_channels = width
-    return backbone, heads
-
-
-@torch.no_grad()
-def _geometry(parts: Parts, settings: Settings) -> tuple[list[int], list[int]]:
-    """The channels and the strides of the stages."""
-    maps = Pretrained(parts, settings, STAGES).eval()(torch.zeros(1, 3, PROBED, PROBED)).values()
-    return [features.shape[1] for features in maps], [PROBED // features.shape[2] for features in maps]
 
 
 class Pretrained(nn.Sequential):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import tyro
 
 from barlow_recipes.command_line import Positive, Real, RunSettings, Side, Whole, peek, plain, read
-from barlow_recipes.detection.data import find_layout
+from barlow_recipes.errors import UsageError
 
 # What may differ between a run and its continuation: everything else shapes the results.
 FREE = ("data", "weights", "device", "workers", "loader_timeout", "save_every", "out", "overwrite", "resume")
@@ -24,52 +24,30 @@ FREE = ("data", "weights", "device", "workers", "loader_timeout", "save_every", 
 class Settings(RunSettings):
     """The flags; the defaults are those of VOC."""
 
-    data: Path
-    "folder with VOC2007/ and VOC2012/, or with annotations/, train2017/ and val2017/"
-    weights: str
-    "what the encoder has learned: a file or a run's folder, or 'random'"
-    arch: str | None = None
-    "encoder: a ResNet; without it found in the weights"
-    neck: Literal["c4", "fpn"] = "c4"
-    "c4, as published: layer4 sees each region; or fpn: a feature pyramid"
-    freeze_backbone: bool = False
-    "nothing pretrained learns, and its batch norms keep their statistics"
-    iterations: Positive = 24_000
-    "steps"
-    batch_size: Positive = 16
-    "images in a step, of all processes together"
-    learning_rate: Real = 0.1
-    "of SGD; the default follows --batch-size"
+    data: Path  # folder with VOC2007/ and VOC2012/, or with annotations/, train2017/ and val2017/
+    weights: str  # what the encoder has learned: a file or a run's folder, or 'random'
+    arch: str | None = None  # encoder: a ResNet; without it found in the weights
+    freeze_backbone: bool = False  # nothing pretrained learns, and its batch norms keep their statistics
+    iterations: Positive = 24_000  # steps
+    batch_size: Positive = 16  # images in a step, of all processes together
+    learning_rate: Real = 0.1  # of SGD; the default follows --batch-size
     milestones: tuple[Whole, ...] = (18_000, 22_000)
     "iterations after which the rate is divided by 10; the default follows --iterations"
-    warmup: Whole = 1000
-    "iterations of linear warm-up; the default is shorter in a run with fewer --iterations"
-    warmup_factor: Real = 0.333
-    "of the first iteration's rate"
-    weight_decay: Real = 1e-4
-    "but for norms"
-    short_side: tuple[Side, ...] = tuple(range(480, 801, 32))
-    "of a training image, in pixels; one of them is drawn"
-    test_short_side: Side | None = None
-    "of an image in the test; without it the last of --short-side"
-    anchor_sizes: tuple[Positive, ...] = (32, 64, 128, 256, 512)
-    "sides of the anchors, in pixels"
-    anchors_per_image: Positive = 256
-    "for regions to be proposed from, half of them positive"
-    rois_per_image: Positive = 512
-    "regions of an image to learn from, a quarter of them positive"
+    warmup: Whole = 1000  # iterations of linear warm-up; the default is shorter in a run with fewer --iterations
+    warmup_factor: Real = 0.333  # of the first iteration's rate
+    weight_decay: Real = 1e-4  # but for norms
+    short_side: tuple[Side, ...] = tuple(range(480, 801, 32))  # of a training image, in pixels; one of them is drawn
+    test_short_side: Side | None = None  # of an image in the test; without it the last of --short-side
+    anchor_sizes: tuple[Positive, ...] = (32, 64, 128, 256, 512)  # sides of the anchors, in pixels
+    anchors_per_image: Positive = 256  # for regions to be proposed from, half of them positive
+    rois_per_image: Positive = 512  # regions of an image to learn from, a quarter of them positive
     candidates: tuple[Positive, Positive] = (12_000, 6_000)
-    "likeliest regions of an image (with fpn, of a level) before overlaps are removed, in training and test"
-    proposals: tuple[Positive, Positive] = (2_000, 1_000)
-    "of them left, in training and test"
-    fpn_channels: Positive = 256
-    "of the feature pyramid and its heads"
+    "likeliest regions of an image before overlaps are removed, in training and test"
+    proposals: tuple[Positive, Positive] = (2_000, 1_000)  # of them left, in training and test
     precise_batches: Whole = 200
     "training batches, at most, by which batch norms are measured again before a test; 0: as training left them"
-    save_every: Positive = 1000
-    "iterations from one checkpoint to the next"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    "of the encoder's stages"
+    save_every: Positive = 1000  # iterations from one checkpoint to the next
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the encoder's stages
 
     def shaping(self) -> dict[str, Any]:
         """The settings that a continued run must share with its checkpoint, as they stand in JSON."""
@@ -90,13 +68,19 @@ class Asked:
     batch_size: int | None = None
 
 
+def find_layout(root: Path) -> str:
+    """Recognise a folder as "voc" or "coco", or raise UsageError."""
+    for layout, folder in (("voc", "VOC2007"), ("coco", "annotations")):
+        if (root / folder).is_dir():
+            return layout
+    expected = "VOC2007/ (and VOC2012/) of Pascal VOC, or annotations/, train2017/ and val2017/ of COCO"
+    raise UsageError(f"--data {root}: expected a folder with {expected}")
+
+
 def read_settings(argv: Sequence[str] | None, description: str) -> Settings:
     """Read the command line (``sys.argv`` if None); what is not given is as published for the layout of --data.
 
     The rate follows the batch, milestones and warm-up the length.
-
-    Raises:
-        UsageError: a flag is unknown or has a bad value, or the folder has neither layout.
     """
     asked = peek(Asked, argv)
     recipe = COCO if asked.data and find_layout(asked.data) == "coco" else VOC

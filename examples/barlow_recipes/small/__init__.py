@@ -1,1 +1,0 @@
-"""One table on the data that need no download: what encoders are worth that were pretrained in minutes."""

@@ -9,7 +9,7 @@ from strategies import Batch
 from test_laws_views import Mean, evaluate, random_weights
 
 
-@pytest.mark.parametrize("n", [70, 300])
+@pytest.mark.parametrize("n", [70, 600])
 def test_sizes_above_one_block(algorithm, dtype, n):
     """The CPU works by blocks of rows: several of them, the last one shorter."""
     z, weights = Batch(n, 1000, 5, "trained", mean=1.0).more_views(4, dtype), random_weights(4, 2)

@@ -140,12 +140,16 @@ def _pair_dots(us: tuple[Tensor, ...], plan: Plan) -> Tensor:
         return torch.stack([torch.mul(us[i], us[j]).sum(0) for i, j in pairs])
     n, d = us[0].shape
     height = max(1, _PAIRS_ELEMENTS // d)
+    c = us[0].new_zeros((len(pairs), d))
     sums = us[0].new_zeros((len(pairs), min(height, n), d))
-    for start in range(0, n, height):
+    for number, start in enumerate(range(0, n, height), start=1):
         blocks = [u[start : start + height] for u in us]
         for (i, j), of_pair in zip(pairs, sums[:, : len(blocks[0])].unbind(), strict=True):
             of_pair.addcmul_(blocks[i], blocks[j])
-    return sums.sum(1)
+        if number % 16 == 0:  # a sum of a thousand blocks, one after another, would lose a digit
+            c.add_(sums.sum(1))
+            sums.zero_()
+    return c.add_(sums.sum(1))
 
 
 def grams(u: Stack, every: tuple[Tensor, ...] | None, plan: Plan) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -163,7 +163,7 @@ LOSS = [
 VIEWS = [
     *_in(
         "barlow_loss/_backends/eager.py",
-        ("tests/test_laws_views.py",),
+        ("tests/test_laws_views.py", "tests/test_views.py"),
         ("diagonals-of-pairs-weigh-alike", "weighted = d_pair * weight", "weighted = d_pair"),
         ("norms-of-pairs-counted-twice", "total * 0.5", "total"),
         (
@@ -171,10 +171,11 @@ VIEWS = [
             "own = torch.stack([k_i[rows] for k_i in k])",
             "own = [k_i[rows] for k_i in k]",
         ),
+        ("blocks-of-pairs-counted-twice", "            sums.zero_()\n", ""),
         (
             "a-block-of-pairs-forgotten",
-            "for start in range(0, n, height):\n        blocks",
-            "for start in range(height, n, height):\n        blocks",
+            "start in enumerate(range(0, n, height), start=1)",
+            "start in enumerate(range(height, n, height), start=1)",
         ),
     ),
     *_in(
@@ -184,18 +185,18 @@ VIEWS = [
     ),
     *_in(
         "barlow_loss/_primal.py",
-        ("tests/test_laws_views.py",),
+        ("tests/test_laws_views.py", "tests/test_views.py"),
         ("primal-pairs-weigh-alike", "parts.append(kept[-2] * weight)", "parts.append(kept[-2])"),
         ("columns-for-rows-of-the-second-view", "q.add_(columns, alpha=weight)", "q.add_(rows, alpha=weight)"),
     ),
     *_in(
         "barlow_loss/_penalty.py",
-        ("tests/test_laws_views.py",),
+        ("tests/test_laws_views.py", "tests/test_views.py"),
         ("terms-of-pairs-weigh-alike", "sum(weight * total", "sum(total"),
     ),
     *_in(
         "barlow_loss/_pairs.py",
-        ("tests/test_laws_views.py",),
+        ("tests/test_laws_views.py", "tests/test_views.py"),
         ("weights-not-normalised", "total = sum([scaled", "total = 1 or sum([scaled"),
     ),
     *_in(

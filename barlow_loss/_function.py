@@ -40,7 +40,7 @@ from barlow_loss import _dual, _dual_sharded, _primal
 from barlow_loss._backends import resolve
 from barlow_loss._collectives import Shards, all_sum
 from barlow_loss._penalty import Arriving, slopes
-from barlow_loss._plan import Plan, autocast_disabled, is_traced
+from barlow_loss._plan import Plan, applied, autocast_disabled, is_traced
 
 __all__ = ["loss_and_sums"]
 
@@ -60,15 +60,14 @@ def loss_and_sums(
         needed += (recorded and z.requires_grad,)
     if isinstance(lambd, Tensor):
         lambd = lambd.to(views[0].device, plan.compute_dtype)
-    inputs: Any = lambd, eps, plan, shards, needed, *views
-    of_lambd = recorded and isinstance(lambd, Tensor) and lambd.requires_grad
-    if torch.compiler.is_compiling() and not (of_lambd or True in needed):
-        # Dynamo, where nothing needs a gradient, hands the context to a forward with any number of arguments.
-        with torch.no_grad():
-            loss, on_diagonal, off_diagonal, *_ = _value(*inputs)
-        return loss, on_diagonal, off_diagonal
-    operation: Any = _TracedLoss if is_traced(*views) else _Loss
-    loss, on_diagonal, off_diagonal, *_ = operation.apply(*inputs)
+    if is_traced(*views):
+        of_lambd = recorded and isinstance(lambd, Tensor) and lambd.requires_grad
+        differentiated = of_lambd or True in needed
+        outputs = applied(_TracedLoss, differentiated, lambd, eps, plan, shards, needed, *views)
+    else:
+        operation: Any = _Loss
+        outputs = operation.apply(lambd, eps, plan, shards, needed, *views)
+    loss, on_diagonal, off_diagonal, *_ = outputs
     return loss, on_diagonal, off_diagonal
 
 

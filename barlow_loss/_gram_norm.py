@@ -27,7 +27,7 @@ from torch import Tensor
 from barlow_loss._collectives import Shards, all_sum, all_sum_matrix, gather_rows, once_even
 from barlow_loss._gram import gram_into
 from barlow_loss._header import UNEVEN
-from barlow_loss._plan import autocast_disabled, choose_algorithm, is_traced, vector_dtype
+from barlow_loss._plan import applied, autocast_disabled, choose_algorithm, is_traced, vector_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,9 +71,7 @@ def cross_norm(batch: Batch, x: Tensor, *others: Tensor) -> Tensor:
     """
     recorded = torch.is_grad_enabled()
     needed = tuple(recorded and t.requires_grad for t in (x, *others))
-    operation: Any = _CrossNorm
-    norm: Tensor = operation.apply(batch, needed, x, *others)[0]
-    return norm
+    return applied(_CrossNorm, True in needed, batch, needed, x, *others)[0]
 
 
 class _CrossNorm(torch.autograd.Function):

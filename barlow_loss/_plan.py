@@ -21,6 +21,7 @@ __all__ = [
     "Algorithm",
     "Backend",
     "Plan",
+    "applied",
     "autocast_disabled",
     "autocast_enabled",
     "choose_algorithm",
@@ -132,6 +133,19 @@ def is_traced(*tensors: Tensor) -> bool:
         or (_modes() > 0 and any(_mode(number).is_infra_mode() for number in range(_modes())))
         or _keyed(_PRE_DISPATCH)
     )
+
+
+def applied(operation: Any, differentiated: bool, *inputs: Any) -> tuple[Tensor, ...]:
+    """``operation.apply``; in a graph that needs no gradient its forward alone.
+
+    There Dynamo (torch 2.14.1) hands a forward with any number of arguments its context as one more.
+    """
+    if torch.compiler.is_compiling() and not differentiated:
+        with torch.no_grad():
+            outputs: tuple[Tensor, ...] = operation.forward(*inputs)
+    else:
+        outputs = operation.apply(*inputs)
+    return outputs
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from barlow_loss._collectives import all_sum
 from barlow_loss._gram_norm import differentiated_once, own_norm, own_product, sum_arriving
-from barlow_loss._plan import autocast_disabled, vector_dtype
+from barlow_loss._plan import applied, autocast_disabled, vector_dtype
 from barlow_loss._statistics import Moments, at_least_one, combine, pivot_of, sample_index
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ def invariance_variance_covariance(batch: Batch, eps: float, *views: Tensor) -> 
     """s, v and c of the global batch, 0-d: float64 for float64 views, else float32."""
     recorded = torch.is_grad_enabled()
     needed = tuple(recorded and z.requires_grad for z in views)
-    operation: Any = _Terms
-    s, v, c, *_ = operation.apply(batch, eps, needed, *views)
+    s, v, c, *_ = applied(_Terms, True in needed, batch, eps, needed, *views)
     return s, v, c
 
 

@@ -77,6 +77,12 @@ class TestCompiled:
         gradients = torch.autograd.grad(terms[0], leaves)
         Mean(z, settings["pair_weights"]).assert_holds([term.detach() for term in terms], gradients, dtype)
 
+    def test_without_gradients(self, algorithm):
+        """There Dynamo would hand a forward with any number of views one argument more."""
+        z = Batch(20, 50, 1, "trained").more_views(4)
+        compiled = torch.compile(barlow_twins_loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*z, algorithm=algorithm), barlow_twins_loss(*z, algorithm=algorithm))
+
     def test_exports(self, algorithm):
         z = Batch(12, 30, 1, "trained").more_views(3, torch.float32)
         program = torch.export.export(BarlowTwinsLoss(algorithm=algorithm), z)

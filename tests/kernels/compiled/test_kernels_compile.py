@@ -85,6 +85,7 @@ def _cases() -> list[Case]:
             found.append(Case(_frobenius.frobenius_kernel, u, u, aligned, block, 8))
         for z in (F32, F64):
             terms = {"BLOCK": _penalties._BLOCK, "COMPUTE": TL_DTYPES[z], "HOLDS_DIAGONAL": True, "weight": None}
+            terms |= {"WEIGHTS": (1.0,), "PAIRS": 1}
             found.append(Case(_penalties.penalties_kernel, z, z, aligned, terms, 4))
     return found
 

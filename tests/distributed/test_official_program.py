@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm
+
+pytest.importorskip("tyro", reason="pip install 'barlow-loss[examples]'")
+
 from barlow_recipes import settings as presets
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.models import BarlowTwins

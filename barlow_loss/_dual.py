@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from barlow_loss._pairs import each
+from barlow_loss._target import moved_product, moved_squares, shift
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,9 +38,15 @@ def value(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """C_ii, parts of ‖C‖², and the matrices that the gradient needs: M of every view."""
     m, squares = ops.grams(u, None, plan)
-    return diagonal, squares, m
+    return diagonal, moved_squares(squares, u, diagonal, plan) if plan.off_diagonal_target else squares, m
 
 
 def products(needed: tuple[bool, ...], plan: Plan, u: Stack, *m: Tensor) -> Iterator[Any]:
-    """The factors of P = M u of every view, and q, which comes out of P; None where no gradient is needed."""
+    """P = M u of every view by its factors, and q, which comes out of P; None where no gradient is needed."""
+    if plan.off_diagonal_target:
+        return (_moved_product(view, m, u, plan) if wanted else None for view, wanted in enumerate(needed))
     return ((m_i, u_i, None) if wanted else None for wanted, m_i, u_i in zip(needed, m, each(u), strict=True))
+
+
+def _moved_product(view: int, m: tuple[Tensor, ...], u: Stack, plan: Plan) -> tuple[Tensor, None, None]:
+    return moved_product(m[view], each(u)[view], shift(view, u, plan)), None, None

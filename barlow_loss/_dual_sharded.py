@@ -19,6 +19,7 @@ from barlow_loss._dual import HOLDS_DIAGONAL
 from barlow_loss._header import UNEVEN
 from barlow_loss._pairs import each
 from barlow_loss._plan import Plan, vector_dtype
+from barlow_loss._target import moved_squares, shift
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,11 +43,13 @@ def value(
     m, squares = ops.grams(u, every, plan)
     nothing = own[0].new_empty(0), diagonal.new_zeros(0)
     kept = [
-        ops.project(m_i, every_i, own_i, plan) if wanted else nothing
-        for wanted, m_i, every_i, own_i in zip(needed, m, every, own, strict=True)
+        ops.project(m_i, every_i, own_i, shift(view, own, plan), plan) if wanted else nothing
+        for view, (wanted, m_i, every_i, own_i) in enumerate(zip(needed, m, every, own, strict=True))
     ]
     p, q = zip(*kept, strict=True)
     dtype = vector_dtype(diagonal.device)
+    if plan.off_diagonal_target:
+        squares = moved_squares(squares, own, diagonal, plan, shards.group.size)
     sums = diagonal.to(dtype), squares.sum(dtype=dtype), *(sum_i.to(dtype) for sum_i in q)
     c, squared_norm, *whole_q = all_sum(shards.group, *sums)
     return c, squared_norm, (*p, *whole_q)

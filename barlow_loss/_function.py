@@ -14,6 +14,8 @@ P = u2 C̃ᵀ, and through the standardisation, whose mean term vanishes because
 and the same with the views exchanged and C̃ transposed. Each view costs one matrix product, P, and none is D×D in the
 dual. The gradient of a view that needs none is not computed.
 
+An off-diagonal target t, off = Σ_{i≠j} (C_ij − t)², moves C̃ by −t off its diagonal; all else stays (``_target``).
+
 Of more than two views L is the mean over pairs with weights w_ij, Σ_{i<j} w_ij = 1. With c_ij = diag C_ij and
 d_ij = w_ij d of the pair, and P and q the sums over the pairs of view i that the algorithms make,
 

@@ -59,6 +59,7 @@ class Plan(NamedTuple):
     grad_reduction: str = "mean"  # or "sum"
     on_host: bool = False  # CPU tensors in plain eager mode: numbers may be read, work may go by blocks
     weights: Weights = TWO_VIEWS  # of the pairs of views
+    off_diagonal_target: float = 0.0
 
 
 def make_plan(
@@ -73,6 +74,7 @@ def make_plan(
     grad_reduction: str = "mean",
     on_host: bool = False,
     weights: Weights = TWO_VIEWS,
+    off_diagonal_target: float = 0.0,
 ) -> Plan:
     """Resolve what depends on the batch. An explicit choice is kept as it is.
 
@@ -87,12 +89,14 @@ def make_plan(
         grad_reduction: "mean" or "sum", kept as it is.
         on_host: kept as it is.
         weights: kept as they are.
+        off_diagonal_target: kept as it is.
     """
     matmul_dtype = _matmul_dtype(dtype, d, device_type, autocast)
     compute = _compute_dtype(dtype)
     if algorithm == "auto":
         algorithm = choose_algorithm(n, d, len(weights), matmul_dtype == compute)
-    return Plan(algorithm, backend, compute, matmul_dtype, grad_reduction, on_host, weights)
+    precision = compute, matmul_dtype
+    return Plan(algorithm, backend, *precision, grad_reduction, on_host, weights, off_diagonal_target)
 
 
 _remembered = functools.lru_cache(maxsize=256)(make_plan)
@@ -106,6 +110,7 @@ def plan_for(
     weights: Weights,
     n: int,
     views: tuple[Tensor, ...],
+    off_diagonal_target: float = 0.0,
 ) -> Plan:
     """``make_plan`` for the views of a global batch of n rows, remembered; raises as ``choose_backend`` does."""
     z = views[0]
@@ -121,6 +126,7 @@ def plan_for(
         grad_reduction=grad_reduction,
         on_host=z.is_cpu and not traced,
         weights=weights,
+        off_diagonal_target=off_diagonal_target,
     )
 
 

@@ -1,8 +1,8 @@
 """The primal: the D×D cross-correlation itself, as in the paper. 6 N D² FLOPs for a pair of views, O(D²) memory.
 
-With u = ẑ/√N and C̃ = u1ᵀ u2 with its diagonal set to zero (the diagonal is summed elementwise, more precisely):
+With u = ẑ/√N and C̃ = u1ᵀ u2 − t with its diagonal set to zero (the diagonal is summed elementwise, more precisely):
 
-    Σ_{i≠j} C_ij² = ‖C̃‖²,    q = Σ_j C̃_ij² for the first view, Σ_i C̃_ij² for the second
+    Σ_{i≠j} (C_ij − t)² = ‖C̃‖²,    q = Σ_j C̃_ij C_ij for the first view, Σ_i C̃_ij C_ij for the second
 
 With more than two views there is a C̃ for every pair, and P and q are the sums Σ_j w_ij of theirs.
 
@@ -35,25 +35,36 @@ HOLDS_DIAGONAL = False  # C̃ is C without it
 def value(
     ops: Any, plan: Plan, shards: Shards, u: Stack, diagonal: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """C_ii, parts of Σ_{i≠j} C_ij², and what the gradient needs: C̃ and its row and column sums of squares."""
+    """C_ii, parts of Σ_{i≠j} (C_ij − t)², and what the gradient needs: C̃ and q of either view, for every pair."""
     (c,) = all_sum(shards.group, diagonal)
     views = each(u)
     if len(views) == 2:
-        of_pair = _of_pair(*views, plan, shards)
-        return c, of_pair[1], of_pair
+        return c, *_of_pair(*views, plan, shards, c.shape[-1])
     kept: list[Tensor] = []
     parts: list[Tensor] = []
     for i, j, weight in _weighted_pairs(plan):
-        kept += _of_pair(views[i], views[j], plan, shards)
-        parts.append(kept[-2] * weight)
+        squares, of_pair = _of_pair(views[i], views[j], plan, shards, c.shape[-1])
+        parts.append(squares * weight)
+        kept += of_pair
     return c, torch.stack(parts), tuple(kept)
 
 
-def _of_pair(u1: Tensor, u2: Tensor, plan: Plan, shards: Shards) -> tuple[Tensor, Tensor, Tensor]:
+def _of_pair(
+    u1: Tensor, u2: Tensor, plan: Plan, shards: Shards, d: int
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Parts of Σ C̃_ij² of D features; C̃ and q of either view."""
     correlation = all_sum_matrix(shards.group, torch.mm(u1.t(), u2))
     correlation.diagonal().zero_()
-    squares = correlation.to(plan.compute_dtype).square()
-    return correlation, squares.sum(1), squares.sum(0)
+    wide = correlation.to(plan.compute_dtype)
+    if not plan.off_diagonal_target:
+        products = wide.square()
+        rows = products.sum(1)
+        return rows, (correlation, rows, products.sum(0))
+    moved = wide - plan.off_diagonal_target
+    moved.diagonal().zero_()
+    moved[d:], moved[:, d:] = 0, 0
+    products = moved * wide
+    return moved.square().sum(1), (moved.to(correlation.dtype), products.sum(1), products.sum(0))
 
 
 def _weighted_pairs(plan: Plan) -> list[tuple[int, int, float]]:
@@ -77,8 +88,9 @@ def _product(view: int, plan: Plan, u: tuple[Tensor, ...], kept: tuple[Tensor, .
     q = kept[1].new_zeros(kept[1].shape)
     for (i, j, weight), number in zip(_weighted_pairs(plan), range(0, len(kept), 3), strict=True):
         c, rows, columns = kept[number : number + 3]
-        if view == i:
-            p, q = p.add_(torch.mm(u[j], c.t()), alpha=weight), q.add_(rows, alpha=weight)
-        elif view == j:
-            p, q = p.add_(torch.mm(u[i], c), alpha=weight), q.add_(columns, alpha=weight)
+        if view in (i, j):
+            product = torch.mm(u[j], c.t()) if view == i else torch.mm(u[i], c)
+            # Not add_ with alpha, which inductor drops beside a product: findings/inductor_drops_alpha_of_a_product.sh.
+            p.add_(product.to(p.dtype).mul_(weight))
+            q.add_(rows if view == i else columns, alpha=weight)
     return p, None, q

@@ -18,6 +18,7 @@ __all__ = [
     "check_eps",
     "check_lambd",
     "check_pair_weights",
+    "check_target",
     "check_tensor",
     "check_views",
     "weight_rows",
@@ -174,6 +175,19 @@ def check_lambd(caller: str, lambd: Any) -> None:
         )
     if not 0 <= lambd < math.inf:
         raise ValueError(f"{caller}: expected lambd to be finite and ≥ 0, got {lambd}. The paper's value is 0.0051.")
+
+
+def check_target(caller: str, target: Any) -> None:
+    """A finite number."""
+    if isinstance(target, bool) or not isinstance(target, int | float):
+        raise TypeError(
+            f"{caller}: expected off_diagonal_target to be a float, got {type(target).__name__}. "
+            "Barlow Twins has 0, the form of HSIC −1."
+        )
+    if not math.isfinite(target):
+        raise ValueError(
+            f"{caller}: expected off_diagonal_target to be finite, got {target}. Barlow Twins has 0, HSIC's form −1."
+        )
 
 
 def check_choice(caller: str, name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@ r"""The face: :func:`barlow_twins_loss` and its module :class:`BarlowTwinsLoss`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
@@ -18,6 +19,7 @@ from barlow_loss._validation import (
     check_eps,
     check_lambd,
     check_pair_weights,
+    check_target,
     check_views,
     weight_rows,
 )
@@ -54,6 +56,7 @@ def barlow_twins_loss(
     grad_reduction: GradReduction = ...,
     return_terms: Literal[False] = ...,
     pair_weights: PairWeights | None = ...,
+    off_diagonal_target: float = ...,
 ) -> Tensor: ...
 
 
@@ -69,6 +72,7 @@ def barlow_twins_loss(
     grad_reduction: GradReduction = ...,
     return_terms: Literal[True],
     pair_weights: PairWeights | None = ...,
+    off_diagonal_target: float = ...,
 ) -> BarlowTwinsTerms: ...
 
 
@@ -84,6 +88,7 @@ def barlow_twins_loss(
     grad_reduction: GradReduction = ...,
     return_terms: bool,
     pair_weights: PairWeights | None = ...,
+    off_diagonal_target: float = ...,
 ) -> Tensor | BarlowTwinsTerms: ...
 
 
@@ -98,6 +103,7 @@ def barlow_twins_loss(
     grad_reduction: GradReduction = "mean",
     return_terms: bool = False,
     pair_weights: PairWeights | None = None,
+    off_diagonal_target: float = 0.0,
 ) -> Tensor | BarlowTwinsTerms:
     r"""The Barlow Twins loss of two or more views, exact on any number of processes, linear in D for N ≤ D/2.
 
@@ -139,6 +145,9 @@ def barlow_twins_loss(
             or nested sequence, ≥ 0, with a diagonal of 0; None: all alike. 0 leaves a pair out. Two global crops
             against every view, and no local crop against another, of 2 + 2: ``[[0, 1, 1, 1], [1, 0, 1, 1],
             [1, 1, 0, 0], [1, 1, 0, 0]]``. Alike on all processes. Under torch.compile give numbers, not a tensor.
+        off_diagonal_target: t of the off-diagonal sum Σ_{i≠j} (C_ij − t)², a number; −1 is the form that Tsai et al.
+            derive from HSIC. Alike on all processes. The dual's rounding is relative to t² D² then, which matters where
+            all features are nearly one (t = 1).
 
     Returns:
         The loss, 0-d: float32, also for 16-bit views and under autocast; float64 for float64 views. Gradients come in
@@ -192,12 +201,12 @@ def barlow_twins_loss(
 
     References:
         Zbontar, Jing, Misra, LeCun, Deny: Barlow Twins: Self-Supervised Learning via Redundancy Reduction, ICML 2021,
-        arXiv 2103.03230, equations 1 and 2. The Frobenius identity of the dual: Tsai et al., arXiv 2104.13712,
-        equation 4.
+        arXiv 2103.03230, equations 1 and 2. The Frobenius identity of the dual, and the target −1: Tsai et al., arXiv
+        2104.13712, equation 4.
     """
     caller = "barlow_twins_loss"
     group = group_of(caller, process_group, synchronize)
-    settings = lambd, eps, algorithm, backend, grad_reduction
+    settings = lambd, eps, algorithm, backend, grad_reduction, off_diagonal_target
     if group.size == 1:
         check_views(caller, *views)
         _check_settings(caller, *settings)
@@ -210,7 +219,7 @@ def barlow_twins_loss(
     n = shards.total
     if n < 2:
         check_samples(caller, views[0], shards)
-    plan = plan_for(caller, algorithm, backend, grad_reduction, weights, n, views)
+    plan = plan_for(caller, algorithm, backend, grad_reduction, weights, n, views, float(off_diagonal_target))
     terms = loss_and_sums(views, lambd, eps, plan, shards)
     return BarlowTwinsTerms(*terms) if return_terms else terms[0]
 
@@ -219,7 +228,7 @@ def _claims(caller: str, views: tuple[Tensor, ...], pair_weights: Any, *settings
     """This rank's number of rows, and what every rank must have alike; raises what is wrong on this one."""
     z1 = check_views(caller, *views)[0]
     _check_settings(caller, *settings)
-    lambd, eps, algorithm, backend, grad_reduction = settings
+    lambd, eps, algorithm, backend, grad_reduction, off_diagonal_target = settings
     return z1.shape[0], {
         "D": z1.shape[1],
         "views": len(views),
@@ -233,12 +242,17 @@ def _claims(caller: str, views: tuple[Tensor, ...], pair_weights: Any, *settings
         "algorithm": algorithm,
         "backend": choose_backend(caller, backend, z1.device),
         "grad_reduction": grad_reduction,
+        "off_diagonal_target": float(off_diagonal_target),
     }
 
 
-def _check_settings(caller: str, lambd: Any, eps: Any, algorithm: Any, backend: Any, grad_reduction: Any) -> None:
+def _check_settings(
+    caller: str, lambd: Any, eps: Any, algorithm: Any, backend: Any, grad_reduction: Any, off_diagonal_target: Any
+) -> None:
     check_lambd(caller, lambd)
     check_eps(caller, eps)
+    if not (type(off_diagonal_target) is float and math.isfinite(off_diagonal_target)):  # a call less in every step
+        check_target(caller, off_diagonal_target)
     check_choice(caller, "algorithm", algorithm, ALGORITHMS)
     check_choice(caller, "backend", backend, BACKENDS)
     check_choice(caller, "grad_reduction", grad_reduction, ("mean", "sum"))
@@ -258,6 +272,7 @@ class BarlowTwinsLoss(nn.Module):
         process_group: default: the world, once torch.distributed is initialised.
         grad_reduction: "mean" or "sum"; see :func:`barlow_twins_loss`.
         pair_weights: of the views; default: all pairs alike.
+        off_diagonal_target: what the C_ij off the diagonal shall be; see :func:`barlow_twins_loss`.
 
     Raises:
         ValueError, TypeError: a setting out of its range or of the wrong type, already here.
@@ -282,9 +297,10 @@ class BarlowTwinsLoss(nn.Module):
         process_group: ProcessGroup | None = None,
         grad_reduction: GradReduction = "mean",
         pair_weights: PairWeights | None = None,
+        off_diagonal_target: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_settings("BarlowTwinsLoss", lambd, eps, algorithm, backend, grad_reduction)
+        _check_settings("BarlowTwinsLoss", lambd, eps, algorithm, backend, grad_reduction, off_diagonal_target)
         self.lambd = lambd
         self.eps = eps
         self.algorithm: Algorithm = algorithm
@@ -293,6 +309,7 @@ class BarlowTwinsLoss(nn.Module):
         self.process_group = process_group
         self.grad_reduction: GradReduction = grad_reduction
         self.pair_weights = None if pair_weights is None else weight_rows("BarlowTwinsLoss", pair_weights)
+        self.off_diagonal_target = off_diagonal_target
 
     @overload
     def forward(self, *views: Tensor, return_terms: Literal[False] = ...) -> Tensor: ...
@@ -315,10 +332,11 @@ class BarlowTwinsLoss(nn.Module):
             process_group=self.process_group,
             grad_reduction=self.grad_reduction,
             pair_weights=self.pair_weights,
+            off_diagonal_target=self.off_diagonal_target,
             return_terms=return_terms,
         )
 
     def extra_repr(self) -> str:
         """The settings, as the constructor takes them."""
-        names = ("lambd", "eps", "algorithm", "backend", "synchronize", "grad_reduction", "pair_weights")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        names = "lambd", "eps", "algorithm", "backend", "synchronize", "grad_reduction", "pair_weights"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*names, "off_diagonal_target"))

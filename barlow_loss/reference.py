@@ -38,18 +38,21 @@ def _standardize(z: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt(v + eps)
 
 
-def barlow_twins_loss(z1: Tensor, z2: Tensor, *, lambd: float | Tensor = 0.0051, eps: float = 1e-5) -> ReferenceTerms:
+def barlow_twins_loss(
+    z1: Tensor, z2: Tensor, *, lambd: float | Tensor = 0.0051, eps: float = 1e-5, off_diagonal_target: float = 0.0
+) -> ReferenceTerms:
     r"""The loss of Zbontar et al. (2021), equations 1 and 2, term by term, in the dtype of its inputs.
 
     .. math::
         C = \hat z_1^\top \hat z_2 / N, \qquad
-        L = \sum_i (C_{ii} - 1)^2 + \lambda \sum_i \sum_{j \ne i} C_{ij}^2
+        L = \sum_i (C_{ii} - 1)^2 + \lambda \sum_i \sum_{j \ne i} (C_{ij} - t)^2
 
     Args:
         z1: the first view's embeddings, (N, D), any floating dtype.
         z2: the second view's embeddings, the same shape and dtype.
         lambd: weight of the off-diagonal sum, ≥ 0.
         eps: added to the biased variance inside the root, ≥ 0.
+        off_diagonal_target: t; 0 in the paper, −1 in the form of HSIC (arXiv 2104.13712).
 
     Returns:
         The loss and its two sums. All three are differentiable, any number of times.
@@ -63,7 +66,7 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, *, lambd: float | Tensor = 0.0051,
     c = _standardize(z1, eps).T @ _standardize(z2, eps) / n
     diagonal = torch.eye(d, dtype=torch.bool, device=c.device)
     on_diagonal = (c.diagonal() - 1).square().sum()
-    off_diagonal = c.masked_fill(diagonal, 0).square().sum()
+    off_diagonal = (c - off_diagonal_target).masked_fill(diagonal, 0).square().sum()
     return ReferenceTerms(on_diagonal + lambd * off_diagonal, on_diagonal, off_diagonal)
 
 

@@ -69,20 +69,23 @@ def centred(z: Tensor) -> Tensor:
     return x - x.mean(0)
 
 
-def truth(z1: Tensor, z2: Tensor, lambd: float = LAMBD, eps: float = EPS) -> Truth:
+def truth(z1: Tensor, z2: Tensor, lambd: float = LAMBD, eps: float = EPS, target: float = 0.0) -> Truth:
     """L, its terms and gradients by float64 autograd through the oracle; their rounding bands by the closed form."""
     leaves = [centred(view).requires_grad_() for view in (z1, z2)]
-    terms = reference.barlow_twins_loss(*leaves, lambd=lambd, eps=eps)
+    terms = reference.barlow_twins_loss(*leaves, lambd=lambd, eps=eps, off_diagonal_target=target)
     gradients = torch.autograd.grad(terms.loss, leaves)
 
     # Every product of L and of ∂L/∂z1 = r1/N ⊙ (ẑ2 Mᵀ − ẑ1 ⊙ rowsum(M∘C)), by its absolute value.
     n, d = z1.shape
     (hat1, r1), (hat2, r2) = (_standardized(leaf.detach(), eps) for leaf in leaves)
     C = hat1.T @ hat2 / n
-    M = 2 * (lambd * C).abs()
+    reached = C.abs() + abs(target)  # the dual expands (C − t)², and rounds each part
+    M = 2 * lambd * reached
     M.diagonal().copy_(2 * (C.diagonal() - 1).abs() + 2)
     rowsum, colsum = (M * C.abs()).sum(1), (M * C.abs()).sum(0)
-    value_condition = 2 * (C.diagonal() - 1).abs().sum() + 2 * lambd * C.square().sum() + d * torch.finfo(z1.dtype).eps
+    value_condition = (
+        2 * (C.diagonal() - 1).abs().sum() + 2 * lambd * reached.square().sum() + d * torch.finfo(z1.dtype).eps
+    )
     conditions = (
         (r1 / n * (hat2.abs() @ M.T + hat1.abs() * rowsum)).norm(),
         (r2 / n * (hat1.abs() @ M + hat2.abs() * colsum)).norm(),

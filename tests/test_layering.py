@@ -31,7 +31,7 @@ LAYERS = [
     {"_backends.triton._launch"},
     {"_backends.eager"},
     {"_header", "_validation_relatives"},
-    {"_checkpoints", "_penalty", "_statistics", "_validation"},
+    {"_checkpoints", "_penalty", "_statistics", "_target", "_validation"},
     {"_plan", "_collectives"},
     {"_gram", "_pairs"},
 ]

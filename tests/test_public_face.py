@@ -47,6 +47,7 @@ SIGNATURES = {
         "grad_reduction": "mean",
         "return_terms": False,
         "pair_weights": None,
+        "off_diagonal_target": 0.0,
     },
     "BarlowTwinsLoss": {
         "lambd": 0.0051,
@@ -57,6 +58,7 @@ SIGNATURES = {
         "process_group": None,
         "grad_reduction": "mean",
         "pair_weights": None,
+        "off_diagonal_target": 0.0,
     },
     "vicreg_loss": {
         "views": inspect.Parameter.empty,

@@ -16,6 +16,7 @@ from barlow_loss import (
     MixedBarlowTwinsLoss,
     VICRegLoss,
     VICRegTerms,
+    barlow_twins_loss,
     cross_correlation,
     mixed_barlow_twins_loss,
     vicreg_loss,
@@ -49,7 +50,8 @@ class TestPublishedNumbers:
 
     ``VICReg.forward`` of main_vicreg.py, github.com/facebookresearch/vicreg at 4e12602, with an identity as network, in
     a group of one process, with 25, 25 and 1 and with one of its three coefficients alone. Lines 55 to 84 of main.py,
-    github.com/wgcban/mix-bt at e2c6af0, with λ = 0.0078125, a scale of 4, α = 0.3 and the permutations below.
+    github.com/wgcban/mix-bt at e2c6af0, with λ = 0.0078125, a scale of 4, α = 0.3 and the permutations below. Lines 36
+    to 53 of main.py, github.com/yaohungt/Barlow-Twins-HSIC at a30baba, with corr_neg_one and the same λ.
     """
 
     VICREG: ClassVar = {
@@ -67,6 +69,18 @@ class TestPublishedNumbers:
         # (N, D): permutation, loss of both views, R · scale · λ
         (6, 20): ([2, 0, 5, 1, 3, 4], 2.4642986825956354, 10.658521537167578),
         (16, 5): ([(5 * i + 3) % 16 for i in range(16)], 0.2222735427791336, 0.08746208125203628),
+    }
+
+    HSIC: ClassVar = {
+        # (N, D): loss and its off-diagonal sum, the latter's gradient: norms of both views, their elements [1, 2]
+        (6, 20): (
+            *(5.219218599980175, 480.7621309986597),
+            *((4.904961161553447, 4.06004147574649), (1.2082853561342561, -0.039225843662317995)),
+        ),
+        (16, 5): (
+            *(0.33465366611255254, 22.242529032139462),
+            *((1.651957743986598, 1.3802261124739497), (-0.13889374329118095, 0.05573990637653244)),
+        ),
     }
 
     @staticmethod
@@ -97,6 +111,21 @@ class TestPublishedNumbers:
         diagonal = share * cross_correlation(*views[:2], eps=0.0).diagonal()
         base = (diagonal - 1).square().sum() + 0.0078125 * share**2 * terms.off_diagonal
         assert float(base) == pytest.approx(of_views, rel=1e-12)
+
+    @pytest.mark.parametrize("shape", HSIC)
+    def test_the_form_of_hsic(self, algorithm, shape):
+        """Correlations as of mixed samples: (C (N − 1)/N + 1)² is ((N − 1)/N)² (C − t)² with t = −N/(N − 1)."""
+        loss, of_pairs, norms, elements = self.HSIC[shape]
+        z1, z2, _ = self._inputs(*shape)
+        share = (shape[0] - 1) / shape[0]
+        settings = {"lambd": 0.0078125, "eps": 0.0, "algorithm": algorithm, "off_diagonal_target": -1 / share}
+        off_diagonal = share**2 * barlow_twins_loss(z1, z2, return_terms=True, **settings).off_diagonal
+        gradients = torch.autograd.grad(off_diagonal, (z1, z2))
+        assert float(off_diagonal.detach()) == pytest.approx(of_pairs, rel=1e-12)
+        assert [float(gradient.norm()) for gradient in gradients] == pytest.approx(norms, rel=1e-11)
+        assert [float(gradient[1, 2]) for gradient in gradients] == pytest.approx(elements, rel=1e-11)
+        diagonal = share * cross_correlation(z1, z2, eps=0.0).diagonal()
+        assert float((diagonal - 1).square().sum() + 0.0078125 * of_pairs) == pytest.approx(loss, rel=1e-12)
 
 
 SHAPES = [(2, 1), (2, 5), (4, 9), (9, 4), (6, 6)]

@@ -5,8 +5,11 @@ import torch
 
 from barlow_loss import BarlowTwinsLoss, barlow_twins_loss
 from comparison import assert_near
+from inductor import needs_compiler
 from strategies import Batch
 from test_laws_views import Mean, evaluate, random_weights
+
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])]
 
 
 @pytest.mark.parametrize("n", [70, 600])
@@ -64,18 +67,21 @@ def test_views_of_other_shapes_are_named():
 
 @pytest.mark.usefixtures("fresh_compiler")
 class TestCompiled:
-    def test_in_one_graph(self, algorithm, dtype):
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("target", [0.0, -1.0])
+    def test_in_one_graph(self, algorithm, dtype, backend, target):
         z = Batch(20, 50, 1, "trained").more_views(4, dtype)
-        settings = {"algorithm": algorithm, "pair_weights": random_weights(4, 1)}
+        settings = {"algorithm": algorithm, "pair_weights": random_weights(4, 1), "off_diagonal_target": target}
 
         def loss_fn(*views):
             return tuple(barlow_twins_loss(*views, return_terms=True, **settings))
 
-        compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(loss_fn, fullgraph=True, backend=backend)
         leaves = [view.detach().requires_grad_() for view in z]
         terms = compiled(*leaves)
         gradients = torch.autograd.grad(terms[0], leaves)
-        Mean(z, settings["pair_weights"]).assert_holds([term.detach() for term in terms], gradients, dtype)
+        expected = Mean(z, settings["pair_weights"], target=target)
+        expected.assert_holds([term.detach() for term in terms], gradients, dtype)
 
     def test_without_gradients(self, algorithm):
         """There Dynamo would hand a forward with any number of views one argument more."""

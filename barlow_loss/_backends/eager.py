@@ -18,6 +18,7 @@ from barlow_loss._pairs import Stack, each, pairs_of
 from barlow_loss._penalty import Arriving, Number, penalties, slopes
 from barlow_loss._plan import Plan, vector_dtype
 from barlow_loss._statistics import Moments, at_least_one, scale_and_shift
+from barlow_loss._target import moved_product
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -207,9 +208,9 @@ def _grams(u: Stack, plan: Plan) -> tuple[Tensor, ...]:
     return k
 
 
-def project(k: Tensor, every: Tensor, own: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """P = K U from this process's rows of K, and Σₙ u_own ∘ P: (n, N), (N, D), (n, D) to (n, D), (D,)."""
-    p = torch.mm(k, every)
+def project(k: Tensor, every: Tensor, own: Tensor, beside: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
+    """P = K U, and what is beside it, from this process's rows of K; Σₙ u_own ∘ P: (n, N), (N, D) to (n, D), (D,)."""
+    p = moved_product(k, every, beside)
     return p, _column_dots(wide(own), wide(p), plan, keepdim=False)
 
 

@@ -27,8 +27,8 @@ def _evaluate(counts, dtype, d, views, by_rank=False, ranks=None, **settings):
     return [term.detach() for term in terms], [view.grad for view in z]
 
 
-def _assert_exact(results, counts, dtype, d, views, weights, scale):
-    expected = Mean(global_batch(counts, d, dtype, views=views), weights)
+def _assert_exact(results, counts, dtype, d, views, weights, scale, target=0.0):
+    expected = Mean(global_batch(counts, d, dtype, views=views), weights, target=target)
     for terms, _ in results:
         assert all(map(torch.equal, terms, results[0][0]))
     gradients = [torch.cat([result[1][view] for result in results]).double() / scale for view in range(views)]
@@ -42,6 +42,15 @@ def test_p30_equals_the_concatenated_batch(pool, world_size, shares, algorithm, 
     settings = {"algorithm": algorithm, "pair_weights": weights}
     results = pool.run(_evaluate, world_size, counts, dtype, d, views, **settings)
     _assert_exact(results, counts, dtype, d, views, weights, world_size)
+
+
+@pytest.mark.parametrize(("world_size", "shares"), [(2, "uneven"), (3, "empty")])
+@pytest.mark.parametrize("views", [2, 3])
+def test_p30_with_an_off_diagonal_target(pool, world_size, shares, algorithm, dtype, views):
+    counts, d = SHARES[world_size][shares], D[algorithm]
+    settings = {"algorithm": algorithm, "off_diagonal_target": -1.0}
+    results = pool.run(_evaluate, world_size, counts, dtype, d, views, **settings)
+    _assert_exact(results, counts, dtype, d, views, None, world_size, target=-1.0)
 
 
 def test_p31_ranks_that_weight_the_loss_differently(pool, algorithm):
@@ -85,6 +94,7 @@ def test_another_number_of_views_on_one_rank_is_named(pool):
         assert "views = 2 on ranks 0, 2" in error
     for error in pool.run(_other_weights_on_rank_1, 2):
         assert "pair_weights" in error
+        assert "off_diagonal_target = -1.0 on rank 1" in error
 
 
 def _one_view_more_on_rank_1():
@@ -98,7 +108,7 @@ def _other_weights_on_rank_1():
     z = torch.randn(4, 6)
     w = 1.0 + dist.get_rank()
     with pytest.raises(ValueError, match="the same arguments on every rank") as raised:
-        barlow_twins_loss(z, z, z, pair_weights=[[0, w, 1], [w, 0, 1], [1, 1, 0]])
+        barlow_twins_loss(z, z, z, pair_weights=[[0, w, 1], [w, 0, 1], [1, 1, 0]], off_diagonal_target=1 - w)
     return str(raised.value)
 
 

@@ -106,7 +106,7 @@ LOSS = [
         GRADIENTS,
         ("primal-gradient-not-transposed", "(u2, c.t(), rows)", "(u2, c, rows)"),
         ("primal-takes-row-sums-for-both-views", "(u1, c, columns)", "(u1, c, rows)"),
-        ("diagonal-of-a-copy-set-to-zero", "diagonal().zero_()", "diagonal().clone().zero_()"),
+        ("diagonal-of-a-copy-set-to-zero", "correlation.diagonal()", "correlation.diagonal().clone()"),
     ),
     *_in(
         "barlow_loss/_backends/eager.py",
@@ -156,7 +156,11 @@ LOSS = [
     *_in(
         "barlow_loss/loss.py",
         ("tests/distributed/test_traffic.py", "tests/distributed/test_exactness.py"),
-        ("auto-decides-by-the-rows-of-one-rank", "weights, n, views)", "weights, views[0].shape[0], views)"),
+        (
+            "auto-decides-by-the-rows-of-one-rank",
+            "weights, n, views, float",
+            "weights, views[0].shape[0], views, float",
+        ),
     ),
 ]
 
@@ -186,8 +190,26 @@ VIEWS = [
     *_in(
         "barlow_loss/_primal.py",
         ("tests/test_laws_views.py", "tests/test_views.py"),
-        ("primal-pairs-weigh-alike", "parts.append(kept[-2] * weight)", "parts.append(kept[-2])"),
-        ("columns-for-rows-of-the-second-view", "q.add_(columns, alpha=weight)", "q.add_(rows, alpha=weight)"),
+        ("primal-pairs-weigh-alike", "parts.append(squares * weight)", "parts.append(squares)"),
+        ("columns-for-rows-of-the-second-view", "rows if view == i else columns, alpha", "rows, alpha"),
+        ("products-of-pairs-weigh-alike", "product.to(p.dtype).mul_(weight)", "product.to(p.dtype)"),
+    ),
+    *_in(
+        "barlow_loss/_target.py",
+        ("tests/test_laws_target.py",),
+        ("target-without-its-square", " + t * t * d * (d - 1) / processes", ""),
+        ("target-of-the-diagonal-too", " - c.sum(dtype=dtype)", ""),
+        ("target-without-row-sums", ".sub_(mean.sum(1, keepdim=True))", ""),
+    ),
+    *_in(
+        "barlow_loss/_target.py",
+        ("tests/distributed/test_more_views.py",),
+        ("target-once-for-each-process", " / processes", ""),
+    ),
+    *_in(
+        "barlow_loss/_primal.py",
+        ("tests/test_laws_target.py",),
+        ("q-of-what-was-moved", "products = moved * wide", "products = moved.square()"),
     ),
     *_in(
         "barlow_loss/_penalty.py",

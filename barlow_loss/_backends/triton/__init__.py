@@ -23,6 +23,7 @@ from barlow_loss._backends.triton._frobenius import frobenius
 from barlow_loss._backends.triton._views import backproject_view, mix, pair_dots
 from barlow_loss._pairs import each, pairs_of, weights_of_pairs
 from barlow_loss._statistics import moments_from_sums, pivot_of, sample_index, scale_and_shift
+from barlow_loss._target import moved_product
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -72,8 +73,8 @@ def grams(u: Stack, every: tuple[Tensor, ...] | None, plan: Plan) -> tuple[tuple
     return tuple(m), parts
 
 
-def project(k: Tensor, every: Tensor, own: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    p = torch.mm(k, every)
+def project(k: Tensor, every: Tensor, own: Tensor, beside: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
+    p = moved_product(k, every, beside)
     return p, column_dots(own, p)
 
 

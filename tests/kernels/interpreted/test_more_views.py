@@ -20,9 +20,10 @@ from test_laws_views import Mean, random_weights
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
-def evaluate(views, algorithm, products, weights, lambd=0.0051):
+def evaluate(views, algorithm, products, weights, lambd=0.0051, target=0.0):
     leaves = [view.detach().clone().requires_grad_() for view in views]
-    plan = Plan(algorithm, "triton", torch.promote_types(leaves[0].dtype, F32), products, weights=weights)
+    compute = torch.promote_types(leaves[0].dtype, F32)
+    plan = Plan(algorithm, "triton", compute, products, weights=weights, off_diagonal_target=target)
     with poisoned():
         terms = loss_and_sums(leaves, lambd, 1e-5, plan, Shards(ALONE, (len(leaves[0]),)))
         gradients = torch.autograd.grad(terms[0], leaves)
@@ -40,13 +41,14 @@ def test_the_weighted_mean_over_pairs(algorithm, views, n, d, dtype):
 
 
 @pytest.mark.parametrize("z", [F32, BF16], ids=str)
-def test_float16_products(algorithm, z):
+@pytest.mark.parametrize(("count", "target"), [(3, 0.0), (3, -1.0), (2, -1.0)])
+def test_float16_products(algorithm, z, count, target):
     """The diagonals are summed before u is rounded: the terms at float16's accuracy, gradients in the views' dtype."""
-    views = Batch(64, 256, 5, "trained", mean=1.0).more_views(3, z)
-    (loss, on, _), gradients = evaluate(views, algorithm, F16, all_alike(3))
-    expected = Mean(views)
+    views = Batch(64, 256, 5, "trained", mean=1.0).more_views(count, z)
+    (loss, on, _), gradients = evaluate(views, algorithm, F16, all_alike(count), target=target)
+    expected = Mean(views, target=target)
     assert_near(loss, expected.loss, 2e-3 * float(expected.loss))
-    right = sum(found.on_diagonal for found in expected.truths.values()) / 3
+    right = sum(found.on_diagonal for found in expected.truths.values()) / len(expected.truths)
     assert_near(on, right, 3e-6 * float(right))
     for gradient, wanted in zip(gradients, expected.gradients, strict=True):
         assert gradient.dtype == z

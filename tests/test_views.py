@@ -26,6 +26,15 @@ def test_the_module_keeps_its_weights(algorithm):
     assert loss_fn(*z) == barlow_twins_loss(*z, algorithm=algorithm, pair_weights=weights)
 
 
+def test_lambd_alone_may_need_a_gradient(algorithm):
+    lambd = torch.tensor(0.1, requires_grad=True)
+    terms = barlow_twins_loss(
+        *Batch(9, 24, 1, "trained").more_views(3, torch.float32), lambd=lambd, algorithm=algorithm, return_terms=True
+    )
+    (gradient,) = torch.autograd.grad(terms.loss, lambd)
+    assert gradient == terms.off_diagonal
+
+
 ONES = [[0, 1, 1], [1, 0, 1], [1, 1, 0]]
 REFUSED = {
     "not a matrix": (3, TypeError, ["square tensor or a sequence of rows of numbers", "int"]),

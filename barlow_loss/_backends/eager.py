@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from barlow_loss._collectives import Shards
 
     Product = tuple[Tensor, Tensor | None, Tensor | None]
-    _Others = tuple[tuple[Tensor, Tensor], ...]  # u and d of the views that pair with one
+    _Others = tuple[tuple[int, Tensor], ...]  # the views that pair with one, and their d
 
 __all__ = ["backproject", "grams", "penalties", "project", "standardize"]
 
@@ -139,18 +139,31 @@ def _pair_dots(us: tuple[Tensor, ...], plan: Plan) -> Tensor:
     pairs = pairs_of(len(us))
     if not plan.on_host:
         return torch.stack([torch.mul(us[i], us[j]).sum(0) for i, j in pairs])
-    n, d = us[0].shape
-    height = max(1, _PAIRS_ELEMENTS // d)
-    c = us[0].new_zeros((len(pairs), d))
-    sums = us[0].new_zeros((len(pairs), min(height, n), d))
-    for number, start in enumerate(range(0, n, height), start=1):
-        blocks = [u[start : start + height] for u in us]
-        for (i, j), of_pair in zip(pairs, sums[:, : len(blocks[0])].unbind(), strict=True):
-            of_pair.addcmul_(blocks[i], blocks[j])
-        if number % 16 == 0:  # a sum of a thousand blocks, one after another, would lose a digit
-            c.add_(sums.sum(1))
-            sums.zero_()
-    return c.add_(sums.sum(1))
+    height = max(1, _PAIRS_ELEMENTS // us[0].shape[1])
+    dots = _BlockDots(len(pairs), height, us[0])
+    for rows in zip(*(torch.split(u, height) for u in us), strict=True):
+        dots.add([(rows[i], rows[j]) for i, j in pairs])
+    return dots.total()
+
+
+class _BlockDots:
+    """Σₙ a ∘ b of several a and b, (P, D), that come by blocks of at most so many rows."""
+
+    def __init__(self, count: int, height: int, like: Tensor) -> None:
+        self.sums = like.new_zeros((count, min(height, like.shape[0]), like.shape[1]))
+        self.folded, self.blocks = like.new_zeros((count, like.shape[1])), 0
+
+    def add(self, blocks: list[tuple[Tensor, Tensor]]) -> None:
+        """The next block of each."""
+        for of_pair, (a, b) in zip(self.sums[:, : len(blocks[0][0])].unbind(), blocks, strict=True):
+            of_pair.addcmul_(a, b)
+        self.blocks += 1
+        if self.blocks % 16 == 0:  # a sum of a thousand blocks, one after another, would lose a digit
+            self.total()
+            self.sums.zero_()
+
+    def total(self) -> Tensor:
+        return self.folded.add_(self.sums.sum(1))
 
 
 def grams(u: Stack, every: tuple[Tensor, ...] | None, plan: Plan) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -240,51 +253,56 @@ def backproject(
         b *= math.inf  # addmm refuses a number that its dtype has no room for
     d = c * (a - b if holds_diagonal else a) - a
     views, rhos = each(u), rho.unbind()
-    others = _others(views, d, plan)
+    others = _others(d, plan)
     by_blocks = len(plan.weights) > 2 and plan.on_host
     gradients: list[Tensor | None] = [None for _ in views]
-    qs: list[Tensor | None] = [None for _ in views]
+    of_own: list[Tensor | None] = [None for _ in views]
     for view, product in enumerate(products):
         if product is not None:
-            g = _scaled_product(product, views[view], b)
-            qs[view] = product[2]
+            g, q = _scaled_product(product, views[view], b), product[2]
+            of_own[view] = None if q is None else q * b + _dots(view, d, c, plan)
             if not by_blocks:
                 for other, factor in others[view]:
-                    g.addcmul_(wide(other), factor)
-                g = _finished(view, g, qs[view], views, b, c, d, rhos, plan, dtype)
+                    g.addcmul_(wide(views[other]), factor)
+                g = _finished(views[view], g, of_own[view], rhos[view], plan, dtype)
             gradients[view] = g
     if by_blocks:
-        _add_by_blocks(gradients, others, views[0].shape)
+        dots = _add_by_blocks(gradients, others, views)
         for view, started in enumerate(gradients):
             if started is not None:
-                gradients[view] = _finished(view, started, qs[view], views, b, c, d, rhos, plan, dtype)
+                of_view = dots[view] if of_own[view] is None else of_own[view]
+                gradients[view] = _finished(views[view], started, of_view, rhos[view], plan, dtype)
     return tuple(gradients)
 
 
-def _add_by_blocks(gs: list[Tensor | None], others: Sequence[_Others], shape: torch.Size) -> None:
-    """Add Σ d u_other to the g of every view, block of rows by block, so that u comes into the cache once."""
-    n, width = shape
-    height = max(1, 2 * _PAIRS_ELEMENTS // width)
-    for start in range(0, n, height):
-        rows = slice(start, start + height)
-        for g, pairs in zip(gs, others, strict=True):
-            if g is not None:
-                for other, factor in pairs:
-                    g[rows].addcmul_(other[rows], factor)
+def _add_by_blocks(gs: list[Tensor | None], others: Sequence[_Others], us: tuple[Tensor, ...]) -> dict[int, Tensor]:
+    """Add Σ d u_other to the g of every view, and find Σₙ u_own ∘ g; block of rows by block, so that u is read once."""
+    height = max(1, 2 * _PAIRS_ELEMENTS // us[0].shape[1])
+    wanted = {view: torch.split(g, height) for view, g in enumerate(gs) if g is not None}
+    if not wanted:  # λ alone needs a gradient
+        return {}
+    dots = _BlockDots(len(wanted), height, us[0])
+    for number, rows in enumerate(zip(*(torch.split(u, height) for u in us), strict=True)):
+        for view, blocks in wanted.items():
+            for other, factor in others[view]:
+                blocks[number].addcmul_(rows[other], factor)
+        dots.add([(rows[view], blocks[number]) for view, blocks in wanted.items()])
+    return dict(zip(wanted, dots.total().unbind(), strict=True))
 
 
-def _others(views: tuple[Tensor, ...], d: Tensor, plan: Plan) -> Sequence[_Others]:
-    """For every view u and weighted d of the views with which it pairs."""
+def _others(d: Tensor, plan: Plan) -> Sequence[_Others]:
+    """For every view those with which it pairs, and d of the pair by its weight."""
     d = d if d.dtype == plan.compute_dtype else d.to(plan.compute_dtype)
-    if len(views) == 2:
-        return ((views[1], d),), ((views[0], d),)
-    others: list[list[tuple[Tensor, Tensor]]] = [[] for _ in views]
-    for (i, j), d_pair in zip(pairs_of(len(views)), d.unbind(), strict=True):
+    views = len(plan.weights)
+    if views == 2:
+        return ((1, d),), ((0, d),)
+    others: list[list[tuple[int, Tensor]]] = [[] for _ in range(views)]
+    for (i, j), d_pair in zip(pairs_of(views), d.unbind(), strict=True):
         weight = plan.weights[i][j]
         if weight:
             weighted = d_pair * weight
-            others[i].append((views[j], weighted))
-            others[j].append((views[i], weighted))
+            others[i].append((j, weighted))
+            others[j].append((i, weighted))
     return [tuple(pairs) for pairs in others]
 
 
@@ -296,22 +314,11 @@ def _scaled_product(product: Product, own: Tensor, b: Number) -> Tensor:
     return wide(left if right is None else torch.mm(left, right)) * b
 
 
-def _finished(
-    view: int,
-    g: Tensor,
-    q: Tensor | None,
-    views: tuple[Tensor, ...],
-    b: Number,
-    c: Tensor,
-    d: Tensor,
-    rhos: Sequence[Tensor],
-    plan: Plan,
-    dtype: torch.dtype,
-) -> Tensor:
-    """ρ (g − (2b q + Σ d C_ii) u_own), where Σₙ u_own ∘ g is both sums at once if q is not given."""
-    own = wide(views[view])
-    of_own = _column_dots(own, g, plan) if q is None else q * b + _dots(view, d, c, plan)
-    g.addcmul_(own, of_own.to(plan.compute_dtype), value=-1).mul_(rhos[view].to(plan.compute_dtype))
+def _finished(own: Tensor, g: Tensor, of_own: Tensor | None, rho: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """ρ (g − (2b q + Σ d C_ii) u_own), where Σₙ u_own ∘ g is both sums at once if they are not given."""
+    own = wide(own)
+    of_own = _column_dots(own, g, plan) if of_own is None else of_own
+    g.addcmul_(own, of_own.to(plan.compute_dtype), value=-1).mul_(rho.to(plan.compute_dtype))
     return g if g.dtype == dtype else g.to(dtype)
 
 

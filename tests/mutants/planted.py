@@ -175,12 +175,9 @@ VIEWS = [
             "own = torch.stack([k_i[rows] for k_i in k])",
             "own = [k_i[rows] for k_i in k]",
         ),
-        ("blocks-of-pairs-counted-twice", "            sums.zero_()\n", ""),
-        (
-            "a-block-of-pairs-forgotten",
-            "start in enumerate(range(0, n, height), start=1)",
-            "start in enumerate(range(height, n, height), start=1)",
-        ),
+        ("blocks-of-pairs-counted-twice", "            self.sums.zero_()\n", ""),
+        ("blocks-of-pairs-forgotten", "            self.total()\n", ""),
+        ("dots-of-a-view-without-its-pairs", "(rows[view], blocks[number])", "(rows[view], rows[view])"),
     ),
     *_in(
         "barlow_loss/_backends/eager.py",
@@ -267,7 +264,7 @@ AUTOGRAD = [
         GRADIENTS,
         ("diagonal-taken-off-half", "a - b if holds_diagonal else a)", "a - b / 2 if holds_diagonal else a)"),
         ("gradient-along-the-features-forgotten", "q * b + _dots(view, d, c, plan)", "q * b"),
-        ("rho-of-the-other-view", "rhos[view].to(", "rhos[0].to("),
+        ("rho-of-the-other-view", "g, of_own[view], rhos[view]", "g, of_own[view], rhos[0]"),
         ("too-large-a-slope-is-refused", "b *= math.inf", "pass"),
     ),
     *_in(

@@ -28,7 +28,7 @@ from barlow_recipes.data import EpochBatches, hold_out, seed_of
 from barlow_recipes.digits import augment_digits, load_digits
 from barlow_recipes.errors import Aborted, UsageError
 from barlow_recipes.files import index_folder
-from barlow_recipes.images import Loader, TwoViews
+from barlow_recipes.images import Augmented, Loader
 from barlow_recipes.pixels import PixelSettings, UnfitError, decode
 from barlow_recipes.program import exit_status
 from programs import Nursery
@@ -243,7 +243,7 @@ def test_a_view_depends_on_seed_epoch_index_and_number_alone(jpegs: Path) -> Non
         return image + torch.rand(image.shape)
 
     def views(seed: int, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        return TwoViews(catalogue, (noisy, noisy), seed, tolerated=5)[epoch, index][:2]
+        return Augmented(catalogue, (noisy, noisy), seed, tolerated=5)[epoch, index][:2]
 
     catalogue = index_folder(jpegs / "train")
     first = views(0, 2, 3)
@@ -276,7 +276,7 @@ LOSS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", LOSS.values(), ids=LOSS)
 def test_an_image_that_is_lost_gives_way_to_the_next(damage: Callable[[Path], object], tmp_path: Path) -> None:
     fill(tmp_path / "all", 4)
-    dataset = TwoViews(index_folder(tmp_path), (torch.clone, torch.clone), seed=0, tolerated=2)
+    dataset = Augmented(index_folder(tmp_path), (torch.clone, torch.clone), seed=0, tolerated=2)
     (before, _, none, _), (following, *_) = dataset[0, 1], dataset[0, 2]
     damage(tmp_path / "all" / "001.png")
     view, _, unreadable, reason = dataset[0, 1]

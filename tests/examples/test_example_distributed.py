@@ -242,7 +242,7 @@ def test_the_ranks_rows_make_up_the_batches_of_one_process(
 
 def test_every_process_needs_a_pair(run: Callable[..., tuple[int, str, str]], of: Callable[[int, int], None]) -> None:
     of(0, 4)
-    assert run("--batch-size", 3) == (2, "", "error: --batch-size 3: expected 4 or more, a pair for each process\n")
+    assert run("--batch-size", 3) == (2, "", "error: --batch-size 3: expected 4 or more, an image for each process\n")
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,7 @@ def finish_epoch(now: Run, epoch: int, unreadable: int, bar: Any) -> None:
     settings, state, watch = now.settings, now.state, now.watch
     row = {"step": state.step, "epoch": epoch + 1, "unreadable": unreadable}
     row |= {"images_per_second": watch.images_per_second, "waiting": watch.parts["data"] / watch.seconds}
+    row |= {"seconds": watch.seconds}
     from_main(now.save)  # first: a look takes a while
     due = (epoch + 1) % settings.probe_every == 0 or state.step == now.last_step
     if due:

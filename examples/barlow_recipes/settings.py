@@ -39,7 +39,7 @@ def official(world_size: int) -> dict[str, Any]:
 # The flags that differ from the defaults below, which are the paper's.
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
-        "arch": "digits-cnn", "projector": "512-512", "image_size": 8, "local_size": 5, "batch_size": 128, "epochs": 60,
+        "arch": "digits-cnn", "projector": "512-512", "image_size": 8, "local_size": 6, "batch_size": 128, "epochs": 60,
         "optimizer": "adamw", "learning_rate_weights": 4e-3, "learning_rate_biases": 4e-3, "weight_decay": 1e-4,
         "channels": 1, "probe_every": 5,
     },

@@ -37,8 +37,8 @@ from barlow_recipes.outputs import BACKBONE, METRICS, RESULTS, replacing
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.small import DIGITS, FASHION, FOUR_VIEWS, LOCAL_CROPS, PRETRAINED, VIEWS
 
-# Of pretraining. On either data all three take the same time, for a step with four views takes 2.0 times one with two,
-# and with local crops 2.3 times on digits and 2.1 times on Fashion-MNIST.
+# Of pretraining. On either data all three take the same time, for a step with four views takes twice one with two, and
+# with local crops 2.3 times on digits and 2.1 times on Fashion-MNIST (processor time, one core).
 EPOCHS = {
     DIGITS: {PRETRAINED: 25, FOUR_VIEWS: 13, LOCAL_CROPS: 11},
     FASHION: {PRETRAINED: 2, FOUR_VIEWS: 1, LOCAL_CROPS: 1},

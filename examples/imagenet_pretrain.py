@@ -42,7 +42,7 @@ from barlow_recipes.official import find_official, go_on, initialize
 from barlow_recipes.optimization import build_optimizer, build_schedule
 from barlow_recipes.outputs import BACKBONE
 from barlow_recipes.program import StopRequests, arrived, exit_status, start
-from barlow_recipes.settings import Settings, read_settings
+from barlow_recipes.settings import BEFORE_MORE_VIEWS, Settings, read_settings
 from barlow_recipes.steps import Run, Step, Stopwatch, apply, check_health, gradients
 
 
@@ -63,6 +63,8 @@ def run(settings: Settings) -> None:
     wanted = folders.find(settings, default)
     theirs = find_official(wanted) if wanted else None
     saved = None if theirs else folders.load(wanted)
+    if saved:
+        saved.content["settings"] = BEFORE_MORE_VIEWS | saved.content["settings"]
     begun = None  # in words, where the weights come from if they are not random
     if theirs:
         begun = go_on(theirs, state, settings.learning_rate_biases, steps_per_epoch)
@@ -106,7 +108,8 @@ def prepare_model(settings: Settings) -> BarlowTwins:
     # A first step that is not applied is told in a line of its own.
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
     shape = settings.stem, settings.channels, settings.image_size
-    model = build_model(settings.arch, settings.projector, *shape).to(settings.device)
+    local_size = settings.local_size if settings.local_crops else None
+    model = build_model(settings.arch, settings.projector, *shape, local_size).to(settings.device)
     if settings.freeze:
         freeze(model.backbone, settings.freeze)
     model = model.to(memory_format=torch.channels_last) if settings.channels_last else model
@@ -118,12 +121,12 @@ def prepare_model(settings: Settings) -> BarlowTwins:
 def load_data(settings: Settings) -> PretrainingData:
     """The images, split before anything is learned from them."""
     size, seed, monitor = settings.micro_batch_size, settings.seed, settings.probe
-    rows = distributed.own_rows(size)
+    rows, recipes = distributed.own_rows(size), settings.recipes()
+    how: dict[str, Any] = {"batch_size": size, "seed": seed, "monitor": monitor, "rows": rows}
     if settings.data is None:
-        data = load_digits(size, seed, monitor=monitor, rows=rows)
+        data = load_digits(**how, sides=[recipe.size for recipe in recipes])
     elif is_fashion_mnist(settings.data):
-        how = {"batch_size": size, "seed": seed, "monitor": monitor, "rows": rows}
-        data = load_fashion_mnist(settings.data, recipes=settings.recipes(), **how)
+        data = load_fashion_mnist(settings.data, recipes=recipes, **how)
     else:
         data = load_images(settings, rows)
     return data if settings.evaluation else replace(data, final=None)
@@ -147,7 +150,7 @@ def introduce(now: Run) -> None:
     parameters = sum(parameter.numel() for parameter in now.state.model.parameters()) / 1e6
     processes = distributed.world_size()
     devices = f"{settings.device.type} in {processes} processes" if processes > 1 else f"{settings.device}"
-    steps = f"{settings.epochs} epochs of {now.steps_per_epoch} steps of {settings.batch_size} pairs"
+    steps = f"{settings.epochs} epochs of {now.steps_per_epoch} steps of {settings.batch_size} images"
     how = f"{parameters:.2f} M parameters, {settings.optimizer}, {settings.precision} on {devices}"
     print(f"{data.name}: {data.images:,} images, {steps}")
     print(f"{settings.arch}, projector {settings.projector}: {how}; results go to {now.out}")
@@ -234,6 +237,7 @@ def finish_epoch(now: Run, epoch: int, unreadable: int, bar: Any) -> None:
     settings, state, watch = now.settings, now.state, now.watch
     row = {"step": state.step, "epoch": epoch + 1, "unreadable": unreadable}
     row |= {"images_per_second": watch.images_per_second, "waiting": watch.parts["data"] / watch.seconds}
+    row |= {"seconds": watch.seconds}
     from_main(now.save)  # first: a look takes a while
     due = (epoch + 1) % settings.probe_every == 0 or state.step == now.last_step
     if due:

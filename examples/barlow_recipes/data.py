@@ -1,4 +1,4 @@
-"""What every data set of the example offers: pairs of views to train on, labelled images to probe with.
+"""What every data set of the example offers: views to train on, labelled images to probe with.
 
 The order is a pure function of (seed, epoch), each view one of (seed, epoch, position, view): a run that resumes, with
 any number of workers, sees the same pixels, and of several processes each takes its rows of every batch.
@@ -30,9 +30,9 @@ def seed_of(*numbers: int) -> int:
 
 
 class Batch(NamedTuple):
-    """Two views of the same images; ``unreadable`` of them had to be replaced by others."""
+    """Views of the same images; ``unreadable`` of them had to be replaced by others."""
 
-    views: tuple[Tensor | UnfinishedView, Tensor | UnfinishedView]  # each (N, C, H, W), finished on the device
+    views: tuple[Tensor | UnfinishedView, ...]  # each (N, C, H, W), finished on the device; local crops last
     unreadable: int
 
 
@@ -76,7 +76,7 @@ class Pairs:
 
 
 class MemoryPairs(Pairs):
-    """Two views of so many images in memory, by one function each: of a batch's numbers (N,) and a generator."""
+    """Views of so many images in memory, by one function each: of a batch's numbers (N,) and a generator."""
 
     def __init__(self, images: int, views: Sequence[Callable[..., Tensor]], batch_size: int, seed: int) -> None:
         self.views, self.seed, self.order = views, seed, EpochBatches(images, batch_size, seed)
@@ -85,9 +85,10 @@ class MemoryPairs(Pairs):
         self.order.epoch, self.order.first_step = epoch, first_step
         for step, keys in enumerate(self.order, start=first_step):
             numbers = torch.tensor([index for _, index in keys])
-            generators = (torch.Generator().manual_seed(seed_of(self.seed, epoch, step, view)) for view in (1, 2))
-            view1, view2 = (view(numbers, own) for view, own in zip(self.views, generators, strict=True))
-            yield Batch((view1, view2), unreadable=0)
+            seeds = (seed_of(self.seed, epoch, step, view) for view in range(1, len(self.views) + 1))
+            generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+            made = (view(numbers, own) for view, own in zip(self.views, generators, strict=True))
+            yield Batch(tuple(made), unreadable=0)
 
 
 class PlainBatches:

@@ -1,6 +1,8 @@
 """scikit-learn's digits: 1,797 real handwritten digits of 8×8 pixels, which come with the package."""
 
 import math
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +13,13 @@ from barlow_recipes.errors import require
 from barlow_recipes.pixels import PixelSettings
 
 
-def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) -> PretrainingData:
-    """Split the digits, before anything is learned: a fifth for the final evaluation, a tenth of the rest to watch."""
+def load_digits(
+    batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE, sides: Sequence[int | None] = (None, None)
+) -> PretrainingData:
+    """Split the digits, before anything is learned: a fifth for the final evaluation, a tenth of the rest to watch.
+
+    ``sides`` has one for each view: that of a local crop, or None.
+    """
     digits = require("sklearn.datasets", "the digits run").load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # (1797, 1, 8, 8), values in [0, 1]
     labels = torch.tensor(digits.target)
@@ -23,14 +30,15 @@ def load_digits(batch_size: int, seed: int, monitor: bool, rows: slice = WHOLE) 
     seen, watching, known, tested = (PlainBatches(images, labels, part) for part in parts)
     pretraining = images[parts[0]]
 
-    def view(numbers: Tensor, generator: torch.Generator) -> Tensor:
-        return augment_digits(pretraining[numbers], generator)[rows]
+    def view(side: int | None, numbers: Tensor, generator: torch.Generator) -> Tensor:
+        whole = augment_digits(pretraining[numbers], generator)
+        return (crop(whole, side, generator) if side else whole)[rows]
 
     return PretrainingData(
         name="digits",
         pixels=PixelSettings(channels=1),
         images=len(pretraining),
-        pairs=MemoryPairs(len(pretraining), (view, view), batch_size, seed),
+        pairs=MemoryPairs(len(pretraining), [partial(view, side) for side in sides], batch_size, seed),
         monitor=Probe(seen, watching, linear=False, labels_per_class=(1,)) if monitor else None,
         final=Probe(known, tested, linear=True, labels_per_class=(1, 5)),
     )
@@ -59,3 +67,10 @@ def augment_digits(images: Tensor, generator: torch.Generator) -> Tensor:
     contrast, gamma = uniform(0.7, 1.3, 1, 1, 1), uniform(-0.4, 0.4, 1, 1, 1).exp()
     inked = (moved * contrast).clamp(0, 1) ** gamma
     return inked + 0.1 * torch.randn(images.shape, generator=generator)
+
+
+def crop(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """A window of each image, anywhere: (N, C, H, W) to (N, C, side, side)."""
+    windows = images.unfold(2, side, 1).unfold(3, side, 1).movedim(1, 3)  # (N, rows, columns, C, side, side)
+    top, left = (torch.randint(room, (len(images),), generator=generator) for room in windows.shape[1:3])
+    return windows[torch.arange(len(images)), top, left]

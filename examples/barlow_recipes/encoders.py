@@ -165,6 +165,19 @@ def _width(encoder: Encoder) -> int:
     )
 
 
+def check_local_size(encoder: Encoder, side: int) -> None:
+    """UsageError where it makes no features, or others than of whole images, of local crops with so many pixels."""
+    channels, whole, _ = encoder.shape
+    try:
+        if (features := _width(encoder._replace(shape=(channels, side, side)))) == encoder.features:
+            return
+        reason = f"{features} features in place of {encoder.features}"
+    except REFUSALS as error:
+        reason = first_line(error)
+    remedy = f"give {whole}, or another encoder: ResNets take any size, timm's ViTs multiples of their patch"
+    raise UsageError(f"--local-size {side}: --arch {encoder.arch} does not take it ({reason}): {remedy}")
+
+
 def _own(arch: str, channels: int, image_size: int | None) -> Encoder:
     function, side = imported(arch, "--arch"), image_size or PHOTOGRAPH
     told = {"channels": channels, "image_size": side}

@@ -9,6 +9,7 @@ Source: Xiao et al. (2017), arXiv 1708.07747.
 import gzip
 import struct
 import zlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def _folder(source: str | Path) -> Path | None:
 def load_fashion_mnist(
     source: str | Path,
     *,
-    recipes: tuple[ViewRecipe, ViewRecipe],
+    recipes: Sequence[ViewRecipe],
     batch_size: int,
     seed: int,
     monitor: bool,
@@ -69,7 +70,7 @@ def load_fashion_mnist(
 
     def view(recipe: ViewRecipe, numbers: Tensor, generator: torch.Generator) -> Tensor:
         decisions = draw(recipe, len(numbers), generator)[rows]
-        return small_views(images[pretraining[numbers[rows]]], decisions)
+        return small_views(images[pretraining[numbers[rows]]], decisions, recipe.size)
 
     return PretrainingData(
         name=NAME,

@@ -1,4 +1,4 @@
-"""Pairs of views of images from any source, read by worker processes that may die or hang."""
+"""Views of images from any source, read by worker processes that may die or hang."""
 
 import atexit
 import math
@@ -30,15 +30,15 @@ CLOSED = ConnectionError, EOFError  # so ends the pipe of a worker that dies whi
 DARK = 1 / 16  # of the range of values: 12 bits in 16
 
 
-class TwoViews(Dataset[tuple[Any, Any, int, str]]):
-    """Two views of an image, a pure function of (seed, epoch, index); how many could not be read before it, and why."""
+class Augmented(Dataset[tuple[Any, ...]]):
+    """The views of an image, a pure function of (seed, epoch, index); how many could not be read before it, and why."""
 
     def __init__(
         self, images: Catalogue, views: Sequence[Any], seed: int, tolerated: int, pixels: PixelSettings = USUAL
     ) -> None:
         self.images, self.views, self.seed, self.tolerated, self.pixels = images, views, seed, tolerated, pixels
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any, int, str]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
         epoch, index = key
         image, failures, reason = self._read(index)
         views = []
@@ -47,7 +47,7 @@ class TwoViews(Dataset[tuple[Any, Any, int, str]]):
                 # A microsecond; torch.manual_seed takes a hundred.
                 torch.default_generator.manual_seed(seed_of(self.seed, epoch, index, number))
                 views.append(view(image))
-        return views[0], views[1], failures, reason
+        return *views, failures, reason
 
     def _read(self, index: int) -> tuple[Tensor, int, str]:
         """The image, or the next readable one. After more failures than a whole epoch may have, a black one."""
@@ -111,21 +111,21 @@ def kill_workers() -> None:
 
 
 class ImagePairs(Pairs):
-    """Two views of every image, in batches, from worker processes that live as long as the run."""
+    """The views of every image, in batches, from worker processes that live as long as the run."""
 
-    def __init__(self, dataset: TwoViews, order: EpochBatches, **loading: Any) -> None:
+    def __init__(self, dataset: Augmented, order: EpochBatches, **loading: Any) -> None:
         self.tolerated, self.order = dataset.tolerated, order
         persistent = loading["num_workers"] > 0
         self.loader = Loader(dataset, batch_sampler=order, persistent_workers=persistent, **loading)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         self.order.epoch, self.order.first_step = epoch, first_step
-        for view1, view2, failures, reasons in self.loader:
+        for *views, failures, reasons in self.loader:
             self.first_unreadable = self.first_unreadable or next(filter(None, reasons), "")
             unreadable = int((failures > 0).sum())
             if failures.max() > self.tolerated:  # in a row: there are as many, though not all in this batch
                 unreadable = max(unreadable, self.tolerated + 1)
-            yield Batch((view1, view2), unreadable)
+            yield Batch(tuple(views), unreadable)
 
 
 def look_at_some(images: Catalogue, source: str, pixels: PixelSettings) -> bool:
@@ -174,7 +174,7 @@ def load_images(settings: Settings, rows: slice = WHOLE) -> PretrainingData:
         notes += ("no probe: it needs labels of two classes, and ten images in a class to hold one out",)
     left = {"workers": None, "device": torch.uint8 if eight_bits else torch.float32}[settings.augment_on]
     views = [View(recipe, size, settings, left) for recipe in settings.recipes()]
-    dataset = TwoViews(pretraining, views, seed, tolerated, settings)
+    dataset = Augmented(pretraining, views, seed, tolerated, settings)
     order = EpochBatches(len(pretraining), settings.micro_batch_size, seed, rows)
     pairs, fingerprint = ImagePairs(dataset, order, **loading), pretraining.fingerprint()
     path = Path(source).absolute()

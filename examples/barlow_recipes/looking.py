@@ -76,12 +76,13 @@ def accuracies(now: Run, probe: Probe | None) -> dict[str, float]:
 def draw(now: Run) -> None:
     """The curves and the correlation matrix, beside that of the first call; all processes take part.
 
-    Of the first pairs, by their embeddings as the loss sees them: with batch statistics.
+    Of the first pairs, of the first two views where there are more, by their embeddings as the loss sees them: with
+    batch statistics.
     """
     model, settings = copy.deepcopy(now.state.model).train(), now.settings
     batches = islice(now.data.pairs.batches(epoch=0), -(-PICTURED_PAIRS // settings.micro_batch_size))
-    pairs = [[model(finished(view, settings.device, now.data.pixels)) for view in batch.views] for batch in batches]
-    z1, z2 = map(torch.cat, zip(*pairs, strict=True))
+    views = ([finished(view, settings.device, now.data.pixels) for view in batch.views[:2]] for batch in batches)
+    z1, z2 = map(torch.cat, zip(*([*map(model, two)] for two in views), strict=True))
     correlation = cross_correlation(z1[:, :PICTURED_FEATURES], z2[:, :PICTURED_FEATURES])
     if now.before is None:
         now.before = correlation

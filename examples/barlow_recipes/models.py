@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from barlow_loss import Projector
-from barlow_recipes.encoders import build_encoder
+from barlow_recipes.encoders import build_encoder, check_local_size
 from barlow_recipes.errors import UsageError
 
 
@@ -37,10 +37,20 @@ class BarlowTwins(nn.Module):
 
 
 def build_model(
-    arch: str, projector: str, stem: str = "imagenet", channels: int = 3, image_size: int | None = None
+    arch: str,
+    projector: str,
+    stem: str = "imagenet",
+    channels: int = 3,
+    image_size: int | None = None,
+    local_size: int | None = None,
 ) -> BarlowTwins:
-    """An encoder, as :func:`.encoders.build_encoder`, and a projector by its layers, such as "8192-8192-8192"."""
+    """An encoder, as :func:`.encoders.build_encoder`, and a projector by its layers, such as "8192-8192-8192".
+
+    UsageError where the encoder does not take images of ``local_size``, too.
+    """
     encoder = build_encoder(arch, stem, channels, image_size)
+    if local_size:
+        check_local_size(encoder, local_size)
     *hidden, out_features = parse_projector(projector)
     hidden_features = hidden[0] if hidden else out_features
     layers = Projector(encoder.features, hidden_features, out_features, num_layers=len(hidden) + 1)

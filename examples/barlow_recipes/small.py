@@ -30,7 +30,9 @@ KNN, MOST = "knn", "most"
 COLUMNS = {KNN: "10-NN", "1": "1 a class", "10": "10 a class", "1%": "1 %", "10%": "10 %", MOST: "most"}
 RAW, UNTRAINED, PRETRAINED = "raw pixels", "untrained encoder", "pretrained encoder"
 SCRATCH, AUGMENTED = "trained from scratch", "from scratch, augmented"
-METHODS = (RAW, UNTRAINED, SCRATCH, AUGMENTED, PRETRAINED)
+FOUR_VIEWS, LOCAL_CROPS = "pretrained, 4 views", "pretrained, 2 + 4 local crops"
+VIEWS = {PRETRAINED: (), FOUR_VIEWS: ("--views", "4"), LOCAL_CROPS: ("--local-crops", "4")}  # flags of pretraining
+METHODS = (RAW, UNTRAINED, SCRATCH, AUGMENTED, *VIEWS)
 DRAWS = {"1": 3}  # of the labelled images, for every seed: with one of each class they decide about several points
 RATE, WEIGHT_DECAY = 0.05, 5e-4  # of training from scratch
 # How long: from so many labels on, the batch size, the steps with augmentation and without it, where the labels are
@@ -119,8 +121,8 @@ def augmented(name: str, images: Tensor, generator: torch.Generator) -> Tensor:
     return small_views(images, torch.where(torch.rand(len(images), 1, generator=generator) < 0.5, first, second))
 
 
-def measure_frozen(data: DataSet, weights: Path, seed: int, device: torch.device) -> list[Row]:
-    """What pixels, the untrained and the pretrained encoder of ``weights`` are worth without changing them.
+def measure_frozen(data: DataSet, weights: Mapping[str, Path], seed: int, device: torch.device) -> list[Row]:
+    """What pixels, the untrained and each method's pretrained encoder of ``weights`` are worth without changing them.
 
     The seed is that of the untrained encoder, and of the draw of labels. As in :func:`.probes.evaluate`, features are
     centred on the bank's mean, which needs no labels, and scaled to length 1.
@@ -131,7 +133,9 @@ def measure_frozen(data: DataSet, weights: Path, seed: int, device: torch.device
     representations: dict[str, Callable[[Tensor], Tensor]] = {
         RAW: probes.raw_pixels,
         UNTRAINED: probes.untrained(initial, bank_images.batches(), device),
-        PRETRAINED: load_encoder(weights, study.arch).module.to(device).eval(),
+    }
+    representations |= {
+        method: load_encoder(path, study.arch).module.to(device).eval() for method, path in weights.items()
     }
     for method, represent in representations.items():
         bank, test = (probes.extract(represent, part.batches(), device) for part in (bank_images, data.test))
@@ -225,15 +229,26 @@ def markdown(results: Mapping[str, Any]) -> str:
     settings, environment = results["settings"], results["environment"]
     sizes = " and ".join(f"{size[MOST]:,} of {size['train']:,} {name}" for name, size in results["data"].items())
     epochs = " and ".join(f"{count} on {name}" for name, count in settings["epochs"].items())
+    taken = _seconds(results.get("pretraining", []))
     minutes = sum(job["seconds"] for job in results["jobs"].values()) / 60
     words = f"""
 Percent of the test images, mean ± standard deviation over {settings["seeds"]} seeds of weights, views and labels; the \
 best in bold.
 10-NN searches, and “most” are, {sizes}. Pixels and frozen encoders get a linear classifier.
 From scratch, the same encoder learns from the same labels; augmented: with the random changes of pretraining.
-Epochs of pretraining: {epochs}. All of it took {minutes:.1f} minutes of one process on {environment["device"]}, with \
-torch {environment["versions"]["torch"]}."""
+Epochs of pretraining: {epochs}. {taken}All of it took {minutes:.1f} minutes of one process on \
+{environment["device"]}, with torch {environment["versions"]["torch"]}."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n{words}"
+
+
+def _seconds(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the epochs of each way of pretraining took, the mean over the seeds, in words."""
+    texts = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        taken = [[row for row in rows if (row["task"], row["method"]) == (task, way)] for way in VIEWS]
+        means = (f"{own[0]['epochs']} in {statistics.fmean(row['seconds'] for row in own):.0f} s" for own in taken)
+        texts.append(f"on {task} {', '.join(means)}")
+    return f"With 2 views, with 4, and with 2 and 4 local crops: {'; '.join(texts)}. " if texts else ""
 
 
 def _cell(cells: Mapping[tuple[str, str, str], tuple[float, float | None]], task: str, method: str, column: str) -> str:

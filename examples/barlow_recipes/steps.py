@@ -100,7 +100,7 @@ class Step(NamedTuple):
     """What a step has computed, before it is applied."""
 
     z1: Tensor  # (N, D), the last part's embeddings of view 1
-    z2: Tensor  # (N, D), and of view 2
+    z2: Tensor  # (N, D), and of view 2: what is looked at, though there may be more
     terms: BarlowTwinsTerms  # means over the parts
     gradient_norm: Tensor
     finite: bool  # the loss and every gradient
@@ -113,7 +113,7 @@ def gradients(now: Run, batches: Iterator[Batch]) -> Step:
     settings, state, watch = now.settings, now.state, now.watch
     autocast = torch.autocast(settings.device.type, AUTOCAST.get(settings.precision), settings.precision != "fp32")
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
-    loss_fn = BarlowTwinsLoss(settings.lambd, backend=settings.backend)
+    loss_fn = BarlowTwinsLoss(settings.lambd, backend=settings.backend, pair_weights=settings.pair_weights())
     state.optimizer.zero_grad()
     # A forward pass moves the running statistics of batch norms, whether or not its step is taken.
     buffers = list(state.model.buffers())
@@ -126,14 +126,14 @@ def gradients(now: Run, batches: Iterator[Batch]) -> Step:
         with watch.lap("forward"), autocast:
             # The views pass through the network one after the other: each has its own batch statistics.
             views = (finished(view, settings.device, now.data.pixels) for view in batch.views)
-            z1, z2 = (now.network(view.to(memory_format=layout)) for view in views)
-        leaf1, leaf2 = (z.detach().requires_grad_() for z in (z1, z2))  # parts the loss's backward from the rest
+            embeddings = [now.network(view.to(memory_format=layout)) for view in views]
+        leaves = [z.detach().requires_grad_() for z in embeddings]  # part the loss's backward from the rest
         with watch.lap("loss"):
             with autocast:
-                terms = loss_fn(leaf1, leaf2, return_terms=True)
+                terms = loss_fn(*leaves, return_terms=True)
             state.scaler.scale(terms.loss * (settings.scale_loss / settings.accumulate)).backward()
         with watch.lap("backward"):
-            torch.autograd.backward([z1, z2], [leaf1.grad, leaf2.grad])
+            torch.autograd.backward(embeddings, [leaf.grad for leaf in leaves])
         parts.append(BarlowTwinsTerms(*(value.detach() for value in terms)))
         unreadable += batch.unreadable
     with watch.lap("optimizer"):
@@ -141,7 +141,7 @@ def gradients(now: Run, batches: Iterator[Batch]) -> Step:
         norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
     mean = BarlowTwinsTerms(*(torch.stack(values).mean() for values in zip(*parts, strict=True)))
     finite, rate = bool(mean.loss.isfinite() & norm.isfinite()), state.optimizer.param_groups[0]["lr"]
-    return Step(leaf1.detach(), leaf2.detach(), mean, norm, finite, unreadable, rate)
+    return Step(leaves[0].detach(), leaves[1].detach(), mean, norm, finite, unreadable, rate)
 
 
 def apply(now: Run, *, good: bool) -> None:

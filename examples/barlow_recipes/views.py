@@ -1,4 +1,4 @@
-"""Two random views of an image, as published: crop, flip, jitter, greyscale, blur, solarization.
+"""Random views of an image, as published: crop, flip, jitter, greyscale, blur, solarization.
 
 Workers crop and flip with torchvision. Colours are changed a batch at a time: by a worker (a batch of one), on the
 device, or in memory. These operations are ours: of one image with 224 pixels torchvision's v2 takes longer than the
@@ -38,6 +38,7 @@ class ViewRecipe:
     grayscale: float = 0.2
     blur: float
     solarize: float
+    size: int | None = None  # side in pixels, of a local crop; the others have that of the run
 
 
 # Zbontar et al. (2021), arXiv 2103.03230, appendix A, and main.py of facebookresearch/barlowtwins.
@@ -107,7 +108,8 @@ class View:
         self, recipe: ViewRecipe, size: int, pixels: PixelSettings = USUAL, left: torch.dtype | None = None
     ) -> None:
         v2: Any = require("torchvision.transforms.v2", "--data")
-        crop = v2.RandomResizedCrop(size, recipe.crop_scale, CROP_RATIO, v2.InterpolationMode.BICUBIC, antialias=True)
+        size, bicubic = recipe.size or size, v2.InterpolationMode.BICUBIC
+        crop = v2.RandomResizedCrop(size, recipe.crop_scale, CROP_RATIO, bicubic, antialias=True)
         self.crop = v2.Compose([crop, v2.RandomHorizontalFlip(recipe.flip)])
         self.recipe, self.pixels, self.left = recipe, pixels, left
 
@@ -136,19 +138,20 @@ def image_without_augmentation(size: int, pixels: PixelSettings = USUAL) -> Call
     return v2.Compose([resize, v2.CenterCrop(size), to_float, v2.Normalize(*pixels.statistics())])
 
 
-def small_views(images: Tensor, decisions: Tensor) -> Tensor:
-    """Whole views of small square images in memory, of the images' size: (N, 3, S, S) to the same, normalised."""
-    return USUAL.normalized(colored(crop_small(as_float(images), decisions), decisions))
+def small_views(images: Tensor, decisions: Tensor, size: int | None = None) -> Tensor:
+    """Finished views of small square images in memory, of the images' size or another: (N, 3, S, S), normalised."""
+    return USUAL.normalized(colored(crop_small(as_float(images), decisions, size), decisions))
 
 
-def crop_small(images: Tensor, decisions: Tensor) -> Tensor:
-    """Crop, resize and flip. Nothing is smoothed: an image is never made smaller here."""
+def crop_small(images: Tensor, decisions: Tensor, size: int | None = None) -> Tensor:
+    """Crop, resize and flip. Nothing is smoothed: a crop is hardly made smaller here."""
     box = Decisions(*decisions.to(images.device, non_blocking=True).T)
     zero = torch.zeros_like(box.width)
     x, y = (side - 1 + 2 * start * (1 - side) for start, side in ((box.left, box.width), (box.top, box.height)))
     width = box.width * (1 - 2 * box.flip)
     affine = torch.stack([width, zero, x, zero, box.height, y], dim=1).view(-1, 2, 3)  # in [-1, 1]
-    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    shape = [*images.shape[:2], *(size or side for side in images.shape[2:])]
+    grid = F.affine_grid(affine, shape, align_corners=False)
     return F.grid_sample(images, grid, "bicubic", "border", align_corners=False)
 
 

@@ -25,13 +25,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from barlow_recipes.data import EpochBatches, hold_out, seed_of
-from barlow_recipes.digits import augment_digits, load_digits
+from barlow_recipes.digits import augment_digits, crop, load_digits
 from barlow_recipes.errors import Aborted, UsageError
 from barlow_recipes.files import index_folder
-from barlow_recipes.images import Loader, TwoViews
+from barlow_recipes.images import Augmented, Loader
 from barlow_recipes.pixels import PixelSettings, UnfitError, decode
 from barlow_recipes.program import exit_status
 from programs import Nursery
+
+MORE = (None, None, None, 5, 5)  # sides of views of digits
 
 
 def test_a_seed_is_a_function_of_every_number_and_of_their_order() -> None:
@@ -92,6 +94,23 @@ def test_digits_resume_in_the_middle_of_an_epoch_bit_for_bit() -> None:
     assert len(whole) == len(pairs)
     assert same(whole[4:], rest)
     assert not torch.equal(*whole[0].views)
+
+
+def test_the_first_two_of_more_views_of_digits_are_those_of_two() -> None:
+    two, more = (next(load_digits(9, 0, False, sides=sides).pairs.batches(1)).views for sides in ((None,) * 2, MORE))
+    assert same(two, more[:2])
+    assert [tuple(view.shape) for view in more] == [(9, 1, 8, 8)] * 3 + [(9, 1, 5, 5)] * 2
+    assert not torch.equal(*more[3:])
+
+
+def test_a_local_crop_is_any_window() -> None:
+    images = torch.arange(400 * 64.0).view(400, 1, 8, 8)
+    windows = crop(images, 5, torch.Generator().manual_seed(0))
+    corners = windows[:, 0, 0, 0].long() - 64 * torch.arange(400)
+    assert set(corners.tolist()) == {8 * row + column for row in range(4) for column in range(4)}
+    for image, window, corner in zip(images, windows, corners.tolist(), strict=True):
+        row, column = divmod(corner, 8)
+        assert torch.equal(window, image[:, row : row + 5, column : column + 5])
 
 
 def test_every_digit_is_moved_in_its_own_way_and_stays_in_sight() -> None:
@@ -243,7 +262,7 @@ def test_a_view_depends_on_seed_epoch_index_and_number_alone(jpegs: Path) -> Non
         return image + torch.rand(image.shape)
 
     def views(seed: int, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        return TwoViews(catalogue, (noisy, noisy), seed, tolerated=5)[epoch, index][:2]
+        return Augmented(catalogue, (noisy, noisy), seed, tolerated=5)[epoch, index][:2]
 
     catalogue = index_folder(jpegs / "train")
     first = views(0, 2, 3)
@@ -276,7 +295,7 @@ LOSS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", LOSS.values(), ids=LOSS)
 def test_an_image_that_is_lost_gives_way_to_the_next(damage: Callable[[Path], object], tmp_path: Path) -> None:
     fill(tmp_path / "all", 4)
-    dataset = TwoViews(index_folder(tmp_path), (torch.clone, torch.clone), seed=0, tolerated=2)
+    dataset = Augmented(index_folder(tmp_path), (torch.clone, torch.clone), seed=0, tolerated=2)
     (before, _, none, _), (following, *_) = dataset[0, 1], dataset[0, 2]
     damage(tmp_path / "all" / "001.png")
     view, _, unreadable, reason = dataset[0, 1]
@@ -293,12 +312,23 @@ def test_an_image_that_is_lost_gives_way_to_the_next(damage: Callable[[Path], ob
 def test_the_number_of_workers_changes_nothing(augment_on: str, jpegs: Path) -> None:
     epochs = []
     for workers in (0, 2):
-        pairs = load(jpegs, workers=workers, augment_on=augment_on).pairs
+        pairs = load(jpegs, workers=workers, augment_on=augment_on, views=3, local_crops=2, local_size=8).pairs
         list(islice(pairs.batches(0), 1))  # an epoch left early, as for the pictures
         epochs.append(list(pairs.batches(1)) + list(pairs.batches(2, first_step=2)))
     assert same(*epochs)
     assert len({batch.unreadable for batch in epochs[0]}) == 2
     assert [batch.unreadable for batch in epochs[0]] == [batch.unreadable for batch in epochs[1]]
+
+
+@pytest.mark.parametrize("augment_on", ["workers", "device"])
+def test_the_first_two_of_more_views_are_those_of_two(augment_on: str, jpegs: Path) -> None:
+    more = {"views": 3, "local_crops": 2, "local_size": 12}
+    two, all_of_them = (load(jpegs, augment_on=augment_on, **flags).pairs.batches(1) for flags in ({}, more))
+    for few, many in zip(two, all_of_them, strict=True):
+        assert same(few, many.views[:2])
+        pixels = [view if isinstance(view, Tensor) else view.pixels for view in many.views]
+        assert [view.shape[-1] for view in pixels] == [16, 16, 16, 12, 12]
+        assert len({view.numpy().tobytes() for view in pixels}) == 5
 
 
 @pytest.mark.parametrize("augment_on", ["workers", "device"])

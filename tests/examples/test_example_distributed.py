@@ -128,6 +128,15 @@ def test_accumulated_parts_on_uneven_shards_take_the_steps_of_one_process(in_flo
     exact(*(state["model"] for state in states(one, two)))
 
 
+def test_more_views_and_local_crops_on_uneven_shards_take_the_steps_of_one_process(
+    in_float64: Callable[..., Path],
+) -> None:
+    flags = ("--views", 3, "--local-crops", 2)
+    one, two = (in_float64(processes, f"views-on-{processes}", *flags) for processes in (1, 2))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-13)
+    exact(*(state["model"] for state in states(one, two)))
+
+
 def test_a_run_resumes_with_another_number_of_processes(in_float64: Callable[..., Path]) -> None:
     in_float64(1, "turns", "--limit-steps", 3)
     in_float64(2, "turns", "--limit-steps", 7, "--resume")
@@ -242,7 +251,7 @@ def test_the_ranks_rows_make_up_the_batches_of_one_process(
 
 def test_every_process_needs_a_pair(run: Callable[..., tuple[int, str, str]], of: Callable[[int, int], None]) -> None:
     of(0, 4)
-    assert run("--batch-size", 3) == (2, "", "error: --batch-size 3: expected 4 or more, a pair for each process\n")
+    assert run("--batch-size", 3) == (2, "", "error: --batch-size 3: expected 4 or more, an image for each process\n")
 
 
 @pytest.mark.parametrize(

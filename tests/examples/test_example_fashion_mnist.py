@@ -20,6 +20,7 @@ from barlow_recipes.pixels import MEAN, STD
 from barlow_recipes.views import ViewRecipe
 
 RECIPES = (ViewRecipe(crop_scale=(0.3, 1.0), blur=0.0, solarize=0.0), ViewRecipe(blur=0.0, solarize=0.2))
+MORE = (*RECIPES, *RECIPES, ViewRecipe(crop_scale=(0.05, 0.4), blur=0.0, solarize=0.2, size=20))
 BLURRED = (ViewRecipe(blur=0.5, solarize=0.0), ViewRecipe(blur=1.0, solarize=0.0))
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -114,16 +115,26 @@ def test_colors_are_a_function_of_seed_and_number() -> None:
 
 
 # The blur is a product of matrices, which a CPU may sum in another order where there are fewer of them: 1.2e-6 seen.
-@pytest.mark.parametrize(("recipes", "tolerance"), [(RECIPES, 0.0), (BLURRED, 1e-5)], ids=["sharp", "blurred"])
+KINDS = {"sharp": (RECIPES, 0.0), "blurred": (BLURRED, 1e-5), "more views": (MORE, 0.0)}
+
+
+@pytest.mark.parametrize(("recipes", "tolerance"), KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("rows", [slice(0, 5), slice(5, 16)])
 def test_rows_of_a_batch_are_those_of_one_process(
-    rows: slice, recipes: tuple[ViewRecipe, ViewRecipe], tolerance: float, folder: Path
+    rows: slice, recipes: tuple[ViewRecipe, ...], tolerance: float, folder: Path
 ) -> None:
     whole = list(islice(load(folder, recipes=recipes).pairs.batches(1), 3))
     part = list(islice(load(folder, recipes=recipes, rows=rows).pairs.batches(1), 3))
     for batch, own in zip(whole, part, strict=True):
         for view, part_of_it in zip(batch.views, own.views, strict=True):
             torch.testing.assert_close(part_of_it, view[rows], atol=tolerance, rtol=0)
+
+
+def test_the_first_two_of_more_views_are_those_of_two(folder: Path) -> None:
+    two, more = (next(load(folder, recipes=recipes).pairs.batches(1)).views for recipes in (RECIPES, MORE))
+    assert all(map(torch.equal, two, more))
+    assert [tuple(view.shape) for view in more] == [(16, 3, 28, 28)] * 4 + [(16, 3, 20, 20)]  # type: ignore[union-attr]
+    assert len({view.numpy().tobytes() for view in more}) == 5  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("layout", [".", "raw", "FashionMNIST/raw"])

@@ -203,6 +203,26 @@ def test_an_encoder_that_cannot_be_used(arch: str, message: str) -> None:
         build_encoder(arch, image_size=16)
 
 
+@pytest.mark.parametrize(
+    ("arch", "side", "reason"),
+    [
+        ("vit_b_16", 16, "Wrong image height! Expected 32 but got 16!"),
+        ("timm/vit_tiny_patch16_224", 24, "Input height .24. should be divisible by patch size .16.."),
+        ("small-cnn", 1, "Output size is too small"),
+        ("torch.nn:Flatten", 16, "768 features in place of 3072"),
+    ],
+)
+def test_an_encoder_that_does_not_take_local_crops(arch: str, side: int, reason: str) -> None:
+    with pytest.raises(UsageError, match=f"^--local-size {side}: --arch {arch} does not take it .*{reason}"):
+        build_model(arch, "6-5", image_size=32, local_size=side)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "timm/vit_tiny_patch16_224", "regnet_y_400mf"])
+def test_an_encoder_that_takes_local_crops(arch: str) -> None:
+    model = build_model(arch, "6-5", image_size=32, local_size=16)
+    assert model(torch.rand(2, 3, 16, 16)).shape == (2, 5)
+
+
 def test_a_stem_is_of_a_resnet() -> None:
     with pytest.raises(UsageError, match="--stem cifar: expected a ResNet of torchvision, got --arch timm/resnet18"):
         build_encoder("timm/resnet18", "cifar")

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from outcomes import EXAMPLES, FILES, SHORT_DIGITS, SMALL_CNN, SMALL_RESNET, differences, rows, states
 
-from barlow_recipes import looking
+from barlow_recipes import checkpoint, looking
 from programs import Nursery
 from programs import run as run_program
 
@@ -89,9 +89,10 @@ def test_a_run_on_jpegs_survives_a_broken_file_and_resumes(run: Run, jpegs: Path
     assert differences(*states("whole", "parts")) == []
 
 
+MORE = ("--views", "3", "--local-crops", "2", "--local-size", "16")
 WAYS: dict[str, tuple[str, ...]] = {
-    "colours on the device": ("--augment-on", "device"),
-    "in chunks and parts": ("--chunk-size", "2", "--channels-last", "--accumulate", "2"),
+    "colours on the device": ("--augment-on", "device", *MORE),
+    "in chunks and parts": ("--chunk-size", "2", "--channels-last", "--accumulate", "2", *MORE),
     "the preset for CIFAR, TensorBoard": ("--preset", "cifar", "--tensorboard"),
 }
 
@@ -119,6 +120,18 @@ def test_an_incompatible_resume_names_the_difference(run: Run) -> None:
         "error: --resume first/checkpoint.pt: projector was 64-64 and is now 32-32. Give the same, or begin a new run\n"
     )
     assert differences(*states("first", "first")) == []
+
+
+@pytest.mark.usefixtures("few_looks")
+def test_a_checkpoint_of_before_there_were_more_views_goes_on_with_two(run: Run) -> None:
+    assert run(*SHORT_DIGITS, "--out", "first", "--limit-steps", 1)[0] == 0
+    (state,) = states("first")
+    new = {"views", "local_crops", "local_size", "local_crop_scale"}
+    settings = {name: value for name, value in state["settings"].items() if name not in new}  # type: ignore[attr-defined]
+    checkpoint.save(Path("first/checkpoint.pt"), state | {"settings": settings})
+    status, _, errors = run(*SHORT_DIGITS, "--views", 3, "--resume", "first")
+    assert (status, "views was 2 and is now 3" in errors) == (2, True)
+    assert run(*SHORT_DIGITS, "--resume", "first", "--limit-steps", 2)[0] == 0
 
 
 @pytest.mark.usefixtures("few_looks")

@@ -45,6 +45,26 @@ def test_the_views_are_the_published_ones_unless_told_otherwise() -> None:
     assert settings("--data images --crop-scale 0.2").recipes()[1].crop_scale == (0.2, 1.0)
 
 
+def test_more_views_and_local_crops_take_the_two_recipes_in_turns() -> None:
+    chosen = settings("--data images --views 3 --local-crops 2 --local-size 64 --blur 0.5 0.25")
+    recipes = chosen.recipes()
+    assert [recipe.blur for recipe in recipes] == [0.5, 0.25, 0.5, 0.5, 0.25]
+    assert [recipe.size for recipe in recipes] == [None] * 3 + [64] * 2
+    assert [recipe.crop_scale for recipe in recipes] == [(0.08, 1.0)] * 3 + [(0.05, 0.4)] * 2
+    assert recipes[:2] == settings("--data images --blur 0.5 0.25").recipes()
+
+
+def test_local_crops_are_compared_with_the_views_alone() -> None:
+    assert settings("--local-crops 2").pair_weights() == [[0, 1, 1, 1], [1, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
+    assert settings("--views 3 --local-crops 1").pair_weights() == [[float(i != j) for j in range(4)] for i in range(4)]
+    assert settings("--views 4").pair_weights() is None
+
+
+def test_what_local_crops_are_like_shapes_a_run_that_has_some() -> None:
+    assert settings("--local-size 4").shaping() == settings().shaping()
+    assert settings("--local-size 4 --local-crops 1").shaping() != settings("--local-crops 1").shaping()
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -101,6 +121,9 @@ def test_where_a_run_takes_place_does_not_shape_it() -> None:
         ("--data images --mean nan 0 0", "--mean nan 0.0 0.0: expected finite numbers"),
         ("--data images --value-range 0 inf", "--value-range 0.0 inf: expected finite numbers"),
         ("--data images --init-strict", "--init-strict: expected --init"),
+        ("--views 1", "--views 1: expected a whole number ≥ 2"),
+        ("--local-crops 2 --local-size 9", "--local-size 9: expected at most --image-size 8"),
+        ("--local-crop-scale 0.4 0.1", "--local-crop-scale 0.4 0.1: expected the lower share first"),
         ("--save-every 0", "--save-every 0: expected a whole number ≥ 1"),
         ("--loader-timeout -1", "--loader-timeout -1: expected a whole number ≥ 1"),
         ("--preset paper", "--arch resnet50: digits-cnn goes with the digits, every other encoder with --data"),

@@ -32,6 +32,7 @@ from barlow_recipes.small import (
     SCRATCH,
     STUDIES,
     UNTRAINED,
+    VIEWS,
     DataSet,
     Labelled,
     load,
@@ -110,7 +111,7 @@ def test_a_draw_has_as_many_of_each_class_and_is_a_function_of_the_seed(digits: 
 
 
 def test_every_method_gets_the_same_labels(digits: DataSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Probes of three representations, and training from scratch in two ways: what each of them asks for."""
+    """Probes of five representations, and training from scratch in two ways: what each of them asks for."""
     weights, expected, asked = tmp_path / "backbone.pt", digits.draws("10", 1)[0], []
     torch.save(build_encoder("digits-cnn").module.state_dict(), weights)
 
@@ -126,9 +127,12 @@ def test_every_method_gets_the_same_labels(digits: DataSet, monkeypatch: pytest.
     monkeypatch.setattr(small, "train", trained)
     study = STUDIES[DIGITS]._replace(columns=("10",), scratch={SCRATCH: ("10",), AUGMENTED: ("10",)})
     monkeypatch.setitem(STUDIES, DIGITS, study)
-    assert [each["accuracy"] for each in small.measure_frozen(digits, weights, 1, CPU)] == [0.0] * 3
+    rows = small.measure_frozen(digits, dict.fromkeys(VIEWS, weights), 1, CPU)
+    assert [(each["method"], each["accuracy"]) for each in rows] == [
+        (method, 0.0) for method in (RAW, UNTRAINED, *VIEWS)
+    ]
     assert len(small.train_from_scratch(digits, 1, 1.0, CPU)) == 2
-    assert asked == [True] * (3 + 2)
+    assert asked == [True] * (5 + 2)
 
 
 # The images
@@ -202,6 +206,26 @@ def test_markdown() -> None:
     assert "1.5 minutes of one process on cpu, with torch 2.14" in text
 
 
+def test_the_table_tells_what_each_way_of_pretraining_took() -> None:
+    seconds = [(23, 25, 24.0), (24, 26, 25.0)]  # of two seeds
+    pretraining = [
+        {"task": DIGITS, "seed": seed, "method": method, "epochs": epochs, "seconds": taken}
+        for seed, each in enumerate(seconds)
+        for method, epochs, taken in zip(VIEWS, (25, 13, 11), each, strict=True)
+    ]
+    found = results([row(method, "10", 0, 90.0) for method in VIEWS]) | {"pretraining": pretraining}
+    text = small.markdown(found)
+    assert "| pretrained, 2 + 4 local crops | **90.0** |" in text
+    assert "with 2 and 4 local crops: on digits 25 in 24 s, 13 in 26 s, 11 in 24 s. All of it" in text
+
+
+def test_more_views_get_fewer_epochs_in_proportion() -> None:
+    usual, twice = (evaluate_small.Settings(epochs=epochs) for epochs in (None, 50))
+    assert [usual.epochs_of(DIGITS, method) for method in VIEWS] == [*evaluate_small.EPOCHS[DIGITS].values()]
+    assert [twice.epochs_of(DIGITS, method) for method in VIEWS] == [50, 26, 22]
+    assert [evaluate_small.Settings(epochs=1).epochs_of(FASHION, method) for method in VIEWS] == [1, 1, 1]
+
+
 # The program
 
 
@@ -220,15 +244,17 @@ def test_results_are_complete(finished: Path) -> None:
     assert {"device", "cores", "processes", "versions"} <= found["environment"].keys()
     assert found["data"] == {DIGITS: {"train": 1442, MOST: 1442, "test": 355}}
     assert all(job["seconds"] > 0 for job in found["jobs"].values())
+    assert [each["method"] for each in found["pretraining"]] == [*VIEWS] * 2
+    assert all(each["seconds"] > 0 for each in found["pretraining"])
     assert all(0 <= each["accuracy"] <= 100 for each in found["rows"])
     cells = Counter((each["method"], each["labels"]) for each in found["rows"])
     study = STUDIES[DIGITS]
-    asked = [*product((RAW, UNTRAINED, PRETRAINED), study.columns)]
+    asked = [*product((RAW, UNTRAINED, *VIEWS), study.columns)]
     asked += [(method, column) for method, columns in study.scratch.items() for column in columns]
     counts = {cell: 2 * small.DRAWS.get(cell[1], 1) for cell in asked}
     assert cells == counts | {(RAW, column): 1 for column in (KNN, MOST)}  # the same for every seed
     assert (finished / "table.md").read_text() == small.markdown(found) + "\n"
-    for name in ("digits-seed-0.log", "digits-seed-0/backbone.pt", "digits-seed-1/curves.png"):
+    for name in ("digits-seed-0.log", "digits-seed-0/backbone.pt", "digits-seed-1-local-crops-4/curves.png"):
         assert (finished / name).exists()
 
 
@@ -269,7 +295,7 @@ def test_without_flags_both_are_measured_with_three_seeds_the_longer_first(
     fashion: Path, run: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measured(name: str, seed: int, *_: Any) -> tuple[str, Any]:
-        return f"{name}-seed-{seed}", {"rows": [], "seconds": 1.0}
+        return f"{name}-seed-{seed}", {"rows": [], "pretraining": [], "seconds": 1.0}
 
     monkeypatch.setattr(evaluate_small, "study", measured)
     monkeypatch.setattr(small, "markdown", str)

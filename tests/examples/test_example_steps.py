@@ -20,6 +20,7 @@ from barlow_recipes.optimization import build_optimizer, build_schedule
 from barlow_recipes.settings import read_settings
 from barlow_recipes.steps import Run, Stopwatch, apply, gradients
 
+TWO_AND_TWO = [[0, 1, 1, 1], [1, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
 Program = Callable[..., tuple[int, str, str]]
 
 
@@ -32,7 +33,8 @@ def begin(line: str, tmp_path: Path) -> Run:
     # The usual 2¹⁶ overflows in the first steps, and is halved until it does not.
     scaler = torch.amp.GradScaler("cpu", 2.0**8, enabled=settings.precision == "fp16")  # type: ignore[attr-defined]
     state = TrainingState(model, optimizer, build_schedule(optimizer, 1000, 0), scaler, settings.device)
-    data = load_digits(settings.micro_batch_size, settings.seed, monitor=False)
+    sides = [recipe.size for recipe in settings.recipes()]
+    data = load_digits(settings.micro_batch_size, settings.seed, monitor=False, sides=sides)
     return Run(settings, data, state, tmp_path, Metrics(None), Stopwatch(settings.device, 32), model.train())
 
 
@@ -40,13 +42,16 @@ def gradient(now: Run) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in now.state.model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("views", ["", "--views 3", "--local-crops 2"])
 @pytest.mark.parametrize("parts", [1, 4])
-def test_the_gradient_is_that_of_the_mean_of_the_parts_losses(parts: int, tmp_path: Path) -> None:
-    now = begin(f"--accumulate {parts} --scale-loss 0.5", tmp_path)
+def test_the_gradient_is_that_of_the_mean_of_the_parts_losses(parts: int, views: str, tmp_path: Path) -> None:
+    now = begin(f"--accumulate {parts} --scale-loss 0.5 {views}", tmp_path)
     model = copy.deepcopy(now.state.model)
     done = gradients(now, now.data.pairs.batches(0))
     batches = islice(now.data.pairs.batches(0), parts)
-    mean = torch.stack([barlow_twins_loss(*map(model, batch.views)) for batch in batches]).mean()
+    weights = {"": None, "--views 3": None, "--local-crops 2": TWO_AND_TWO}[views]
+    losses = [barlow_twins_loss(*map(model, batch.views), pair_weights=weights) for batch in batches]
+    mean = torch.stack(losses).mean()
     (0.5 * mean).backward()
     torch.testing.assert_close(done.terms.loss, mean.detach())
     expected = {name: p.grad for name, p in model.named_parameters()}
@@ -122,6 +127,7 @@ def quick(few_looks: None) -> tuple[object, ...]:
 LINES: dict[str, tuple[str, ...]] = {
     "bf16": ("--precision", "bf16"),
     "parts": ("--accumulate", "4", "--deterministic"),
+    "more views": ("--views", "3", "--local-crops", "2"),
     "sgd": ("--optimizer", "sgd", "--learning-rate-weights", "0.01", "--learning-rate-biases", "0.01"),
     "lars": ("--optimizer", "lars", "--learning-rate-weights", "2", "--channels-last"),
 }

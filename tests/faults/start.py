@@ -224,13 +224,13 @@ def waits_for_ever() -> None:
 
 
 def replaces_at_random() -> None:
-    read = images.TwoViews._read
+    read = images.Augmented._read
 
     def read_any(self: Any, index: int) -> Any:
         image, *failures = read(self, index)
         return (read(self, random.SystemRandom().randrange(40))[0] if failures[0] else image), *failures
 
-    images.TwoViews._read = read_any
+    images.Augmented._read = read_any
 
 
 BUGS: dict[str, Callable[[], None]] = {

@@ -57,7 +57,7 @@ class Settings:
     seeds: Positive = 3  # encoders, draws of labels, runs of training
     # of pretraining with two views, on either data, and in proportion with more [25 on digits, 2 on fashion-mnist]
     epochs: Positive | None = None
-    effort: Real = 1.0  # a factor of the steps of training with labels, which make up half of the time
+    effort: Real = 1.0  # a factor of the steps of training with labels, which make up a quarter of the time
     processes: Positive | None = None  # that work at the same time and share the cores; without it one for each core
     device: Device = field(default_factory=lambda: torch.device("cpu"))  # cpu, cuda, cuda:1, ...
     out: Path | None = None  # folder for the results; without it runs/evaluation, numbered if taken

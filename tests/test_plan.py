@@ -24,6 +24,7 @@ CASE = {
     "grad_reduction": "mean",
     "on_host": False,
     "weights": TWO_VIEWS,
+    "off_diagonal_target": 0.0,
 }
 
 

@@ -47,7 +47,7 @@ help:  ## list the targets; times are those of two cores, without the first inst
 demo: $(VENV)/.has-examples  ## pretrain on scikit-learn's digits and show what was learned (about a minute)
 	$(RUN) examples/imagenet_pretrain.py $(DEMO_FLAGS)
 
-evaluate: $(VENV)/.has-examples  ## pretrain with three seeds on the built-in data, and show what it is worth (half an hour)
+evaluate: $(VENV)/.has-examples  ## pretrain with three seeds on the built-in data, and show what it is worth (twenty minutes)
 	$(RUN) examples/evaluate_small.py $(EVALUATE_FLAGS)
 
 check: $(VENV)/.has-check  ## the library's own tests (about a minute)

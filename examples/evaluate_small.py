@@ -1,6 +1,6 @@
 """Measure what pretraining is worth on the data that need no download: scikit-learn's digits and Fashion-MNIST.
 
-    python examples/evaluate_small.py                          # all, three seeds: half an hour on two cores
+    python examples/evaluate_small.py                          # all, three seeds: twenty minutes on two cores
     python examples/evaluate_small.py --quick                  # the digits alone, a few epochs: under a minute
     python examples/evaluate_small.py --only fashion-mnist --epochs 6 --seeds 2
 

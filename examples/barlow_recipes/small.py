@@ -229,7 +229,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     settings, environment = results["settings"], results["environment"]
     sizes = " and ".join(f"{size[MOST]:,} of {size['train']:,} {name}" for name, size in results["data"].items())
     epochs = " and ".join(f"{count} on {name}" for name, count in settings["epochs"].items())
-    taken = _seconds(results.get("pretraining", []))
+    taken = _seconds(results["pretraining"])
     minutes = sum(job["seconds"] for job in results["jobs"].values()) / 60
     words = f"""
 Percent of the test images, mean ± standard deviation over {settings["seeds"]} seeds of weights, views and labels; the \

@@ -88,6 +88,7 @@ def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "environment": {"device": "cpu", "versions": {"torch": "2.14"}},
         "data": {DIGITS: {"train": 1442, MOST: 1442, "test": 355}},
         "jobs": {"digits-seed-0": {"seconds": 90.0}},
+        "pretraining": [],
         "rows": rows,
     }
 

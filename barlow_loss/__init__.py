@@ -1,5 +1,8 @@
 """Barlow Twins for PyTorch: the exact loss, linear in the number of features, its relatives, layers and diagnostics."""
 
+import importlib
+from types import ModuleType
+
 from barlow_loss.diagnostics import CollapseReport, PairReports, collapse_report, cross_correlation
 from barlow_loss.loss import BarlowTwinsLoss, BarlowTwinsTerms, barlow_twins_loss
 from barlow_loss.mixed import MixedBarlowTwinsLoss, MixedBarlowTwinsTerms, mixed_barlow_twins_loss
@@ -27,3 +30,10 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The oracle, imported when somebody asks for it: nothing here needs it."""
+    if name == "reference":
+        return importlib.import_module("barlow_loss.reference")
+    raise AttributeError(f"module 'barlow_loss' has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALONE",
+    "TRANSFORMS",
     "Group",
     "Shards",
     "all_max",
@@ -35,6 +36,7 @@ class Group(NamedTuple):
 
 
 ALONE = Group(1, None)
+TRANSFORMS = "torch.func's transforms, forward-mode derivatives and torch.jit.trace"
 
 
 class Shards(NamedTuple):
@@ -59,8 +61,13 @@ def group_of(caller: str, process_group: Any, synchronize: bool = True) -> Group
     """
     if not dist.is_available():
         return ALONE
-    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-        _refuse(caller, process_group)
+    if process_group is not None:
+        check_group(caller, process_group)
+        if not isinstance(process_group, dist.ProcessGroup):
+            raise ValueError(
+                f"{caller}: expected a process_group that this process belongs to; it is not among the ranks that "
+                "torch.distributed.new_group was given. Call it on the group's own processes only, each with its group."
+            )
     if not synchronize:
         return ALONE
     if not dist.is_initialized():
@@ -74,12 +81,25 @@ def group_of(caller: str, process_group: Any, synchronize: bool = True) -> Group
     return Group(size, process_group) if size > 1 else ALONE
 
 
-def _refuse(caller: str, process_group: Any) -> NoReturn:
-    if process_group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(
-            f"{caller}: expected a process_group that this process belongs to; it is not among the ranks that "
-            "torch.distributed.new_group was given. Call it on the group's own processes only, each with its group."
+def only_alone(caller: str, group: Group, what: str) -> None:
+    """RuntimeError where what is asked for is not done over several processes."""
+    if group.size > 1:
+        raise RuntimeError(
+            f"{caller}: {what} are taken in one process only, and this call has {group.size}. Pass synchronize=False, "
+            "where it can be passed, for this process's rows."
         )
+
+
+def check_group(caller: str, process_group: Any) -> None:
+    """A process that is not of the group may hold what it was given in its place, but not use it.
+
+    Raises:
+        TypeError: ``process_group`` is no process group.
+    """
+    if process_group is None or not dist.is_available():
+        return
+    if isinstance(process_group, dist.ProcessGroup) or process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        return
     raise TypeError(
         f"{caller}: expected process_group to be a torch.distributed.ProcessGroup, got "
         f"{type(process_group).__name__}. Use torch.distributed.new_group(ranks), or mesh.get_group() of a DeviceMesh."

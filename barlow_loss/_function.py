@@ -27,8 +27,8 @@ every rank has what the gradient of its rows needs. On each rank L is a function
 sums what arrives on all ranks: a = Σ_ranks a_r, b = Σ_ranks b_r, two numbers, the only collective of the backward. It
 is W times the gradient of one process where all a_r are alike, and DDP's mean over the ranks makes that the gradient.
 
-Saved: u of all views, the matrices of the algorithm, diag C and ρ. A second derivative reaches them through the graph
-and raises, instead of being silently wrong.
+Saved: u of all views, the matrices of the algorithm, diag C and ρ; and, for a second derivative, the views that need a
+gradient. It is that of the plain formula in ``_plain``. Over several processes it raises.
 """
 
 from __future__ import annotations
@@ -38,18 +38,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from barlow_loss import _dual, _dual_sharded, _primal
+from barlow_loss import _dual, _dual_sharded, _plain, _primal
 from barlow_loss._backends import resolve
-from barlow_loss._collectives import Shards, all_sum
+from barlow_loss._collectives import TRANSFORMS, Shards, all_sum, only_alone
+from barlow_loss._pairs import each
 from barlow_loss._penalty import Arriving, slopes
-from barlow_loss._plan import Plan, applied, autocast_disabled, is_traced
+from barlow_loss._plan import Plan, applied, autocast_disabled, is_batched, is_traced, is_transformed
 
 __all__ = ["loss_and_sums"]
-
-_SECOND_DERIVATIVE = (
-    "barlow_twins_loss: second derivatives are not implemented. Take them from the plain autograd version, "
-    "barlow_loss.reference.barlow_twins_loss, or detach the first gradient before it is differentiated again."
-)
 
 
 def loss_and_sums(
@@ -63,6 +59,9 @@ def loss_and_sums(
     if isinstance(lambd, Tensor):
         lambd = lambd.to(views[0].device, plan.compute_dtype)
     if is_traced(*views):
+        if is_transformed(*views, *((lambd,) if isinstance(lambd, Tensor) else ())):
+            only_alone("barlow_twins_loss", shards.group, TRANSFORMS)
+            return _plain.loss_and_sums(views, lambd, eps, plan)
         of_lambd = recorded and isinstance(lambd, Tensor) and lambd.requires_grad
         differentiated = of_lambd or True in needed
         outputs = applied(_TracedLoss, differentiated, lambd, eps, plan, shards, needed, *views)
@@ -145,22 +144,47 @@ class _Loss(torch.autograd.Function):
         of_loss, of_on, of_off, *_ = grads
         if of_loss is of_on is of_off is None:  # on another rank there may be one, and they are summed
             of_loss = torch.zeros_like(off_diagonal)
+        given = [saved.pop() for wanted in ctx.kept if wanted]
         lambd = saved.pop() if ctx.lambd is None else ctx.lambd
         needed = ctx.needs_input_grad
-        settings = of_loss, of_on, of_off, lambd, needed[5:], *ctx.settings, *saved
-        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # which refuses it by itself
-        gradients = _Gradients.apply(off_diagonal, *settings) if recorded else _gradients(*settings)
+        settings = needed[5:], *ctx.settings
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which refuses it by itself
+            first = saved, *settings
+            views = _views(ctx, given, saved)
+            gradients = _Gradients.apply(of_loss, of_on, of_off, lambd, ctx.eps, first, *views)
+        elif is_batched(of_loss, of_on, of_off):
+            plan, shards, *_ = ctx.settings
+            only_alone("barlow_twins_loss", shards.group, "batched gradients")
+            views = _views(ctx, given, saved)
+            gradients = _plain.gradients((of_loss, of_on, of_off), lambd, views, needed[5:], ctx.eps, plan)
+        else:
+            gradients = _gradients(of_loss, of_on, of_off, lambd, *settings, *saved)
         of_lambd = of_loss * off_diagonal if needed[0] and of_loss is not None else None
         return of_lambd, None, None, None, None, *gradients
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    lambd, _, plan, shards, _, z1, *_ = inputs
+    lambd, eps, plan, shards, needed, *views = inputs
     weight = (lambd,) if isinstance(lambd, Tensor) else ()
     ctx.set_materialize_grads(False)
     ctx.lambd = None if weight else lambd
-    ctx.settings = plan, shards, z1.shape[0], z1.dtype
-    ctx.save_for_backward(*output[2:], *weight)
+    ctx.eps, ctx.kept = eps, needed
+    ctx.settings = plan, shards, views[0].shape[0], views[0].dtype
+    kept: tuple[Tensor, ...] = ()  # for a second derivative; the last one first, as ``pop`` takes them
+    for z, wanted in zip(views, needed, strict=True):
+        if wanted:
+            kept = z, *kept
+    ctx.save_for_backward(*output[2:], *weight, *kept)
+
+
+def _views(ctx: Any, given: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
+    """The views, of those without a gradient the centred values u/ρ in their place: they may have changed since."""
+    _, rho, *kept = saved
+    _, _, n, _ = ctx.settings
+    u = each(kept[0]) if len(ctx.kept) == 2 else kept[: len(ctx.kept)]
+    rows, rest = rho.view(len(u), 1, -1), iter(given)
+    centred = [u_i[:n, : rows.shape[2]] / row for u_i, row in zip(u, rows, strict=True)]
+    return [next(rest) if wanted else x for wanted, x in zip(ctx.kept, centred, strict=True)]
 
 
 class _TracedLoss(torch.autograd.Function):
@@ -177,16 +201,28 @@ class _TracedLoss(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """The backward as an operation of its own, connected to the forward, so that differentiating it raises."""
+    """The backward where it is recorded: the same bits, and a derivative of its own."""
 
     @staticmethod
-    def forward(of_forward: Tensor, *settings: Any) -> tuple[Tensor | None, ...]:
-        return _gradients(*settings)
+    def forward(
+        of_loss: Tensor | None, of_on: Tensor | None, of_off: Tensor | None, lambd: Any, eps: float, first: Any, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        saved, *settings = first
+        return _gradients(of_loss, of_on, of_off, lambd, *settings, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        pass
+        *arriving_and_lambd, ctx.eps, first = inputs[:6]
+        _, ctx.needed, ctx.plan, ctx.shards, *_ = first
+        ctx.set_materialize_grads(False)
+        ctx.numbers = [None if isinstance(given, Tensor) else (given,) for given in arriving_and_lambd]
+        ctx.save_for_backward(*[given for given in arriving_and_lambd if isinstance(given, Tensor)], *inputs[6:])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(_SECOND_DERIVATIVE)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        only_alone("barlow_twins_loss", ctx.shards.group, "second derivatives")
+        saved = iter(ctx.saved_tensors)
+        inputs = (*[next(saved) if number is None else number[0] for number in ctx.numbers], *saved)
+        wanted = (*ctx.needs_input_grad[:4], *ctx.needs_input_grad[6:])
+        found = _plain.second_derivative(grads, inputs, wanted, ctx.needed, ctx.eps, ctx.plan)
+        return *found[:4], None, None, *found[4:]

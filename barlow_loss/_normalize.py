@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from barlow_loss._collectives import Group, all_sum
-from barlow_loss._plan import autocast_disabled, vector_dtype
+from barlow_loss._collectives import TRANSFORMS, Group, all_sum, only_alone
+from barlow_loss._plan import autocast_disabled, is_batched, is_transformed, vector_dtype, without_tangent
 from barlow_loss._statistics import (
     Moments,
     at_least_one,
@@ -42,8 +42,26 @@ def normalize(
 ) -> tuple[Tensor, Moments]:
     """w·ẑ + b in the dtype of z, with the statistics of the group's batch; and those statistics, not differentiable."""
     with autocast_disabled(z.device.type):
+        if is_transformed(z, *[t for t in (weight, bias) if t is not None]):
+            only_alone("normalisation", group, TRANSFORMS)
+            return _plain(z, weight, bias, eps)
         y, *statistics = _BatchNormalize.apply(z, weight, bias, eps, group)
     return y, _moments(z, statistics)
+
+
+def _plain(z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
+    """The same in differentiable torch operations, for the transforms that the operation below does not know."""
+    n, dims = values_per_channel(z), [0, *range(2, z.ndim)]
+    wide = z.to(_compute_dtype(z))
+    mean = wide.mean(dims, keepdim=True)
+    x = wide - mean
+    more = x.mean(dims, keepdim=True)
+    x = x - more
+    m2 = x.square().sum(dims)
+    moments = Moments(n, mean.flatten(), more.flatten(), m2)
+    y = x * _per_channel(_scaled(reciprocal_std(moments, eps), weight), z)
+    y = y if bias is None else y + _per_channel(bias, z)
+    return y.to(z.dtype), Moments(n, *map(without_tangent, moments[1:]))
 
 
 def normalize_with(given: Moments, z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -144,7 +162,7 @@ def _compute_dtype(z: Tensor) -> torch.dtype:
 
 def _add_product(base: Tensor, x: Tensor, factor: Tensor, buffer: Tensor) -> Tensor:
     """The sum base + x·factor, the factor per channel; written into the buffer unless something records the graph."""
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_batched(base, x)
     return torch.addcmul(base, x, _per_channel(factor, x), out=None if recorded else buffer)
 
 

@@ -1,6 +1,6 @@
 """The loss from the sums of C, and what the gradients of the loss and of its terms mean for those sums.
 
-on = Σ_i (C_ii − 1)²,    off = Σ_{i≠j} C_ij²,    L = on + λ off
+on = Σ_i (C_ii − τ)²,    off = Σ_{i≠j} C_ij²,    L = on + λ off,    τ = 1 but for another definition of the deviation
 
 a = ∂/∂on,  b = ∂/∂off  of whatever the caller differentiates:  a = g_L + g_on,  b = λ g_L + g_off
 """
@@ -54,7 +54,7 @@ def penalties(
     """
     if not plan.on_host or c.numel() > 4096:  # in float32 a million squares lose two digits
         c = c.to(vector_dtype(c.device))
-    e = c - 1
+    e = c - plan.diagonal_target
     on, total = _sum_of_squares(e, plan), squares.sum()
     off: Number = total.item() if plan.on_host else total
     if holds_diagonal:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from barlow_loss._pairs import TWO_VIEWS, Weights
 
@@ -26,10 +27,13 @@ __all__ = [
     "autocast_enabled",
     "choose_algorithm",
     "choose_backend",
+    "is_batched",
     "is_traced",
+    "is_transformed",
     "make_plan",
     "plan_for",
     "vector_dtype",
+    "without_tangent",
 ]
 
 Algorithm = Literal["auto", "primal", "dual"]
@@ -60,6 +64,7 @@ class Plan(NamedTuple):
     on_host: bool = False  # CPU tensors in plain eager mode: numbers may be read, work may go by blocks
     weights: Weights = TWO_VIEWS  # of the pairs of views
     off_diagonal_target: float = 0.0
+    diagonal_target: float = 1.0
 
 
 def make_plan(
@@ -75,6 +80,7 @@ def make_plan(
     on_host: bool = False,
     weights: Weights = TWO_VIEWS,
     off_diagonal_target: float = 0.0,
+    diagonal_target: float = 1.0,
 ) -> Plan:
     """Resolve what depends on the batch. An explicit choice is kept as it is.
 
@@ -90,13 +96,15 @@ def make_plan(
         on_host: kept as it is.
         weights: kept as they are.
         off_diagonal_target: kept as it is.
+        diagonal_target: kept as it is.
     """
     matmul_dtype = _matmul_dtype(dtype, d, device_type, autocast)
     compute = _compute_dtype(dtype)
     if algorithm == "auto":
         algorithm = choose_algorithm(n, d, len(weights), matmul_dtype == compute)
     precision = compute, matmul_dtype
-    return Plan(algorithm, backend, *precision, grad_reduction, on_host, weights, off_diagonal_target)
+    targets = off_diagonal_target, diagonal_target
+    return Plan(algorithm, backend, *precision, grad_reduction, on_host, weights, *targets)
 
 
 _remembered = functools.lru_cache(maxsize=256)(make_plan)
@@ -111,6 +119,7 @@ def plan_for(
     n: int,
     views: tuple[Tensor, ...],
     off_diagonal_target: float = 0.0,
+    diagonal_target: float = 1.0,
 ) -> Plan:
     """``make_plan`` for the views of a global batch of n rows, remembered; raises as ``choose_backend`` does."""
     z = views[0]
@@ -127,6 +136,7 @@ def plan_for(
         on_host=z.is_cpu and not traced,
         weights=weights,
         off_diagonal_target=off_diagonal_target,
+        diagonal_target=diagonal_target,
     )
 
 
@@ -138,7 +148,28 @@ def is_traced(*tensors: Tensor) -> bool:
         or not _PLAIN.issuperset(map(type, tensors))
         or (_modes() > 0 and any(_mode(number).is_infra_mode() for number in range(_modes())))
         or _keyed(_PRE_DISPATCH)
+        or _jit_trace() is not None
+        or _forward_mode._current_level >= 0
     )
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether the operation has to be taken apart: by torch.func, torch.jit.trace, or a forward-mode derivative."""
+    if torch.compiler.is_compiling() or _functorch():
+        return bool(_functorch())
+    return _jit_trace() is not None or any(_forward_mode.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def is_batched(*tensors: Tensor | None) -> bool:
+    """Whether one of them stands for several, as torch.vmap and is_grads_batched make them."""
+    return not torch.compiler.is_compiling() and any(
+        t is not None and (_legacy_batched(t) or _batched(t)) for t in tensors
+    )
+
+
+def without_tangent(t: Tensor) -> Tensor:
+    """What is kept from one call to the next has no part in a forward-mode derivative."""
+    return _forward_mode.unpack_dual(t).primal if _forward_mode._current_level >= 0 and not _functorch() else t
 
 
 def applied(operation: Any, differentiated: bool, *inputs: Any) -> tuple[Tensor, ...]:
@@ -156,6 +187,10 @@ def applied(operation: Any, differentiated: bool, *inputs: Any) -> tuple[Tensor,
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # pyright: ignore[reportPrivateUsage]
+_C: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+_forward_mode: Any = forward_ad
+_jit_trace: Any = _C._get_tracing_state
+_batched, _legacy_batched = _C._functorch.is_batchedtensor, _C._functorch.is_legacy_batchedtensor
 _functorch = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]
 _modes = torch._C._len_torch_dispatch_stack  # pyright: ignore[reportPrivateUsage]
 _mode = torch._C._get_dispatch_stack_at  # pyright: ignore[reportPrivateUsage]

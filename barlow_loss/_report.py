@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -115,19 +116,28 @@ class CollapseReport:
         table = [f"{q:<{widths[0]}}  {v:>{widths[1]}}  {c:<{widths[2]}}  {meaning}" for q, v, c, meaning in rows]
         return "\n".join([head, *(line.rstrip() for line in table), self.verdict])
 
+    def _repr_html_(self) -> str:
+        """The table, for a notebook."""
+        head, *lines = str(self).splitlines()
+        rows = [("quantity", "value", "compare with", "meaning"), *self._rows()]
+        cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+        table = "".join(f"<tr>{row}</tr>" for row in cells)
+        verdict = "<br>".join(map(escape, lines[len(rows) :]))
+        return f"<p>{escape(head)}</p><table>{table}</table><p>{verdict}</p>"
+
     def _rows(self) -> list[tuple[str, str, str, str]]:
         n, d, top = _number(self.n), _number(self.d), _number(self.attainable_rank)
         off_floor = _number(self.off_diagonal_noise_floor)
         return [
-            ("loss", _number(self.loss), f"chance {_number(self.loss_noise_floor)}", "on-diagonal + λ·off-diagonal"),
+            ("loss", _number(self.loss), f"floor {_number(self.loss_noise_floor)}", "on-diagonal + λ·off-diagonal"),
             ("on-diagonal", _number(self.on_diagonal), f"collapse {d}", "Σ (C_ii − 1)²: 0 where the views agree"),
-            ("off-diagonal", _number(self.off_diagonal), f"chance {off_floor}", "Σ C_ij², i ≠ j: redundancy"),
+            ("off-diagonal", _number(self.off_diagonal), f"floor {off_floor}", "Σ C_ij², i ≠ j: redundancy"),
             ("mean diagonal", _number(self.mean_diagonal), "best 1", "correlation of the views, per feature"),
             (
                 "off-diagonal RMS",
                 _number(self.off_diagonal_rms),
-                f"chance {_number(self.off_diagonal_rms_noise_floor)}",
-                f"correlation of different features; chance is 1/√(N − 1) at N = {n}",
+                f"floor {_number(self.off_diagonal_rms_noise_floor)}",
+                f"correlation of different features; random: 1/√(N − 1) at N = {n}",
             ),
             ("dead features", _number(self.dead_features), f"of {d}", "variance lost in ε or in rounding"),
             ("feature std, min", _number(self.std_min), f"√ε {_number(math.sqrt(self.eps))}", "spread over the batch"),
@@ -137,7 +147,7 @@ class CollapseReport:
             ("feature std, max", _number(self.std_max), "", ""),
             ("effective rank, z1", _number(self.effective_rank_1), f"at most {top}", "directions in use (RankMe)"),
             ("effective rank, z2", _number(self.effective_rank_2), f"at most {top}", ""),
-            ("alignment", _number(self.alignment), "chance 2, best 0", "squared distance of a pair's directions"),
+            ("alignment", _number(self.alignment), "best 0, unrelated 2", "squared distance of a pair's directions"),
         ]
 
 
@@ -159,6 +169,9 @@ class PairReports(dict[tuple[int, int], CollapseReport]):
             return not math.isfinite(report.loss), len(report.warnings), report.loss
 
         return max(self, key=badness)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         head = ("pair", "loss", "mean diagonal", "off-diagonal RMS", "rank", "rank", "dead", "warnings")

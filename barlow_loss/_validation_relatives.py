@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,28 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["check_alpha", "check_permutation", "check_weight", "claim_of_weight", "needing_gradients"]
-
-
-def check_weight(caller: str, name: str, value: Any, usual: float) -> None:
-    """A finite number ≥ 0 or a real 0-d tensor, whose value is not read: that would wait for the device."""
-    if isinstance(value, torch.Tensor):
-        if value.ndim != 0 or value.is_complex():
-            raise ValueError(
-                f"{caller}: expected {name} to be a float or a real 0-d tensor, got a tensor of shape "
-                f"{tuple(value.shape)} and dtype {value.dtype}. Use {name}.squeeze() or float({name})."
-            )
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(
-            f"{caller}: expected {name} to be a float or a 0-d tensor, got {type(value).__name__}. "
-            f"The usual value is {usual}."
-        )
-    if not 0 <= value < math.inf:
-        raise ValueError(
-            f"{caller}: expected {name} to be finite and ≥ 0, got {value}. The usual value is {usual}; "
-            "0 leaves the term out."
-        )
+__all__ = ["check_alpha", "check_permutation", "claim_of_weight", "needing_gradients"]
 
 
 def claim_of_weight(value: float | Tensor) -> Any:

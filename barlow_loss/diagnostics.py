@@ -18,7 +18,7 @@ from barlow_loss._normalize import normalize
 from barlow_loss._pairs import pairs_of
 from barlow_loss._plan import autocast_disabled, vector_dtype
 from barlow_loss._report import CollapseReport, PairReports
-from barlow_loss._validation import check_eps, check_lambd, check_tensor, check_views
+from barlow_loss._validation import check_eps, check_flags, check_tensor, check_views, check_weight
 from barlow_loss.loss import barlow_twins_loss
 
 if TYPE_CHECKING:
@@ -310,9 +310,10 @@ def _agreed(
     """Check views and settings, on every process of the group."""
 
     def check() -> tuple[int, Claims]:
+        check_flags(caller, synchronize=synchronize)
         z1 = check_views(caller, *views)[0]
         check_eps(caller, settings["eps"])
-        check_lambd(caller, settings.get("lambd", 0.0))
+        check_weight(caller, "lambd", settings.get("lambd", 0.0), 0.0051)
         named = {name: float(value) for name, value in settings.items()}
         claims = {"D": z1.shape[1], "views": len(views), "dtype": z1.dtype, "device": z1.device.type, **named}
         return z1.shape[0], claims

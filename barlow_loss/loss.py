@@ -7,20 +7,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from barlow_loss._collectives import Shards, group_of
+from barlow_loss._collectives import Shards, check_group, group_of
 from barlow_loss._function import loss_and_sums
 from barlow_loss._header import Claims, agree, check_samples
+from barlow_loss._module import LossModule
 from barlow_loss._pairs import TWO_VIEWS
 from barlow_loss._plan import ALGORITHMS, BACKENDS, Algorithm, Backend, autocast_enabled, choose_backend, plan_for
 from barlow_loss._validation import (
     check_choice,
     check_eps,
-    check_lambd,
+    check_flags,
     check_pair_weights,
     check_target,
     check_views,
+    check_weight,
     weight_rows,
 )
 
@@ -57,6 +59,9 @@ def barlow_twins_loss(
     return_terms: Literal[False] = ...,
     pair_weights: PairWeights | None = ...,
     off_diagonal_target: float = ...,
+    correction: int = ...,
+    z1: Tensor | None = ...,
+    z2: Tensor | None = ...,
 ) -> Tensor: ...
 
 
@@ -73,6 +78,9 @@ def barlow_twins_loss(
     return_terms: Literal[True],
     pair_weights: PairWeights | None = ...,
     off_diagonal_target: float = ...,
+    correction: int = ...,
+    z1: Tensor | None = ...,
+    z2: Tensor | None = ...,
 ) -> BarlowTwinsTerms: ...
 
 
@@ -89,6 +97,9 @@ def barlow_twins_loss(
     return_terms: bool,
     pair_weights: PairWeights | None = ...,
     off_diagonal_target: float = ...,
+    correction: int = ...,
+    z1: Tensor | None = ...,
+    z2: Tensor | None = ...,
 ) -> Tensor | BarlowTwinsTerms: ...
 
 
@@ -104,6 +115,9 @@ def barlow_twins_loss(
     return_terms: bool = False,
     pair_weights: PairWeights | None = None,
     off_diagonal_target: float = 0.0,
+    correction: int = 0,
+    z1: Tensor | None = None,
+    z2: Tensor | None = None,
 ) -> Tensor | BarlowTwinsTerms:
     r"""The Barlow Twins loss of two or more views, exact on any number of processes, linear in D for N ≤ D/2.
 
@@ -148,11 +162,16 @@ def barlow_twins_loss(
         off_diagonal_target: t of the off-diagonal sum Σ_{i≠j} (C_ij − t)², a number; −1 is the form that Tsai et al.
             derive from HSIC. Alike on all processes. The dual's rounding is relative to t² D² then, which matters where
             all features are nearly one (t = 1).
+        correction: the deviation divides by N − correction, as torch.var's: 0 as in the paper and its official program,
+            1 as in programs that take ``torch.std``. C is divided by N with either.
+        z1: the first view by its name, if none comes by position.
+        z2: the second view by its name.
 
     Returns:
         The loss, 0-d: float32, also for 16-bit views and under autocast; float64 for float64 views. Gradients come in
         the dtype of the views. At D = 2048 most of them are below float16's smallest normal number: train float16
-        with ``torch.amp.GradScaler``. NaN or infinity anywhere in a view makes the loss NaN.
+        with ``torch.amp.GradScaler``. NaN or infinity anywhere in a view makes the loss NaN. Views that need
+        a gradient are kept until the backward, for a second derivative.
 
     Raises:
         ValueError: the shapes differ or are not (N, D), N < 2, D = 0, the devices differ, fewer than two views, or a
@@ -161,7 +180,8 @@ def barlow_twins_loss(
             need for gradients differ among the processes.
         TypeError: views that are not floating tensors of one dtype, or a setting of the wrong type.
         RuntimeError: ``backend="triton"`` where triton cannot be imported or build its launcher, or the GPU is too
-            old; in backward, where a second derivative is asked for; in a compiled graph, where the processes have
+            old; over several processes a second derivative, torch.func's transforms, batched gradients, forward mode
+            and torch.jit.trace, which one process takes by the plain formula; in a compiled graph, where processes have
             different numbers of rows (on CUDA an assertion on the device, which ends the process); from
             torch.distributed, where a process has died, does not come, or was given another group.
 
@@ -205,30 +225,94 @@ def barlow_twins_loss(
         2104.13712, equation 4.
     """
     caller = "barlow_twins_loss"
+    problem = None
+    if z1 is not None or z2 is not None:
+        views, problem = _by_name(views, z1, z2)
     group = group_of(caller, process_group, synchronize)
-    settings = lambd, eps, algorithm, backend, grad_reduction, off_diagonal_target
+    settings = lambd, eps, algorithm, backend, grad_reduction, off_diagonal_target, correction
     if group.size == 1:
+        if problem or type(return_terms) is not bool or type(synchronize) is not bool:
+            _check_call(caller, problem, return_terms, synchronize)
         check_views(caller, *views)
         _check_settings(caller, *settings)
         shards = Shards(group, (views[0].shape[0],))
     else:
         first = views[0] if views else None
-        shards = agree(caller, group, first, lambda: _claims(caller, views, pair_weights, *settings))
+        shards = agree(
+            caller,
+            group,
+            first,
+            lambda: _claims(caller, views, pair_weights, (problem, return_terms, synchronize), *settings),
+        )
     plain = pair_weights is None and len(views) == 2
     weights = TWO_VIEWS if plain else check_pair_weights(caller, pair_weights, len(views))
     n = shards.total
     if n < 2:
         check_samples(caller, views[0], shards)
-    plan = plan_for(caller, algorithm, backend, grad_reduction, weights, n, views, float(off_diagonal_target))
-    terms = loss_and_sums(views, lambd, eps, plan, shards)
+    lambd, eps, target = (
+        lambd if isinstance(lambd, torch.Tensor) else float(lambd),
+        float(eps),
+        float(off_diagonal_target),
+    )
+    if correction:
+        terms = _with_unbiased_deviation(
+            caller, views, lambd, eps, target, (algorithm, backend, grad_reduction, weights), shards
+        )
+    else:
+        plan = plan_for(caller, algorithm, backend, grad_reduction, weights, n, views, target)
+        terms = loss_and_sums(views, lambd, eps, plan, shards)
     return BarlowTwinsTerms(*terms) if return_terms else terms[0]
 
 
-def _claims(caller: str, views: tuple[Tensor, ...], pair_weights: Any, *settings: Any) -> tuple[int, Claims]:
+def _with_unbiased_deviation(
+    caller: str,
+    views: tuple[Tensor, ...],
+    lambd: float | Tensor,
+    eps: float,
+    target: float,
+    settings: tuple[Any, ...],
+    shards: Shards,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms where the deviation divides by N − 1: with s = (N − 1)/N it is s C(s ε) in place of C.
+
+    So Σ_i (s C_ii − 1)² = s² Σ_i (C_ii − 1/s)², and Σ_{i≠j} (s C_ij − t)² = s² Σ_{i≠j} (C_ij − t/s)².
+    """
+    n = shards.total
+    s = (n - 1) / n
+    algorithm, backend, grad_reduction, weights = settings
+    plan = plan_for(caller, algorithm, backend, grad_reduction, weights, n, views, target / s, 1 / s)
+    _, on_diagonal, off_diagonal = loss_and_sums(views, lambd, s * eps, plan, shards)
+    on_diagonal, off_diagonal = s * s * on_diagonal, s * s * off_diagonal
+    weight = lambd.to(on_diagonal.device, on_diagonal.dtype) if isinstance(lambd, torch.Tensor) else lambd
+    return on_diagonal + weight * off_diagonal, on_diagonal, off_diagonal
+
+
+def _by_name(views: tuple[Any, ...], z1: Any, z2: Any) -> tuple[tuple[Any, ...], str | None]:
+    """The views, of which the first two may have come by name as if they were parameters; and what is wrong with it."""
+    for place, z in enumerate((z1, z2)):
+        if z is None:
+            continue
+        if len(views) != place:
+            return views, f"z{place + 1} " + ("comes by position, too" if len(views) > place else "came without z1")
+        views = (*views, z)
+    return views, None
+
+
+def _check_call(caller: str, problem: str | None, return_terms: Any, synchronize: Any) -> None:
+    """What is told before the views are looked at, on every rank where one is wrong."""
+    if problem:
+        raise TypeError(f"{caller}: expected each view once, but {problem}. Use loss(z1, z2).")
+    check_flags(caller, return_terms=return_terms, synchronize=synchronize)
+
+
+def _claims(
+    caller: str, views: tuple[Tensor, ...], pair_weights: Any, call: tuple[Any, ...], *settings: Any
+) -> tuple[int, Claims]:
     """This rank's number of rows, and what every rank must have alike; raises what is wrong on this one."""
+    _check_call(caller, *call)
     z1 = check_views(caller, *views)[0]
     _check_settings(caller, *settings)
-    lambd, eps, algorithm, backend, grad_reduction, off_diagonal_target = settings
+    lambd, eps, algorithm, backend, grad_reduction, off_diagonal_target, correction = settings
     return z1.shape[0], {
         "D": z1.shape[1],
         "views": len(views),
@@ -243,28 +327,42 @@ def _claims(caller: str, views: tuple[Tensor, ...], pair_weights: Any, *settings
         "backend": choose_backend(caller, backend, z1.device),
         "grad_reduction": grad_reduction,
         "off_diagonal_target": float(off_diagonal_target),
+        "correction": correction,
     }
 
 
 def _check_settings(
-    caller: str, lambd: Any, eps: Any, algorithm: Any, backend: Any, grad_reduction: Any, off_diagonal_target: Any
+    caller: str,
+    lambd: Any,
+    eps: Any,
+    algorithm: Any,
+    backend: Any,
+    grad_reduction: Any,
+    off_diagonal_target: Any,
+    correction: Any,
 ) -> None:
-    check_lambd(caller, lambd)
+    check_weight(caller, "lambd", lambd, 0.0051)
     check_eps(caller, eps)
     if not (type(off_diagonal_target) is float and math.isfinite(off_diagonal_target)):  # a call less in every step
         check_target(caller, off_diagonal_target)
+    if type(correction) is not int or not 0 <= correction <= 1:
+        raise ValueError(
+            f"{caller}: expected correction to be 0 or 1, got {correction!r}. 0 divides the variance by N, 1 by N − 1."
+        )
     check_choice(caller, "algorithm", algorithm, ALGORITHMS)
     check_choice(caller, "backend", backend, BACKENDS)
     check_choice(caller, "grad_reduction", grad_reduction, ("mean", "sum"))
 
 
-class BarlowTwinsLoss(nn.Module):
-    r"""The module of :func:`barlow_twins_loss`: stores its settings, has no parameters and no buffers.
+class BarlowTwinsLoss(LossModule):
+    r"""The Barlow Twins loss Σ_i (C_ii − 1)² + λ Σ_{i≠j} C_ij², C = ẑ1ᵀ ẑ2/N, of two views or more.
 
-    It gives the same loss in ``train()`` and ``eval()``: statistics are always those of the batch.
+    Views are the embeddings of the same N samples in the same order, (N, D) with N ≥ 2; the loss is 0-d. It is the
+    module of :func:`barlow_twins_loss`, where all is said. It gives the same loss in ``train()`` and ``eval()``:
+    statistics are always those of the batch. It has no parameters, and nothing in its ``state_dict()``.
 
     Args:
-        lambd: weight of the off-diagonal sum, ≥ 0.
+        lambd: weight of the off-diagonal sum, ≥ 0. A tensor goes where the module goes, and is not saved.
         eps: added to the variance inside the root, ≥ 0.
         algorithm: "auto", "primal" or "dual".
         backend: "auto", "eager" or "triton".
@@ -273,6 +371,7 @@ class BarlowTwinsLoss(nn.Module):
         grad_reduction: "mean" or "sum"; see :func:`barlow_twins_loss`.
         pair_weights: of the views; default: all pairs alike.
         off_diagonal_target: what the C_ij off the diagonal shall be; see :func:`barlow_twins_loss`.
+        correction: 0 or 1, of the deviation's N − correction.
 
     Raises:
         ValueError, TypeError: a setting out of its range or of the wrong type, already here.
@@ -286,6 +385,9 @@ class BarlowTwinsLoss(nn.Module):
         ('loss', 'on_diagonal', 'off_diagonal')
     """
 
+    lambd: float | Tensor
+    WEIGHTS = ("lambd",)
+
     def __init__(
         self,
         lambd: float | Tensor = 0.0051,
@@ -298,9 +400,13 @@ class BarlowTwinsLoss(nn.Module):
         grad_reduction: GradReduction = "mean",
         pair_weights: PairWeights | None = None,
         off_diagonal_target: float = 0.0,
+        correction: int = 0,
     ) -> None:
         super().__init__()
-        _check_settings("BarlowTwinsLoss", lambd, eps, algorithm, backend, grad_reduction, off_diagonal_target)
+        settings = lambd, eps, algorithm, backend, grad_reduction, off_diagonal_target, correction
+        _check_settings("BarlowTwinsLoss", *settings)
+        check_group("BarlowTwinsLoss", process_group)
+        check_flags("BarlowTwinsLoss", synchronize=synchronize)
         self.lambd = lambd
         self.eps = eps
         self.algorithm: Algorithm = algorithm
@@ -310,18 +416,27 @@ class BarlowTwinsLoss(nn.Module):
         self.grad_reduction: GradReduction = grad_reduction
         self.pair_weights = None if pair_weights is None else weight_rows("BarlowTwinsLoss", pair_weights)
         self.off_diagonal_target = off_diagonal_target
+        self.correction = correction
 
     @overload
-    def forward(self, *views: Tensor, return_terms: Literal[False] = ...) -> Tensor: ...
+    def forward(
+        self, *views: Tensor, return_terms: Literal[False] = ..., z1: Tensor | None = ..., z2: Tensor | None = ...
+    ) -> Tensor: ...
 
     @overload
-    def forward(self, *views: Tensor, return_terms: Literal[True]) -> BarlowTwinsTerms: ...
+    def forward(
+        self, *views: Tensor, return_terms: Literal[True], z1: Tensor | None = ..., z2: Tensor | None = ...
+    ) -> BarlowTwinsTerms: ...
 
     @overload
-    def forward(self, *views: Tensor, return_terms: bool) -> Tensor | BarlowTwinsTerms: ...
+    def forward(
+        self, *views: Tensor, return_terms: bool, z1: Tensor | None = ..., z2: Tensor | None = ...
+    ) -> Tensor | BarlowTwinsTerms: ...
 
-    def forward(self, *views: Tensor, return_terms: bool = False) -> Tensor | BarlowTwinsTerms:
-        """The loss of two or more (N, D) views, or its :class:`BarlowTwinsTerms`."""
+    def forward(
+        self, *views: Tensor, return_terms: bool = False, z1: Tensor | None = None, z2: Tensor | None = None
+    ) -> Tensor | BarlowTwinsTerms:
+        """The loss of two or more (N, D) views, z1, z2 and so on, or its :class:`BarlowTwinsTerms`."""
         return barlow_twins_loss(
             *views,
             lambd=self.lambd,
@@ -333,10 +448,13 @@ class BarlowTwinsLoss(nn.Module):
             grad_reduction=self.grad_reduction,
             pair_weights=self.pair_weights,
             off_diagonal_target=self.off_diagonal_target,
+            correction=self.correction,
             return_terms=return_terms,
+            z1=z1,
+            z2=z2,
         )
 
     def extra_repr(self) -> str:
         """The settings, as the constructor takes them."""
         names = "lambd", "eps", "algorithm", "backend", "synchronize", "grad_reduction", "pair_weights"
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*names, "off_diagonal_target"))
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*names, "off_diagonal_target", "correction"))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from barlow_loss._collectives import Shards, group_of
+from barlow_loss._collectives import Shards, check_group, group_of
 from barlow_loss._gram_norm import batch_for, cross_norm
 from barlow_loss._header import Claims, agree, check_samples
+from barlow_loss._module import LossModule
 from barlow_loss._normalize import normalize
 from barlow_loss._plan import (
     ALGORITHMS,
@@ -20,11 +21,10 @@ from barlow_loss._plan import (
     autocast_enabled,
     choose_backend,
 )
-from barlow_loss._validation import check_choice, check_eps, check_views
+from barlow_loss._validation import check_choice, check_eps, check_flags, check_views, check_weight
 from barlow_loss._validation_relatives import (
     check_alpha,
     check_permutation,
-    check_weight,
     claim_of_weight,
     needing_gradients,
 )
@@ -210,11 +210,12 @@ def mixed_barlow_twins_loss(
     caller = "mixed_barlow_twins_loss"
     views = {"z1": z1, "z2": z2, "z_mixed": z_mixed}
     settings = lambd, mix_scale, eps, algorithm, backend, grad_reduction
+    flags = {"return_terms": return_terms, "synchronize": synchronize}
     shards = agree(
         caller,
         group_of(caller, process_group, synchronize),
         z1,
-        lambda: _claims(caller, views, alpha, permutation, *settings),
+        lambda: _claims(caller, flags, views, alpha, permutation, *settings),
     )
     check_samples(caller, z1, shards)
     base = barlow_twins_loss(
@@ -256,11 +257,14 @@ def _mixture(
 
 
 def _like(weight: float | Tensor, t: Tensor) -> float | Tensor:
-    return weight.to(t.device, t.dtype) if isinstance(weight, Tensor) else weight
+    return weight.to(t.device, t.dtype) if isinstance(weight, Tensor) else float(weight)
 
 
-def _claims(caller: str, views: dict[str, Tensor], alpha: Any, permutation: Any, *settings: Any) -> tuple[int, Claims]:
+def _claims(
+    caller: str, flags: dict[str, Any], views: dict[str, Tensor], alpha: Any, permutation: Any, *settings: Any
+) -> tuple[int, Claims]:
     """This rank's number of rows, and what every rank must have alike; raises what is wrong on this one."""
+    check_flags(caller, **flags)
     check_views(caller, *views.values(), names=list(views))
     z = views["z1"]
     check_alpha(caller, alpha)
@@ -293,8 +297,8 @@ def _check_settings(
     check_choice(caller, "grad_reduction", grad_reduction, ("mean", "sum"))
 
 
-class MixedBarlowTwinsLoss(nn.Module):
-    r"""The module of :func:`mixed_barlow_twins_loss`: stores its settings, has no parameters and no buffers.
+class MixedBarlowTwinsLoss(LossModule):
+    r"""The module of :func:`mixed_barlow_twins_loss`: stores its settings, has no parameters and an empty state_dict.
 
     Args:
         lambd: weight of the off-diagonal sum and of R, ≥ 0.
@@ -316,6 +320,10 @@ class MixedBarlowTwinsLoss(nn.Module):
         torch.Size([])
     """
 
+    lambd: float | Tensor
+    mix_scale: float | Tensor
+    WEIGHTS = ("lambd", "mix_scale")
+
     def __init__(
         self,
         lambd: float | Tensor = 0.0051,
@@ -330,6 +338,8 @@ class MixedBarlowTwinsLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_settings("MixedBarlowTwinsLoss", lambd, mix_scale, eps, algorithm, backend, grad_reduction)
+        check_group("MixedBarlowTwinsLoss", process_group)
+        check_flags("MixedBarlowTwinsLoss", synchronize=synchronize)
         self.lambd = lambd
         self.mix_scale = mix_scale
         self.eps = eps

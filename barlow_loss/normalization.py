@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from barlow_loss._collectives import ALONE, Group, group_of
+from barlow_loss._collectives import ALONE, Group, check_group, group_of
 from barlow_loss._header import Claims, agree, can_wait, check_samples
 from barlow_loss._normalize import normalize, normalize_with, values_per_channel
+from barlow_loss._plan import is_batched
 from barlow_loss._statistics import Moments, at_least_one
-from barlow_loss._validation import check_eps, check_tensor
+from barlow_loss._validation import check_eps, check_flags, check_tensor, two_dimensions
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -62,19 +63,19 @@ def standardize(
     group = group_of("standardize", process_group, synchronize)
 
     def check() -> tuple[int, Claims]:
+        check_flags("standardize", synchronize=synchronize)
         check_tensor("standardize", "z", z)
         check_eps("standardize", eps)
         if z.ndim != 2 or z.shape[1] < 1:
             raise ValueError(
-                f"standardize: expected z of shape (N, D) with D ≥ 1, got {tuple(z.shape)}. "
-                "Flatten or pool other shapes, for example z.flatten(1)."
+                f"standardize: expected z of shape (N, D) with D ≥ 1, got {tuple(z.shape)}. {two_dimensions(z.ndim)}"
             )
         needs_gradient = torch.is_grad_enabled() and z.requires_grad
         return z.shape[0], {"D": z.shape[1], "dtype": z.dtype, "eps": eps, "z needs a gradient": needs_gradient}
 
     shards = agree("standardize", group, z, check)
     check_samples("standardize", z, shards)
-    return normalize(z, None, None, eps, group)[0]
+    return normalize(z, None, None, float(eps), group)[0]
 
 
 class DistributedBatchNorm(_BatchNorm):
@@ -101,6 +102,7 @@ class DistributedBatchNorm(_BatchNorm):
             initialised). All of them call the layer, equally often.
         device: of the parameters and buffers.
         dtype: of the parameters and buffers. It may be float32 while inputs have 16 bits.
+        bias: False, of an affine layer: learn the scale alone.
 
     Shape:
         (N, C) or (N, C, *) → the same shape, memory format and dtype; float64 is computed in float64, everything else
@@ -131,12 +133,23 @@ class DistributedBatchNorm(_BatchNorm):
         process_group: ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
         check_eps("DistributedBatchNorm", eps)
+        check_group("DistributedBatchNorm", process_group)
+        check_flags("DistributedBatchNorm", affine=affine, track_running_stats=track_running_stats, bias=bias)
+        if momentum is not None and (isinstance(momentum, bool) or not 0 <= momentum <= 1):
+            raise ValueError(
+                f"DistributedBatchNorm: expected momentum in [0, 1] or None, got {momentum!r}. The usual value is 0.1; "
+                "None averages over all batches."
+            )
         super().__init__(  # pyright: ignore[reportUnknownMemberType]  # torch leaves device and dtype untyped
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+            num_features, float(eps), momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         self.process_group = process_group
+        if not bias:
+            self.register_parameter("bias", None)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that every nn module has
         """Normalise (N, C) or (N, C, *), with the statistics of the batch in training."""
@@ -144,6 +157,8 @@ class DistributedBatchNorm(_BatchNorm):
         values = self._values_per_channel(input, group)
         given = self._given_statistics(input, values)
         if given is not None:
+            if self.training and self.num_batches_tracked is not None:  # of nothing
+                self.num_batches_tracked.add_(1)
             return normalize_with(given, input, self.weight, self.bias, self.eps)
         if values is not None and values < 2:
             raise ValueError(
@@ -152,6 +167,11 @@ class DistributedBatchNorm(_BatchNorm):
             )
         y, moments = normalize(input, self.weight, self.bias, self.eps, group)
         if self.training and self.track_running_stats:
+            if is_batched(moments.m2):
+                raise RuntimeError(
+                    "DistributedBatchNorm: expected one batch at a time where running statistics are kept, got many by "
+                    "torch.vmap. Pass track_running_stats=False, or call eval()."
+                )
             self._track(moments)
         return y
 
@@ -170,8 +190,8 @@ class DistributedBatchNorm(_BatchNorm):
             ``module``, or the new layer where ``module`` is a batch normalisation itself.
 
         Raises:
-            TypeError: a subclass of batch normalisation with a forward of its own (such as timm's BatchNormAct2d), of
-                which only the normalisation would survive.
+            TypeError: a subclass of batch normalisation with a forward of its own, of which only the normalisation
+                would survive. timm's BatchNormAct2d is known, and keeps its dropout and its activation.
             ValueError: a lazy layer that has not seen an input yet.
         """
         replaced: dict[nn.Module, nn.Module] = {
@@ -189,7 +209,7 @@ class DistributedBatchNorm(_BatchNorm):
     @classmethod
     def _like(cls, old: _BatchNorm, process_group: ProcessGroup | None) -> DistributedBatchNorm:
         _check_convertible(old)
-        new = cls(
+        new = (_NormAndActivation if _is_norm_and_activation(old) else cls)(
             old.num_features,
             old.eps,
             old.momentum,
@@ -200,7 +220,10 @@ class DistributedBatchNorm(_BatchNorm):
         )
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             setattr(new, name, getattr(old, name))
-        return new.train(old.training)
+        for name, child in old.named_children():
+            new.add_module(name, child)
+        new.training = old.training
+        return new
 
     def _values_per_channel(self, z: Any, group: Group) -> int | None:
         """Check the input, and count the values per channel in the batch; None where that would mean waiting."""
@@ -245,10 +268,22 @@ class DistributedBatchNorm(_BatchNorm):
             return
         # Two values are there, unless the device alone knows; fewer then teach nothing.
         enough = batch.n >= 2 if isinstance(batch.n, Tensor) else None
-        self.num_batches_tracked.add_(1 if enough is None else enough)
+        self.num_batches_tracked.add_(1)
         for running, new in ((self.running_mean, batch.mean), (self.running_var, batch.m2 / at_least_one(batch.n - 1))):
-            weight = self.num_batches_tracked.clamp_min(1).reciprocal() if self.momentum is None else self.momentum
+            weight = self.num_batches_tracked.reciprocal() if self.momentum is None else self.momentum
             running.lerp_(new.to(running.dtype), weight if enough is None else enough.to(running.dtype) * weight)
+
+
+class _NormAndActivation(DistributedBatchNorm):
+    """What timm's BatchNormAct2d becomes, on which most of its convolutional encoders stand."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        dropout, activation = cast("Any", self.drop), cast("Any", self.act)
+        return cast("Tensor", activation(dropout(super().forward(input))))
+
+
+def _is_norm_and_activation(layer: _BatchNorm) -> bool:
+    return type(layer).__name__ == "BatchNormAct2d" and {name for name, _ in layer.named_children()} == {"drop", "act"}
 
 
 def _check_convertible(layer: _BatchNorm) -> None:
@@ -258,7 +293,7 @@ def _check_convertible(layer: _BatchNorm) -> None:
             f"DistributedBatchNorm.convert: expected initialised layers, got a {name} that has seen no input. "
             "Run one batch through the module first."
         )
-    if type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+    if type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and not _is_norm_and_activation(layer):
         raise TypeError(
             f"DistributedBatchNorm.convert: expected nn.BatchNorm1d/2d/3d or nn.SyncBatchNorm, got {name}, whose own "
             "forward does more than normalise and would be lost. Replace it by plain layers before converting."

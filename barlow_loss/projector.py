@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, overload
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -56,10 +58,10 @@ class Projector(nn.Sequential):
         num_layers: int = 3,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm1d,
     ) -> None:
-        _check_size("in_features", in_features)
-        _check_size("hidden_features", hidden_features)
-        _check_size("out_features", out_features)
-        _check_size("num_layers", num_layers)
+        in_features = _size("in_features", in_features)
+        hidden_features = _size("hidden_features", hidden_features)
+        out_features = _size("out_features", out_features)
+        num_layers = _size("num_layers", num_layers)
         if not callable(norm_layer):
             raise TypeError(
                 f"Projector: expected norm_layer to make a module from a width, got {norm_layer!r}. "
@@ -75,6 +77,19 @@ class Projector(nn.Sequential):
             ]
             width = hidden_features
         super().__init__(*layers, nn.Linear(width, out_features, bias=False))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As of every module; here and not in forward, which torch.fx and torch.jit take, a wrong width is told."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except RuntimeError as error:
+            width, given = getattr(self[0], "in_features", None), args[0] if args else None
+            if not isinstance(given, torch.Tensor) or width is None or given.shape[-1:] == (width,):
+                raise
+            raise ValueError(
+                f"Projector: expected input of shape (N, {width}), got {tuple(given.shape)}. Pool feature maps with "
+                f"z.flatten(2).mean(2), or build Projector(in_features={given.shape[1] if given.ndim == 2 else '...'})."
+            ) from error
 
     @classmethod
     def from_checkpoint(
@@ -158,10 +173,11 @@ def _misfit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     )
 
 
-def _check_size(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+def _size(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(
             f"Projector: expected {name} to be an int, got {value!r} ({type(value).__name__}). Pass a whole number."
         )
     if value < 1:
         raise ValueError(f"Projector: expected {name} ≥ 1, got {value}. Use 1 or more.")
+    return int(value)

@@ -30,16 +30,22 @@ class ReferenceTerms(NamedTuple):
     off_diagonal: Tensor
 
 
-def _standardize(z: Tensor, eps: float) -> Tensor:
-    """ẑ = (z − μ) / √(v + ε), per feature over the batch, v the biased variance."""
+def _standardize(z: Tensor, eps: float, correction: int = 0) -> Tensor:
+    """ẑ = (z − μ) / √(v + ε), per feature over the batch, v the biased variance, or with N − correction."""
     x = z - z.mean(dim=0)
     x = x - x.mean(dim=0)  # at mean 1e4 and std 1e-2, what one subtraction leaves is 1e-10 of the gradient
-    v = (x * x).mean(dim=0)
+    v = (x * x).sum(dim=0) / (len(z) - correction)
     return x / torch.sqrt(v + eps)
 
 
 def barlow_twins_loss(
-    z1: Tensor, z2: Tensor, *, lambd: float | Tensor = 0.0051, eps: float = 1e-5, off_diagonal_target: float = 0.0
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    lambd: float | Tensor = 0.0051,
+    eps: float = 1e-5,
+    off_diagonal_target: float = 0.0,
+    correction: int = 0,
 ) -> ReferenceTerms:
     r"""The loss of Zbontar et al. (2021), equations 1 and 2, term by term, in the dtype of its inputs.
 
@@ -53,6 +59,7 @@ def barlow_twins_loss(
         lambd: weight of the off-diagonal sum, ≥ 0.
         eps: added to the biased variance inside the root, ≥ 0.
         off_diagonal_target: t; 0 in the paper, −1 in the form of HSIC (arXiv 2104.13712).
+        correction: the variance divides by N − correction.
 
     Returns:
         The loss and its two sums. All three are differentiable, any number of times.
@@ -63,7 +70,7 @@ def barlow_twins_loss(
         tensor(0., dtype=torch.float64)
     """
     n, d = z1.shape
-    c = _standardize(z1, eps).T @ _standardize(z2, eps) / n
+    c = _standardize(z1, eps, correction).T @ _standardize(z2, eps, correction) / n
     diagonal = torch.eye(d, dtype=torch.bool, device=c.device)
     on_diagonal = (c.diagonal() - 1).square().sum()
     off_diagonal = (c - off_diagonal_target).masked_fill(diagonal, 0).square().sum()

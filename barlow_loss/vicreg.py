@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from barlow_loss._collectives import group_of
+from barlow_loss._collectives import check_group, group_of
 from barlow_loss._gram_norm import batch_for
 from barlow_loss._header import Claims, agree, check_samples
+from barlow_loss._module import LossModule
 from barlow_loss._plan import ALGORITHMS, Algorithm
-from barlow_loss._validation import check_choice, check_eps, check_views
-from barlow_loss._validation_relatives import check_weight, claim_of_weight, needing_gradients
+from barlow_loss._validation import check_choice, check_eps, check_flags, check_views, check_weight
+from barlow_loss._validation_relatives import claim_of_weight, needing_gradients
 from barlow_loss._vicreg import invariance_variance_covariance
 
 if TYPE_CHECKING:
@@ -172,11 +173,12 @@ def vicreg_loss(
     caller = "vicreg_loss"
     settings = {"invariance": invariance, "variance": variance, "covariance": covariance}
     others = eps, algorithm, grad_reduction
+    flags = {"return_terms": return_terms, "synchronize": synchronize}
     shards = agree(
         caller,
         group_of(caller, process_group, synchronize),
         views[0] if views else None,
-        lambda: _claims(caller, views, settings, *others),
+        lambda: _claims(caller, flags, views, settings, *others),
     )
     check_samples(caller, views[0], shards)
     batch = batch_for(caller, shards, algorithm, grad_reduction, *views)
@@ -187,13 +189,20 @@ def vicreg_loss(
 
 
 def _like(weight: _Weight, term: Tensor) -> _Weight:
-    return weight.to(term.device, term.dtype) if isinstance(weight, torch.Tensor) else weight
+    return weight.to(term.device, term.dtype) if isinstance(weight, torch.Tensor) else float(weight)
 
 
 def _claims(
-    caller: str, views: tuple[Tensor, ...], weights: dict[str, _Weight], eps: Any, algorithm: Any, grad_reduction: Any
+    caller: str,
+    flags: dict[str, Any],
+    views: tuple[Tensor, ...],
+    weights: dict[str, _Weight],
+    eps: Any,
+    algorithm: Any,
+    grad_reduction: Any,
 ) -> tuple[int, Claims]:
     """This rank's number of rows, and what every rank must have alike; raises what is wrong on this one."""
+    check_flags(caller, **flags)
     check_views(caller, *views)
     _check_settings(caller, weights, eps, algorithm, grad_reduction)
     z = views[0]
@@ -217,8 +226,8 @@ def _check_settings(caller: str, weights: dict[str, _Weight], eps: Any, algorith
     check_choice(caller, "grad_reduction", grad_reduction, ("mean", "sum"))
 
 
-class VICRegLoss(nn.Module):
-    r"""The module of :func:`vicreg_loss`: stores its settings, has no parameters and no buffers.
+class VICRegLoss(LossModule):
+    r"""The module of :func:`vicreg_loss`: stores its settings, has no parameters and an empty state_dict.
 
     Args:
         invariance: λ, weight of the mean squared error, ≥ 0.
@@ -242,6 +251,11 @@ class VICRegLoss(nn.Module):
         ('loss', 'invariance', 'variance', 'covariance')
     """
 
+    invariance: float | Tensor
+    variance: float | Tensor
+    covariance: float | Tensor
+    WEIGHTS = ("invariance", "variance", "covariance")
+
     def __init__(
         self,
         invariance: float | Tensor = 25.0,
@@ -257,6 +271,8 @@ class VICRegLoss(nn.Module):
         super().__init__()
         weights = {"invariance": invariance, "variance": variance, "covariance": covariance}
         _check_settings("VICRegLoss", weights, eps, algorithm, grad_reduction)
+        check_group("VICRegLoss", process_group)
+        check_flags("VICRegLoss", synchronize=synchronize)
         self.invariance = invariance
         self.variance = variance
         self.covariance = covariance

@@ -69,15 +69,19 @@ def centred(z: Tensor) -> Tensor:
     return x - x.mean(0)
 
 
-def truth(z1: Tensor, z2: Tensor, lambd: float = LAMBD, eps: float = EPS, target: float = 0.0) -> Truth:
+def truth(
+    z1: Tensor, z2: Tensor, lambd: float = LAMBD, eps: float = EPS, target: float = 0.0, correction: int = 0
+) -> Truth:
     """L, its terms and gradients by float64 autograd through the oracle; their rounding bands by the closed form."""
     leaves = [centred(view).requires_grad_() for view in (z1, z2)]
-    terms = reference.barlow_twins_loss(*leaves, lambd=lambd, eps=eps, off_diagonal_target=target)
+    terms = reference.barlow_twins_loss(
+        *leaves, lambd=lambd, eps=eps, off_diagonal_target=target, correction=correction
+    )
     gradients = torch.autograd.grad(terms.loss, leaves)
 
     # Every product of L and of ∂L/∂z1 = r1/N ⊙ (ẑ2 Mᵀ − ẑ1 ⊙ rowsum(M∘C)), by its absolute value.
     n, d = z1.shape
-    (hat1, r1), (hat2, r2) = (_standardized(leaf.detach(), eps) for leaf in leaves)
+    (hat1, r1), (hat2, r2) = (_standardized(leaf.detach(), eps, correction) for leaf in leaves)
     C = hat1.T @ hat2 / n
     reached = C.abs() + abs(target)  # the dual expands (C − t)², and rounds each part
     M = 2 * lambd * reached
@@ -101,8 +105,8 @@ def truth(z1: Tensor, z2: Tensor, lambd: float = LAMBD, eps: float = EPS, target
     )
 
 
-def _standardized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    r = (x.square().mean(0) + eps).rsqrt()
+def _standardized(x: Tensor, eps: float, correction: int) -> tuple[Tensor, Tensor]:
+    r = (x.square().sum(0) / (len(x) - correction) + eps).rsqrt()
     return x * r, r
 
 

@@ -6,12 +6,13 @@ import io
 import pickle
 import re
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from barlow_loss import BarlowTwinsLoss, BarlowTwinsTerms, barlow_twins_loss
+from barlow_loss import BarlowTwinsLoss, BarlowTwinsTerms, barlow_twins_loss, standardize
 from comparison import assert_bitwise, assert_near, evaluate, truth
 from strategies import Batch
 
@@ -22,12 +23,15 @@ def _views(n=12, d=20, dtype=torch.float32, kind="trained", **batch):
     return Batch(n, d, 7, kind, **batch).views(dtype)
 
 
+TWO = torch.randn(4, 2)
+
+
 class TestRefusedViews:
     @pytest.mark.parametrize(
         ("shape1", "shape2", "remedy"),
         [
-            ((4,), (4,), "flatten"),
-            ((8, 16, 4, 4), (8, 16, 4, 4), "mean(dim=(2, 3))"),
+            ((4,), (4,), "unsqueeze"),
+            ((8, 16, 4, 4), (8, 16, 4, 4), "mean(2)"),
             ((8, 5, 16), (8, 5, 16), "flatten(0, 1)"),
             ((4, 3), (4, 3, 1), "flatten"),
             ((4, 3), (4, 5), "same"),
@@ -43,6 +47,59 @@ class TestRefusedViews:
         assert str(shape1) in str(error.value)
         assert str(shape2) in str(error.value)
 
+    @pytest.mark.parametrize(
+        ("shape", "remedies"),
+        [
+            ((8,), ["z.unsqueeze(1)"]),
+            ((8, 5, 16), ["z.mean(dim=1)", "z.flatten(1)", "z.flatten(0, 1)"]),
+            ((8, 16, 4, 4), ["z.flatten(2).mean(2)", "z.flatten(1)", "z.movedim(1, -1).flatten(0, -2)"]),
+            ((8, 16, 2, 4, 4), ["z.flatten(2).mean(2)", "z.flatten(1)", "z.movedim(1, -1).flatten(0, -2)"]),
+        ],
+        ids=str,
+    )
+    def test_the_remedies_for_shapes_work(self, shape, remedies):
+        """What the message says is done to the views, and the loss takes them."""
+        z = torch.randn(shape)
+        for loss_fn in (lambda z: barlow_twins_loss(z, z), standardize):
+            with pytest.raises(ValueError, match=r"\(N, D\)") as error:
+                loss_fn(z)
+            for remedy in remedies:
+                assert remedy in str(error.value)
+                loss_fn(eval(remedy, {"z": z}))
+
+    @pytest.mark.parametrize(
+        ("views", "error", "words"),
+        [
+            (
+                (TWO, TWO, 0.005),
+                TypeError,
+                "z3 to be a tensor, got float. Settings go by name, for example lambd=0.005",
+            ),
+            (((TWO, TWO),), ValueError, "got one tuple. Write loss(*views)"),
+            (([TWO, TWO],), ValueError, "got one list. Write loss(*views)"),
+            ((torch.stack([TWO, TWO]),), ValueError, "loss(*z.unbind())"),
+            ((TWO, [TWO, TWO]), TypeError, "z2 to be a tensor, got list. Pass the tensors in it one by one"),
+            ((TWO, [[1.0, 2.0]]), TypeError, "Use torch.as_tensor"),
+            ((TWO, None), TypeError, "z2 to be a tensor, got NoneType. Pass the embeddings that the projector returns"),
+            ((TWO, "z"), TypeError, "got str. Pass the embeddings"),
+            ((TWO, {"features": TWO}), TypeError, "got dict. Pass a tensor in it: features"),
+            ((TWO, SimpleNamespace(last_hidden_state=TWO)), TypeError, "Pass a tensor in it: last_hidden_state"),
+            ((TWO, torch.nested.nested_tensor([TWO, TWO])), TypeError, "z2 to be a dense tensor, got a nested one"),
+        ],
+    )
+    def test_what_is_no_view_is_told_with_its_remedy(self, views, error, words):
+        with pytest.raises(error, match=re.escape(words)):
+            barlow_twins_loss(*views)
+
+    def test_views_by_name(self):
+        z1, z2 = _views()
+        expected = barlow_twins_loss(z1, z2)
+        for loss_fn in (barlow_twins_loss, BarlowTwinsLoss()):
+            assert loss_fn(z1=z1, z2=z2) == loss_fn(z2=z2, z1=z1) == loss_fn(z1, z2=z2) == expected
+            for views, named in (((z1,), {"z1": z2}), ((z1, z2), {"z2": z2}), ((), {"z2": z2})):
+                with pytest.raises(TypeError, match="each view once"):
+                    loss_fn(*views, **named)
+
     @pytest.mark.parametrize("count", [0, 1])
     def test_another_number_of_views(self, count):
         with pytest.raises(ValueError, match=rf"two views.*{count}"):
@@ -53,7 +110,8 @@ class TestRefusedViews:
     )
     def test_a_dtype_that_is_not_real_floating_point(self, dtype):
         z = torch.ones(4, 3).to(dtype)
-        with pytest.raises(TypeError, match=rf"z1.*{dtype}.*float\(\)"):
+        remedy = r"view_as_real\(z1\)" if dtype.is_complex else r"float\(\)"
+        with pytest.raises(TypeError, match=rf"z1.*{dtype}.*{remedy}"):
             barlow_twins_loss(z, z)
 
     def test_the_second_view_is_checked_too(self):
@@ -96,6 +154,8 @@ _REFUSED = [
     (ValueError, {"lambd": float("nan")}, ["lambd", "nan"]),
     (TypeError, {"lambd": "0.0051"}, ["lambd", "str"]),
     (TypeError, {"lambd": True}, ["lambd", "bool"]),
+    (TypeError, {"synchronize": "no"}, ["synchronize", "True or False", "'no'"]),
+    (TypeError, {"process_group": 3}, ["process_group", "int", "new_group"]),
     (TypeError, {"lambd": None}, ["lambd", "NoneType"]),
     (ValueError, {"lambd": torch.tensor([0.1])}, ["lambd", "(1,)"]),
     (ValueError, {"lambd": torch.tensor(1j)}, ["lambd", "complex64"]),
@@ -431,12 +491,12 @@ _OTHER_SETTINGS = {"lambd": 0.02, "eps": 1e-3, "algorithm": "primal", "backend":
 
 class TestModule:
     def test_signature_is_that_of_the_function(self):
-        """Same settings, same defaults, same annotations; only `return_terms` belongs to the call."""
+        """Same settings, same defaults, same annotations; only the views and `return_terms` belong to the call."""
         function = dict(inspect.signature(barlow_twins_loss).parameters)
         constructor = dict(inspect.signature(BarlowTwinsLoss.__init__).parameters)
         forward = dict(inspect.signature(BarlowTwinsLoss.forward).parameters)
         del constructor["self"], forward["self"]
-        assert {"views": function.pop("views"), "return_terms": function.pop("return_terms")} == forward
+        assert {name: function.pop(name) for name in ("views", "return_terms", "z1", "z2")} == forward
         assert list(function) == list(constructor)
         for name, parameter in function.items():
             assert constructor[name].default == parameter.default, name
@@ -465,6 +525,28 @@ class TestModule:
         assert not list(loss_fn.parameters())
         assert not list(loss_fn.buffers())
         loss_fn.load_state_dict({})
+
+    def test_lambd_as_a_tensor_goes_to_the_device_and_keeps_its_dtype(self):
+        """It is not saved, and a schedule may set a number in its place."""
+        loss_fn = BarlowTwinsLoss(torch.tensor(1e-8)).half()
+        assert loss_fn.lambd == torch.tensor(1e-8)
+        assert not loss_fn.state_dict()
+        assert loss_fn.to("meta").lambd.is_meta
+        loss_fn.lambd = 0.01
+        assert loss_fn.lambd == 0.01
+        learned = BarlowTwinsLoss(torch.nn.Parameter(torch.tensor(0.5)))
+        assert list(learned.parameters()) == [learned.lambd]
+
+    def test_numbers_of_numpy(self):
+        numpy, views = pytest.importorskip("numpy"), _views()
+        for number in (numpy.float32, numpy.float64, numpy.int64):
+            given, expected = {"lambd": number(2), "eps": number(1)}, {"lambd": 2.0, "eps": 1.0}
+            assert barlow_twins_loss(*views, **given) == barlow_twins_loss(*views, **expected)
+            assert BarlowTwinsLoss(**given)(*views) == barlow_twins_loss(*views, **expected)
+
+    def test_return_terms_is_true_or_false(self):
+        with pytest.raises(TypeError, match="return_terms to be True or False, got 'yes'"):
+            barlow_twins_loss(*_views(), return_terms="yes")
 
     def test_repr_builds_the_same_module(self):
         loss_fn = BarlowTwinsLoss(**_OTHER_SETTINGS)

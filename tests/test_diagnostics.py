@@ -384,3 +384,14 @@ class TestMoreViews:
         found = cross_correlation(z1, z2, z3)
         assert list(found) == [(0, 1), (0, 2), (1, 2)]
         assert torch.equal(found[0, 2], cross_correlation(z1, z3))
+
+
+def test_a_notebook_shows_the_table():
+    """Every cell, escaped, and the verdict; of more views the text."""
+    z1, z2, z3 = torch.randn(3, 16, 8)
+    report = collapse_report(z1, z2)
+    html = report._repr_html_()
+    assert html.count("<tr>") == len(report._rows()) + 1
+    assert "<td>Σ (C_ii − 1)²: 0 where the views agree</td>" in html
+    assert html.endswith(f"<p>{report.verdict}</p>")
+    assert "Worst: z" in collapse_report(z1, z2, z3)._repr_html_()

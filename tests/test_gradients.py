@@ -1,13 +1,17 @@
 """The hand-written backward: against finite differences, against autograd, and as autograd expects it to behave."""
 
+import functools
+from typing import ClassVar
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 import strategies
-from barlow_loss import barlow_twins_loss, reference
+from barlow_loss import BarlowTwinsLoss, barlow_twins_loss, reference
 from comparison import LAMBD, assert_near, evaluate, truth
 from strategies import Batch
 
@@ -165,53 +169,56 @@ def test_modifying_a_view_before_backward_raises(algorithm):
         torch.testing.assert_close(got, expected)
 
 
+def _oracle(z1, z2):
+    return reference.barlow_twins_loss(z1, z2).loss
+
+
+DEPENDENT = {
+    "a function of it": lambda f, a: f(a, a.sin()),
+    "itself": lambda f, a: f(a, a),
+    "of a square": lambda f, a: f(a, a.cos()) ** 2,
+    "and lambda": lambda f, a: f(a, a.sin(), lambd=a[0, 0].square()),
+}
+
+
 class TestSecondDerivatives:
-    """They are not implemented; every way of asking for them raises, none returns a number."""
+    """Those of the plain formula, in whatever way they are asked for."""
 
-    def test_p28_gradient_penalty(self, algorithm):
-        views = _leaves(5, 8)
-        gradients = torch.autograd.grad(barlow_twins_loss(*views, algorithm=algorithm), views, create_graph=True)
-        with pytest.raises(RuntimeError):
-            sum(gradient.square().sum() for gradient in gradients).backward()
+    @pytest.mark.parametrize("settings", [{}, {"off_diagonal_target": -1.0}], ids=str)
+    @pytest.mark.parametrize("views", [2, 3])
+    def test_p28_gradgradcheck(self, algorithm, views, settings):
+        """Of all three terms, λ and what arrives included."""
+        z = [view.requires_grad_() for view in Batch(4, 5, 1, "gaussian").more_views(views)]
+        lambd = torch.tensor(0.3, dtype=torch.float64, device=strategies.DEVICE, requires_grad=True)
 
-    def test_p28_gradient_penalty_of_one_view(self, algorithm):
-        z1, z2 = Batch(5, 8, 1, "trained").views()
-        z1.requires_grad_()
-        (gradient,) = torch.autograd.grad(barlow_twins_loss(z1, z2, algorithm=algorithm), z1, create_graph=True)
-        with pytest.raises(RuntimeError):
-            gradient.square().sum().backward()
+        def terms(weight, *leaves):
+            return tuple(barlow_twins_loss(*leaves, lambd=weight, algorithm=algorithm, return_terms=True, **settings))
 
-    def test_p28_gradient_penalty_beside_other_terms(self, algorithm):
-        """Where the rest of the objective is differentiable, a penalty that is not must not be dropped from it."""
-        views = _leaves(5, 8)
-        loss = barlow_twins_loss(*views, algorithm=algorithm)
-        gradients = torch.autograd.grad(loss, views, create_graph=True)
-        with pytest.raises(RuntimeError):
-            (loss + views[0].sum() + sum(gradient.square().sum() for gradient in gradients)).backward()
+        assert torch.autograd.gradgradcheck(terms, (lambd, *z))
 
-    @pytest.mark.parametrize("term", ["loss", "on_diagonal", "off_diagonal"])
-    def test_p28_of_each_term(self, algorithm, term):
-        z1, z2 = _leaves(5, 8)
-        value = getattr(barlow_twins_loss(z1, z2, algorithm=algorithm, return_terms=True), term)
-        (gradient,) = torch.autograd.grad(value, z1, create_graph=True)
-        with pytest.raises(RuntimeError):
-            torch.autograd.grad(gradient.sum(), z2)
+    @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)], ids=str)
+    def test_p28_gradient_penalty(self, algorithm, needed):
+        """Beside other terms of the objective, of both views and of one."""
+        found = []
+        for loss_fn in (lambda *z: barlow_twins_loss(*z, algorithm=algorithm), _oracle):
+            views = [z.requires_grad_(need) for z, need in zip(Batch(5, 8, 1, "trained").views(), needed, strict=True)]
+            asked = [z for z in views if z.requires_grad]
+            loss = loss_fn(*views)
+            penalty = sum(g.square().sum() for g in torch.autograd.grad(loss, asked, create_graph=True))
+            found.append(torch.autograd.grad(loss + 3 * penalty, asked))
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
-    def test_p28_mixed_with_lambd(self, algorithm):
-        z1, z2 = _leaves(5, 8)
-        lambd = torch.tensor(0.5, dtype=torch.float64, device=strategies.DEVICE, requires_grad=True)
-        loss = barlow_twins_loss(z1, z2, lambd=lambd, algorithm=algorithm)
-        (gradient,) = torch.autograd.grad(loss, z1, create_graph=True)
-        with pytest.raises(RuntimeError):
-            torch.autograd.grad(gradient.sum(), lambd)
+    def test_p28_third_derivatives(self, algorithm):
+        z1, z2 = Batch(4, 3, 1, "gaussian").views()
 
-    def test_p28_message_says_what_to_do(self, algorithm):
-        z1, z2 = _leaves(5, 8)
-        (gradient,) = torch.autograd.grad(barlow_twins_loss(z1, z2, algorithm=algorithm), z1, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"(?i)(second derivative|twice|once_differentiable)"):
-            gradient.sum().backward()
+        def of_penalty(z):
+            (gradient,) = torch.autograd.grad(barlow_twins_loss(z, z2, algorithm=algorithm), z, create_graph=True)
+            return torch.autograd.grad(gradient.square().sum(), z, create_graph=True)
 
-    def test_p28_create_graph_alone_is_harmless(self, algorithm):
+        assert torch.autograd.gradcheck(of_penalty, z1.requires_grad_())
+
+    def test_p28_create_graph_alone_changes_no_bit(self, algorithm):
         views = _leaves(5, 8)
         loss = barlow_twins_loss(*views, algorithm=algorithm)
         with_graph = torch.autograd.grad(loss, views, create_graph=True)
@@ -219,40 +226,108 @@ class TestSecondDerivatives:
         for one, other in zip(with_graph, plain, strict=True):
             assert torch.equal(one.detach(), other)
 
-    def test_p28_hessian(self, algorithm):
+    @pytest.mark.parametrize("case", [*DEPENDENT])
+    def test_p28_where_one_view_is_made_of_the_other(self, algorithm, case):
+        """Autograd must not walk from one to the other twice: orders 1 to 3, batched too, λ and the square included."""
+        z = Batch(4, 3, 1, "gaussian").views()[0]
+        of = DEPENDENT[case]
+        hessian, jacobian = torch.autograd.functional.hessian, torch.autograd.functional.jacobian
+        for derivative in (
+            lambda f: hessian(f, z),
+            lambda f: hessian(f, z, create_graph=True),
+            lambda f: jacobian(lambda a: hessian(f, a, create_graph=True), z),
+            lambda f: jacobian(lambda a: torch.stack([f(a), f(a) * 2]), z, vectorize=True),
+        ):
+            got = derivative(lambda a: of(functools.partial(barlow_twins_loss, algorithm=algorithm), a))
+            expected = derivative(
+                lambda a: of(lambda *views, **given: reference.barlow_twins_loss(*views, **given).loss, a)
+            )
+            torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
+
+    @pytest.mark.parametrize("vectorize", [False, True])
+    def test_p28_hessian(self, algorithm, vectorize):
         z1, z2 = Batch(3, 4, 1, "trained").views()
-        with pytest.raises(RuntimeError):
-            torch.autograd.functional.hessian(lambda z: barlow_twins_loss(z, z2, algorithm=algorithm), z1)
-
-    def test_p28_func_hessian(self, algorithm):
-        z1, z2 = Batch(3, 4, 1, "trained").views()
-        with pytest.raises(RuntimeError):
-            torch.func.hessian(lambda z: barlow_twins_loss(z, z2, algorithm=algorithm))(z1)
+        hessian = torch.autograd.functional.hessian
+        got = hessian(lambda z: barlow_twins_loss(z, z2, algorithm=algorithm), z1, vectorize=vectorize)
+        torch.testing.assert_close(got, hessian(lambda z: _oracle(z, z2), z1), rtol=1e-9, atol=1e-12)
 
 
-def test_forward_mode_raises(algorithm):
-    """No forward-mode derivative is implemented, so torch.func.jvp raises; it never returns a zero tangent."""
-    z1, z2 = Batch(3, 4, 1, "trained").views()
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(lambda z: barlow_twins_loss(z, z2, algorithm=algorithm), (z1,), (torch.ones_like(z1),))
+class TestTransforms:
+    """Of torch.func and its relatives: the operation is taken apart, and nothing is silently wrong."""
 
+    TRANSFORMS: ClassVar = {
+        "grad": torch.func.grad,
+        "jacrev": torch.func.jacrev,
+        "jacfwd": torch.func.jacfwd,
+        "hessian": torch.func.hessian,
+        "jacfwd of jacfwd": lambda f: torch.func.jacfwd(torch.func.jacfwd(f)),
+        "jvp": lambda f: lambda z: torch.func.jvp(f, (z,), (torch.cos(z),))[1],
+        "vmap": lambda f: lambda z: torch.vmap(f)(torch.stack([z, z + z.cos()])),
+        "compiled grad": lambda f: torch.compile(torch.func.grad(f), backend="aot_eager"),
+        "compiled hessian": lambda f: torch.compile(torch.func.hessian(f), backend="aot_eager"),
+        "vmap of grad": lambda f: lambda z: torch.vmap(torch.func.grad(f))(torch.stack([z, z + z.cos()])),
+    }
 
-def test_vmap_raises(algorithm):
-    """Without a batching rule torch.vmap raises; it never mixes the batches."""
-    z1, z2 = (torch.stack([view, 2 * view]) for view in Batch(3, 4, 1, "trained").views())
-    z1.requires_grad_()
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.vmap(lambda a, b: barlow_twins_loss(a, b, algorithm=algorithm))(z1, z2)
+    @pytest.mark.usefixtures("fresh_compiler")
+    @pytest.mark.parametrize("name", TRANSFORMS)
+    def test_of_torch_func(self, algorithm, name):
+        z1, z2 = Batch(4, 5, 1, "trained").views()
+        transform = self.TRANSFORMS[name]
+        got = transform(lambda z: barlow_twins_loss(z, z2, algorithm=algorithm))(z1)
+        torch.testing.assert_close(got, transform(lambda z: _oracle(z, z2))(z1), rtol=1e-9, atol=1e-12)
 
+    def test_forward_mode_outside_of_torch_func(self, algorithm):
+        z1, z2 = Batch(4, 5, 1, "trained").views()
+        with forward_ad.dual_level():
+            loss = barlow_twins_loss(forward_ad.make_dual(z1, z1.cos()), z2, algorithm=algorithm)
+            tangent = forward_ad.unpack_dual(loss).tangent
+            assert forward_ad.unpack_dual(barlow_twins_loss(z1, z2, algorithm=algorithm)).tangent is None
+        torch.testing.assert_close(tangent, torch.func.jvp(lambda z: _oracle(z, z2), (z1,), (z1.cos(),))[1])
 
-def test_func_grad_is_right_or_raises(algorithm):
-    """torch.func.grad gives the gradient of backward, or an error."""
-    z1, z2 = Batch(5, 8, 1, "trained").views()
-    try:
-        got = torch.func.grad(lambda z: barlow_twins_loss(z, z2, algorithm=algorithm))(z1)
-    except RuntimeError:
-        return
-    torch.testing.assert_close(got, truth(z1, z2).gradients[0], rtol=1e-10, atol=1e-14)
+    def test_batched_gradients(self, algorithm):
+        """Through one backward, as is_grads_batched and vectorised Jacobians ask for them."""
+        views = _leaves(4, 5)
+        terms = barlow_twins_loss(*views, algorithm=algorithm, return_terms=True)
+        outputs = torch.stack(terms)
+        batched = torch.autograd.grad(
+            outputs, views, torch.eye(3, dtype=outputs.dtype), is_grads_batched=True, retain_graph=True
+        )
+        for number, term in enumerate(terms):
+            one = torch.autograd.grad(term, views, retain_graph=True)
+            for got, expected in zip(batched, one, strict=True):
+                torch.testing.assert_close(got[number], expected, rtol=1e-10, atol=1e-13)
+
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
+    def test_jit_trace(self, algorithm):
+        """Called with another N, too; ε times it is rounded to float32."""
+        loss_fn = BarlowTwinsLoss(algorithm=algorithm)
+        traced = torch.jit.trace(loss_fn, Batch(4, 5, 1, "trained").views())
+        views = Batch(7, 5, 2, "trained").views()
+        torch.testing.assert_close(traced(*views), loss_fn(*views), rtol=1e-9, atol=0)
+
+    def test_forward_mode_of_lambd(self, algorithm):
+        z1, z2 = Batch(4, 5, 1, "trained").views()
+        with forward_ad.dual_level():
+            lambd = forward_ad.make_dual(torch.tensor(0.1, dtype=z1.dtype), torch.tensor(2.0, dtype=z1.dtype))
+            terms = barlow_twins_loss(z1, z2, lambd=lambd, algorithm=algorithm, return_terms=True)
+            tangent = forward_ad.unpack_dual(terms.loss).tangent
+        torch.testing.assert_close(tangent, 2 * terms.off_diagonal)
+
+    def test_a_view_without_gradient_may_change_or_be_of_inference_mode(self, algorithm):
+        """As a frozen teacher's. For a second derivative its centred values were kept."""
+        z1, z2 = Batch(4, 5, 1, "trained").views()
+        with torch.inference_mode():
+            frozen = z2.clone()
+        for teacher in (frozen, z2.clone()):
+            leaf = z1.clone().requires_grad_()
+            loss = barlow_twins_loss(leaf, teacher, algorithm=algorithm)
+            if not teacher.is_inference():
+                teacher.zero_()
+            (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            (second,) = torch.autograd.grad(gradient.square().sum(), leaf)
+            (expected,) = torch.autograd.grad(_oracle(leaf, z2), leaf, create_graph=True)
+            torch.testing.assert_close(gradient, expected)
+            torch.testing.assert_close(second, torch.autograd.grad(expected.square().sum(), leaf)[0])
 
 
 def test_checkpointing_gives_the_same_gradients(algorithm):

@@ -1,4 +1,4 @@
-"""Laws of the off-diagonal target t: Σ_{i≠j} (C_ij − t)², of two views and more."""
+"""Laws of other definitions: the off-diagonal target t, Σ_{i≠j} (C_ij − t)², and the deviation with N − 1."""
 
 import pytest
 import torch
@@ -20,11 +20,21 @@ def test_the_loss_and_its_gradients(algorithm, dtype, batch, views, target):
     Mean(z, weights, target=target).assert_holds(*found, dtype)
 
 
+@given(batch=batches(), views=st.sampled_from([2, 3]), target=st.sampled_from([0.0, -1.0]))
+def test_a_deviation_with_n_minus_1(algorithm, dtype, batch, views, target):
+    z = batch.more_views(views, dtype)
+    found = evaluate(z, algorithm=algorithm, off_diagonal_target=target, correction=1)
+    Mean(z, target=target, correction=1).assert_holds(*found, dtype)
+    assert found[0][0] == found[0][1] + LAMBD * found[0][2]
+
+
 @given(batch=batches(), views=st.sampled_from([2, 3]))
 def test_0_is_the_loss_without_it(algorithm, dtype, batch, views):
     """To the last bit."""
     z = batch.more_views(views, dtype)
-    plain, moved = (evaluate(z, algorithm=algorithm, **given) for given in ({}, {"off_diagonal_target": 0}))
+    plain, moved = (
+        evaluate(z, algorithm=algorithm, **given) for given in ({}, {"off_diagonal_target": 0, "correction": 0})
+    )
     for one, other in zip(plain, moved, strict=True):
         assert all(map(torch.equal, one, other))
 
@@ -36,14 +46,15 @@ def test_alike_features_reach_a_target_of_1(algorithm):
     assert_near(terms[2], truth(z, z, target=1.0).off_diagonal, 1e-11)
 
 
+@pytest.mark.parametrize("correction", [0, 1])
 @pytest.mark.parametrize("views", [2, 3])
-def test_gradcheck(algorithm, views):
+def test_gradcheck(algorithm, views, correction):
     """Of all three terms; λ too."""
     z = [view.requires_grad_() for view in Batch(5, 7, 1, "gaussian").more_views(views)]
     lambd = torch.tensor(0.3, dtype=torch.float64, device=z[0].device, requires_grad=True)
 
     def terms(weight, *leaves):
-        settings = {"algorithm": algorithm, "off_diagonal_target": -1.0, "return_terms": True}
+        settings = {"algorithm": algorithm, "off_diagonal_target": -1.0, "return_terms": True, "correction": correction}
         return tuple(barlow_twins_loss(*leaves, lambd=weight, **settings))
 
     assert torch.autograd.gradcheck(terms, (lambd, *z), fast_mode=True)
@@ -84,10 +95,18 @@ def test_what_is_no_number_is_refused(target, error, words):
         BarlowTwinsLoss(off_diagonal_target=target)
 
 
+@pytest.mark.parametrize("correction", [2, -1, 1.0, True, None])
+def test_a_correction_is_0_or_1(correction):
+    with pytest.raises(ValueError, match="expected correction to be 0 or 1, got"):
+        barlow_twins_loss(*Batch(4, 6, 1, "gaussian").views(), correction=correction)
+    with pytest.raises(ValueError, match="BarlowTwinsLoss"):
+        BarlowTwinsLoss(correction=correction)
+
+
 def test_the_module_keeps_it():
     z1, z2 = Batch(9, 24, 1, "trained").views()
-    loss_fn = BarlowTwinsLoss(off_diagonal_target=-1)
-    assert "off_diagonal_target=-1" in repr(loss_fn)
+    loss_fn = BarlowTwinsLoss(off_diagonal_target=-1, correction=1)
+    assert "off_diagonal_target=-1, correction=1" in repr(loss_fn)
     terms = loss_fn(z1, z2, return_terms=True)
     assert terms.loss == terms.on_diagonal + LAMBD * terms.off_diagonal
-    assert loss_fn(z1, z2) == barlow_twins_loss(z1, z2, off_diagonal_target=-1.0)
+    assert loss_fn(z1, z2) == barlow_twins_loss(z1, z2, off_diagonal_target=-1.0, correction=1)

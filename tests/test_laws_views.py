@@ -34,12 +34,12 @@ def evaluate(views, **settings):
 class Mean:
     """The weighted mean of the float64 truths of the pairs, and of their budgets."""
 
-    def __init__(self, views, weights=None, lambd=LAMBD, target=0.0):
+    def __init__(self, views, weights=None, lambd=LAMBD, **definition):
         pairs = list(itertools.combinations(range(len(views)), 2))
         weights = {(i, j): 1.0 if weights is None else weights[i][j] for i, j in pairs}
         total = sum(weights.values())
         used = [pair for pair in pairs if weights[pair]]
-        self.truths = {(i, j): truth(views[i], views[j], lambd, target=target) for i, j in used}
+        self.truths = {(i, j): truth(views[i], views[j], lambd, **definition) for i, j in used}
         self.shares = {pair: weights[pair] / total for pair in self.truths}
         self.loss = self._sum(lambda found: found.loss)
         self.gradients = [torch.zeros_like(view, dtype=torch.float64) for view in views]

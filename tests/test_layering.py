@@ -31,9 +31,9 @@ LAYERS = [
     {"_backends.triton._launch"},
     {"_backends.eager"},
     {"_header", "_validation_relatives"},
-    {"_checkpoints", "_penalty", "_statistics", "_target", "_validation"},
+    {"_checkpoints", "_penalty", "_plain", "_statistics", "_target", "_validation"},
     {"_plan", "_collectives"},
-    {"_gram", "_pairs"},
+    {"_gram", "_module", "_pairs"},
 ]
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 ORACLE = "reference"

@@ -397,16 +397,21 @@ def test_exports():
 
 
 def test_functional_transforms():
-    """torch.func.grad works; vmap of batch statistics raises, as it must: samples are not independent."""
-    norm = DistributedBatchNorm(3, track_running_stats=False)
-    z = torch.randn(8, 3)
-    (expected,) = torch.autograd.grad(norm(z.requires_grad_()).pow(3).sum(), z)
-    torch.testing.assert_close(torch.func.grad(lambda z: norm(z).pow(3).sum())(z.detach()), expected)
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(norm)(torch.randn(2, 8, 3))
-    norm = DistributedBatchNorm(3).eval()
-    stacked = torch.randn(2, 8, 3)
-    torch.testing.assert_close(torch.func.vmap(norm)(stacked), torch.stack([norm(z) for z in stacked]))
+    """Of batch statistics and of given ones; running statistics of many batches at once cannot be kept."""
+    for norm in (standardize, DistributedBatchNorm(3, track_running_stats=False), DistributedBatchNorm(3).eval()):
+        z, stacked, tangent = torch.randn(8, 3), torch.randn(2, 8, 3), torch.randn(8, 3)
+        (expected,) = torch.autograd.grad(norm(z.requires_grad_()).pow(3).sum(), z)
+        z = z.detach()
+        torch.testing.assert_close(torch.func.grad(lambda z, norm=norm: norm(z).pow(3).sum())(z), expected)
+        torch.testing.assert_close(torch.func.vmap(norm)(stacked), torch.stack([norm(one) for one in stacked]))
+        jacobian = torch.autograd.functional.jacobian(norm, z)
+        torch.testing.assert_close(torch.func.jacrev(norm)(z), jacobian)
+        torch.testing.assert_close(torch.autograd.functional.jacobian(norm, z, vectorize=True), jacobian)
+        torch.testing.assert_close(torch.func.jacfwd(norm)(z), jacobian)
+        expected = (jacobian * tangent).sum((2, 3))
+        torch.testing.assert_close(torch.func.jvp(norm, (z,), (tangent,))[1], expected)
+    with pytest.raises(RuntimeError, match=r"many by torch\.vmap\. Pass track_running_stats=False"):
+        torch.func.vmap(DistributedBatchNorm(3))(stacked)
 
 
 def test_activation_checkpointing():
@@ -440,6 +445,7 @@ def test_empty_batches_pass_and_teach_nothing(shape, training):
     y.sum().backward()
     assert y.shape == shape
     assert torch.equal(norm.weight.grad, torch.zeros(3))
+    before["num_batches_tracked"] += training  # torch counts it, too
     torch.testing.assert_close(norm.state_dict(), before, atol=0, rtol=0)
 
 
@@ -530,7 +536,7 @@ def test_convert_of_a_layer_returns_the_new_layer():
 
 
 def test_convert_keeps_or_sets_the_process_group():
-    group, other = object(), object()
+    group, other = (torch.distributed.ProcessGroup(0, size) for size in (2, 3))
     sync = nn.SyncBatchNorm(3, process_group=group)
     assert DistributedBatchNorm.convert(sync).process_group is group
     assert DistributedBatchNorm.convert(sync, other).process_group is other
@@ -562,6 +568,22 @@ def test_convert_never_drops_what_a_subclass_adds():
     assert type(DistributedBatchNorm.convert(Renamed(3))) is DistributedBatchNorm
     with pytest.raises(ValueError, match="LazyBatchNorm1d that has seen no input"):
         DistributedBatchNorm.convert(nn.Sequential(nn.LazyBatchNorm1d()))
+
+
+def test_convert_keeps_dropout_and_activation_of_timms_layer():
+    timm = pytest.importorskip("timm")
+    encoder = timm.create_model("mobilenetv3_small_050")
+    before = encoder.state_dict()
+    layer = timm.layers.BatchNormAct2d(3, act_layer=nn.GELU, drop_layer=nn.Dropout)
+    z = torch.randn(4, 3, 5, 5)
+    layer.drop.p = 0.0
+    expected, new = layer(z), DistributedBatchNorm.convert(layer)
+    torch.testing.assert_close(new(z), expected)
+    assert isinstance(new, DistributedBatchNorm)
+    assert isinstance(new.act, nn.GELU)
+    after = DistributedBatchNorm.convert(encoder).state_dict()
+    assert all(after[name] is value or torch.equal(after[name], value) for name, value in before.items())
+    assert not [type(part) for part in encoder.modules() if type(part) is timm.layers.BatchNormAct2d]
 
 
 def test_update_bn_knows_the_layer():

@@ -25,6 +25,7 @@ CASE = {
     "on_host": False,
     "weights": TWO_VIEWS,
     "off_diagonal_target": 0.0,
+    "diagonal_target": 1.0,
 }
 
 

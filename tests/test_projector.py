@@ -197,6 +197,32 @@ def test_sizes_are_checked(name: str, value, error):
         Projector(**{"in_features": 4, name: value})
 
 
+def test_another_width_is_told_with_both():
+    projector = Projector(512, 64, 32)
+    for shape in ((4, 100), (4, 512, 7, 7), ()):
+        with pytest.raises(ValueError, match=r"shape \(N, 512\), got") as raised:
+            projector(torch.randn(shape))
+        assert str(shape) in str(raised.value)
+    assert projector(torch.randn(4, 512, 7, 7).flatten(2).mean(2)).shape == (4, 32)  # as it advises
+
+
+def test_it_can_be_traced_scripted_and_changed():
+    """What other libraries do with a Sequential."""
+    projector, z = Projector(6, 7, 8).eval(), torch.randn(4, 6)
+    expected = projector(z)
+    assert torch.equal(torch.fx.symbolic_trace(projector)(z), expected)
+    assert torch.equal(torch.jit.script(projector)(z), expected)
+    torch.testing.assert_close(torch.compile(projector, backend="aot_eager", fullgraph=True)(z), expected)
+    projector[0] = torch.nn.Identity()
+    with pytest.raises(RuntimeError):
+        projector(z)
+
+
+def test_widths_of_numpy():
+    numpy = pytest.importorskip("numpy")
+    assert Projector(*numpy.array([8, 6, 4]))[6].out_features == 4
+
+
 def test_norm_layer_is_checked():
     with pytest.raises(TypeError, match=r"norm_layer.*'batch'.*nn\.BatchNorm1d"):
         Projector(4, norm_layer="batch")

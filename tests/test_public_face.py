@@ -48,6 +48,9 @@ SIGNATURES = {
         "return_terms": False,
         "pair_weights": None,
         "off_diagonal_target": 0.0,
+        "correction": 0,
+        "z1": None,
+        "z2": None,
     },
     "BarlowTwinsLoss": {
         "lambd": 0.0051,
@@ -59,6 +62,7 @@ SIGNATURES = {
         "grad_reduction": "mean",
         "pair_weights": None,
         "off_diagonal_target": 0.0,
+        "correction": 0,
     },
     "vicreg_loss": {
         "views": inspect.Parameter.empty,
@@ -117,6 +121,12 @@ def test_all_names_the_face_and_nothing_else():
     assert len(barlow_loss.__all__) == len(set(barlow_loss.__all__))
     for name in NAMES:
         assert getattr(barlow_loss, name).__module__.startswith("barlow_loss")
+
+
+def test_the_oracle_is_an_attribute_without_an_import():
+    assert barlow_loss.reference is reference
+    with pytest.raises(AttributeError, match="no attribute 'oracle'"):
+        _ = barlow_loss.oracle
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

@@ -77,10 +77,12 @@ def test_views_of_other_shapes_are_named():
 @pytest.mark.usefixtures("fresh_compiler")
 class TestCompiled:
     @pytest.mark.parametrize("backend", BACKENDS)
-    @pytest.mark.parametrize("target", [0.0, -1.0])
-    def test_in_one_graph(self, algorithm, dtype, backend, target):
+    @pytest.mark.parametrize("definition", [{}, {"target": -1.0, "correction": 1}], ids=str)
+    def test_in_one_graph(self, algorithm, dtype, backend, definition):
         z = Batch(20, 50, 1, "trained").more_views(4, dtype)
-        settings = {"algorithm": algorithm, "pair_weights": random_weights(4, 1), "off_diagonal_target": target}
+        settings = {"algorithm": algorithm, "pair_weights": random_weights(4, 1)}
+        if definition:
+            settings |= {"off_diagonal_target": definition["target"], "correction": definition["correction"]}
 
         def loss_fn(*views):
             return tuple(barlow_twins_loss(*views, return_terms=True, **settings))
@@ -89,7 +91,7 @@ class TestCompiled:
         leaves = [view.detach().requires_grad_() for view in z]
         terms = compiled(*leaves)
         gradients = torch.autograd.grad(terms[0], leaves)
-        expected = Mean(z, settings["pair_weights"], target=target)
+        expected = Mean(z, settings["pair_weights"], **definition)
         expected.assert_holds([term.detach() for term in terms], gradients, dtype)
 
     def test_without_gradients(self, algorithm):

@@ -245,13 +245,13 @@ def backproject(
 ) -> tuple[Tensor | None, ...]:
     """ρ (2b P + Σ d u_other − (2b q + Σ d C_ii) u_own) of every view, (n, D) in ``dtype``; None where its product is.
 
-    d = 2a (C_ii − 1), or 2a (C_ii − 1) − 2b C_ii where C̃ holds the diagonal, times the weight of the pair; the sums are
+    d = 2a (C_ii − τ), or 2a (C_ii − τ) − 2b C_ii where C̃ holds the diagonal, times the weight of the pair; the sums are
     over the other views. A product is the two factors of P, or P and None; and q, where None stands for Σₙ u_own ∘ P.
     """
     a, b = (2 * slope for slope in slopes(arriving, plan))
     if isinstance(b, float) and abs(b) > torch.finfo(plan.compute_dtype).max:
         b *= math.inf  # addmm refuses a number that its dtype has no room for
-    d = c * (a - b if holds_diagonal else a) - a
+    d = c * (a - b if holds_diagonal else a) - a * plan.diagonal_target
     views, rhos = each(u), rho.unbind()
     others = _others(d, plan)
     by_blocks = len(plan.weights) > 2 and plan.on_host

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from sharding import SHARES, global_batch, shard
 
-from barlow_loss import barlow_twins_loss
+from barlow_loss import barlow_twins_loss, vicreg_loss
 from strategies import Batch
 from test_laws_views import Mean, random_weights
 
@@ -27,8 +27,8 @@ def _evaluate(counts, dtype, d, views, by_rank=False, ranks=None, **settings):
     return [term.detach() for term in terms], [view.grad for view in z]
 
 
-def _assert_exact(results, counts, dtype, d, views, weights, scale, target=0.0):
-    expected = Mean(global_batch(counts, d, dtype, views=views), weights, target=target)
+def _assert_exact(results, counts, dtype, d, views, weights, scale, **definition):
+    expected = Mean(global_batch(counts, d, dtype, views=views), weights, **definition)
     for terms, _ in results:
         assert all(map(torch.equal, terms, results[0][0]))
     gradients = [torch.cat([result[1][view] for result in results]).double() / scale for view in range(views)]
@@ -46,11 +46,11 @@ def test_p30_equals_the_concatenated_batch(pool, world_size, shares, algorithm, 
 
 @pytest.mark.parametrize(("world_size", "shares"), [(2, "uneven"), (3, "empty")])
 @pytest.mark.parametrize("views", [2, 3])
-def test_p30_with_an_off_diagonal_target(pool, world_size, shares, algorithm, dtype, views):
+def test_p30_of_another_definition(pool, world_size, shares, algorithm, dtype, views):
     counts, d = SHARES[world_size][shares], D[algorithm]
-    settings = {"algorithm": algorithm, "off_diagonal_target": -1.0}
+    settings = {"algorithm": algorithm, "off_diagonal_target": -1.0, "correction": 1}
     results = pool.run(_evaluate, world_size, counts, dtype, d, views, **settings)
-    _assert_exact(results, counts, dtype, d, views, None, world_size, target=-1.0)
+    _assert_exact(results, counts, dtype, d, views, None, world_size, target=-1.0, correction=1)
 
 
 def test_p31_ranks_that_weight_the_loss_differently(pool, algorithm):
@@ -110,6 +110,26 @@ def _other_weights_on_rank_1():
     with pytest.raises(ValueError, match="the same arguments on every rank") as raised:
         barlow_twins_loss(z, z, z, pair_weights=[[0, w, 1], [w, 0, 1], [1, 1, 0]], off_diagonal_target=1 - w)
     return str(raised.value)
+
+
+WRONG_CALLS = {
+    "return_terms": ({"return_terms": 1}, "return_terms to be True or False, got 1"),
+    "synchronize": ({"synchronize": "no"}, "synchronize to be True or False, got 'no'"),
+    "z1": ({"z1": torch.zeros(4, 6)}, "z1 comes by position, too"),
+}
+
+
+def _wrong_on_rank_1(name, loss_fn):
+    z, (wrong, words) = torch.randn(4, 6), WRONG_CALLS[name]
+    with pytest.raises(TypeError, match=words) as raised:
+        loss_fn(z, z, **wrong if dist.get_rank() == 1 else {})
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_a_call_that_is_wrong_on_one_rank_raises_on_all(pool, name):
+    for loss_fn in [barlow_twins_loss, *([] if name == "z1" else [vicreg_loss])]:
+        assert len(set(pool.run(_wrong_on_rank_1, 2, name, loss_fn))) == 1
 
 
 def _elements_gathered(views, counts, d):

@@ -218,12 +218,13 @@ def test_p27_five_runs_give_the_same_bits(run, n, d):
         assert all(torch.equal(one, other) for one, other in zip(again.gradients, first.gradients, strict=True))
 
 
-def test_p28_second_backward_and_second_derivative_raise(setting, backend, algorithm, device, views):
+def test_p28_a_second_derivative_and_a_second_backward(setting, backend, algorithm, device, views):
+    """The former is that of the plain formula, whatever the backend; the latter raises."""
     leaves = [view.requires_grad_() for view in on(device, setting, *views)]
     loss = terms(setting, *leaves, backend=backend, algorithm=algorithm).loss
     gradients = torch.autograd.grad(loss, leaves, create_graph=True)
-    with pytest.raises(RuntimeError):
-        (loss + sum(gradient.float().square().sum() for gradient in gradients)).backward()
+    (loss + sum(gradient.float().square().sum() for gradient in gradients)).backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
     loss = terms(setting, *leaves, backend=backend, algorithm=algorithm).loss
     loss.backward()
     with pytest.raises(RuntimeError, match="second time"):

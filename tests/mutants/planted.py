@@ -43,7 +43,7 @@ LOSS = [
         LAWS,
         ("off-diagonal-counts-the-diagonal", "off = off - _sum_of_squares(c, plan)", "off = off * 1"),
         ("off-diagonal-rounds-below-zero", "max(off, 0.0)", "off"),
-        ("on-diagonal-takes-one-from-the-square", "e = c - 1", "e = c * c - 1"),
+        ("on-diagonal-takes-one-from-the-square", "e = c - plan.diagonal", "e = c * c - plan.diagonal"),
         ("lambda-weights-the-diagonal", "weighted = lambd * off", "weighted = lambd * on"),
     ),
     *_in(
@@ -158,9 +158,43 @@ LOSS = [
         ("tests/distributed/test_traffic.py", "tests/distributed/test_exactness.py"),
         (
             "auto-decides-by-the-rows-of-one-rank",
-            "weights, n, views, float",
-            "weights, views[0].shape[0], views, float",
+            "weights, n, views, target)\n        terms",
+            "weights, views[0].shape[0], views, target)\n        terms",
         ),
+    ),
+]
+
+DEFINITIONS = [
+    *_in(
+        "barlow_loss/loss.py",
+        ("tests/test_laws_target.py",),
+        (
+            "epsilon-of-the-biased-variance",
+            "loss_and_sums(views, lambd, s * eps, plan",
+            "loss_and_sums(views, lambd, eps, plan",
+        ),
+        ("unbiased-off-diagonal-has-the-targets-size", "target / s, 1 / s)", "target, 1 / s)"),
+    ),
+    *_in(
+        "barlow_loss/_backends/eager.py",
+        ("tests/test_laws_target.py",),
+        ("gradient-of-another-diagonal-target", "- a * plan.diagonal_target", "- a"),
+    ),
+    *_in(
+        "barlow_loss/_plain.py",
+        ("tests/test_gradients.py",),
+        (
+            "plain-dual-keeps-the-diagonal",
+            "square = (k[i] * k[j]).sum() - c.square().sum()",
+            "square = (k[i] * k[j]).sum()",
+        ),
+        ("plain-features-not-centred", "    x = z - z.mean(0)\n    x = x - x.mean(0)\n", "    x = z\n"),
+    ),
+    *_in(
+        "barlow_loss/_function.py",
+        ("tests/test_gradients.py",),
+        ("second-derivative-forgets-lambda", "*found[:4], None", "*found[:3], None, None"),
+        ("batched-gradients-reach-the-operation", "elif is_batched(of_loss, of_on, of_off):", "elif False:"),
     ),
 ]
 
@@ -245,8 +279,8 @@ AUTOGRAD = [
         GRADIENTS,
         (
             "second-derivative-silently-wrong",
-            "_Gradients.apply(off_diagonal, *settings) if recorded else _gradients(*settings)",
-            "_gradients(*settings)",
+            "_Gradients.apply(of_loss, of_on, of_off, lambd, ctx.eps, first, *views)",
+            "_gradients(of_loss, of_on, of_off, lambd, *settings, *saved)",
         ),
         (
             "gradient-of-lambda-forgets-what-arrives",
@@ -285,18 +319,18 @@ NORMALISATION = [
         ("running-variance-biased", "batch.m2 / at_least_one(batch.n - 1)", "batch.m2 / at_least_one(batch.n)"),
         (
             "cumulative-average-counts-one-too-many",
-            "self.num_batches_tracked.clamp_min(1).reciprocal()",
+            "self.num_batches_tracked.reciprocal()",
             "(self.num_batches_tracked + 1).reciprocal()",
         ),
         ("one-value-per-channel-passes", "values is not None and values < 2", "values is not None and values < 1"),
         ("convert-forgets-eps", "            old.eps,\n", "            1e-5,\n"),
-        ("convert-forgets-eval", "return new.train(old.training)", "return new"),
+        ("convert-forgets-eval", "        new.training = old.training\n", ""),
         ("layer-used-twice-is-replaced-once", "named_modules(remove_duplicate=False)", "named_modules()"),
     ),
     *_in(
         "barlow_loss/normalization.py",
         GLOBAL_NORMS,
-        ("standardize-ignores-its-group", "None, None, eps, group)[0]", "None, None, eps, ALONE)[0]"),
+        ("standardize-ignores-its-group", "float(eps), group)[0]", "float(eps), ALONE)[0]"),
         ("eval-expects-its-peers", "self.process_group) if self.training else ALONE", "self.process_group)"),
     ),
     *_in(
@@ -407,7 +441,7 @@ FACE = [
             "for name, z in zip(names[:1], views[:1], strict=True):\n        check",
         ),
         ("third-view-unlike", "z.shape == z1.shape and z.dtype == z1.dtype", "z.shape == z1.shape"),
-        ("lambda-may-be-nan", "if not 0 <= lambd < math.inf:", "if lambd < 0 or lambd == math.inf:"),
+        ("lambda-may-be-nan", "if not 0 <= value <= _LARGEST:", "if value < 0 or value == math.inf:"),
         ("eps-may-be-true", "if isinstance(eps, bool) or not", "if not"),
     ),
     *_in(
@@ -500,8 +534,8 @@ KERNELS = [
         MATRIX_KERNELS,
         (
             "features-beyond-the-last-one-cost-one-each",
-            "tl.where(index < d, (c_ii - 1) * (c_ii - 1), 0.0)",
-            "(c_ii - 1) * (c_ii - 1)",
+            "tl.where(index < d, (c_ii - target) * (c_ii - target), 0.0)",
+            "(c_ii - target) * (c_ii - target)",
         ),
     ),
     *_in(
@@ -754,6 +788,7 @@ RELATIVES = [
 
 MUTANTS = [
     *LOSS,
+    *DEFINITIONS,
     *VIEWS,
     *AUTOGRAD,
     *NORMALISATION,

@@ -87,7 +87,9 @@ def penalties(
     c: Tensor, squares: Tensor, lambd: float | Tensor, holds_diagonal: bool, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = None if c.ndim == 1 else list(weights_of_pairs(plan.weights))
-    return _penalties.penalties(c, squares, *_weight(lambd), weights, holds_diagonal, plan.compute_dtype)
+    return _penalties.penalties(
+        c, squares, *_weight(lambd), plan.diagonal_target, weights, holds_diagonal, plan.compute_dtype
+    )
 
 
 def backproject(
@@ -105,10 +107,10 @@ def backproject(
     if isinstance(u, Tensor):
         (p1, q1), (p2, q2) = map(_product, products)
         gradients = _backproject.backproject(
-            u, p1, p2, q1, q2, c, rho, *given, *_weight(lambd), holds_diagonal, n, dtype
+            u, p1, p2, q1, q2, c, rho, *given, *_weight(lambd), plan.diagonal_target, holds_diagonal, n, dtype
         )
         return tuple(None if p is None else dz for p, dz in zip((p1, p2), gradients, strict=True))
-    settings = *given, *_weight(lambd), holds_diagonal, n, dtype
+    settings = *given, *_weight(lambd), plan.diagonal_target, holds_diagonal, n, dtype
     return tuple(
         [product and _gradient_of(view, product, u, c, rho, settings, plan) for view, product in enumerate(products)]
     )

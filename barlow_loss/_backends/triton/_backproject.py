@@ -1,7 +1,7 @@
 r"""The end of the backward: the diagonal term and the standardisation, of both views in one launch.
 
     ∂L/∂z = α P + β u_other − (α q + γ) u_own,    α = 2b ρ,  β = d ρ,  γ = β C_ii,    q = Σₙ u_own ∘ P
-    d = 2a (C_ii − 1), or 2a (C_ii − 1) − 2b C_ii where C̃ holds the diagonal,    a = g_L + g_on,  b = λ g_L + g_off
+    d = 2a (C_ii − τ), or 2a (C_ii − τ) − 2b C_ii where C̃ holds the diagonal,    a = g_L + g_on,  b = λ g_L + g_off
 
 A program owns a block of features and walks over the rows, first for q where it is not given, then for the gradients.
 What is per feature is float64. The gradients that arrive and λ are read on the device.
@@ -62,7 +62,7 @@ def _store_gradient(dz, gradient, rows, cols, n, d):
 @triton.jit(do_not_specialize=["n", "u_rows"])
 def backproject_kernel(
     p1, p2, q1, q2, u, c, rho, of_loss, of_on, of_off, weight, dz1, dz2,
-    n, d, p_cols, u_rows, u_cols, lambd: tl.float64,
+    n, d, p_cols, u_rows, u_cols, lambd: tl.float64, target: tl.float64,
     HOLDS_DIAGONAL: tl.constexpr, HAS_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,7 @@ def backproject_kernel(
     arrived = _given(of_loss)
     a = arrived + _given(of_on)
     b = load_lambd(weight, lambd) * arrived + _given(of_off)
-    d_ii = 2 * a * (c_ii - 1)
+    d_ii = 2 * a * (c_ii - target)
     if HOLDS_DIAGONAL:
         d_ii -= 2 * b * c_ii
     alpha1 = (2 * b * rho1).to(COMPUTE)[None, :]
@@ -146,6 +146,7 @@ def backproject(
     of_off: Tensor | None,
     weight: Tensor | None,
     lambd: float,
+    target: float,
     holds_diagonal: bool,
     n: int,
     dtype: torch.dtype,
@@ -159,7 +160,7 @@ def backproject(
     p_cols, (_, u_rows, u_cols) = given.shape[1], u.shape
     tensors = p1, p2, q1, q2, u, c, rho, of_loss, of_on, of_off, weight, dz1, dz2
     key = dtype, d, p_cols, holds_diagonal, *alignments(*tensors[:-2])  # those saved may come back from elsewhere
-    args = *tensors, n, d, p_cols, u_rows, u_cols, lambd
+    args = *tensors, n, d, p_cols, u_rows, u_cols, lambd, target
     constants = holds_diagonal, q1 is not None or q2 is not None, *tile[:3]
     _backproject.launch(u, tile.programs(d), key, args, constants, num_warps=tile.warps)
     return dz1, dz2

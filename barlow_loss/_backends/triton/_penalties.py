@@ -1,4 +1,4 @@
-"""The end of the forward, in one program: L = on + λ off, on = Σ_i (C_ii − 1)², off = Σ C_ij² − Σ_i C_ii².
+"""The end of the forward, in one program: L = on + λ off, on = Σ_i (C_ii − τ)², off = Σ C_ij² − Σ_i C_ii².
 
 Of several pairs of views on and the diagonal are weighted sums; the parts of Σ C_ij² are weighted already.
 
@@ -30,7 +30,7 @@ def load_lambd(weight, lambd):
 
 @triton.jit(do_not_specialize=["n_parts"])
 def penalties_kernel(
-    c, parts, weight, loss, on_diagonal, off_diagonal, d, n_parts, lambd: tl.float64,
+    c, parts, weight, loss, on_diagonal, off_diagonal, d, n_parts, lambd: tl.float64, target: tl.float64,
     WEIGHTS: tl.constexpr, PAIRS: tl.constexpr, HOLDS_DIAGONAL: tl.constexpr,
     BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +43,7 @@ def penalties_kernel(
         for start in tl.range(0, d, BLOCK):
             index = start + tl.arange(0, BLOCK)
             c_ii = tl.load(c + pair * d + index, mask=index < d, other=0.0)
-            on += WEIGHTS[pair] * tl.where(index < d, (c_ii - 1) * (c_ii - 1), 0.0)
+            on += WEIGHTS[pair] * tl.where(index < d, (c_ii - target) * (c_ii - target), 0.0)
             if HOLDS_DIAGONAL:
                 off -= WEIGHTS[pair] * c_ii * c_ii
     total_off = tl.sum(off, 0)
@@ -69,14 +69,15 @@ def penalties(
     parts: Tensor,
     weight: Tensor | None,
     lambd: float,
+    target: float,
     weights: list[float] | None,
     holds_diagonal: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L, on and off, 0-d in ``dtype``; λ is ``weight`` if there is one; weights: of the pairs, if there are several."""
+    """L, on and off, 0-d in ``dtype``; λ is ``weight`` if there is one; target: τ; weights: of pairs, if several."""
     terms = _scalars(c, dtype)
     d = c.shape[-1]
-    args = c, parts, weight, *terms, d, parts.numel(), lambd
+    args = c, parts, weight, *terms, d, parts.numel(), lambd, target
     of_pairs = (1.0,) if weights is None else tuple(weights)
     constants = of_pairs, len(of_pairs), holds_diagonal, _BLOCK, TL_DTYPES[dtype]
     key = d, of_pairs, holds_diagonal, dtype, *alignments(parts, weight)
@@ -91,6 +92,7 @@ def _(
     parts: Tensor,
     weight: Tensor | None,
     lambd: float,
+    target: float,
     weights: list[float] | None,
     holds_diagonal: bool,
     dtype: torch.dtype,

@@ -78,7 +78,7 @@ def mix_kernel(
 @triton.jit(do_not_specialize=["n"])
 def backproject_view_kernel(
     p, q, own, others, cs, rho, of_loss, of_on, of_off, weight, dz,
-    n, d, p_cols, u_cols, lambd: tl.float64,
+    n, d, p_cols, u_cols, lambd: tl.float64, target: tl.float64,
     WEIGHTS: tl.constexpr, OTHERS: tl.constexpr, HOLDS_DIAGONAL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -99,21 +99,21 @@ def backproject_view_kernel(
     of_own = 2 * b * dot
     for j in tl.static_range(OTHERS):
         c_ij = _vector(cs[j], cols, d)
-        of_own += WEIGHTS[j] * _slope(c_ij, a, b, HOLDS_DIAGONAL) * c_ij
+        of_own += WEIGHTS[j] * _slope(c_ij, a, b, target, HOLDS_DIAGONAL) * c_ij
     for start in tl.range(0, n, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         gradient = (2 * b * scale).to(COMPUTE)[None, :] * _tile(p, rows, cols, p_cols, n, d, COMPUTE)
         for j in tl.static_range(OTHERS):
-            beta = WEIGHTS[j] * _slope(_vector(cs[j], cols, d), a, b, HOLDS_DIAGONAL) * scale
+            beta = WEIGHTS[j] * _slope(_vector(cs[j], cols, d), a, b, target, HOLDS_DIAGONAL) * scale
             gradient += beta.to(COMPUTE)[None, :] * _tile(others[j], rows, cols, u_cols, n, d, COMPUTE)
         gradient -= (scale * of_own).to(COMPUTE)[None, :] * _tile(own, rows, cols, u_cols, n, d, COMPUTE)
         _store_gradient(dz, gradient, rows, cols, n, d)
 
 
 @triton.jit
-def _slope(c_ij, a, b, HOLDS_DIAGONAL: tl.constexpr):
+def _slope(c_ij, a, b, target, HOLDS_DIAGONAL: tl.constexpr):
     """d_ij of a block of features."""
-    d_ij = 2 * a * (c_ij - 1)
+    d_ij = 2 * a * (c_ij - target)
     if HOLDS_DIAGONAL:
         d_ij -= 2 * b * c_ij
     return d_ij
@@ -192,6 +192,7 @@ def backproject_view(
     of_off: Tensor | None,
     weight: Tensor | None,
     lambd: float,
+    target: float,
     holds_diagonal: bool,
     n: int,
     dtype: torch.dtype,
@@ -205,12 +206,12 @@ def backproject_view(
     p_cols, u_cols = p.shape[1], own.shape[1]
     seen = alignments(p, q, own, *others, *cs, rho, of_loss, of_on, of_off, weight)  # what was saved may be unaligned
     key = dtype, d, p_cols, u_cols, constants[:3], *seen
-    args = *tensors, n, d, p_cols, u_cols, lambd
+    args = *tensors, n, d, p_cols, u_cols, lambd, target
     _backproject_view.launch(p, tile.programs(d), key, args, constants, num_warps=tile.warps)
     return dz
 
 
 @backproject_view.register_fake
 def _(p: Tensor, q: Tensor | None, own: Tensor, *rest: Any) -> Tensor:
-    *_, rho, _, _, _, _, _, _, n, dtype = rest
+    *_, rho, _, _, _, _, _, _, _, n, dtype = rest
     return own.new_empty((n, rho.numel()), dtype=dtype)

@@ -44,7 +44,7 @@ class Case(NamedTuple):
     @property
     def signature(self) -> dict[str, str]:
         compute = TYPES[compute_dtype(self.z)]
-        types = dict.fromkeys(self.kernel.arg_names, "i32") | {"eps": "fp64", "lambd": "fp64"}
+        types = dict.fromkeys(self.kernel.arg_names, "i32") | {"eps": "fp64", "lambd": "fp64", "target": "fp64"}
         for names, kind in (
             (OF_VIEWS, TYPES[self.z]),
             (OF_PRODUCTS, TYPES[self.u]),

@@ -82,11 +82,11 @@ def _opcheck_cases():
         "mix": (_views.mix, (k[0], k[1:], [0.0, 0.5, 0.5, 0.5, 0.0, 0.0, 0.5, 0.0, 0.0])),
         "backproject_view": (
             _views.backproject_view,
-            (first, None, first, *pairs, one, None, None, None, 0.1, True, 10, BF16),
+            (first, None, first, *pairs, one, None, None, None, 0.1, 1.0, True, 10, BF16),
         ),
         "backproject_view with q": (
             _views.backproject_view,
-            (first, c, first, *pairs, None, one, one, one, 0.0, False, 10, F32),
+            (first, c, first, *pairs, None, one, one, one, 0.0, 1.1, False, 10, F32),
         ),
     }
 

@@ -196,15 +196,15 @@ def _opcheck_cases():
         "column_sums": (_standardize.column_sums, (z[0], z[1], pivot)),
         "standardize": (_standardize.standardize, (z[0], z[1], pivot, pivot, pivot, F32)),
         "frobenius": (_frobenius.frobenius, (k, k)),
-        "penalties": (_penalties.penalties, (c, k.flatten(), None, 0.1, None, True, F32)),
-        "penalties of a tensor": (_penalties.penalties, (c, k.flatten(), one, 0.0, None, False, F32)),
+        "penalties": (_penalties.penalties, (c, k.flatten(), None, 0.1, 1.0, None, True, F32)),
+        "penalties of a tensor": (_penalties.penalties, (c, k.flatten(), one, 0.0, 1.1, None, False, F32)),
         "backproject": (
             _backproject.backproject,
-            (u, u[0], u[1], None, None, c, rho, one, None, None, None, 0.1, True, 10, BF16),
+            (u, u[0], u[1], None, None, c, rho, one, None, None, None, 0.1, 1.0, True, 10, BF16),
         ),
         "backproject of one": (
             _backproject.backproject,
-            (u, None, u[1], None, c, c, rho, None, one, one, one, 0.0, False, 10, F32),
+            (u, None, u[1], None, c, c, rho, None, one, one, one, 0.0, 1.1, False, 10, F32),
         ),
         "column_dots": (_backproject.column_dots, (u[0], u[1])),
     }

@@ -1,7 +1,7 @@
 """The published optimisation: LARS on the weights, a plain step on biases and norms, warm-up and cosine."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,10 @@ class LARS(optim.Optimizer):
         super().__init__(params, {"lr": lr} | usual | changes)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """As of every optimiser: a closure computes the gradients anew, and its loss is returned."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -92,6 +95,7 @@ class LARS(optim.Optimizer):
             torch._foreach_mul_(mu, group["momentum"])
             torch._foreach_add_(mu, d)
             torch._foreach_add_(params, mu, alpha=-group["lr"])
+        return loss
 
 
 def _ratios(p: list[Tensor], d: list[Tensor], eta: float, lr: float, clip: bool) -> list[Tensor]:

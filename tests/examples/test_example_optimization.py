@@ -137,3 +137,21 @@ def test_the_learning_rate_is_the_authors_for_the_batch() -> None:
     assert published_learning_rate(362) == pytest.approx(0.35, abs=1e-3)  # half-way from 256 to 512, in the logarithm
     rates = [published_learning_rate(size) for size in range(100, 2100)]
     assert all(later <= rate + 1e-12 for rate, later in pairwise(rates))
+
+
+def test_a_closure_computes_the_gradients_and_its_loss_is_returned() -> None:
+    """As torch.optim's contract says: the same update as without one."""
+    models = [network(), network()]
+    optimizers = [LARS(model.parameters(), lr=0.1) for model in models]
+    images = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def loss_of(model: nn.Module) -> Tensor:
+        model.zero_grad()
+        loss = model(images).square().mean()
+        loss.backward()
+        return loss
+
+    expected = loss_of(models[0])
+    assert optimizers[0].step() is None
+    assert optimizers[1].step(lambda: loss_of(models[1])) == expected
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))

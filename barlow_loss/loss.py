@@ -343,7 +343,7 @@ def _check_settings(
 ) -> None:
     check_weight(caller, "lambd", lambd, 0.0051)
     check_eps(caller, eps)
-    if not (type(off_diagonal_target) is float and math.isfinite(off_diagonal_target)):  # a call less in every step
+    if not (type(off_diagonal_target) is float and abs(off_diagonal_target) < math.inf):  # a call less in every step
         check_target(caller, off_diagonal_target)
     if type(correction) is not int or not 0 <= correction <= 1:
         raise ValueError(

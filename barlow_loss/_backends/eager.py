@@ -251,7 +251,8 @@ def backproject(
     a, b = (2 * slope for slope in slopes(arriving, plan))
     if isinstance(b, float) and abs(b) > torch.finfo(plan.compute_dtype).max:
         b *= math.inf  # addmm refuses a number that its dtype has no room for
-    d = c * (a - b if holds_diagonal else a) - a * plan.diagonal_target
+    of_target = a if plan.diagonal_target == 1 else a * plan.diagonal_target  # an operation less
+    d = c * (a - b if holds_diagonal else a) - of_target
     views, rhos = each(u), rho.unbind()
     others = _others(d, plan)
     by_blocks = len(plan.weights) > 2 and plan.on_host

@@ -178,7 +178,7 @@ DEFINITIONS = [
     *_in(
         "barlow_loss/_backends/eager.py",
         ("tests/test_laws_target.py",),
-        ("gradient-of-another-diagonal-target", "- a * plan.diagonal_target", "- a"),
+        ("gradient-of-another-diagonal-target", "holds_diagonal else a) - of_target", "holds_diagonal else a) - a"),
     ),
     *_in(
         "barlow_loss/_plain.py",

@@ -3,6 +3,8 @@
 The laws themselves, tests/test_laws_*.py, run with `--backend triton` beside this folder.
 """
 
+import itertools
+
 import pytest
 import torch
 from repaired_interpreter import poisoned, program_order, recorded_launches
@@ -10,7 +12,7 @@ from torch import library
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from barlow_loss import BarlowTwinsLoss, _plan, barlow_twins_loss
+from barlow_loss import BarlowTwinsLoss, _plan, barlow_twins_loss, reference
 from barlow_loss._backends.triton import _backproject, _frobenius, _penalties, _standardize
 from barlow_loss._collectives import ALONE, Shards
 from barlow_loss._function import loss_and_sums
@@ -124,12 +126,25 @@ def test_a_tensor_lambd_is_read_when_the_kernel_runs(algorithm):
 
 
 class TestDerivatives:
-    def test_a_second_one_raises(self, algorithm):
-        z1, z2 = (view.requires_grad_() for view in Batch(8, 20, 1, "trained").views(F64))
-        loss = barlow_twins_loss(z1, z2, algorithm=algorithm)
-        (gradient,) = torch.autograd.grad(loss, z1, create_graph=True)
-        with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
-            gradient.square().sum().backward()
+    @pytest.mark.parametrize("count", [2, 3])
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_a_second_one_is_that_of_the_plain_formula(self, algorithm, count, frozen):
+        """From the views, and of one without a gradient from u, which is padded here."""
+
+        def penalty(loss_fn):
+            z = [view.requires_grad_() for view in Batch(8, 20, 1, "trained").more_views(count, F64)]
+            z[1].requires_grad_(not frozen)
+            asked = [view for view in z if view.requires_grad]
+            gradients = torch.autograd.grad(loss_fn(*z), asked, create_graph=True)
+            return torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), asked)
+
+        def mean(*z):
+            pairs = list(itertools.combinations(z, 2))
+            return sum(reference.barlow_twins_loss(*pair).loss for pair in pairs) / len(pairs)
+
+        found = penalty(lambda *z: barlow_twins_loss(*z, algorithm=algorithm)), penalty(mean)
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
     def test_twice_through_one_graph_is_the_same(self, algorithm):
         """The backward leaves what was saved alone."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +29,6 @@ __all__ = [
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _REAL: Any = (float, int, Real)  # in this order: the last one, numpy's numbers, takes longest to ask for
-_LARGEST = sys.float_info.max
 _TWO_DIMENSIONS = {
     0: "Pass the embeddings of the whole batch, not a number.",
     1: "Rows are samples: use z.unsqueeze(1) for one feature, or torch.stack the samples.",
@@ -214,7 +212,7 @@ def check_eps(caller: str, eps: Any) -> None:
     """A finite number ≥ 0."""
     if isinstance(eps, bool) or not isinstance(eps, _REAL):
         raise TypeError(f"{caller}: expected eps to be a float, got {type(eps).__name__}. The usual value is 1e-5.")
-    if not 0 <= eps <= _LARGEST:
+    if not 0 <= eps < math.inf:
         raise ValueError(f"{caller}: expected eps to be finite and ≥ 0, got {eps}. The usual value is 1e-5.")
 
 
@@ -232,7 +230,7 @@ def check_weight(caller: str, name: str, value: Any, usual: float) -> None:
             f"{caller}: expected {name} to be a float or a 0-d tensor, got {type(value).__name__}. "
             f"The usual value is {usual}."
         )
-    if not 0 <= value <= _LARGEST:
+    if not 0 <= value < math.inf:
         raise ValueError(
             f"{caller}: expected {name} to be finite and ≥ 0, got {value}. The usual value is {usual}; "
             "0 leaves the term out."
@@ -253,7 +251,7 @@ def check_target(caller: str, target: Any) -> None:
             f"{caller}: expected off_diagonal_target to be a float, got {type(target).__name__}. "
             "Barlow Twins has 0, the form of HSIC −1."
         )
-    if not -_LARGEST <= target <= _LARGEST:
+    if not abs(target) < math.inf:
         raise ValueError(
             f"{caller}: expected off_diagonal_target to be finite, got {target}. Barlow Twins has 0, HSIC's form −1."
         )

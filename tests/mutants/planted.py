@@ -441,7 +441,7 @@ FACE = [
             "for name, z in zip(names[:1], views[:1], strict=True):\n        check",
         ),
         ("third-view-unlike", "z.shape == z1.shape and z.dtype == z1.dtype", "z.shape == z1.shape"),
-        ("lambda-may-be-nan", "if not 0 <= value <= _LARGEST:", "if value < 0 or value == math.inf:"),
+        ("lambda-may-be-nan", "if not 0 <= value < math.inf:", "if value < 0 or value == math.inf:"),
         ("eps-may-be-true", "if isinstance(eps, bool) or not", "if not"),
     ),
     *_in(

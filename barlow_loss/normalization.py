@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -109,8 +110,9 @@ class DistributedBatchNorm(_BatchNorm):
         in float32, with autocast or without. In training, each channel of the global batch needs two values or more.
 
     Raises:
-        TypeError: the input is not floating, or ``process_group`` is no process group.
-        ValueError: the input has fewer than two dimensions or not C channels; in training, one value per channel.
+        TypeError: the input is not floating, ``process_group`` is no process group, or a flag is not a bool.
+        ValueError: ``momentum`` is out of its range; the input has fewer than two dimensions or not C channels; in
+            training, one value per channel.
 
     Example:
         >>> norm = DistributedBatchNorm(3)
@@ -139,7 +141,9 @@ class DistributedBatchNorm(_BatchNorm):
         check_eps("DistributedBatchNorm", eps)
         check_group("DistributedBatchNorm", process_group)
         check_flags("DistributedBatchNorm", affine=affine, track_running_stats=track_running_stats, bias=bias)
-        if momentum is not None and (isinstance(momentum, bool) or not 0 <= momentum <= 1):
+        given: Any = momentum
+        number = not isinstance(given, bool) and isinstance(given, Real)
+        if momentum is not None and not (number and 0 <= momentum <= 1):
             raise ValueError(
                 f"DistributedBatchNorm: expected momentum in [0, 1] or None, got {momentum!r}. The usual value is 0.1; "
                 "None averages over all batches."

@@ -570,6 +570,18 @@ def test_convert_never_drops_what_a_subclass_adds():
         DistributedBatchNorm.convert(nn.Sequential(nn.LazyBatchNorm1d()))
 
 
+@pytest.mark.parametrize("momentum", [-0.1, 1.5, math.nan, True, "0.1"])
+def test_a_momentum_out_of_its_range_is_refused(momentum):
+    with pytest.raises(ValueError, match=r"expected momentum in \[0, 1\] or None"):
+        DistributedBatchNorm(3, momentum=momentum)
+
+
+@pytest.mark.parametrize("flag", ["affine", "track_running_stats", "bias"])
+def test_a_flag_is_true_or_false(flag):
+    with pytest.raises(TypeError, match=f"expected {flag} to be True or False, got 'no'"):
+        DistributedBatchNorm(3, **{flag: "no"})
+
+
 def test_convert_keeps_dropout_and_activation_of_timms_layer():
     timm = pytest.importorskip("timm")
     encoder = timm.create_model("mobilenetv3_small_050")

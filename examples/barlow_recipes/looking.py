@@ -104,7 +104,7 @@ def draw_curves(path: Path, metrics: Metrics, *, lambd: float, floor: float, ran
     names = accuracies_of(looks[-1]) if looks else []
     panels = {
         "Loss": {"loss": 1.0},
-        "Its two terms, and the noise floor of random embeddings": {"on_diagonal": 1.0, "off_diagonal": lambd},
+        "Its two terms, and their noise floor": {"on_diagonal": 1.0, "off_diagonal": lambd},
         f"Effective rank, at most {rank:,}": {"effective_rank": 1.0},
         "Held-out accuracy (%)": dict.fromkeys([*names[:1], *names[-1:]], 1.0),
         "Learning rate": {"learning_rate": 1.0},

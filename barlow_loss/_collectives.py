@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, library
 
+from barlow_loss._waiting import wait
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -175,22 +177,27 @@ def gather_rows(shards: Shards, rows: Tensor) -> Tensor:
     return every if even else torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
-def gather_integers(group: Group, values: tuple[int, ...], z: Any) -> list[tuple[int, ...]]:
+def gather_integers(caller: str, group: Group, values: tuple[int, ...], z: Any) -> list[tuple[int, ...]]:
     """Every rank's integers, in the order of the ranks; waits for them. z: a tensor of the call, if it is one."""
     own = torch.tensor(values, dtype=torch.int64, device=_device_of_small_things(group, z))
     every = own.new_empty((group.size, len(values)))
-    dist.all_gather(list(every.unbind()), own, group=group.handle)
+    work = dist.all_gather(list(every.unbind()), own, group=group.handle, async_op=True)
+    if own.is_cpu:
+        processes: Any = group.handle or dist.group.WORLD
+        wait(work, caller, processes.get_group_store(), dist.get_rank(group.handle), group.size)
+    else:
+        cast("Any", work).wait()
     return [tuple(row) for row in cast("list[list[int]]", every.tolist())]  # pyright: ignore[reportUnknownMemberType]
 
 
-def gather_texts(group: Group, text: str, z: Any) -> list[str]:
-    """Every rank's text, in the order of the ranks; for errors, so speed is nothing.
+def gather_texts(caller: str, group: Group, text: str, z: Any) -> list[str]:
+    """Every rank's text, in the order of the ranks; on the path of errors only.
 
     all_gather_object would need numpy, which torch does without.
     """
     data = text.encode()
-    longest = 1 + max(length for (length,) in gather_integers(group, (len(data),), z))
-    return [bytes(row).decode().rstrip() for row in gather_integers(group, tuple(data.ljust(longest)), z)]
+    longest = 1 + max(length for (length,) in gather_integers(caller, group, (len(data),), z))
+    return [bytes(row).decode().rstrip() for row in gather_integers(caller, group, tuple(data.ljust(longest)), z)]
 
 
 def _device_of_small_things(group: Group, z: Any) -> torch.device:

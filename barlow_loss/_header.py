@@ -61,12 +61,12 @@ def agree(caller: str, group: Group, z: Any, check: Callable[[], tuple[int, Clai
         claims = _lines({"function": caller} | named)
     except Exception as error:  # whatever it is, the others are waiting
         failure, claims = error, str(error)
-    headers = gather_integers(group, (_kind(failure), n, _fingerprint(claims)), z)
+    headers = gather_integers(caller, group, (_kind(failure), n, _fingerprint(claims)), z)
     kinds, counts, fingerprints = (tuple(column) for column in zip(*headers, strict=True))
     if any(kinds):
-        raise _common_failure(caller, kinds, counts, gather_texts(group, claims, z)) from failure
+        raise _common_failure(caller, kinds, counts, gather_texts(caller, group, claims, z)) from failure
     if len(set(fingerprints)) > 1:
-        raise ValueError(_disagreement(caller, gather_texts(group, claims, z)))
+        raise ValueError(_disagreement(caller, gather_texts(caller, group, claims, z)))
     return Shards(group, counts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,8 @@ from barlow_loss._statistics import Moments, at_least_one
 from barlow_loss._validation import check_eps, check_flags, check_tensor, two_dimensions
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch.distributed import ProcessGroup
 
 __all__ = ["DistributedBatchNorm", "standardize"]
@@ -178,6 +181,22 @@ class DistributedBatchNorm(_BatchNorm):
                 )
             self._track(moments)
         return y
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As in every module, but that the conversions to ``nn.SyncBatchNorm``, which ask for it, are refused.
+
+        torch's and timm's replace every batch norm and have no hook for a layer that wants to stay.
+
+        Raises:
+            RuntimeError: a function named ``convert_sync_batchnorm`` asks.
+        """
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":  # pyright: ignore[reportPrivateUsage]
+            raise RuntimeError(
+                "DistributedBatchNorm: expected to stay, since it normalises over all processes already, but "
+                "convert_sync_batchnorm would replace it and forget its process group. Leave that call out (in "
+                "Lightning: sync_batchnorm=False); DistributedBatchNorm.convert(model) converts the other batch norms."
+            )
+        return super().named_children()
 
     @classmethod
     def convert(cls, module: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:

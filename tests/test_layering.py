@@ -33,7 +33,7 @@ LAYERS = [
     {"_header", "_validation_relatives"},
     {"_checkpoints", "_penalty", "_plain", "_statistics", "_target", "_validation"},
     {"_plan", "_collectives"},
-    {"_gram", "_module", "_pairs"},
+    {"_gram", "_module", "_pairs", "_waiting"},
 ]
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 ORACLE = "reference"

@@ -613,7 +613,31 @@ def test_many_rows_cost_no_digits():
     assert relative_error(F.batch_norm(z, None, None, training=True), expected) > 5e-6
 
 
-def test_torchs_own_conversion_replaces_it():
-    """As the README warns those who set Lightning's ``sync_batchnorm``."""
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(DistributedBatchNorm(3)))
-    assert type(converted[0]) is nn.SyncBatchNorm
+def _converted_by_lightning(model):
+    pytest.importorskip("lightning")
+    from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+
+    return TorchSyncBatchNorm().apply(model)
+
+
+def _converted_by_timm(model):
+    return pytest.importorskip("timm.layers").convert_sync_batchnorm(model)
+
+
+@pytest.mark.parametrize(
+    "convert", [nn.SyncBatchNorm.convert_sync_batchnorm, _converted_by_timm, _converted_by_lightning]
+)
+def test_the_conversions_to_torchs_own_are_refused(convert):
+    """They would replace the layer, and forget its group."""
+    for model in (DistributedBatchNorm(3), nn.Sequential(nn.Linear(3, 3), nn.Sequential(DistributedBatchNorm(3)))):
+        with pytest.raises(RuntimeError, match=r"sync_batchnorm=False\); DistributedBatchNorm.convert\(model\)"):
+            convert(model)
+        assert type(list(model.modules())[-1]) is DistributedBatchNorm
+
+
+def test_its_children_are_those_of_every_module():
+    layer = DistributedBatchNorm(3)
+    assert list(layer.children()) == []
+    layer.add_module("act", nn.ReLU())
+    assert [name for name, _ in layer.named_children()] == ["act"]
+    assert len(list(layer.modules())) == 2

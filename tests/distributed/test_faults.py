@@ -1,5 +1,6 @@
 """A peer that dies or stays away: an error within seconds on the others, never a result."""
 
+import logging
 import os
 import signal
 import time
@@ -11,7 +12,7 @@ from pool import Died
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm
+from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm, _waiting, collapse_report
 from programs import until
 
 
@@ -53,6 +54,8 @@ def test_a_peer_killed_in_the_middle_of_a_step(pool, where):
         seconds, message = results[rank]
         assert seconds < 20  # far below the group's timeout
         assert message
+        if where == "before the loss":
+            assert message.startswith("barlow_twins_loss: expected all 3 ranks of the group to call it")
 
 
 def _one_stays_away(told):
@@ -60,10 +63,60 @@ def _one_stays_away(told):
     if dist.get_rank() == 1:
         until(told.exists, "the error of rank 0")
         return
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"^barlow_twins_loss: expected all 2 ranks.*rank 0 waited.*Timed out"):
         BarlowTwinsLoss()(torch.randn(4, 10), torch.randn(4, 10))
     told.touch()
 
 
 def test_a_peer_that_never_comes(pool, tmp_path):
     pool.run(_one_stays_away, 2, tmp_path / "told", group_timeout=1.5, debug="OFF")
+
+
+class _Told(logging.Handler):
+    """What the library logged, by every rank, in files that the others wait for."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def emit(self, record):
+        (self.folder / f"rank {dist.get_rank()} {len(self.read())}").write_text(record.getMessage())
+
+    def read(self):
+        return [path.read_text() for path in sorted(self.folder.iterdir())]
+
+
+def _the_last_ones_are_late(folder, early, rounds):
+    """The later ranks wait until one of the early ones has told, and call then. Every rank's loss."""
+    told, rank = _Told(folder), dist.get_rank()
+    logger = logging.getLogger("barlow_loss")
+    logger.addHandler(told)
+    logger.propagate = False
+    z = torch.randn(4, 10, generator=torch.Generator().manual_seed(rank))
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(_waiting, "VISIBLE_AFTER", 0.05)
+            patched.setattr(_waiting, "TOLD_AFTER", 1.0)
+            for done in range(rounds):
+                if rank >= early:
+                    until(lambda done=done: len(told.read()) > done, "what an early rank tells")
+                report = collapse_report(z, z)
+    finally:
+        logger.removeHandler(told)
+    return report.loss, told.read()
+
+
+@pytest.mark.parametrize(("early", "missing"), [(1, "ranks 1, 2 of 3"), (2, "rank 2 of 3")])
+def test_who_keeps_the_others_waiting_is_told_by_one_of_them_once(pool, tmp_path, early, missing):
+    """TORCH_DISTRIBUTED_DEBUG=DETAIL has a barrier of its own before every collective, which names them."""
+    results = pool.run(_the_last_ones_are_late, 3, tmp_path, early, 2, debug="OFF")
+    assert len({loss for loss, _ in results}) == 1
+    first, second = results[0][1]
+    assert first == second
+    assert first.startswith(f"collapse_report: rank 0 has waited for 1 s for {missing}, ")
+    assert "synchronize=False" in first
+
+
+def test_nothing_is_told_where_nobody_waits(pool, tmp_path):
+    for _, told in pool.run(_the_last_ones_are_late, 3, tmp_path, 3, 3):
+        assert told == []

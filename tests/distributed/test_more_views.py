@@ -136,10 +136,10 @@ def _elements_gathered(views, counts, d):
     sent = []
     original = dist.all_gather
 
-    def counting(parts, own, group=None):
+    def counting(parts, own, **settings):
         if own.is_floating_point():
             sent.append(own.numel())
-        return original(parts, own, group=group)
+        return original(parts, own, **settings)
 
     dist.all_gather = counting
     try:

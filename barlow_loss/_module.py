@@ -1,7 +1,8 @@
-"""What the modules of the losses share."""
+"""What the modules share."""
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -9,10 +10,22 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["LossModule"]
+__all__ = ["LossModule", "OfGroup"]
 
 
-class LossModule(nn.Module):
+class OfGroup(nn.Module):
+    """A module whose copies have the same process group. An average of the weights copies the whole model."""
+
+    process_group: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OfGroup:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self.process_group)] = self.process_group
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+class LossModule(OfGroup):
     """No parameters, an empty state_dict. A weight that is a tensor goes to the module's device, in its own dtype."""
 
     WEIGHTS: tuple[str, ...] = ()  # the attributes that are numbers, 0-d tensors or parameters

@@ -15,6 +15,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from barlow_loss._collectives import ALONE, Group, check_group, group_of
 from barlow_loss._header import Claims, agree, can_wait, check_samples
+from barlow_loss._module import OfGroup
 from barlow_loss._normalize import normalize, normalize_with, values_per_channel
 from barlow_loss._plan import is_batched
 from barlow_loss._statistics import Moments, at_least_one
@@ -82,7 +83,7 @@ def standardize(
     return normalize(z, None, None, float(eps), group)[0]
 
 
-class DistributedBatchNorm(_BatchNorm):
+class DistributedBatchNorm(OfGroup, _BatchNorm):
     """Batch normalisation over the batch of a whole process group, on every device: (N, C) and (N, C, *).
 
     A drop-in for ``nn.BatchNorm1d/2d/3d`` and ``nn.SyncBatchNorm``: the same constructor, state_dict, running

@@ -9,9 +9,17 @@ from sharding import global_batch, shard
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm, Projector, barlow_twins_loss
+from barlow_loss import (
+    BarlowTwinsLoss,
+    DistributedBatchNorm,
+    MixedBarlowTwinsLoss,
+    Projector,
+    VICRegLoss,
+    barlow_twins_loss,
+)
 from comparison import assert_near
 
 # TORCH_DISTRIBUTED_DEBUG=DETAIL, the pool's default, ends the second DistributedDataParallel of a process with a
@@ -220,3 +228,29 @@ def test_p33_training_is_the_same_on_any_number_of_processes(pool, world_size, c
             assert abs(got - loss) <= 1e-12 * loss, f"step {step}: {got} and {loss}"
         for name, value in weights.items():
             assert_near(state[name], value, 1e-12 * max(1.0, float(value.double().norm())), name)
+
+
+WITH_GROUP = [
+    lambda group: BarlowTwinsLoss(process_group=group),
+    lambda group: VICRegLoss(process_group=group),
+    lambda group: MixedBarlowTwinsLoss(process_group=group),
+    lambda group: DistributedBatchNorm(6, process_group=group),
+]
+
+
+def _copies_of_a_group():
+    group = dist.new_group([0, 1])
+    rank = dist.get_rank()
+    inner = dist.new_group([0]), dist.new_group([1])
+    for make in WITH_GROUP:
+        for own in (group, inner[rank]):
+            module = make(own)
+            assert copy.deepcopy(module).process_group is own
+            model = AveragedModel(nn.Sequential(nn.Linear(6, 6), module))
+            assert model.module[1].process_group is own
+            assert model.module[1] is not module
+
+
+def test_a_copy_has_the_same_group(pool):
+    """As an average of the weights makes it; torch cannot copy a group (2.14.1)."""
+    pool.run(_copies_of_a_group, 2)

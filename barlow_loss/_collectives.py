@@ -18,9 +18,9 @@ __all__ = [
     "TRANSFORMS",
     "Group",
     "Shards",
-    "all_max",
-    "all_sum",
-    "all_sum_matrix",
+    "all_reduce_matrix",
+    "all_reduce_max",
+    "all_reduce_sum",
     "assert_equal_on_all_ranks",
     "gather_integers",
     "gather_rows",
@@ -93,7 +93,7 @@ def only_alone(caller: str, group: Group, what: str) -> None:
 
 
 def check_group(caller: str, process_group: Any) -> None:
-    """A process that is not of the group may hold what it was given in its place, but not use it.
+    """Accept a process group, or what ``new_group`` returns to a process outside of it, which may be kept but not used.
 
     Raises:
         TypeError: ``process_group`` is no process group.
@@ -108,7 +108,7 @@ def check_group(caller: str, process_group: Any) -> None:
     )
 
 
-def all_sum(group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
+def all_reduce_sum(group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Σ over the ranks of several tensors of one dtype, in one collective; differentiable where gradients are recorded.
 
     Alone, the tensors themselves.
@@ -139,10 +139,10 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_sum(ctx.group, grads[0])[0], None
+        return all_reduce_sum(ctx.group, grads[0])[0], None
 
 
-def all_sum_matrix(group: Group, matrix: Tensor) -> Tensor:
+def all_reduce_matrix(group: Group, matrix: Tensor) -> Tensor:
     """Σ over the ranks of a large tensor, over the tensor itself where it can; added in float32 at least."""
     if group.size == 1:
         return matrix
@@ -151,7 +151,7 @@ def all_sum_matrix(group: Group, matrix: Tensor) -> Tensor:
     return wide.to(matrix.dtype)
 
 
-def all_max(group: Group, tensor: Tensor) -> Tensor:
+def all_reduce_max(group: Group, tensor: Tensor) -> Tensor:
     """The largest over the ranks, elementwise."""
     if group.size == 1:
         return tensor
@@ -171,23 +171,23 @@ def gather_rows(shards: Shards, rows: Tensor) -> Tensor:
     most = max(counts)
     even = min(counts) == most
     filled = rows if rows.shape[0] == most else torch.nn.functional.pad(rows, (0, 0, 0, most - rows.shape[0]))
-    every = rows.new_empty((group.size * most, rows.shape[1]))
-    parts = [every[rank * most : (rank + 1) * most] for rank in range(group.size)]
+    gathered = rows.new_empty((group.size * most, rows.shape[1]))
+    parts = [gathered[rank * most : (rank + 1) * most] for rank in range(group.size)]
     dist.all_gather(parts, filled.contiguous(), group=group.handle)
-    return every if even else torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+    return gathered if even else torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
 def gather_integers(caller: str, group: Group, values: tuple[int, ...], z: Any) -> list[tuple[int, ...]]:
     """Every rank's integers, in the order of the ranks; waits for them. z: a tensor of the call, if it is one."""
-    own = torch.tensor(values, dtype=torch.int64, device=_device_of_small_things(group, z))
-    every = own.new_empty((group.size, len(values)))
-    work = dist.all_gather(list(every.unbind()), own, group=group.handle, async_op=True)
-    if own.is_cpu:
+    local = torch.tensor(values, dtype=torch.int64, device=_device_of_small_things(group, z))
+    gathered = local.new_empty((group.size, len(values)))
+    work = dist.all_gather(list(gathered.unbind()), local, group=group.handle, async_op=True)
+    if local.is_cpu:
         processes: Any = group.handle or dist.group.WORLD
         wait(work, caller, processes.get_group_store(), dist.get_rank(group.handle), group.size)
     else:
         cast("Any", work).wait()
-    return [tuple(row) for row in cast("list[list[int]]", every.tolist())]  # pyright: ignore[reportUnknownMemberType]
+    return [tuple(row) for row in cast("list[list[int]]", gathered.tolist())]  # pyright: ignore[reportUnknownMemberType]
 
 
 def gather_texts(caller: str, group: Group, text: str, z: Any) -> list[str]:
@@ -201,7 +201,7 @@ def gather_texts(caller: str, group: Group, text: str, z: Any) -> list[str]:
 
 
 def _device_of_small_things(group: Group, z: Any) -> torch.device:
-    """The CPU where the group has a backend for it, since a collective there makes no accelerator wait; else z's."""
+    """The CPU where the group has a backend for it: no accelerator has to synchronise. Else the device of z."""
     if "cpu:" in dist.get_backend_config(group.handle):
         return torch.device("cpu")
     if isinstance(z, Tensor) and not z.is_cpu:
@@ -211,8 +211,8 @@ def _device_of_small_things(group: Group, z: Any) -> torch.device:
 
 def assert_equal_on_all_ranks(group: Group, number: int, device: torch.device, message: str) -> Tensor:
     """The same verdict on every rank, W Σ n² = (Σ n)², reached on the device; where it fails, all of them raise."""
-    own = torch.full((1,), number, dtype=torch.int64, device=device)  # no copy from the host, which a capture forbids
-    sums = torch.cat([own, own * own])
+    local = torch.full((1,), number, dtype=torch.int64, device=device)  # no copy from the host, which a capture forbids
+    sums = torch.cat([local, local * local])
     dist.all_reduce(sums, group=group.handle)
     _assert_even(sums, group.size, message)
     return sums

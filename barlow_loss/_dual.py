@@ -28,24 +28,24 @@ if TYPE_CHECKING:
     from barlow_loss._pairs import Stack
     from barlow_loss._plan import Plan
 
-__all__ = ["HOLDS_DIAGONAL", "products", "value"]
+__all__ = ["INCLUDES_DIAGONAL", "products", "value"]
 
-HOLDS_DIAGONAL = True  # ‖C‖² does, and so does C̃ = C
+INCLUDES_DIAGONAL = True  # ‖C‖² does, and so does C̃ = C
 
 
 def value(
-    ops: Any, plan: Plan, shards: Shards, u: Stack, diagonal: Tensor, needed: tuple[bool, ...]
+    ops: Any, plan: Plan, shards: Shards, u: Stack, diagonal: Tensor, needs_grad: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """C_ii, parts of ‖C‖², and the matrices that the gradient needs: M of every view."""
     m, squares = ops.grams(u, None, plan)
     return diagonal, moved_squares(squares, u, diagonal, plan) if plan.off_diagonal_target else squares, m
 
 
-def products(needed: tuple[bool, ...], plan: Plan, u: Stack, *m: Tensor) -> Iterator[Any]:
+def products(needs_grad: tuple[bool, ...], plan: Plan, u: Stack, *m: Tensor) -> Iterator[Any]:
     """P = M u of every view by its factors, and q, which comes out of P; None where no gradient is needed."""
     if plan.off_diagonal_target:
-        return (_moved_product(view, m, u, plan) if wanted else None for view, wanted in enumerate(needed))
-    return ((m_i, u_i, None) if wanted else None for wanted, m_i, u_i in zip(needed, m, each(u), strict=True))
+        return (_moved_product(view, m, u, plan) if wanted else None for view, wanted in enumerate(needs_grad))
+    return ((m_i, u_i, None) if wanted else None for wanted, m_i, u_i in zip(needs_grad, m, each(u), strict=True))
 
 
 def _moved_product(view: int, m: tuple[Tensor, ...], u: Stack, plan: Plan) -> tuple[Tensor, None, None]:

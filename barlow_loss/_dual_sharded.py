@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from barlow_loss._collectives import Shards, all_sum, gather_rows, once_even
-from barlow_loss._dual import HOLDS_DIAGONAL
+from barlow_loss._collectives import Shards, all_reduce_sum, gather_rows, once_even
+from barlow_loss._dual import INCLUDES_DIAGONAL
 from barlow_loss._header import UNEVEN
 from barlow_loss._pairs import each
 from barlow_loss._plan import Plan, vector_dtype
@@ -28,34 +28,34 @@ if TYPE_CHECKING:
 
     from barlow_loss._pairs import Stack
 
-__all__ = ["HOLDS_DIAGONAL", "products", "value"]
+__all__ = ["INCLUDES_DIAGONAL", "products", "value"]
 
 
 def value(
-    ops: Any, plan: Plan, shards: Shards, u: Stack, diagonal: Tensor, needed: tuple[bool, ...]
+    ops: Any, plan: Plan, shards: Shards, u: Stack, diagonal: Tensor, needs_grad: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """C_ii, ‖C‖², and what the gradient needs: P and q of every view."""
-    own = each(u)
+    local = each(u)
     if shards.sums is not None:
         message = f"barlow_twins_loss: {UNEVEN}"
-        own = tuple(once_even(u_i, shards.sums, shards.group.size, message) for u_i in own)
-    every = tuple(gather_rows(shards, rows) for rows in own)
-    m, squares = ops.grams(u, every, plan)
-    nothing = own[0].new_empty(0), diagonal.new_zeros(0)
+        local = tuple(once_even(u_i, shards.sums, shards.group.size, message) for u_i in local)
+    gathered = tuple(gather_rows(shards, rows) for rows in local)
+    m, squares = ops.grams(u, gathered, plan)
+    nothing = local[0].new_empty(0), diagonal.new_zeros(0)
     kept = [
-        ops.project(m_i, every_i, own_i, shift(view, own, plan), plan) if wanted else nothing
-        for view, (wanted, m_i, every_i, own_i) in enumerate(zip(needed, m, every, own, strict=True))
+        ops.project(m_i, gathered_i, local_i, shift(view, local, plan), plan) if wanted else nothing
+        for view, (wanted, m_i, gathered_i, local_i) in enumerate(zip(needs_grad, m, gathered, local, strict=True))
     ]
     p, q = zip(*kept, strict=True)
     dtype = vector_dtype(diagonal.device)
     if plan.off_diagonal_target:
-        squares = moved_squares(squares, own, diagonal, plan, shards.group.size)
+        squares = moved_squares(squares, local, diagonal, plan, shards.group.size)
     sums = diagonal.to(dtype), squares.sum(dtype=dtype), *(sum_i.to(dtype) for sum_i in q)
-    c, squared_norm, *whole_q = all_sum(shards.group, *sums)
+    c, squared_norm, *whole_q = all_reduce_sum(shards.group, *sums)
     return c, squared_norm, (*p, *whole_q)
 
 
-def products(needed: tuple[bool, ...], plan: Plan, u: Stack, *kept: Tensor) -> Iterator[Any]:
+def products(needs_grad: tuple[bool, ...], plan: Plan, u: Stack, *kept: Tensor) -> Iterator[Any]:
     """P and q of every view, as they were kept."""
-    p, q = kept[: len(needed)], kept[len(needed) :]
-    return ((p_i, None, q_i) if wanted else None for wanted, p_i, q_i in zip(needed, p, q, strict=True))
+    p, q = kept[: len(needs_grad)], kept[len(needs_grad) :]
+    return ((p_i, None, q_i) if wanted else None for wanted, p_i, q_i in zip(needs_grad, p, q, strict=True))

@@ -10,11 +10,11 @@ The primal makes C, which is D×D. The dual makes the Gram matrices, which are N
 
 Over several processes X and Y are this rank's rows. The primal sums C over the ranks. The dual gathers the rows of all
 and computes its own rows of the Gram matrices; it makes the products of the gradient at once, so that the gathered rows
-need not be kept. On each rank ‖C‖² is a function of all rows, so the adjoint of a row sums what arrives on all ranks:
-one number, the only collective of the backward.
+need not be kept. On each rank ‖C‖² is a function of all rows, so the adjoint of a row sums the incoming gradients of
+all ranks: one number, the only collective of the backward.
 
 :func:`cross_norm` is a differentiable operation. :func:`own_norm` and :func:`own_product` are the two halves of one for
-Y = X, for who writes a backward around them. A second derivative raises, instead of being silently wrong.
+Y = X, for a caller with a backward of its own. A second derivative raises, instead of being silently wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from barlow_loss._collectives import Shards, all_sum, all_sum_matrix, gather_rows, once_even
+from barlow_loss._collectives import Shards, all_reduce_matrix, all_reduce_sum, gather_rows, once_even
 from barlow_loss._gram import gram_into
 from barlow_loss._header import UNEVEN
 from barlow_loss._plan import applied, autocast_disabled, choose_algorithm, is_traced, vector_dtype
@@ -32,7 +32,7 @@ from barlow_loss._plan import applied, autocast_disabled, choose_algorithm, is_t
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Batch", "batch_for", "cross_norm", "differentiated_once", "own_norm", "own_product", "sum_arriving"]
+__all__ = ["Batch", "batch_for", "cross_norm", "differentiated_once", "own_norm", "own_product", "sum_grad_outputs"]
 
 
 class Batch(NamedTuple):
@@ -70,21 +70,21 @@ def cross_norm(batch: Batch, x: Tensor, *others: Tensor) -> Tensor:
         *others: every Y_j, (n, E_j), of the same rows, dtype and device.
     """
     recorded = torch.is_grad_enabled()
-    needed = tuple(recorded and t.requires_grad for t in (x, *others))
-    return applied(_CrossNorm, True in needed, batch, needed, x, *others)[0]
+    needs_grad = tuple(recorded and t.requires_grad for t in (x, *others))
+    return applied(_CrossNorm, True in needs_grad, batch, needs_grad, x, *others)[0]
 
 
 class _CrossNorm(torch.autograd.Function):
     @staticmethod
-    def forward(batch: Batch, needed: tuple[bool, ...], x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    def forward(batch: Batch, needs_grad: tuple[bool, ...], x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         # torch.export traces this with gradients on, which writing into buffers does not support.
         with torch.no_grad(), autocast_disabled(x.device.type):
             of = _primal_cross if batch.algorithm == "primal" else _dual_cross
-            return of(batch, needed, x, others)
+            return of(batch, needs_grad, x, others)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.batch, ctx.needed, *factors = inputs
+        ctx.batch, ctx.needs_grad, *factors = inputs
         ctx.set_materialize_grads(False)
         ctx.factors = len(factors)
         ctx.save_for_backward(*output, *factors)
@@ -95,21 +95,25 @@ class _CrossNorm(torch.autograd.Function):
         factors, matrices = saved[-ctx.factors :], saved[: -ctx.factors]
 
         def compute() -> tuple[Tensor | None, ...]:
-            (slope,) = sum_arriving(ctx.batch, norm, grads[0])
+            (slope,) = sum_grad_outputs(ctx.batch, norm, grads[0])
             with autocast_disabled(norm.device.type):
-                return tuple(_cross_gradients(ctx.batch, ctx.needed, 2 * slope, factors, matrices))
+                return tuple(_cross_gradients(ctx.batch, ctx.needs_grad, 2 * slope, factors, matrices))
 
         return None, None, *differentiated_once(ctx.batch.caller, norm, compute)
 
 
-def _primal_cross(batch: Batch, needed: tuple[bool, ...], x: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _primal_cross(
+    batch: Batch, needs_grad: tuple[bool, ...], x: Tensor, others: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """Σ_j ‖C_j‖², then every C_j."""
-    products = [all_sum_matrix(batch.shards.group, torch.mm(x.t(), y)) for y in others]
+    products = [all_reduce_matrix(batch.shards.group, torch.mm(x.t(), y)) for y in others]
     total = torch.stack([_sum_of_squares(c) for c in products]).sum()
     return total.to(x.dtype), *products
 
 
-def _dual_cross(batch: Batch, needed: tuple[bool, ...], x: Tensor, others: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _dual_cross(
+    batch: Batch, needs_grad: tuple[bool, ...], x: Tensor, others: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """⟨K, M⟩, then K = XXᵀ and M = Σ_j Y_jY_jᵀ; over several processes M X and every K Y_j in place of them."""
     x, *ys = _even(batch, x, *others)
     every = [gather_rows(batch.shards, rows) for rows in (x, *ys)]
@@ -117,61 +121,61 @@ def _dual_cross(batch: Batch, needed: tuple[bool, ...], x: Tensor, others: tuple
     m = _gram(batch, ys[0], every[1])
     for y, rows in zip(ys[1:], every[2:], strict=True):
         m += _gram(batch, y, rows)
-    (total,) = all_sum(batch.shards.group, torch.mul(k, m).sum(dtype=vector_dtype(x.device)))
+    (total,) = all_reduce_sum(batch.shards.group, torch.mul(k, m).sum(dtype=vector_dtype(x.device)))
     if batch.alone:
         return total.to(x.dtype), k, m
     grams = (m, *[k] * len(ys))
     products = [
         torch.mm(gram, rows) if wanted else x.new_empty(0)
-        for wanted, gram, rows in zip(needed, grams, every, strict=True)
+        for wanted, gram, rows in zip(needs_grad, grams, every, strict=True)
     ]
     return total.to(x.dtype), *products
 
 
 def _cross_gradients(
-    batch: Batch, needed: tuple[bool, ...], slope: Tensor, factors: list[Tensor], matrices: list[Tensor]
+    batch: Batch, needs_grad: tuple[bool, ...], slope: Tensor, factors: list[Tensor], matrices: list[Tensor]
 ) -> list[Tensor | None]:
     """``slope`` times Σ_j Y_j C_jᵀ and every X C_j, or (Σ_j Y_jY_jᵀ) X and every (XXᵀ) Y_j; None where not needed."""
     x, *ys = factors
     if batch.algorithm == "primal":
-        of_x = [torch.mm(y, (slope * c).t()) for y, c in zip(ys, matrices, strict=True)] if needed[0] else []
+        of_x = [torch.mm(y, (slope * c).t()) for y, c in zip(ys, matrices, strict=True)] if needs_grad[0] else []
         return [
-            torch.stack(of_x).sum(0) if needed[0] else None,
-            *(torch.mm(x, slope * c) if wanted else None for wanted, c in zip(needed[1:], matrices, strict=True)),
+            torch.stack(of_x).sum(0) if needs_grad[0] else None,
+            *(torch.mm(x, slope * c) if wanted else None for wanted, c in zip(needs_grad[1:], matrices, strict=True)),
         ]
     if not batch.alone:
-        return [slope * product if wanted else None for wanted, product in zip(needed, matrices, strict=True)]
+        return [slope * product if wanted else None for wanted, product in zip(needs_grad, matrices, strict=True)]
     k, m = matrices
     grams = (m, *[k] * len(ys))
     return [
         torch.mm(slope * gram, rows) if wanted else None
-        for wanted, gram, rows in zip(needed, grams, factors, strict=True)
+        for wanted, gram, rows in zip(needs_grad, grams, factors, strict=True)
     ]
 
 
-def own_norm(batch: Batch, needed: bool, x: Tensor, diagonal: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def own_norm(batch: Batch, needs_grad: bool, x: Tensor, diagonal: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Σ_{i≠j} C_ij² of C = ``scale`` · XᵀX, 0-d, and what its gradient needs of it.
 
     Args:
         batch: the processes and the algorithm.
-        needed: whether there will be a gradient.
+        needs_grad: whether there will be a gradient.
         x: X, this process's rows, (n, D).
         diagonal: C_ii over the rows of all processes, (D,), summed elementwise, which is more precise than a product.
         scale: a factor of C.
     """
     if batch.algorithm == "primal":
-        c = all_sum_matrix(batch.shards.group, torch.mm(x.t(), x)).mul_(scale)
+        c = all_reduce_matrix(batch.shards.group, torch.mm(x.t(), x)).mul_(scale)
         c.diagonal().zero_()
         return _sum_of_squares(c), c
     (x,) = _even(batch, x)
     every = gather_rows(batch.shards, x)
     k = _gram(batch, x, every).mul_(scale)
-    (total,) = all_sum(batch.shards.group, _sum_of_squares(k))
+    (total,) = all_reduce_sum(batch.shards.group, _sum_of_squares(k))
     # Below 0 only by rounding, where nothing is left; NaN stays.
     off_diagonal = (total - diagonal.square().sum()).clamp_min(0)
     if batch.alone:
         return off_diagonal, k
-    return off_diagonal, torch.mm(k, every) if needed else x.new_empty(0)
+    return off_diagonal, torch.mm(k, every) if needs_grad else x.new_empty(0)
 
 
 def own_product(batch: Batch, slope: Tensor, x: Tensor, diagonal: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,10 +189,10 @@ def own_product(batch: Batch, slope: Tensor, x: Tensor, diagonal: Tensor, kept: 
     return product, -slope * diagonal
 
 
-def sum_arriving(batch: Batch, like: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
-    """What arrives for each 0-d result, summed over the ranks, or its mean where the wrapper adds gradients up."""
+def sum_grad_outputs(batch: Batch, like: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
+    """The incoming gradient of each 0-d result, summed over the ranks; their mean where the wrapper adds gradients."""
     own = [torch.zeros_like(like) if grad is None else grad for grad in grads]
-    sums = all_sum(batch.shards.group, *own)
+    sums = all_reduce_sum(batch.shards.group, *own)
     return tuple(total / batch.shards.group.size for total in sums) if batch.grad_reduction == "sum" else sums
 
 

@@ -1,7 +1,7 @@
 """The header: before the first sum of a call, every rank learns what the others were given.
 
 What is wrong on one rank then raises the same error on all of them, in milliseconds. Without it gloo aborts one process
-and shows the others a closed connection, and a rank that catches its error and lives on keeps them waiting for minutes.
+and shows the others a closed connection, and a rank that catches its error and continues blocks them until the timeout.
 The header is three integers per rank; the texts are exchanged only where there is something to say.
 """
 
@@ -18,21 +18,21 @@ from barlow_loss._collectives import Group, Shards, assert_equal_on_all_ranks, g
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["UNEVEN", "Claims", "agree", "can_wait", "check_samples"]
+__all__ = ["UNEVEN", "MustMatch", "check_on_all_ranks", "check_samples", "may_synchronize"]
 
-Claims = dict[str, Any]  # by name, what every rank must have alike
+MustMatch = dict[str, Any]  # by name, what every rank must have alike
 
 # A number of the header names an error's type; the last that fits, since a NotImplementedError is a RuntimeError too.
 _ERRORS: tuple[type[Exception], ...] = (RuntimeError, TypeError, ValueError, NotImplementedError)
 _MOST_LISTED = 8
-_SHAPE_CLAIMS = ("D =", "C =", "dtype =")
+_SHAPE_LINES = ("D =", "C =", "dtype =")
 UNEVEN = (
     "expected as many rows on every rank under torch.compile and in a CUDA graph. Use drop_last=True in the data "
     "loader, or eager mode, which takes shards of any sizes."
 )
 
 
-def agree(caller: str, group: Group, z: Any, check: Callable[[], tuple[int, Claims]]) -> Shards:
+def check_on_all_ranks(caller: str, group: Group, z: Any, check: Callable[[], tuple[int, MustMatch]]) -> Shards:
     """Check the arguments on every rank and return the shards of the batch, or raise the same error on every rank.
 
     A compiled graph and a CUDA graph cannot wait for a value. There the header shrinks to an assertion on the device
@@ -46,31 +46,31 @@ def agree(caller: str, group: Group, z: Any, check: Callable[[], tuple[int, Clai
 
     Raises:
         Exception: what ``check`` raised on this rank or on another.
-        ValueError: the claims differ.
+        ValueError: what must match differs among the ranks.
     """
     if group.size == 1:
         return Shards(group, (check()[0],))
-    if not can_wait(z):
+    if not may_synchronize(z):
         n, _ = check()
         sums = assert_equal_on_all_ranks(group, n, z.device, f"{caller}: {UNEVEN}")
         # An empty shard must reach the assertion, not a check of the sizes that it alone would fail.
         return Shards(group, (n or 1,) * group.size, sums)
     failure, n = None, 0
     try:
-        n, named = check()
-        claims = _lines({"function": caller} | named)
-    except Exception as error:  # whatever it is, the others are waiting
-        failure, claims = error, str(error)
-    headers = gather_integers(caller, group, (_kind(failure), n, _fingerprint(claims)), z)
+        n, must_match = check()
+        text = _lines({"function": caller} | must_match)
+    except Exception as error:  # of any type: the peers are already in the collective
+        failure, text = error, str(error)
+    headers = gather_integers(caller, group, (_kind(failure), n, _fingerprint(text)), z)
     kinds, counts, fingerprints = (tuple(column) for column in zip(*headers, strict=True))
     if any(kinds):
-        raise _common_failure(caller, kinds, counts, gather_texts(caller, group, claims, z)) from failure
+        raise _common_failure(caller, kinds, counts, gather_texts(caller, group, text, z)) from failure
     if len(set(fingerprints)) > 1:
-        raise ValueError(_disagreement(caller, gather_texts(caller, group, claims, z)))
+        raise ValueError(_disagreement(caller, gather_texts(caller, group, text, z)))
     return Shards(group, counts)
 
 
-def can_wait(z: Any) -> bool:
+def may_synchronize(z: Any) -> bool:
     """Whether a value may be read back here: not while torch.compile traces, not while a CUDA graph is captured."""
     if torch.compiler.is_compiling():
         return False
@@ -101,8 +101,8 @@ def _kind(failure: Exception | None) -> int:
     return max((k for k, known in enumerate(_ERRORS, start=1) if isinstance(failure, known)), default=1)
 
 
-def _lines(claims: Claims) -> str:
-    return "\n".join(f"{name} = {value}" for name, value in claims.items())
+def _lines(must_match: MustMatch) -> str:
+    return "\n".join(f"{name} = {value}" for name, value in must_match.items())
 
 
 def _fingerprint(text: str) -> int:
@@ -116,7 +116,7 @@ def _common_failure(caller: str, kinds: Sequence[int], counts: Sequence[int], te
     if len(set(texts)) > 1:
         for rank, text in enumerate(texts):
             if not kinds[rank]:
-                named = [line for line in text.split("\n") if line.startswith(_SHAPE_CLAIMS)]
+                named = [line for line in text.split("\n") if line.startswith(_SHAPE_LINES)]
                 texts[rank] = ", ".join([f"N = {counts[rank]}", *named])
         others = [f"{_ranks(ranks)}: {what}" for what, ranks in _grouped(texts) if what != message]
         message = f"{message} (From {_ranks(failed)} of {len(kinds)}, raised on all. {_listed(others, '; ')}.)"
@@ -124,16 +124,16 @@ def _common_failure(caller: str, kinds: Sequence[int], counts: Sequence[int], te
 
 
 def _disagreement(caller: str, texts: list[str]) -> str:
-    """Every claim that is not alike, with its values and the ranks that have them; of different functions, no more."""
+    """Everything that differs, with its values and the ranks that have them; of different functions, that alone."""
     differing = [
-        _listed([f"{claim} on {_ranks(ranks)}" for claim, ranks in _grouped(claims)], ", ")
-        for claims in zip(*(text.split("\n") for text in texts), strict=False)
-        if len(set(claims)) > 1
+        _listed([f"{value} on {_ranks(ranks)}" for value, ranks in _grouped(values)], ", ")
+        for values in zip(*(text.split("\n") for text in texts), strict=False)
+        if len(set(values)) > 1
     ]
     if differing[0].startswith("function"):
         differing = differing[:1]
     return (
-        f"{caller}: expected the same arguments on every rank but for the number of rows, got {'; '.join(differing)}. "
+        f"{caller}: expected the same arguments on every rank except the number of rows, got {'; '.join(differing)}. "
         "Give every rank the same model, settings and call."
     )
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from barlow_loss._collectives import TRANSFORMS, Group, all_sum, only_alone
+from barlow_loss._collectives import TRANSFORMS, Group, all_reduce_sum, only_alone
 from barlow_loss._plan import autocast_disabled, is_batched, is_transformed, vector_dtype, without_tangent
 from barlow_loss._statistics import (
     Moments,
@@ -81,13 +81,13 @@ def values_per_channel(z: Tensor) -> int:
 class _BatchNormalize(torch.autograd.Function):
     @staticmethod
     def forward(z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Group) -> tuple[Tensor, ...]:
-        x, pivot, batch = _centre(z, group)
+        x, pivot, batch = _center(z, group)
         scale = _scaled(reciprocal_std(batch, eps), weight)
         shift = -scale * batch.offset_from(pivot)
         if bias is not None:
             shift = shift + bias
         y = _add_product(_per_channel(shift, x), x, scale, buffer=x)
-        # Compiled by torch 2.11, an output of out= or of a .to() without effect loses its gradient without a word.
+        # Compiled by torch 2.11, an output of out= or of a .to() without effect silently loses its gradient.
         count = (batch.n,) if isinstance(batch.n, Tensor) else ()
         return y if y.dtype == z.dtype else y.to(z.dtype), batch.pivot, batch.offset, batch.m2, *count
 
@@ -104,7 +104,7 @@ class _BatchNormalize(torch.autograd.Function):
         z, weight, *statistics = ctx.saved_tensors
         if torch.is_grad_enabled():
             # create_graph=True: the second derivative needs the statistics as functions of z.
-            x, pivot, batch = _centre(z, ctx.group)
+            x, pivot, batch = _center(z, ctx.group)
         else:
             batch = _moments(z, statistics)
             pivot = batch.pivot
@@ -115,7 +115,7 @@ class _BatchNormalize(torch.autograd.Function):
         sum_gz = (_sum(g * x).to(r.dtype) - offset * sum_g) * r  # Σ g·ẑ
         grad_z = None
         if ctx.needs_input_grad[0]:
-            all_g, all_gz = all_sum(ctx.group, sum_g, sum_gz)
+            all_g, all_gz = all_reduce_sum(ctx.group, sum_g, sum_gz)
             of_g = _scaled(r, weight)
             n = at_least_one(batch.n)
             of_x = -of_g * r * all_gz / n
@@ -133,7 +133,7 @@ def _moments(z: Tensor, statistics: list[Tensor]) -> Moments:
     return Moments(count[0] if count else values_per_channel(z), pivot, offset, m2)
 
 
-def _centre(z: Tensor, group: Group) -> tuple[Tensor, Tensor, Moments]:
+def _center(z: Tensor, group: Group) -> tuple[Tensor, Tensor, Moments]:
     """This process's values relative to their own pivot, x = z − pivot, that pivot, and the moments of the batch."""
     pivot = pivot_of(_spread_rows(z.detach()), _compute_dtype(z))
     x = z - _per_channel(pivot, z)  # promotes a 16-bit z

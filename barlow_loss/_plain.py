@@ -33,7 +33,7 @@ def loss_and_sums(
         for (i, j), (diagonal, square) in squares.items():
             on = on + plan.weights[i][j] * (diagonal - plan.diagonal_target).square().sum()
             off = off + plan.weights[i][j] * square
-        off = off + (off.clamp_min(0) - off).detach()  # below 0 by rounding only, and the gradient knows nothing of it
+        off = off + (off.clamp_min(0) - off).detach()  # below 0 by rounding only; no gradient
         return on + lambd * off, on, off
 
 
@@ -67,42 +67,42 @@ def _squares_primal(u: list[Tensor], plan: Plan) -> dict[tuple[int, int], tuple[
 
 
 def gradients(
-    arriving: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor | None],
     lambd: float | Tensor,
     views: Sequence[Tensor],
-    needed: Sequence[bool],
+    needs_grad: Sequence[bool],
     eps: float,
     plan: Plan,
     *,
     recorded: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """∂L/∂z of the views that need it, from what arrives for L, on and off, in one process."""
+    """∂L/∂z of the views that need it, from the incoming gradients of L, on and off, in one process."""
     with torch.enable_grad(), autocast_disabled(views[0].device.type):
-        leaves = [_alias(z, wanted, recorded) for z, wanted in zip(views, needed, strict=True)]
+        leaves = [_alias(z, wanted, recorded) for z, wanted in zip(views, needs_grad, strict=True)]
         terms = loss_and_sums(leaves, lambd, eps, plan)
-        given = [(term, gradient) for term, gradient in zip(terms, arriving, strict=True) if gradient is not None]
+        given = [(term, gradient) for term, gradient in zip(terms, grad_outputs, strict=True) if gradient is not None]
         outputs, seeds = zip(*given, strict=True)
-        asked = [z for z, wanted in zip(leaves, needed, strict=True) if wanted]
+        asked = [z for z, wanted in zip(leaves, needs_grad, strict=True) if wanted]
         found = iter(torch.autograd.grad(outputs, asked, seeds, create_graph=recorded))
-    return tuple(next(found) if wanted else None for wanted in needed)
+    return tuple(next(found) if wanted else None for wanted in needs_grad)
 
 
 def second_derivative(
     grads: Sequence[Tensor | None],
     inputs: Sequence[Any],
     wanted: Sequence[bool],
-    needed: Sequence[bool],
+    needs_grad: Sequence[bool],
     eps: float,
     plan: Plan,
 ) -> tuple[Tensor | None, ...]:
     """The derivatives of Σ grads · ∂L/∂z by those of the inputs that are wanted.
 
-    inputs: what arrives for L, on and off, then λ, then the views.
+    inputs: the incoming gradients of L, on and off, then λ, then the views.
     """
     recorded = torch.is_grad_enabled()
     with torch.enable_grad(), autocast_disabled(inputs[4].device.type):
         used = [_alias(x, w, recorded) if isinstance(x, Tensor) else x for x, w in zip(inputs, wanted, strict=True)]
-        first = gradients(used[:3], used[3], used[4:], needed, eps, plan, recorded=True)
+        first = gradients(used[:3], used[3], used[4:], needs_grad, eps, plan, recorded=True)
         outputs = [
             (g, arrived) for g, arrived in zip(first, grads, strict=True) if g is not None and arrived is not None
         ]

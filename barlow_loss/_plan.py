@@ -219,7 +219,7 @@ def choose_backend(caller: str, backend: str, device: torch.device) -> str:
     """Resolve "auto": Triton on the GPUs that its kernels are compiled for in the tests, else plain torch.
 
     Raises:
-        ValueError: "triton" was asked for, and the device is none that Triton serves.
+        ValueError: "triton" was asked for, and Triton does not support the device.
         RuntimeError: "triton" was asked for, and it is not installed or does not work with this GPU.
     """
     if backend == "eager" or (backend == "auto" and device.type != "cuda"):

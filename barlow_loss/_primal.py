@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from barlow_loss._collectives import Shards, all_sum, all_sum_matrix
+from barlow_loss._collectives import Shards, all_reduce_matrix, all_reduce_sum
 from barlow_loss._pairs import each, pairs_of
 
 if TYPE_CHECKING:
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from barlow_loss._pairs import Stack
     from barlow_loss._plan import Plan
 
-__all__ = ["HOLDS_DIAGONAL", "products", "value"]
+__all__ = ["INCLUDES_DIAGONAL", "products", "value"]
 
-HOLDS_DIAGONAL = False  # C̃ is C without it
+INCLUDES_DIAGONAL = False  # C̃ is C without it
 
 
 def value(
-    ops: Any, plan: Plan, shards: Shards, u: Stack, diagonal: Tensor, needed: tuple[bool, ...]
+    ops: Any, plan: Plan, shards: Shards, u: Stack, diagonal: Tensor, needs_grad: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """C_ii, parts of Σ_{i≠j} (C_ij − t)², and what the gradient needs: C̃ and q of either view, for every pair."""
-    (c,) = all_sum(shards.group, diagonal)
+    (c,) = all_reduce_sum(shards.group, diagonal)
     views = each(u)
     if len(views) == 2:
         return c, *_of_pair(*views, plan, shards, c.shape[-1])
@@ -53,7 +53,7 @@ def _of_pair(
     u1: Tensor, u2: Tensor, plan: Plan, shards: Shards, d: int
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Parts of Σ C̃_ij² of D features; C̃ and q of either view."""
-    correlation = all_sum_matrix(shards.group, torch.mm(u1.t(), u2))
+    correlation = all_reduce_matrix(shards.group, torch.mm(u1.t(), u2))
     correlation.diagonal().zero_()
     wide = correlation.to(plan.compute_dtype)
     if not plan.off_diagonal_target:
@@ -73,13 +73,13 @@ def _weighted_pairs(plan: Plan) -> list[tuple[int, int, float]]:
     return [(i, j, weights[i][j]) for i, j in pairs_of(len(weights)) if weights[i][j]]
 
 
-def products(needed: tuple[bool, ...], plan: Plan, u: Stack, *kept: Tensor) -> Iterator[Any]:
+def products(needs_grad: tuple[bool, ...], plan: Plan, u: Stack, *kept: Tensor) -> Iterator[Any]:
     """The factors of P, u2 C̃ᵀ for the first view and u1 C̃ for the second, and q; of more views P itself, one by one."""
     views = each(u)
     if len(views) == 2:
         (u1, u2), (c, rows, columns) = views, kept
-        return iter(((u2, c.t(), rows) if needed[0] else None, (u1, c, columns) if needed[1] else None))
-    return (_product(view, plan, views, kept) if wanted else None for view, wanted in enumerate(needed))
+        return iter(((u2, c.t(), rows) if needs_grad[0] else None, (u1, c, columns) if needs_grad[1] else None))
+    return (_product(view, plan, views, kept) if wanted else None for view, wanted in enumerate(needs_grad))
 
 
 def _product(view: int, plan: Plan, u: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> tuple[Tensor, None, Tensor]:

@@ -1,6 +1,6 @@
 """Per-feature moments of a batch, and the affine map that standardises with them.
 
-A large mean must not eat the variance. Each shard subtracts a pivot close to its mean first, sums in the compute
+A large mean must not cancel the variance. Each shard subtracts a pivot close to its mean first, sums in the compute
 dtype, and everything that is per feature from there on is float64:
 
     x = z − pivot,  s₁ = Σₙ x,  s₂ = Σₙ x²,    μ = pivot + s₁/N,  M₂ = s₂ − s₁²/N,  v = M₂/N
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from barlow_loss._collectives import Group, Shards, all_max, all_sum
+from barlow_loss._collectives import Group, Shards, all_reduce_max, all_reduce_sum
 from barlow_loss._plan import vector_dtype
 
 __all__ = [
@@ -90,17 +90,17 @@ def combine(shard: Moments, group: Group) -> Moments:
 
         N = Σ_w n_w,    μ − p = Σ_w n_w m_w / N,    M₂ = Σ_w (M₂_w + n_w m_w²) − N (μ − p)²,    m_w = μ_w − p
 
-    p is the largest pivot of the shards, which every rank can know without knowing who is empty. It lies within the
+    p is the largest pivot of the shards, which is computable without knowing which shards are empty. It lies within the
     spread of the shards' means, so the subtraction costs float64 little, and a feature that is the same constant
     everywhere has m_w = 0 exactly. Every rank ends with the same bits.
     """
     if group.size == 1:
         return shard
     lowest = torch.full_like(shard.pivot, -torch.inf)
-    pivot = all_max(group, shard.pivot.detach() if shard.n else lowest)
-    pivot = torch.where(pivot == lowest, 0.0, pivot)  # nobody has a row
+    pivot = all_reduce_max(group, shard.pivot.detach() if shard.n else lowest)
+    pivot = torch.where(pivot == lowest, 0.0, pivot)  # every shard is empty
     n, m = shard.n, shard.offset_from(pivot)
-    total, s1, s2 = all_sum(group, n * torch.ones_like(m.flatten()[:1]), n * m, shard.m2 + n * m.square())
+    total, s1, s2 = all_reduce_sum(group, n * torch.ones_like(m.flatten()[:1]), n * m, shard.m2 + n * m.square())
     return moments_from_sums(total.squeeze(0), pivot, s1, s2)
 
 

@@ -17,7 +17,7 @@ and ∂/∂z of the last two is ∂/∂x itself: its mean over the batch is 0, b
 x Cov = K x with K = xxᵀ/(N − 1), and x C̃ = K x − var ⊙ x. So each view costs one Gram matrix and one product.
 
 Over several processes z_i are this rank's rows and everything above is about the rows of all ranks. The sums over n are
-completed in the forward. Three numbers are summed in the backward, what arrives for s, v and c on all ranks.
+completed in the forward. Three numbers are summed in the backward, the incoming gradients of s, v and c.
 
 Saved: the views, x, var and the matrices of ``_gram_norm``.
 """
@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from barlow_loss._collectives import all_sum
-from barlow_loss._gram_norm import differentiated_once, own_norm, own_product, sum_arriving
+from barlow_loss._collectives import all_reduce_sum
+from barlow_loss._gram_norm import differentiated_once, own_norm, own_product, sum_grad_outputs
 from barlow_loss._plan import applied, autocast_disabled, vector_dtype
 from barlow_loss._statistics import Moments, at_least_one, combine, pivot_of, sample_index
 
@@ -47,21 +47,21 @@ _BLOCK_ELEMENTS = 2**17
 def invariance_variance_covariance(batch: Batch, eps: float, *views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """s, v and c of the global batch, 0-d: float64 for float64 views, else float32."""
     recorded = torch.is_grad_enabled()
-    needed = tuple(recorded and z.requires_grad for z in views)
-    s, v, c, *_ = applied(_Terms, True in needed, batch, eps, needed, *views)
+    needs_grad = tuple(recorded and z.requires_grad for z in views)
+    s, v, c, *_ = applied(_Terms, True in needs_grad, batch, eps, needs_grad, *views)
     return s, v, c
 
 
 class _Terms(torch.autograd.Function):
     @staticmethod
-    def forward(batch: Batch, eps: float, needed: tuple[bool, ...], *views: Tensor) -> tuple[Tensor, ...]:
+    def forward(batch: Batch, eps: float, needs_grad: tuple[bool, ...], *views: Tensor) -> tuple[Tensor, ...]:
         """The three terms, var of every view, x of every view, and what the gradient of c needs of each."""
         # torch.export traces this with gradients on, which writing into buffers does not support.
         with torch.no_grad(), autocast_disabled(views[0].device.type):
             dtype = torch.promote_types(views[0].dtype, torch.float32)
             n, d, count = batch.shards.total, views[0].shape[1], len(views)
-            x, variances = _centred(batch, dtype, views)
-            off_diagonals, kept = _covariances(batch, needed, x, variances)
+            x, variances = _centered(batch, dtype, views)
+            off_diagonals, kept = _covariances(batch, needs_grad, x, variances)
             s = _invariance(batch, dtype, views) * (2 / ((count - 1) * n * d))
             v = (1 - (variances + eps).sqrt()).clamp_min(0).mean()
             c = torch.stack(off_diagonals).mean() * (2 / d)
@@ -69,25 +69,25 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.batch, ctx.eps, ctx.needed, *views = inputs
+        ctx.batch, ctx.eps, ctx.needs_grad, *views = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[2:], *views)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         c, variances, *saved = ctx.saved_tensors
-        count = len(ctx.needed)
+        count = len(ctx.needs_grad)
         x, kept, views = saved[:count], saved[count:-count], saved[-count:]
 
         def compute() -> tuple[Tensor | None, ...]:
-            slopes = sum_arriving(ctx.batch, c, *grads[:3])
+            gradients_of_sums = sum_grad_outputs(ctx.batch, c, *grads[:3])
             with autocast_disabled(c.device.type):
-                return _gradients(ctx.batch, ctx.eps, ctx.needed, slopes, variances, x, kept, views)
+                return _gradients(ctx.batch, ctx.eps, ctx.needs_grad, gradients_of_sums, variances, x, kept, views)
 
         return None, None, None, *differentiated_once(ctx.batch.caller, c, compute)
 
 
-def _centred(batch: Batch, dtype: torch.dtype, views: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
+def _centered(batch: Batch, dtype: torch.dtype, views: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
     """x = z − μ of every view, (n, D), and its variance over the rows of all processes, (V, D), unbiased.
 
     A value near the mean goes first, so that a large mean costs no digits, and the mean of what is left after it. What
@@ -127,13 +127,13 @@ def _column_squares(batch: Batch, x: Tensor) -> Tensor:
 
 
 def _covariances(
-    batch: Batch, needed: tuple[bool, ...], x: list[Tensor], variances: Tensor
+    batch: Batch, needs_grad: tuple[bool, ...], x: list[Tensor], variances: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Σ_{i≠j} Cov_ij² of every view, and what its gradient needs."""
     scale = 1 / (batch.shards.total - 1)
     found = [
         own_norm(batch, wanted, rows, variance, scale)
-        for wanted, rows, variance in zip(needed, x, variances, strict=True)
+        for wanted, rows, variance in zip(needs_grad, x, variances, strict=True)
     ]
     return [norm for norm, _ in found], [kept for _, kept in found]
 
@@ -145,7 +145,7 @@ def _invariance(batch: Batch, dtype: torch.dtype, views: tuple[Tensor, ...]) -> 
         own = (views[0].to(dtype) - views[1]).contiguous().square_().sum().to(wide) / 2
     else:
         own = torch.stack([e.contiguous().square_().sum().to(wide) for e, _ in _deviations(dtype, views)]).sum()
-    return all_sum(batch.shards.group, own)[0]
+    return all_reduce_sum(batch.shards.group, own)[0]
 
 
 def _deviations(dtype: torch.dtype, views: list[Tensor] | tuple[Tensor, ...]) -> Iterator[tuple[Tensor, float]]:
@@ -166,8 +166,8 @@ def _deviations(dtype: torch.dtype, views: list[Tensor] | tuple[Tensor, ...]) ->
 def _gradients(
     batch: Batch,
     eps: float,
-    needed: tuple[bool, ...],
-    slopes: tuple[Tensor, ...],
+    needs_grad: tuple[bool, ...],
+    gradients_of_sums: tuple[Tensor, ...],
     variances: Tensor,
     x: list[Tensor],
     kept: list[Tensor],
@@ -175,7 +175,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """∂/∂z of every view, (n, D), in its dtype; None where it needs none."""
     n, d, count = batch.shards.total, views[0].shape[1], len(views)
-    a, b, gamma = slopes
+    a, b, gamma = gradients_of_sums
     of_deviation = a * (4 / ((count - 1) * n * d))
     of_product = gamma * (8 / (count * d * (n - 1)))
     sigma = (variances + eps).sqrt()
@@ -183,7 +183,7 @@ def _gradients(
     gradients: list[Tensor | None] = []
     deviations = _deviations(x[0].dtype, views)
     for view, (deviation, factor) in enumerate(deviations):
-        if not needed[view]:
+        if not needs_grad[view]:
             gradients.append(None)
             continue
         product, of_x = own_product(batch, of_product, x[view], variances[view], kept[view])

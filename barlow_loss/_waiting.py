@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["wait"]
 
-# A rank that has waited for a second says so where the others can read it. What is told is told once, by one rank: a
-# checkpoint or a compilation on one rank keeps the others waiting too.
+# A rank that has waited for a second says so in the store. The warning comes once, from one rank: a checkpoint or a
+# compilation on one rank makes the others wait too.
 VISIBLE_AFTER, TOLD_AFTER = 1.0, 10.0
 _REMEDY = (
     "Every rank of the group has to call it, equally often. For one rank alone pass synchronize=False, where it can be "

@@ -1,4 +1,4 @@
-"""For looking, not for training: what the embeddings of the views say about agreement, redundancy and collapse.
+"""Diagnostics: what the embeddings of the views say about agreement, redundancy and collapse. No gradients.
 
 Nothing here is differentiable. With several processes everything is about the batch of all, and all of them call.
 """
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from barlow_loss._collectives import Shards, all_sum_matrix, gather_rows, group_of
-from barlow_loss._header import Claims, agree, check_samples
+from barlow_loss._collectives import Shards, all_reduce_matrix, gather_rows, group_of
+from barlow_loss._header import MustMatch, check_on_all_ranks, check_samples
 from barlow_loss._normalize import normalize
 from barlow_loss._pairs import pairs_of
 from barlow_loss._plan import autocast_disabled, vector_dtype
@@ -96,7 +96,7 @@ def cross_correlation(
     with autocast_disabled(views[0].device.type):
         hat = [normalize(z.to(wide), None, None, eps, shards.group)[0] for z in views]
         found = {
-            (i, j): all_sum_matrix(shards.group, hat[i].T @ hat[j]) / shards.total for i, j in pairs_of(len(views))
+            (i, j): all_reduce_matrix(shards.group, hat[i].T @ hat[j]) / shards.total for i, j in pairs_of(len(views))
         }
     return found if len(views) > 2 else found[0, 1]
 
@@ -309,16 +309,16 @@ def _agreed(
 ) -> Shards:
     """Check views and settings, on every process of the group."""
 
-    def check() -> tuple[int, Claims]:
+    def check() -> tuple[int, MustMatch]:
         check_flags(caller, synchronize=synchronize)
         z1 = check_views(caller, *views)[0]
         check_eps(caller, settings["eps"])
         check_weight(caller, "lambd", settings.get("lambd", 0.0), 0.0051)
         named = {name: float(value) for name, value in settings.items()}
-        claims = {"D": z1.shape[1], "views": len(views), "dtype": z1.dtype, "device": z1.device.type, **named}
-        return z1.shape[0], claims
+        must_match = {"D": z1.shape[1], "views": len(views), "dtype": z1.dtype, "device": z1.device.type, **named}
+        return z1.shape[0], must_match
 
-    shards = agree(caller, group_of(caller, process_group, synchronize), views[0], check)
+    shards = check_on_all_ranks(caller, group_of(caller, process_group, synchronize), views[0], check)
     check_samples(caller, views[0], shards)
     return shards
 

@@ -1,17 +1,17 @@
-r"""The face: :func:`barlow_twins_loss` and its module :class:`BarlowTwinsLoss`."""
+r"""Public API: :func:`barlow_twins_loss` and its module :class:`BarlowTwinsLoss`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from barlow_loss._collectives import Shards, check_group, group_of
 from barlow_loss._function import loss_and_sums
-from barlow_loss._header import Claims, agree, check_samples
+from barlow_loss._header import MustMatch, check_on_all_ranks, check_samples
 from barlow_loss._module import LossModule
 from barlow_loss._pairs import TWO_VIEWS
 from barlow_loss._plan import ALGORITHMS, BACKENDS, Algorithm, Backend, autocast_enabled, choose_backend, plan_for
@@ -28,6 +28,22 @@ from barlow_loss._validation import (
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    class _Settings(TypedDict, total=False):
+        lambd: float | Tensor
+        eps: float
+        algorithm: Algorithm
+        backend: Backend
+        synchronize: bool
+        process_group: ProcessGroup | None
+        grad_reduction: GradReduction
+        pair_weights: PairWeights | None
+        off_diagonal_target: float
+        correction: int
+        z1: Tensor | None
+        z2: Tensor | None
+
 
 __all__ = ["BarlowTwinsLoss", "BarlowTwinsTerms", "barlow_twins_loss"]
 
@@ -47,59 +63,18 @@ class BarlowTwinsTerms(NamedTuple):
 
 
 @overload
-def barlow_twins_loss(
-    *views: Tensor,
-    lambd: float | Tensor = ...,
-    eps: float = ...,
-    algorithm: Algorithm = ...,
-    backend: Backend = ...,
-    synchronize: bool = ...,
-    process_group: ProcessGroup | None = ...,
-    grad_reduction: GradReduction = ...,
-    return_terms: Literal[False] = ...,
-    pair_weights: PairWeights | None = ...,
-    off_diagonal_target: float = ...,
-    correction: int = ...,
-    z1: Tensor | None = ...,
-    z2: Tensor | None = ...,
-) -> Tensor: ...
+def barlow_twins_loss(*views: Tensor, return_terms: Literal[False] = ..., **settings: Unpack[_Settings]) -> Tensor: ...
 
 
 @overload
 def barlow_twins_loss(
-    *views: Tensor,
-    lambd: float | Tensor = ...,
-    eps: float = ...,
-    algorithm: Algorithm = ...,
-    backend: Backend = ...,
-    synchronize: bool = ...,
-    process_group: ProcessGroup | None = ...,
-    grad_reduction: GradReduction = ...,
-    return_terms: Literal[True],
-    pair_weights: PairWeights | None = ...,
-    off_diagonal_target: float = ...,
-    correction: int = ...,
-    z1: Tensor | None = ...,
-    z2: Tensor | None = ...,
+    *views: Tensor, return_terms: Literal[True], **settings: Unpack[_Settings]
 ) -> BarlowTwinsTerms: ...
 
 
 @overload
 def barlow_twins_loss(
-    *views: Tensor,
-    lambd: float | Tensor = ...,
-    eps: float = ...,
-    algorithm: Algorithm = ...,
-    backend: Backend = ...,
-    synchronize: bool = ...,
-    process_group: ProcessGroup | None = ...,
-    grad_reduction: GradReduction = ...,
-    return_terms: bool,
-    pair_weights: PairWeights | None = ...,
-    off_diagonal_target: float = ...,
-    correction: int = ...,
-    z1: Tensor | None = ...,
-    z2: Tensor | None = ...,
+    *views: Tensor, return_terms: bool, **settings: Unpack[_Settings]
 ) -> Tensor | BarlowTwinsTerms: ...
 
 
@@ -126,7 +101,7 @@ def barlow_twins_loss(
         C = \hat z_1^\top \hat z_2 / N, \qquad
         L = \sum_i (C_{ii} - 1)^2 + \lambda \sum_i \sum_{j \ne i} C_{ij}^2
 
-    N is the batch of all processes of the group, this one's rows and theirs; μ and v are the mean and the biased
+    N counts the rows of all processes in the group; μ and v are the mean and the biased
     variance of each feature over it, of each view by itself. The sums are sums, not means, as in the paper: the value
     grows with D, and random embeddings have an off-diagonal sum of about D(D−1)/(N−1)
     (:func:`barlow_loss.collapse_report` shows it beside yours).
@@ -137,10 +112,10 @@ def barlow_twins_loss(
     Args:
         *views: the views' embeddings z1, z2 and so on, each (N, D) with N ≥ 2, of one dtype (float64, float32, bfloat16
             or float16) and device, any strides. Row n of all comes from the same sample. They are never modified. With
-            several processes each passes its own rows, as many as it has, none at all included.
+            several processes, the local rows; their number may differ between ranks, and be 0.
         lambd: weight of the off-diagonal sum, ≥ 0; a float or a 0-d tensor (which may require grad, and does not
-            recompile when its value changes). The paper's 0.0051 belongs to D = 8192. Alike on all processes; the
-            gradient of a tensor is whole on each, so it wants a mean over them, whatever ``grad_reduction``.
+            recompile when its value changes). The paper's 0.0051 belongs to D = 8192. The same on all processes; each
+            rank gets the full gradient of a tensor λ: average it, do not sum it, whatever ``grad_reduction``.
         eps: added to the variance inside the root, ≥ 0; part of the loss.
         algorithm: "primal" works on the D×D matrix C (6 N D² FLOPs for each pair), "dual" on the N×N Gram matrices of
             the views (4 N² D for each view); both are exact. "auto" takes the dual for N ≤ D/2, and of more than two
@@ -185,28 +160,21 @@ def barlow_twins_loss(
             different numbers of rows (on CUDA an assertion on the device, which ends the process); from
             torch.distributed, where a process has died, does not come, or was given another group.
 
-        What is wrong on one process raises the same error on all of them, except in a compiled graph, which compares
+        An invalid argument on one rank raises the same error on every rank, except in a compiled graph, which compares
         the numbers of rows alone.
 
     Several processes:
         Every rank returns the same bits: the loss of the concatenated batch. With ``grad_reduction="mean"``, after the
         wrapper's mean over the ranks the parameters' gradients are those of one process with the whole batch, so each
         rank's own gradient is W times its part of them; with "sum" they are after a sum. Ranks that weight the loss
-        differently get the gradient of the mean of what they weighted. All communication is in the forward, in the
-        dual V·N·D elements to and from each rank, in the primal 2·D² for each pair, and of two views 9 or 7 D-vectors;
-        but for one sum of two numbers in backward. The dual holds the N gathered rows of all views on every rank while
-        it works. In eager
-        mode a header precedes, for which the device is waited for unless the group has a backend for the CPU, as
-        ``init_process_group("cpu:gloo,cuda:nccl")`` gives it.
+        differently get the gradient of the mean of what they weighted. docs/migrating.md has what to change in a recipe
+        that was tuned with the official program, whose gradient is 1/W of this one.
 
-        The official program differentiates each rank's own contribution only, so after DDP's mean its gradient is 1/W
-        of the true one. What was tuned with it on W processes makes the same updates here with these changes:
-
-        * LARS (its weights) and Adam with L2 decay, which normalise gradient plus decay: weight decay, and Adam's eps,
-          times W.
-        * plain SGD (LARS's biases and norms): learning rate divided by W, weight decay times W.
-        * AdamW and LAMB, which add the decay afterwards: none but eps times W.
-        * A threshold for clipping gradients: times W.
+        Everything is communicated in forward, except a sum of two numbers in backward: V·N·D elements to and from each
+        rank in the dual, 2·D² for each pair in the primal, and with two views 9 or 7 D-vectors. The dual holds the N
+        gathered rows of all views on every rank while it works. In eager mode a header is exchanged first. It
+        synchronises the device, unless the group has a backend for the CPU, as with
+        ``init_process_group("cpu:gloo,cuda:nccl")``.
 
     Example:
         >>> z1, z2 = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -238,11 +206,11 @@ def barlow_twins_loss(
         shards = Shards(group, (views[0].shape[0],))
     else:
         first = views[0] if views else None
-        shards = agree(
+        shards = check_on_all_ranks(
             caller,
             group,
             first,
-            lambda: _claims(caller, views, pair_weights, (problem, return_terms, synchronize), *settings),
+            lambda: _must_match(caller, views, pair_weights, (problem, return_terms, synchronize), *settings),
         )
     plain = pair_weights is None and len(views) == 2
     weights = TWO_VIEWS if plain else check_pair_weights(caller, pair_weights, len(views))
@@ -299,15 +267,19 @@ def _by_name(views: tuple[Any, ...], z1: Any, z2: Any) -> tuple[tuple[Any, ...],
 
 
 def _check_call(caller: str, problem: str | None, return_terms: Any, synchronize: Any) -> None:
-    """What is told before the views are looked at, on every rank where one is wrong."""
+    """Check what does not depend on the shape of the views.
+
+    Raises:
+        TypeError: a view is given twice, or a flag is not a bool.
+    """
     if problem:
         raise TypeError(f"{caller}: expected each view once, but {problem}. Use loss(z1, z2).")
     check_flags(caller, return_terms=return_terms, synchronize=synchronize)
 
 
-def _claims(
+def _must_match(
     caller: str, views: tuple[Tensor, ...], pair_weights: Any, call: tuple[Any, ...], *settings: Any
-) -> tuple[int, Claims]:
+) -> tuple[int, MustMatch]:
     """This rank's number of rows, and what every rank must have alike; raises what is wrong on this one."""
     _check_call(caller, *call)
     z1 = check_views(caller, *views)[0]

@@ -2,14 +2,14 @@ r"""Barlow Twins with mixed samples: :func:`mixed_barlow_twins_loss` and its mod
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from barlow_loss._collectives import Shards, check_group, group_of
 from barlow_loss._gram_norm import batch_for, cross_norm
-from barlow_loss._header import Claims, agree, check_samples
+from barlow_loss._header import MustMatch, check_on_all_ranks, check_samples
 from barlow_loss._module import LossModule
 from barlow_loss._normalize import normalize
 from barlow_loss._plan import (
@@ -32,6 +32,18 @@ from barlow_loss.loss import barlow_twins_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    class _Settings(TypedDict, total=False):
+        lambd: float | Tensor
+        mix_scale: float | Tensor
+        eps: float
+        algorithm: Algorithm
+        backend: Backend
+        synchronize: bool
+        process_group: ProcessGroup | None
+        grad_reduction: _GradReduction
+
 
 __all__ = ["MixedBarlowTwinsLoss", "MixedBarlowTwinsTerms", "mixed_barlow_twins_loss"]
 
@@ -58,15 +70,8 @@ def mixed_barlow_twins_loss(
     alpha: float | Tensor,
     permutation: Tensor,
     *,
-    lambd: float | Tensor = ...,
-    mix_scale: float | Tensor = ...,
-    eps: float = ...,
-    algorithm: Algorithm = ...,
-    backend: Backend = ...,
-    synchronize: bool = ...,
-    process_group: ProcessGroup | None = ...,
-    grad_reduction: _GradReduction = ...,
     return_terms: Literal[False] = ...,
+    **settings: Unpack[_Settings],
 ) -> Tensor: ...
 
 
@@ -78,15 +83,8 @@ def mixed_barlow_twins_loss(
     alpha: float | Tensor,
     permutation: Tensor,
     *,
-    lambd: float | Tensor = ...,
-    mix_scale: float | Tensor = ...,
-    eps: float = ...,
-    algorithm: Algorithm = ...,
-    backend: Backend = ...,
-    synchronize: bool = ...,
-    process_group: ProcessGroup | None = ...,
-    grad_reduction: _GradReduction = ...,
     return_terms: Literal[True],
+    **settings: Unpack[_Settings],
 ) -> MixedBarlowTwinsTerms: ...
 
 
@@ -98,15 +96,8 @@ def mixed_barlow_twins_loss(
     alpha: float | Tensor,
     permutation: Tensor,
     *,
-    lambd: float | Tensor = ...,
-    mix_scale: float | Tensor = ...,
-    eps: float = ...,
-    algorithm: Algorithm = ...,
-    backend: Backend = ...,
-    synchronize: bool = ...,
-    process_group: ProcessGroup | None = ...,
-    grad_reduction: _GradReduction = ...,
     return_terms: bool,
+    **settings: Unpack[_Settings],
 ) -> Tensor | MixedBarlowTwinsTerms: ...
 
 
@@ -142,7 +133,7 @@ def mixed_barlow_twins_loss(
 
     Args:
         z1: the first view's embeddings, (N, D) with N ≥ 2, of dtype float64, float32, bfloat16 or float16, any
-            strides. Never modified. With several processes this process's rows, as many as it has, none included.
+            strides. Never modified. With several processes, the local rows; their number may differ, and be 0.
         z2: the second view's embeddings, the same shape, dtype and device. Row n of both comes from the same sample.
         z_mixed: the embeddings of the mixed samples, likewise. Row n comes from x_1[n] and x_2[π[n]].
         alpha: α, the share of the first view, in [0, 1]; a float or a 0-d tensor. Each process may have its own: it
@@ -176,7 +167,7 @@ def mixed_barlow_twins_loss(
         IndexError: an index of ``permutation`` is not a row (on CUDA an assertion on the device).
         RuntimeError: as with :func:`barlow_loss.barlow_twins_loss`, for a second derivative too.
 
-        What is wrong on one process raises the same error on all of them, but for an index that is not a row, and
+        An invalid argument on one rank raises the same error on every rank, except an index that is not a row, and
         except in a compiled graph, which compares the numbers of rows alone.
 
     Several processes:
@@ -211,11 +202,11 @@ def mixed_barlow_twins_loss(
     views = {"z1": z1, "z2": z2, "z_mixed": z_mixed}
     settings = lambd, mix_scale, eps, algorithm, backend, grad_reduction
     flags = {"return_terms": return_terms, "synchronize": synchronize}
-    shards = agree(
+    shards = check_on_all_ranks(
         caller,
         group_of(caller, process_group, synchronize),
         z1,
-        lambda: _claims(caller, flags, views, alpha, permutation, *settings),
+        lambda: _must_match(caller, flags, views, alpha, permutation, *settings),
     )
     check_samples(caller, z1, shards)
     base = barlow_twins_loss(
@@ -260,9 +251,9 @@ def _like(weight: float | Tensor, t: Tensor) -> float | Tensor:
     return weight.to(t.device, t.dtype) if isinstance(weight, Tensor) else float(weight)
 
 
-def _claims(
+def _must_match(
     caller: str, flags: dict[str, Any], views: dict[str, Tensor], alpha: Any, permutation: Any, *settings: Any
-) -> tuple[int, Claims]:
+) -> tuple[int, MustMatch]:
     """This rank's number of rows, and what every rank must have alike; raises what is wrong on this one."""
     check_flags(caller, **flags)
     check_views(caller, *views.values(), names=list(views))

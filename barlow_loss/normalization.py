@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from barlow_loss._collectives import ALONE, Group, check_group, group_of
-from barlow_loss._header import Claims, agree, can_wait, check_samples
+from barlow_loss._header import MustMatch, check_on_all_ranks, check_samples, may_synchronize
 from barlow_loss._module import OfGroup
 from barlow_loss._normalize import normalize, normalize_with, values_per_channel
 from barlow_loss._plan import is_batched
@@ -67,7 +67,7 @@ def standardize(
     """
     group = group_of("standardize", process_group, synchronize)
 
-    def check() -> tuple[int, Claims]:
+    def check() -> tuple[int, MustMatch]:
         check_flags("standardize", synchronize=synchronize)
         check_tensor("standardize", "z", z)
         check_eps("standardize", eps)
@@ -78,7 +78,7 @@ def standardize(
         needs_gradient = torch.is_grad_enabled() and z.requires_grad
         return z.shape[0], {"D": z.shape[1], "dtype": z.dtype, "eps": eps, "z needs a gradient": needs_gradient}
 
-    shards = agree("standardize", group, z, check)
+    shards = check_on_all_ranks("standardize", group, z, check)
     check_samples("standardize", z, shards)
     return normalize(z, None, None, float(eps), group)[0]
 
@@ -93,9 +93,9 @@ class DistributedBatchNorm(OfGroup, _BatchNorm):
     In training the statistics are those of all rows of the group, exactly, forward and backward, for shards of
     different lengths and for empty ones; the running statistics have the same bits on every rank. It costs three
     all-reduces of C, 2 C + 1 and 2 C float64 numbers, the last in backward. On the CPU a header comes before them, so
-    that a wrong input on one rank raises on all. Accelerators and compiled graphs are not made to wait for one: there
-    fewer than two values per channel in all teach nothing, where otherwise they raise. ``nn.SyncBatchNorm`` has fused
-    kernels for CUDA.
+    that a wrong input on one rank raises on all. Accelerators and compiled graphs do not synchronise for one: there
+    fewer than two values per channel leave the running statistics as they are, and elsewhere they raise.
+    ``nn.SyncBatchNorm`` has fused kernels for CUDA.
 
     Args:
         num_features: number of channels C.
@@ -252,7 +252,7 @@ class DistributedBatchNorm(OfGroup, _BatchNorm):
     def _values_per_channel(self, z: Any, group: Group) -> int | None:
         """Check the input, and count the values per channel in the batch; None where that would mean waiting."""
 
-        def check() -> tuple[int, Claims]:
+        def check() -> tuple[int, MustMatch]:
             self._check_input_dim(z)
             needs_gradient = torch.is_grad_enabled() and z.requires_grad
             return values_per_channel(z), {
@@ -263,10 +263,10 @@ class DistributedBatchNorm(OfGroup, _BatchNorm):
 
         # The layer's own device, since what comes in may be wrong on one rank, and all must take the same way.
         own = next((t for t in (self.running_mean, self.weight) if t is not None), z)
-        if group.size > 1 and not (can_wait(own) and getattr(own, "is_cpu", True)):
+        if group.size > 1 and not (may_synchronize(own) and getattr(own, "is_cpu", True)):
             check()
             return None
-        return agree("DistributedBatchNorm", group, z, check).total
+        return check_on_all_ranks("DistributedBatchNorm", group, z, check).total
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         check_tensor("DistributedBatchNorm", "input", input)
@@ -280,7 +280,7 @@ class DistributedBatchNorm(OfGroup, _BatchNorm):
         """Statistics that do not come from the batch: the running ones in eval(); none in training."""
         if not self.training and self.running_mean is not None and self.running_var is not None:
             return Moments(1, self.running_mean, torch.zeros_like(self.running_mean), self.running_var)
-        if values == 0 or self.num_features == 0:  # passes, and teaches nothing, as in nn.BatchNorm
+        if values == 0 or self.num_features == 0:  # passes, and updates nothing, as in nn.BatchNorm
             zeros = z.new_zeros(self.num_features)
             return Moments(1, zeros, zeros, torch.ones_like(zeros))
         return None
@@ -290,7 +290,7 @@ class DistributedBatchNorm(OfGroup, _BatchNorm):
         """Move the running statistics towards the batch's; its variance unbiased, M₂/(n − 1), as torch has it."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        # Two values are there, unless the device alone knows; fewer then teach nothing.
+        # There are two values or more, unless only the device knows; with fewer the statistics stay.
         enough = batch.n >= 2 if isinstance(batch.n, Tensor) else None
         self.num_batches_tracked.add_(1)
         for running, new in ((self.running_mean, batch.mean), (self.running_var, batch.m2 / at_least_one(batch.n - 1))):

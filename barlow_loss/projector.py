@@ -79,7 +79,7 @@ class Projector(nn.Sequential):
         super().__init__(*layers, nn.Linear(width, out_features, bias=False))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As of every module; here and not in forward, which torch.fx and torch.jit take, a wrong width is told."""
+        """As in every module, after a check of the width: it is here because torch.fx and torch.jit read forward."""
         try:
             return super().__call__(*args, **kwargs)
         except RuntimeError as error:
@@ -139,7 +139,7 @@ class Projector(nn.Sequential):
         if problem := _misfit(projector.state_dict(), state):
             raise ValueError(
                 f"Projector.from_checkpoint: expected {len(weights)} linear layers without biases, {hidden_features} "
-                f"wide but for the last, with a norm and a ReLU between them, but {problem}. "
+                f"wide except the last, with a norm and a ReLU between them, but {problem}. "
                 "Build another form as a module of your own."
             )
         projector.load_state_dict(state)

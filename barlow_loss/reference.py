@@ -118,12 +118,12 @@ def vicreg_loss(
     n, d = views[0].shape
     pairs = list(itertools.combinations(views, 2))
     s = torch.stack([(a - b).square().mean() for a, b in pairs]).mean()
-    centred = [z - z.mean(dim=0) for z in views]
-    centred = [x - x.mean(dim=0) for x in centred]
-    variances = torch.stack([x.square().sum(dim=0) for x in centred]) / (n - 1)
+    centered = [z - z.mean(dim=0) for z in views]
+    centered = [x - x.mean(dim=0) for x in centered]
+    variances = torch.stack([x.square().sum(dim=0) for x in centered]) / (n - 1)
     v = torch.relu(1 - torch.sqrt(variances + eps)).mean()
     diagonal = torch.eye(d, dtype=torch.bool, device=views[0].device)
-    off_diagonals = [(x.T @ x / (n - 1)).masked_fill(diagonal, 0).square().sum() for x in centred]
+    off_diagonals = [(x.T @ x / (n - 1)).masked_fill(diagonal, 0).square().sum() for x in centered]
     c = 2 * torch.stack(off_diagonals).mean() / d
     return VICRegReferenceTerms(invariance * s + variance * v + covariance * c, s, v, c)
 

@@ -2,14 +2,14 @@ r"""VICReg, exact and in time linear in D: :func:`vicreg_loss` and its module :c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from barlow_loss._collectives import check_group, group_of
 from barlow_loss._gram_norm import batch_for
-from barlow_loss._header import Claims, agree, check_samples
+from barlow_loss._header import MustMatch, check_on_all_ranks, check_samples
 from barlow_loss._module import LossModule
 from barlow_loss._plan import ALGORITHMS, Algorithm
 from barlow_loss._validation import check_choice, check_eps, check_flags, check_views, check_weight
@@ -18,6 +18,18 @@ from barlow_loss._vicreg import invariance_variance_covariance
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    class _Settings(TypedDict, total=False):
+        invariance: float | Tensor
+        variance: float | Tensor
+        covariance: float | Tensor
+        eps: float
+        algorithm: Algorithm
+        synchronize: bool
+        process_group: ProcessGroup | None
+        grad_reduction: _GradReduction
+
 
 __all__ = ["VICRegLoss", "VICRegTerms", "vicreg_loss"]
 
@@ -39,48 +51,15 @@ class VICRegTerms(NamedTuple):
 
 
 @overload
-def vicreg_loss(
-    *views: Tensor,
-    invariance: float | Tensor = ...,
-    variance: float | Tensor = ...,
-    covariance: float | Tensor = ...,
-    eps: float = ...,
-    algorithm: Algorithm = ...,
-    synchronize: bool = ...,
-    process_group: ProcessGroup | None = ...,
-    grad_reduction: _GradReduction = ...,
-    return_terms: Literal[False] = ...,
-) -> Tensor: ...
+def vicreg_loss(*views: Tensor, return_terms: Literal[False] = ..., **settings: Unpack[_Settings]) -> Tensor: ...
 
 
 @overload
-def vicreg_loss(
-    *views: Tensor,
-    invariance: float | Tensor = ...,
-    variance: float | Tensor = ...,
-    covariance: float | Tensor = ...,
-    eps: float = ...,
-    algorithm: Algorithm = ...,
-    synchronize: bool = ...,
-    process_group: ProcessGroup | None = ...,
-    grad_reduction: _GradReduction = ...,
-    return_terms: Literal[True],
-) -> VICRegTerms: ...
+def vicreg_loss(*views: Tensor, return_terms: Literal[True], **settings: Unpack[_Settings]) -> VICRegTerms: ...
 
 
 @overload
-def vicreg_loss(
-    *views: Tensor,
-    invariance: float | Tensor = ...,
-    variance: float | Tensor = ...,
-    covariance: float | Tensor = ...,
-    eps: float = ...,
-    algorithm: Algorithm = ...,
-    synchronize: bool = ...,
-    process_group: ProcessGroup | None = ...,
-    grad_reduction: _GradReduction = ...,
-    return_terms: bool,
-) -> Tensor | VICRegTerms: ...
+def vicreg_loss(*views: Tensor, return_terms: bool, **settings: Unpack[_Settings]) -> Tensor | VICRegTerms: ...
 
 
 def vicreg_loss(
@@ -114,7 +93,7 @@ def vicreg_loss(
     Args:
         *views: two or more views' embeddings, each (N, D) with N ≥ 2, of one dtype (float64, float32, bfloat16 or
             float16) and device, any strides. Row n of each comes from the same sample. They are never modified. With
-            several processes each passes its own rows, as many as it has, none at all included.
+            several processes, the local rows; their number may differ between ranks, and be 0.
         invariance: λ, weight of s, ≥ 0; a float or a 0-d tensor (which may require grad, and does not recompile when
             its value changes). Alike on all processes; the gradient of a tensor is whole on each, so it wants a mean
             over them, whatever ``grad_reduction``.
@@ -174,11 +153,11 @@ def vicreg_loss(
     settings = {"invariance": invariance, "variance": variance, "covariance": covariance}
     others = eps, algorithm, grad_reduction
     flags = {"return_terms": return_terms, "synchronize": synchronize}
-    shards = agree(
+    shards = check_on_all_ranks(
         caller,
         group_of(caller, process_group, synchronize),
         views[0] if views else None,
-        lambda: _claims(caller, flags, views, settings, *others),
+        lambda: _must_match(caller, flags, views, settings, *others),
     )
     check_samples(caller, views[0], shards)
     batch = batch_for(caller, shards, algorithm, grad_reduction, *views)
@@ -192,7 +171,7 @@ def _like(weight: _Weight, term: Tensor) -> _Weight:
     return weight.to(term.device, term.dtype) if isinstance(weight, torch.Tensor) else float(weight)
 
 
-def _claims(
+def _must_match(
     caller: str,
     flags: dict[str, Any],
     views: tuple[Tensor, ...],
@@ -200,7 +179,7 @@ def _claims(
     eps: Any,
     algorithm: Any,
     grad_reduction: Any,
-) -> tuple[int, Claims]:
+) -> tuple[int, MustMatch]:
     """This rank's number of rows, and what every rank must have alike; raises what is wrong on this one."""
     check_flags(caller, **flags)
     check_views(caller, *views)

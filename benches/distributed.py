@@ -43,7 +43,7 @@ from torch.multiprocessing.spawn import start_processes
 
 import traffic
 from barlow_loss._collectives import group_of
-from barlow_loss._header import agree
+from barlow_loss._header import check_on_all_ranks
 from baselines import (
     FFT,
     LIGHTLY,
@@ -327,8 +327,8 @@ def _floor(shards: Shards) -> Turn:
 def _header(z1: Tensor, z2: Tensor) -> Turn:
     """The exchange that precedes each step, with as many claims as the loss makes."""
     group = group_of("header", None)
-    claims = {f"claim {i}": (z1.dtype, z2.shape[1]) for i in range(10)}
-    return lambda: agree("header", group, z1, lambda: (z1.shape[0], claims))
+    must_match = {f"claim {i}": (z1.dtype, z2.shape[1]) for i in range(10)}
+    return lambda: check_on_all_ranks("header", group, z1, lambda: (z1.shape[0], must_match))
 
 
 def _time_together(turn: Turn, calls: int) -> float:

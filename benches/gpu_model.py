@@ -152,11 +152,11 @@ def dual_eager(cell: Cell, setting: Setting) -> Cost:
     view, product, c = setting.view, setting.product, _ACCUMULATOR
     half = product < c
     standardize = view + 13 * c + half * (c + product)
-    backproject = 14 * c + half * (4 * c + 3 * product + view)
+    input_gradients = 14 * c + half * (4 * c + 3 * product + view)
     frobenius = 4 * c + half * 2 * (product + c)
     return Cost(
         flops=8 * n**2 * cell.d,
-        moved=e * (standardize + 3 * product + backproject) + n**2 * (4 * product + frobenius) + 90 * c * cell.d,
+        moved=e * (standardize + 3 * product + input_gradients) + n**2 * (4 * product + frobenius) + 90 * c * cell.d,
         again=0,
         working=e * (product + (8 if half else 2)) + 2 * n**2 * product,
         launches=73 if half else 61,

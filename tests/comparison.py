@@ -63,7 +63,7 @@ class Truth(Evaluation):
         return self.value_budget(tol, dtype) + torch.finfo(dtype).eps * self.input_condition
 
 
-def centred(z: Tensor) -> Tensor:
+def centered(z: Tensor) -> Tensor:
     """z − μ in float64, in two passes: one leaves a mean of u·|μ|/σ in ẑ, 1e-10 at mean 1e4 and std 1e-2."""
     x = z.double() - z.double().mean(0)
     return x - x.mean(0)
@@ -73,7 +73,7 @@ def truth(
     z1: Tensor, z2: Tensor, lambd: float = LAMBD, eps: float = EPS, target: float = 0.0, correction: int = 0
 ) -> Truth:
     """L, its terms and gradients by float64 autograd through the oracle; their rounding bands by the closed form."""
-    leaves = [centred(view).requires_grad_() for view in (z1, z2)]
+    leaves = [centered(view).requires_grad_() for view in (z1, z2)]
     terms = reference.barlow_twins_loss(
         *leaves, lambd=lambd, eps=eps, off_diagonal_target=target, correction=correction
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from barlow_loss import mixed_barlow_twins_loss, reference, vicreg_loss
-from comparison import LAMBD, ROUNDINGS, centred
+from comparison import LAMBD, ROUNDINGS, centered
 from strategies import Batch
 
 MIX_SCALE, ALPHA = 5.0, 0.3
@@ -94,7 +94,7 @@ def vicreg_conditions(
     value = invariance * spread.square().mean() + variance
     gradients = []
     for z in views:
-        x = centred(z)
+        x = centered(z)
         cov = x.abs().T @ x.abs() / (n - 1)
         sigma = ((x.square().sum(0) / (n - 1)) + eps).sqrt()
         value = value + covariance * 2 / (count * d) * (x.T @ x / (n - 1)).square().sum()
@@ -115,7 +115,7 @@ def mixed(z1: Tensor, z2: Tensor, z_mixed: Tensor, **settings: Any) -> Any:
 
 
 def _mixed_oracle(z1: Tensor, z2: Tensor, z_mixed: Tensor, **settings: Any) -> Any:
-    views = [centred(z) for z in (z1, z2, z_mixed)]
+    views = [centered(z) for z in (z1, z2, z_mixed)]
     return reference.mixed_barlow_twins_loss(*views, ALPHA, permutation_of(len(z1), z1.device), **settings)
 
 
@@ -123,7 +123,7 @@ def mixed_conditions(
     z1: Tensor, z2: Tensor, z_mixed: Tensor, lambd: float = LAMBD, mix_scale: float = MIX_SCALE, eps: float = 1e-5
 ) -> tuple[Tensor, list[Tensor]]:
     n, d = z1.shape
-    x = [centred(z) for z in (z1, z2, z_mixed)]
+    x = [centered(z) for z in (z1, z2, z_mixed)]
     r = [(t.square().mean(0) + eps).rsqrt() for t in x]
     u1, u2, um = (t.abs() * scale for t, scale in zip(x, r, strict=True))
     c = u1.T @ u2 / n

@@ -69,8 +69,8 @@ def dead_features(n: int, d: int, generator: torch.Generator) -> tuple[Tensor, T
 @_kind
 def whitened(n: int, d: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Equal views with uncorrelated features of variance 1: the optimum. Needs d < n."""
-    centred = _normal(n, d, generator=generator)
-    orthonormal, _ = torch.linalg.qr(centred - centred.mean(0))
+    centered = _normal(n, d, generator=generator)
+    orthonormal, _ = torch.linalg.qr(centered - centered.mean(0))
     view = (orthonormal - orthonormal.mean(0)) * n**0.5
     return view, view.clone()
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import strategies
 from barlow_loss import barlow_twins_loss, cross_correlation
-from comparison import EPS, LAMBD, assert_near, centred, evaluate, tolerance, truth
+from comparison import EPS, LAMBD, assert_near, centered, evaluate, tolerance, truth
 from strategies import Batch, batches, epsilons, whitened_batches
 
 sizes = st.tuples(st.integers(2, 24), st.integers(1, 32))
@@ -51,7 +51,7 @@ def test_p20_collapse_of_the_features_onto_one(algorithm, dtype, batch, eps):
     """All features equal, views equal: every C_ij = k, so L = D(1 − k)² + λD(D−1)k²."""
     feature = batch.views(dtype)[0][:, -1:]
     z = feature.expand(batch.n, batch.d).contiguous()
-    v = centred(feature).square().mean()
+    v = centered(feature).square().mean()
     k = float(v / (v + eps))
     expected = batch.d * (1 - k) ** 2 + LAMBD * batch.d * (batch.d - 1) * k**2
     budget = truth(z, z, eps=eps).value_budget(tolerance(dtype, 1e-12, 2e-6), dtype)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 
 from barlow_loss import barlow_twins_loss
-from comparison import LAMBD, assert_near, centred, evaluate, tolerance, truth
+from comparison import LAMBD, assert_near, centered, evaluate, tolerance, truth
 from strategies import batches, epsilons
 
 
@@ -39,7 +39,7 @@ def _assert_radial_law(batch, dtype, eps, algorithm):
     M.diagonal().copy_(2 * (C.diagonal() - 1))
     got = evaluate(z1, z2, eps=eps, algorithm=algorithm)
     for view, dim in ((0, 1), (1, 0)):
-        x = centred((z1, z2)[view])
+        x = centered((z1, z2)[view])
         g = got.gradients[view].double()
         share = eps / (x.square().mean(0) + eps)
         expected = (M * C).sum(dim) * share

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from barlow_loss._gram import GRAM_LEAF, gram_into
+from barlow_loss._loss_terms import GradOutputs, Number, gradients_of_sums, loss_terms
 from barlow_loss._pairs import Stack, each, pairs_of
-from barlow_loss._penalty import Arriving, Number, penalties, slopes
 from barlow_loss._plan import Plan, vector_dtype
 from barlow_loss._statistics import Moments, at_least_one, scale_and_shift
 from barlow_loss._target import moved_product
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Product = tuple[Tensor, Tensor | None, Tensor | None]
     _Others = tuple[tuple[int, Tensor], ...]  # the views that pair with one, and their d
 
-__all__ = ["backproject", "grams", "penalties", "project", "standardize"]
+__all__ = ["grams", "input_gradients", "loss_terms", "project", "standardize"]
 
 _SMALL_ELEMENTS, _BLOCK_ELEMENTS, _PAIRS_ELEMENTS = 2**17, 2**19, 2**15
 
@@ -41,12 +41,12 @@ def standardize(views: tuple[Tensor, ...], eps: float, plan: Plan, shards: Shard
     """
     n = views[0].shape[0]
     if len(views) == 2:
-        x, x1, x2, pivots, s1, m2 = _centred(views, plan)
+        x, x1, x2, pivots, s1, m2 = _centered(views, plan)
         rho, factor, shift = _affine(n, pivots, s1, m2, eps, plan, shards)
         _ = x.mul_(factor) if shift is None else torch.addcmul(shift, x, factor, out=x)
         c = _column_dots(x1, x2, plan, keepdim=False)
         return x if x.dtype == plan.matmul_dtype else x.to(plan.matmul_dtype), c.to(rho.dtype), rho
-    xs, pivots, s1, m2 = _centred_one_by_one(views, plan)
+    xs, pivots, s1, m2 = _centered_one_by_one(views, plan)
     rho, factor, shift = _affine(n, pivots, s1, m2, eps, plan, shards)
     for view, x in enumerate(xs):
         _ = x.mul_(factor[view]) if shift is None else torch.addcmul(shift[view], x, factor[view], out=x)
@@ -69,16 +69,16 @@ def _affine(
     return rho, rho.to(plan.compute_dtype), torch.addcmul(shift, shard.offset, rho).to(plan.compute_dtype)
 
 
-def _centred_one_by_one(
+def _centered_one_by_one(
     views: tuple[Tensor, ...], plan: Plan
 ) -> tuple[tuple[Tensor, ...], list[Tensor], Tensor, Tensor]:
-    """As ``_centred``, each view in a buffer of its own: of (V, N, D) the system would have to bring fresh pages."""
-    centred = [_centred((z,), plan) for z in views]
-    xs, pivots, s1, m2 = zip(*(parts[1:] for parts in centred), strict=True)
+    """As ``_centered``, each view in a buffer of its own: of (V, N, D) the system would have to bring fresh pages."""
+    centered = [_centered((z,), plan) for z in views]
+    xs, pivots, s1, m2 = zip(*(parts[1:] for parts in centered), strict=True)
     return xs, [pivot for (pivot,) in pivots], torch.cat(s1), torch.cat(m2)
 
 
-def _centred(views: tuple[Tensor, ...], plan: Plan) -> Any:
+def _centered(views: tuple[Tensor, ...], plan: Plan) -> Any:
     """x = z − pivot less its mean s₁/n, (V, n, D), and its views; the pivots, s₁ and Σ x² of the result, (V, 1, D)."""
     z1 = views[0]
     n, d = z1.shape
@@ -232,13 +232,13 @@ def wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
-def backproject(
+def input_gradients(
     products: Iterable[Product | None],
     u: Stack,
     c: Tensor,
     rho: Tensor,
-    arriving: Arriving,
-    holds_diagonal: bool,
+    grad_outputs: GradOutputs,
+    includes_diagonal: bool,
     plan: Plan,
     n: int,
     dtype: torch.dtype,
@@ -248,11 +248,11 @@ def backproject(
     d = 2a (C_ii − τ), or 2a (C_ii − τ) − 2b C_ii where C̃ holds the diagonal, times the weight of the pair; the sums are
     over the other views. A product is the two factors of P, or P and None; and q, where None stands for Σₙ u_own ∘ P.
     """
-    a, b = (2 * slope for slope in slopes(arriving, plan))
+    a, b = (2 * slope for slope in gradients_of_sums(grad_outputs, plan))
     if isinstance(b, float) and abs(b) > torch.finfo(plan.compute_dtype).max:
         b *= math.inf  # addmm refuses a number that its dtype has no room for
     of_target = a if plan.diagonal_target == 1 else a * plan.diagonal_target  # an operation less
-    d = c * (a - b if holds_diagonal else a) - of_target
+    d = c * (a - b if includes_diagonal else a) - of_target
     views, rhos = each(u), rho.unbind()
     others = _others(d, plan)
     by_blocks = len(plan.weights) > 2 and plan.on_host

@@ -134,7 +134,7 @@ def test_the_host_beside_the_textbook_and_beside_nothing() -> None:
         assert record["rounds"] == 2
         assert record["over_reference"]["q1"] > 0
     if TRITON in own:
-        kernels = ["fused_standardize_kernel", "frobenius_kernel", "penalties_kernel", "backproject_kernel"]
+        kernels = ["fused_standardize_kernel", "frobenius_kernel", "loss_terms_kernel", "input_gradients_kernel"]
         assert own[TRITON]["launches"] == kernels
         assert own[TRITON]["reference"] == NOTHING
         assert own[TRITON]["over_reference"]["median"] > 1

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from sharding import CASES, SHARES, global_batch, shard
 
 from barlow_loss import BarlowTwinsLoss, barlow_twins_loss
-from barlow_loss._collectives import ALONE, Group, Shards, all_sum_matrix
+from barlow_loss._collectives import ALONE, Group, Shards, all_reduce_matrix
 from barlow_loss._function import loss_and_sums
 from barlow_loss._plan import Plan
 from comparison import assert_near, evaluate, tolerance, truth
@@ -344,7 +344,7 @@ def test_a_sum_over_ranks_of_float16_is_added_in_float32(pool):
 def _half_sum():
     numbers = torch.ones(4, dtype=torch.float16)
     numbers[dist.get_rank()] = 2048
-    return all_sum_matrix(Group(dist.get_world_size(), None), numbers).tolist()
+    return all_reduce_matrix(Group(dist.get_world_size(), None), numbers).tolist()
 
 
 def _twice(counts, dtype, d, algorithm):

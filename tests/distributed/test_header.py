@@ -17,7 +17,7 @@ from barlow_loss import (
     standardize,
 )
 from barlow_loss._collectives import Group, Shards
-from barlow_loss._header import agree
+from barlow_loss._header import check_on_all_ranks
 
 SECONDS = 20.0  # far below the group's timeout; the exchange itself takes milliseconds
 
@@ -196,10 +196,10 @@ def test_where_the_header_travels(monkeypatch):
 
 
 def test_a_captured_graph_does_not_wait(monkeypatch):
-    assert _header.can_wait(torch.empty(1))
+    assert _header.may_synchronize(torch.empty(1))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not _header.can_wait(torch.empty(1))
+    assert not _header.may_synchronize(torch.empty(1))
 
 
 def test_a_layer_on_an_accelerator_exchanges_no_header(monkeypatch):
@@ -208,7 +208,7 @@ def test_a_layer_on_an_accelerator_exchanges_no_header(monkeypatch):
     def refuse(*_):
         raise AssertionError("a header")
 
-    monkeypatch.setattr(normalization, "agree", refuse)
+    monkeypatch.setattr(normalization, "check_on_all_ranks", refuse)
     layer = DistributedBatchNorm(6, device="meta")
     assert layer._values_per_channel(torch.empty(4, 6), Group(2, None)) is None
     with pytest.raises(AssertionError, match="a header"):
@@ -250,7 +250,7 @@ def _milliseconds():
     times = []
     for _ in range(200):
         started = time.perf_counter()
-        agree("barlow_twins_loss", group, z1, lambda: (4, {"D": 6, "dtype": z1.dtype, "eps": 1e-5}))
+        check_on_all_ranks("barlow_twins_loss", group, z1, lambda: (4, {"D": 6, "dtype": z1.dtype, "eps": 1e-5}))
         times.append(time.perf_counter() - started)
     return 1e3 * min(times)
 

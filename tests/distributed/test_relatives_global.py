@@ -8,7 +8,7 @@ from sharding import CASES, SHARES, global_batch, shard
 from barlow_loss import MixedBarlowTwinsLoss, VICRegLoss, mixed_barlow_twins_loss, reference, vicreg_loss
 from barlow_loss._collectives import Group, Shards
 from barlow_loss._gram_norm import batch_for, cross_norm
-from comparison import assert_near, centred, tolerance
+from comparison import assert_near, centered, tolerance
 from related import Answer, mixed_conditions, vicreg_conditions
 
 D = {"primal": 9, "dual": 40}
@@ -52,7 +52,7 @@ def _right(name, counts, d, dtype, **batch):
         starts = [sum(counts[:rank]) for rank in range(len(counts))]
         permutation = torch.cat([_permutation(n, rank) + starts[rank] for rank, n in enumerate(counts)])
         alpha = torch.cat([torch.full((n, 1), _alpha(rank), dtype=torch.float64) for rank, n in enumerate(counts)])
-        terms = reference.mixed_barlow_twins_loss(*[centred(z) for z in leaves], alpha, permutation)
+        terms = reference.mixed_barlow_twins_loss(*[centered(z) for z in leaves], alpha, permutation)
         conditions = mixed_conditions
     else:
         terms, conditions = reference.vicreg_loss(*leaves), vicreg_conditions

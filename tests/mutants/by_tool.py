@@ -12,7 +12,8 @@ from planted import Mutant
 MODULES = tuple(
     f"barlow_loss/{name}.py"
     for name in (
-        "_penalty", "_dual", "_primal", "_statistics", "_normalize", "_header", "_plan", "_function", "_backends/eager",
+        "_loss_terms", "_dual", "_primal", "_statistics", "_normalize", "_header", "_plan", "_function",
+        "_backends/eager",
     )
 )  # fmt: skip
 SHARP = {

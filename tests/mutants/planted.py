@@ -39,7 +39,7 @@ STEPS = ("tests/examples/test_example_steps.py",)
 
 LOSS = [
     *_in(
-        "barlow_loss/_penalty.py",
+        "barlow_loss/_loss_terms.py",
         LAWS,
         ("off-diagonal-counts-the-diagonal", "off = off - _sum_of_squares(c, plan)", "off = off * 1"),
         ("off-diagonal-rounds-below-zero", "max(off, 0.0)", "off"),
@@ -47,19 +47,19 @@ LOSS = [
         ("lambda-weights-the-diagonal", "weighted = lambd * off", "weighted = lambd * on"),
     ),
     *_in(
-        "barlow_loss/_penalty.py",
+        "barlow_loss/_loss_terms.py",
         ("tests/test_laws_inputs.py",),
         ("clamped-nan-is-zero", "max(off, 0.0)", "max(0.0, off)"),
     ),
     *_in(
-        "barlow_loss/_penalty.py",
+        "barlow_loss/_loss_terms.py",
         EXTREMES,
         ("loss-on-the-default-device", "dtype=dtype, device=c.device)", "dtype=dtype)"),
         ("many-features-added-in-float32", "c.numel() > 4096", "False"),
         ("loss-in-double-precision", "weighted = c_float(lambd * off).value", "weighted = lambd * off"),
     ),
     *_in(
-        "barlow_loss/_penalty.py",
+        "barlow_loss/_loss_terms.py",
         GRADIENTS,
         ("a-tensor-lambda-weights-the-other", "return on_diagonal + lambd * off", "return lambd * on_diagonal + off"),
     ),
@@ -92,8 +92,8 @@ LOSS = [
         GRADIENTS,
         (
             "dual-projects-with-its-own-gram-matrix",
-            "zip(needed, m, each(u), strict=True)",
-            "zip(needed, m[::-1], each(u), strict=True)",
+            "zip(needs_grad, m, each(u), strict=True)",
+            "zip(needs_grad, m[::-1], each(u), strict=True)",
         ),
     ),
     *_in(
@@ -130,7 +130,7 @@ LOSS = [
         ("infinite-variance-is-a-silent-zero-in-the-loss", "torch.div(total.sqrt(), total)", "torch.rsqrt(total)"),
         ("float32-under-the-root", "m2.to(dtype).add_(", "m2.add("),
         ("an-eps-too-large-is-nan", "min(n * eps, sys.float_info.max)", "n * eps"),
-        ("large-batches-centred-on-their-first-row", "0 < n * d <= _SMALL_ELEMENTS", "n > 0"),
+        ("large-batches-centered-on-their-first-row", "0 < n * d <= _SMALL_ELEMENTS", "n > 0"),
         ("no-pivot", "pivots += (wide(z[:1]),)", "pivots += (wide(z[:1]) * 0,)"),
     ),
     *_in(
@@ -178,7 +178,11 @@ DEFINITIONS = [
     *_in(
         "barlow_loss/_backends/eager.py",
         ("tests/test_laws_target.py",),
-        ("gradient-of-another-diagonal-target", "holds_diagonal else a) - of_target", "holds_diagonal else a) - a"),
+        (
+            "gradient-of-another-diagonal-target",
+            "includes_diagonal else a) - of_target",
+            "includes_diagonal else a) - a",
+        ),
     ),
     *_in(
         "barlow_loss/_plain.py",
@@ -188,13 +192,13 @@ DEFINITIONS = [
             "square = (k[i] * k[j]).sum() - c.square().sum()",
             "square = (k[i] * k[j]).sum()",
         ),
-        ("plain-features-not-centred", "    x = z - z.mean(0)\n    x = x - x.mean(0)\n", "    x = z\n"),
+        ("plain-features-not-centered", "    x = z - z.mean(0)\n    x = x - x.mean(0)\n", "    x = z\n"),
     ),
     *_in(
         "barlow_loss/_function.py",
         ("tests/test_gradients.py",),
         ("second-derivative-forgets-lambda", "*found[:4], None", "*found[:3], None, None"),
-        ("batched-gradients-reach-the-operation", "elif is_batched(of_loss, of_on, of_off):", "elif False:"),
+        ("batched-gradients-reach-the-operation", "elif is_batched(grad_loss, grad_on, grad_off):", "elif False:"),
     ),
 ]
 
@@ -243,7 +247,7 @@ VIEWS = [
         ("q-of-what-was-moved", "products = moved * wide", "products = moved.square()"),
     ),
     *_in(
-        "barlow_loss/_penalty.py",
+        "barlow_loss/_loss_terms.py",
         ("tests/test_laws_views.py", "tests/test_views.py"),
         ("terms-of-pairs-weigh-alike", "sum(weight * total", "sum(total"),
     ),
@@ -265,7 +269,7 @@ AUTOGRAD = [
         SHARDS,
         (
             "gradient-of-what-arrives-on-one-rank",
-            "a, b = all_sum(shards.group, *own)",
+            "a, b = all_reduce_sum(shards.group, *own)",
             "a, b = own",
         ),
         (
@@ -279,24 +283,24 @@ AUTOGRAD = [
         GRADIENTS,
         (
             "second-derivative-silently-wrong",
-            "_Gradients.apply(of_loss, of_on, of_off, lambd, ctx.eps, first, *views)",
-            "_gradients(of_loss, of_on, of_off, lambd, *settings, *saved)",
+            "_Gradients.apply(grad_loss, grad_on, grad_off, lambd, ctx.eps, first, *views)",
+            "_gradients(grad_loss, grad_on, grad_off, lambd, *settings, *saved)",
         ),
         (
             "gradient-of-lambda-forgets-what-arrives",
-            "of_lambd = of_loss * off_diagonal if",
+            "of_lambd = grad_loss * off_diagonal if",
             "of_lambd = off_diagonal.clone() if",
         ),
     ),
     *_in(
-        "barlow_loss/_penalty.py",
+        "barlow_loss/_loss_terms.py",
         GRADIENTS,
-        ("slope-of-off-times-lambda", "lambd * of_loss + of_off", "lambd * (of_loss + of_off)"),
+        ("slope-of-off-times-lambda", "lambd * grad_loss + grad_off", "lambd * (grad_loss + grad_off)"),
     ),
     *_in(
         "barlow_loss/_backends/eager.py",
         GRADIENTS,
-        ("diagonal-taken-off-half", "a - b if holds_diagonal else a)", "a - b / 2 if holds_diagonal else a)"),
+        ("diagonal-taken-off-half", "a - b if includes_diagonal else a)", "a - b / 2 if includes_diagonal else a)"),
         ("gradient-along-the-features-forgotten", "q * b + _dots(view, d, c, plan)", "q * b"),
         ("rho-of-the-other-view", "g, of_own[view], rhos[view]", "g, of_own[view], rhos[0]"),
         ("too-large-a-slope-is-refused", "b *= math.inf", "pass"),
@@ -353,7 +357,7 @@ NORMALISATION = [
         GLOBAL_NORMS,
         (
             "input-gradient-from-the-sums-of-one-rank",
-            "all_g, all_gz = all_sum(ctx.group, sum_g, sum_gz)",
+            "all_g, all_gz = all_reduce_sum(ctx.group, sum_g, sum_gz)",
             "all_g, all_gz = sum_g, sum_gz",
         ),
         ("weight-gradient-summed-before-ddp-sums-it", "else sum_gz.to(weight.dtype)", "else all_gz.to(weight.dtype)"),
@@ -392,8 +396,8 @@ PROCESSES = [
         SHARDS,
         (
             "empty-shard-skips-a-collective",
-            "all_max(group, shard.pivot.detach() if shard.n else lowest)",
-            "all_max(group, shard.pivot.detach()) if shard.n else lowest",
+            "all_reduce_max(group, shard.pivot.detach() if shard.n else lowest)",
+            "all_reduce_max(group, shard.pivot.detach()) if shard.n else lowest",
         ),
     ),
     *_in(
@@ -416,7 +420,7 @@ PROCESSES = [
         GLOBAL_NORMS,
         (
             "derivative-of-a-sum-stays-on-its-rank",
-            "return all_sum(ctx.group, grads[0])[0], None",
+            "return all_reduce_sum(ctx.group, grads[0])[0], None",
             "return grads[0], None",
         ),
     ),
@@ -530,7 +534,7 @@ KERNELS = [
         ),
     ),
     *_in(
-        "barlow_loss/_backends/triton/_penalties.py",
+        "barlow_loss/_backends/triton/_loss_terms.py",
         MATRIX_KERNELS,
         (
             "features-beyond-the-last-one-cost-one-each",
@@ -539,7 +543,7 @@ KERNELS = [
         ),
     ),
     *_in(
-        "barlow_loss/_backends/triton/_backproject.py",
+        "barlow_loss/_backends/triton/_input_gradients.py",
         COLUMN_KERNELS,
         (
             "gradients-stored-below-the-batch",
@@ -548,16 +552,16 @@ KERNELS = [
         ),
         ("dots-of-the-last-tile-alone", "dots1 += x1 *", "dots1 = x1 *"),
         ("second-view-at-an-offset-in-32-bits", "u + tl.cast(u_rows, tl.int64) * u_cols", "u + u_rows * u_cols"),
-        ("gradient-of-off-taken-for-that-of-on", "a = arrived + _given(of_on)", "a = arrived + _given(of_off)"),
+        ("gradient-of-off-taken-for-that-of-on", "a = arrived + _given(grad_on)", "a = arrived + _given(grad_off)"),
     ),
     *_in(
-        "barlow_loss/_backends/triton/_penalties.py",
+        "barlow_loss/_backends/triton/_loss_terms.py",
         LAUNCHES,
         ("compiled-anew-for-every-lambda", "d, n_parts, lambd: tl.float64,", "d, n_parts, lambd: tl.constexpr,"),
         ("cache-forgets-where-lambda-lies", "*alignments(parts, weight)", "weight is None"),
     ),
     *_in(
-        "barlow_loss/_backends/triton/_backproject.py",
+        "barlow_loss/_backends/triton/_input_gradients.py",
         LAUNCHES,
         ("a-saved-tensor-taken-for-aligned", "*alignments(*tensors[:-2])", "*alignments(*tensors[:4], *tensors[7:-2])"),
         ("compiled-anew-for-every-batch-size", "    n, d, p_cols, u_rows,", "    n: tl.constexpr, d, p_cols, u_rows,"),
@@ -733,12 +737,12 @@ RELATIVES = [
     *_in(
         "barlow_loss/_gram_norm.py",
         RELATED_GLOBAL,
-        ("own-rows-for-all-rows", "torch.mm(k, every) if needed", "torch.mm(k[:, : len(x)], x) if needed"),
+        ("own-rows-for-all-rows", "torch.mm(k, every) if needs_grad", "torch.mm(k[:, : len(x)], x) if needs_grad"),
     ),
     *_in(
         "barlow_loss/_gram_norm.py",
         RELATED_WEIGHTED,
-        ("arriving-gradients-of-this-rank-alone", "sums = all_sum(batch.shards.group, *own)", "sums = own"),
+        ("incoming-gradients-of-this-rank-alone", "sums = all_reduce_sum(batch.shards.group, *own)", "sums = own"),
         ("sum-reduced-as-mean", 'if batch.grad_reduction == "sum" else sums', "if False else sums"),
     ),
     *_in(
@@ -764,7 +768,7 @@ RELATIVES = [
     *_in(
         "barlow_loss/_vicreg.py",
         RELATED_GLOBAL,
-        ("invariance-of-this-rank-alone", "return all_sum(batch.shards.group, own)[0]", "return own"),
+        ("invariance-of-this-rank-alone", "return all_reduce_sum(batch.shards.group, own)[0]", "return own"),
         ("mean-of-this-rank-alone", "            rows.add_(shift)", "            rows.add_(0 * shift)"),
     ),
     *_in(

@@ -1,10 +1,10 @@
 """The primitives fused by Triton, for CUDA, ROCm and XPU. Matrix products stay torch.mm.
 
-The dual of one process is eight launches: ``fused_standardize`` | K1 | K2 | ``frobenius`` | ``penalties``, and in the
-backward P1 | P2 | ``backproject``. Of V > 2 views it is at most 4V + 4: ``fused_standardize`` for every two of them |
-``pair_dots`` | K of every view | ``mix`` | ``penalties``, and P and ``backproject_view`` of every view. No launch waits
-for the host, none has atomics: the same inputs give the same bits, and a CUDA graph may hold them. A file for each
-kernel: the kernel, then the operation that launches it, then its fake.
+The dual of one process is eight launches: ``fused_standardize`` | K1 | K2 | ``frobenius`` | ``loss_terms``, and in the
+backward P1 | P2 | ``input_gradients``. V > 2 views take at most 4V + 4: ``fused_standardize`` for every two of them |
+``pair_dots`` | K of every view | ``mix`` | ``loss_terms``, and P and ``view_gradient`` of every view. No launch waits
+for the host, and none uses atomics: the same inputs give the same bits, and a CUDA graph may hold them. Each kernel has
+a file: the kernel, then the operation that launches it, then its fake.
 
 The operations have no derivative of their own: they are called inside the autograd.Function of ``_function.py``.
 """
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from barlow_loss._backends.triton import _backproject, _penalties, _standardize
-from barlow_loss._backends.triton._backproject import column_dots
+from barlow_loss._backends.triton import _input_gradients, _loss_terms, _standardize
 from barlow_loss._backends.triton._frobenius import frobenius
-from barlow_loss._backends.triton._views import backproject_view, mix, pair_dots
+from barlow_loss._backends.triton._input_gradients import column_dots
+from barlow_loss._backends.triton._views import mix, pair_dots, view_gradient
 from barlow_loss._pairs import each, pairs_of, weights_of_pairs
 from barlow_loss._statistics import moments_from_sums, pivot_of, sample_index, scale_and_shift
 from barlow_loss._target import moved_product
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
     from barlow_loss._backends.eager import Product
     from barlow_loss._collectives import Shards
+    from barlow_loss._loss_terms import GradOutputs
     from barlow_loss._pairs import Stack
-    from barlow_loss._penalty import Arriving
     from barlow_loss._plan import Plan
 
-__all__ = ["backproject", "grams", "penalties", "project", "standardize"]
+__all__ = ["grams", "input_gradients", "loss_terms", "project", "standardize"]
 
 
 def standardize(views: tuple[Tensor, ...], eps: float, plan: Plan, shards: Shards) -> tuple[Stack, Tensor, Tensor]:
@@ -83,34 +83,34 @@ def _weight(lambd: float | Tensor) -> tuple[Tensor | None, float]:
     return (lambd, 0.0) if isinstance(lambd, Tensor) else (None, float(lambd))
 
 
-def penalties(
-    c: Tensor, squares: Tensor, lambd: float | Tensor, holds_diagonal: bool, plan: Plan
+def loss_terms(
+    c: Tensor, squares: Tensor, lambd: float | Tensor, includes_diagonal: bool, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = None if c.ndim == 1 else list(weights_of_pairs(plan.weights))
-    return _penalties.penalties(
-        c, squares, *_weight(lambd), plan.diagonal_target, weights, holds_diagonal, plan.compute_dtype
+    return _loss_terms.loss_terms(
+        c, squares, *_weight(lambd), plan.diagonal_target, weights, includes_diagonal, plan.compute_dtype
     )
 
 
-def backproject(
+def input_gradients(
     products: Iterable[Product | None],
     u: Stack,
     c: Tensor,
     rho: Tensor,
-    arriving: Arriving,
-    holds_diagonal: bool,
+    grad_outputs: GradOutputs,
+    includes_diagonal: bool,
     plan: Plan,
     n: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    *given, lambd = arriving
+    *given, lambd = grad_outputs
     if isinstance(u, Tensor):
         (p1, q1), (p2, q2) = map(_product, products)
-        gradients = _backproject.backproject(
-            u, p1, p2, q1, q2, c, rho, *given, *_weight(lambd), plan.diagonal_target, holds_diagonal, n, dtype
+        gradients = _input_gradients.input_gradients(
+            u, p1, p2, q1, q2, c, rho, *given, *_weight(lambd), plan.diagonal_target, includes_diagonal, n, dtype
         )
         return tuple(None if p is None else dz for p, dz in zip((p1, p2), gradients, strict=True))
-    settings = *given, *_weight(lambd), plan.diagonal_target, holds_diagonal, n, dtype
+    settings = *given, *_weight(lambd), plan.diagonal_target, includes_diagonal, n, dtype
     return tuple(
         [product and _gradient_of(view, product, u, c, rho, settings, plan) for view, product in enumerate(products)]
     )
@@ -128,7 +128,7 @@ def _gradient_of(
     others, cs = [u[other] for other, _ in pairs], [c[row] for _, row in pairs]
     weights = [plan.weights[view][other] for other, _ in pairs]
     p, q = _product(product)
-    return backproject_view(p, q, own, others, cs, weights, of_view, *settings)
+    return view_gradient(p, q, own, others, cs, weights, of_view, *settings)
 
 
 def _product(product: Product | None) -> tuple[Any, Tensor | None]:

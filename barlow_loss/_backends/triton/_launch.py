@@ -66,8 +66,8 @@ class Tile(NamedTuple):
 def column_tile(d: int, dtype: torch.dtype) -> Tile:
     """The tile of the column kernels: 16 elements of a matrix for each thread, 8 in float64.
 
-    Reckoned, not measured: with D = 8192 there are 256 programs, and the at most 160 registers of a thread let all of
-    them live on an H100's 132 multiprocessors at once; each has 4 KB of every 16-bit matrix on its way. Below 4096
+    Estimated, not measured: with D = 8192 there are 256 programs, and with at most 160 registers per thread all of them
+    are resident on an H100's 132 multiprocessors; each keeps 4 KB in flight per 16-bit matrix. Below 4096
     features narrower tiles, whose rows are one sector of 32 bytes, make more programs.
     """
     block_d = 32 if d >= _MANY_FEATURES else 16

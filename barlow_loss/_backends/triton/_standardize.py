@@ -5,8 +5,8 @@ r"""Standardisation of both views and the diagonal of C. Two stretches for sever
 
 A program owns a block of features of both views and walks over the rows twice, tile by tile, for the sums and for u.
 Tiles are added in float32 and their columns summed once, at the end; all that is per feature is float64. The pivot is a
-value near the mean, so that a large mean does not eat the variance (``_statistics``). C_ii is summed from u before it
-is rounded to the dtype of the products.
+value near the mean, so that a large mean does not cancel the variance (``_statistics``). C_ii is summed from u before
+it is rounded to the dtype of the products.
 
 Bytes, fused, elements of z of s bytes, of u of t: 2·N·D·(2s + t); the second pass may find z in the cache.
 """
@@ -46,7 +46,7 @@ def _pivot(z, cols, row_stride, n, d, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _centred(z, pivot, rows, cols, row_stride, n, d, COMPUTE: tl.constexpr):
+def _centered(z, pivot, rows, cols, row_stride, n, d, COMPUTE: tl.constexpr):
     """A tile of x = z − pivot, 0 below the batch."""
     x = _load(z, rows, cols, row_stride, n, d, COMPUTE) - pivot[None, :]
     return tl.where((rows < n)[:, None], x, 0.0)
@@ -64,8 +64,8 @@ def _sums(
     b2 = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
     for start in tl.range(0, n, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
-        x1 = _centred(z1, pivot1, rows, cols, z1_row, n, d, COMPUTE)
-        x2 = _centred(z2, pivot2, rows, cols, z2_row, n, d, COMPUTE)
+        x1 = _centered(z1, pivot1, rows, cols, z1_row, n, d, COMPUTE)
+        x2 = _centered(z2, pivot2, rows, cols, z2_row, n, d, COMPUTE)
         a1 += x1
         a2 += x2
         b1 += x1 * x1

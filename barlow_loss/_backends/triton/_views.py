@@ -6,7 +6,7 @@
 The views come as a tuple of pointers, and loops over them are unrolled: a kernel is compiled for V and for the weights.
 
 Bytes: ``pair_dots`` reads the strip of a program's features V − 1 times, once of it from memory if the cache holds the
-strip, N·V·32 elements; ``mix`` reads and writes K of all views once; ``backproject_view`` reads u of all views.
+strip, N·V·32 elements; ``mix`` reads and writes K of all views once; ``view_gradient`` reads u of all views.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from barlow_loss._backends.triton._backproject import _given, _store_gradient, _tile, _vector
+from barlow_loss._backends.triton._input_gradients import _given, _store_gradient, _tile, _vector
 from barlow_loss._backends.triton._launch import TL_DTYPES, Kernel, alignments, column_tile, compute_dtype, operation
-from barlow_loss._backends.triton._penalties import load_lambd
+from barlow_loss._backends.triton._loss_terms import load_lambd
 
-__all__ = ["backproject_view", "mix", "pair_dots"]
+__all__ = ["mix", "pair_dots", "view_gradient"]
 
 _BLOCK = 1024
 _MOST_PROGRAMS = 1024
@@ -76,10 +76,10 @@ def mix_kernel(
 
 
 @triton.jit(do_not_specialize=["n"])
-def backproject_view_kernel(
-    p, q, own, others, cs, rho, of_loss, of_on, of_off, weight, dz,
+def view_gradient_kernel(
+    p, q, own, others, cs, rho, grad_loss, grad_on, grad_off, weight, dz,
     n, d, p_cols, u_cols, lambd: tl.float64, target: tl.float64,
-    WEIGHTS: tl.constexpr, OTHERS: tl.constexpr, HOLDS_DIAGONAL: tl.constexpr,
+    WEIGHTS: tl.constexpr, OTHERS: tl.constexpr, INCLUDES_DIAGONAL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -93,35 +93,35 @@ def backproject_view_kernel(
         dot = tl.sum(dots, 0).to(tl.float64)
 
     scale = _vector(rho, cols, d)
-    arrived = _given(of_loss)
-    a = arrived + _given(of_on)
-    b = load_lambd(weight, lambd) * arrived + _given(of_off)
+    arrived = _given(grad_loss)
+    a = arrived + _given(grad_on)
+    b = load_lambd(weight, lambd) * arrived + _given(grad_off)
     of_own = 2 * b * dot
     for j in tl.static_range(OTHERS):
         c_ij = _vector(cs[j], cols, d)
-        of_own += WEIGHTS[j] * _slope(c_ij, a, b, target, HOLDS_DIAGONAL) * c_ij
+        of_own += WEIGHTS[j] * _slope(c_ij, a, b, target, INCLUDES_DIAGONAL) * c_ij
     for start in tl.range(0, n, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         gradient = (2 * b * scale).to(COMPUTE)[None, :] * _tile(p, rows, cols, p_cols, n, d, COMPUTE)
         for j in tl.static_range(OTHERS):
-            beta = WEIGHTS[j] * _slope(_vector(cs[j], cols, d), a, b, target, HOLDS_DIAGONAL) * scale
+            beta = WEIGHTS[j] * _slope(_vector(cs[j], cols, d), a, b, target, INCLUDES_DIAGONAL) * scale
             gradient += beta.to(COMPUTE)[None, :] * _tile(others[j], rows, cols, u_cols, n, d, COMPUTE)
         gradient -= (scale * of_own).to(COMPUTE)[None, :] * _tile(own, rows, cols, u_cols, n, d, COMPUTE)
         _store_gradient(dz, gradient, rows, cols, n, d)
 
 
 @triton.jit
-def _slope(c_ij, a, b, target, HOLDS_DIAGONAL: tl.constexpr):
+def _slope(c_ij, a, b, target, INCLUDES_DIAGONAL: tl.constexpr):
     """d_ij of a block of features."""
     d_ij = 2 * a * (c_ij - target)
-    if HOLDS_DIAGONAL:
+    if INCLUDES_DIAGONAL:
         d_ij -= 2 * b * c_ij
     return d_ij
 
 
 _pair_dots = Kernel(pair_dots_kernel)
 _mix = Kernel(mix_kernel)
-_backproject_view = Kernel(backproject_view_kernel)
+_view_gradient = Kernel(view_gradient_kernel)
 
 
 @operation("pair_dots")
@@ -178,8 +178,8 @@ def _(first: Tensor, others: list[Tensor], weights: list[float]) -> tuple[list[T
     return _mixed(first, others)
 
 
-@operation("backproject_view")
-def backproject_view(
+@operation("view_gradient")
+def view_gradient(
     p: Tensor,
     q: Tensor | None,
     own: Tensor,
@@ -187,13 +187,13 @@ def backproject_view(
     cs: list[Tensor],
     weights: list[float],
     rho: Tensor,
-    of_loss: Tensor | None,
-    of_on: Tensor | None,
-    of_off: Tensor | None,
+    grad_loss: Tensor | None,
+    grad_on: Tensor | None,
+    grad_off: Tensor | None,
     weight: Tensor | None,
     lambd: float,
     target: float,
-    holds_diagonal: bool,
+    includes_diagonal: bool,
     n: int,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -201,17 +201,19 @@ def backproject_view(
     d = rho.numel()
     dz = own.new_empty((n, d), dtype=dtype)
     tile = column_tile(d, own.dtype)
-    tensors = p, q, own, tuple(others), tuple(cs), rho, of_loss, of_on, of_off, weight, dz
-    constants = tuple(weights), len(weights), holds_diagonal, *tile[:3]
+    tensors = p, q, own, tuple(others), tuple(cs), rho, grad_loss, grad_on, grad_off, weight, dz
+    constants = tuple(weights), len(weights), includes_diagonal, *tile[:3]
     p_cols, u_cols = p.shape[1], own.shape[1]
-    seen = alignments(p, q, own, *others, *cs, rho, of_loss, of_on, of_off, weight)  # what was saved may be unaligned
+    seen = alignments(
+        p, q, own, *others, *cs, rho, grad_loss, grad_on, grad_off, weight
+    )  # what was saved may be unaligned
     key = dtype, d, p_cols, u_cols, constants[:3], *seen
     args = *tensors, n, d, p_cols, u_cols, lambd, target
-    _backproject_view.launch(p, tile.programs(d), key, args, constants, num_warps=tile.warps)
+    _view_gradient.launch(p, tile.programs(d), key, args, constants, num_warps=tile.warps)
     return dz
 
 
-@backproject_view.register_fake
+@view_gradient.register_fake
 def _(p: Tensor, q: Tensor | None, own: Tensor, *rest: Any) -> Tensor:
     *_, rho, _, _, _, _, _, _, _, n, dtype = rest
     return own.new_empty((n, rho.numel()), dtype=dtype)

@@ -12,7 +12,7 @@ import torch
 from chips import CHIPS, Chip, Report, compiled
 from figures_table import Table, changes
 
-from barlow_loss._backends.triton import _backproject, _frobenius, _penalties, _standardize
+from barlow_loss._backends.triton import _frobenius, _input_gradients, _loss_terms, _standardize
 from barlow_loss._backends.triton._launch import TL_DTYPES, column_tile, compute_dtype
 
 FIGURES = Path(__file__).parent / "figures.md"
@@ -20,9 +20,9 @@ F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat1
 TYPES = {F64: "fp64", F32: "fp32", F16: "fp16", BF16: "bf16"}
 OF_VIEWS = ("z1", "z2", "dz1", "dz2")
 OF_PRODUCTS = ("u", "p1", "p2", "a", "b", "k1", "k2")
-OF_COMPUTE = ("pivot", "scale", "shift", "parts", "loss", "on_diagonal", "off_diagonal", "of_loss")
+OF_COMPUTE = ("pivot", "scale", "shift", "parts", "loss", "on_diagonal", "off_diagonal", "grad_loss")
 OF_FLOAT64 = ("c", "rho", "s1", "s2", "q", "q1", "q2")
-ABSENT = {"of_on": None, "of_off": None, "weight": None}
+ABSENT = {"grad_on": None, "grad_off": None, "weight": None}
 
 
 class Case(NamedTuple):
@@ -69,24 +69,26 @@ def _column_case(
 
 def _cases() -> list[Case]:
     found = []
-    dual = {**ABSENT, "q1": None, "q2": None, "HOLDS_DIAGONAL": True, "HAS_Q": False}
-    primal = {**ABSENT, "HOLDS_DIAGONAL": False, "HAS_Q": True}
+    dual = {**ABSENT, "q1": None, "q2": None, "INCLUDES_DIAGONAL": True, "HAS_Q": False}
+    primal = {**ABSENT, "INCLUDES_DIAGONAL": False, "HAS_Q": True}
     for z, u, d in ((BF16, F16, 8192), (F32, F16, 8192), (F32, F32, 8192), (F64, F64, 8192), (BF16, F16, 2048)):
         for aligned in (True, False) if d == 8192 else (True,):
             found.append(_column_case(_standardize.fused_standardize_kernel, z, u, d, aligned))
-            found.append(_column_case(_backproject.backproject_kernel, z, u, d, aligned, **dual))
+            found.append(_column_case(_input_gradients.input_gradients_kernel, z, u, d, aligned, **dual))
     for aligned in (True, False):
         found.append(_column_case(_standardize.column_sums_kernel, BF16, F16, 8192, aligned))
         found.append(_column_case(_standardize.standardize_kernel, BF16, F16, 8192, aligned))
-        found.append(_column_case(_backproject.column_dots_kernel, BF16, F16, 8192, aligned))
-        found.append(_column_case(_backproject.backproject_kernel, BF16, F16, 8192, aligned, "q given", **primal))
+        found.append(_column_case(_input_gradients.column_dots_kernel, BF16, F16, 8192, aligned))
+        found.append(
+            _column_case(_input_gradients.input_gradients_kernel, BF16, F16, 8192, aligned, "q given", **primal)
+        )
         for u in (F16, F32, F64):
             block = {"BLOCK": _frobenius._BLOCK, "COMPUTE": TL_DTYPES[compute_dtype(u)]}
             found.append(Case(_frobenius.frobenius_kernel, u, u, aligned, block, 8))
         for z in (F32, F64):
-            terms = {"BLOCK": _penalties._BLOCK, "COMPUTE": TL_DTYPES[z], "HOLDS_DIAGONAL": True, "weight": None}
+            terms = {"BLOCK": _loss_terms._BLOCK, "COMPUTE": TL_DTYPES[z], "INCLUDES_DIAGONAL": True, "weight": None}
             terms |= {"WEIGHTS": (1.0,), "PAIRS": 1}
-            found.append(Case(_penalties.penalties_kernel, z, z, aligned, terms, 4))
+            found.append(Case(_loss_terms.loss_terms_kernel, z, z, aligned, terms, 4))
     return found
 
 
@@ -94,7 +96,7 @@ CASES = _cases()
 
 
 def _options(case: Case) -> dict[str, Any]:
-    return {"enable_fp_fusion": False} if case.kernel is _penalties.penalties_kernel else {}
+    return {"enable_fp_fusion": False} if case.kernel is _loss_terms.loss_terms_kernel else {}
 
 
 def _faults(label: tuple[str, str], report: Report) -> list[str]:
@@ -133,12 +135,12 @@ def test_compiles_fits_and_does_not_spill(chip):
 def test_aligned_matrices_move_by_16_bytes(chip):
     """A thread loads and stores 128 bits at once wherever features are 16 bits or 32 and all is aligned."""
     for case in CASES:
-        if case.aligned and case.z != F64 and case.kernel is not _penalties.penalties_kernel:
+        if case.aligned and case.z != F64 and case.kernel is not _loss_terms.loss_terms_kernel:
             report = case.on(chip, **_options(case))
             assert report.loads[128] > 0, case.label
             assert report.loads[16] == 0, case.label
             assert report.stores[16] == 0, case.label
-            if case.kernel in (_standardize.fused_standardize_kernel, _backproject.backproject_kernel):
+            if case.kernel in (_standardize.fused_standardize_kernel, _input_gradients.input_gradients_kernel):
                 assert report.stores[128] + report.stores[64] > 0, case.label  # triton 3.6 stores 64 on sm_120
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from barlow_loss import _plan, barlow_twins_loss
 from barlow_loss._backends import eager, triton
-from barlow_loss._backends.triton import _backproject, _frobenius, _penalties, _standardize, _views
+from barlow_loss._backends.triton import _frobenius, _input_gradients, _loss_terms, _standardize, _views
 from barlow_loss._backends.triton._launch import Kernel, column_tile
 from barlow_loss._collectives import ALONE, Shards
 from barlow_loss._function import loss_and_sums
@@ -25,25 +25,25 @@ from barlow_loss._pairs import all_alike, normalized
 from barlow_loss._plan import Plan
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-OWN = ["fused_standardize_kernel", "frobenius_kernel", "penalties_kernel", "backproject_kernel"]
+OWN = ["fused_standardize_kernel", "frobenius_kernel", "loss_terms_kernel", "input_gradients_kernel"]
 OPERATIONS = [
     _standardize.fused_standardize,
     _frobenius.frobenius,
-    _penalties.penalties,
-    _backproject.backproject,
+    _loss_terms.loss_terms,
+    _input_gradients.input_gradients,
 ]
 LAUNCHERS = [
     (_standardize, "_fused_standardize"),
     (_frobenius, "_frobenius"),
-    (_penalties, "_penalties"),
-    (_backproject, "_backproject"),
+    (_loss_terms, "_loss_terms"),
+    (_input_gradients, "_input_gradients"),
     (_views, "_pair_dots"),
     (_views, "_mix"),
-    (_views, "_backproject_view"),
+    (_views, "_view_gradient"),
 ]
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "copy_", "lift_fresh"}
 TENSORS = {"z1", "z2", "u", "c", "rho", "parts", "a", "b", "weight", "loss", "on_diagonal", "off_diagonal"} | {
-    *("p1", "p2", "q1", "q2", "dz1", "dz2", "of_loss")
+    *("p1", "p2", "q1", "q2", "dz1", "dz2", "grad_loss")
 }
 # Operations that allocate or look at what is there, and launch nothing.
 FREE = {
@@ -93,14 +93,14 @@ class TestTheDual:
     @pytest.mark.parametrize("lambd", [0.0051, torch.tensor(0.0051)], ids=["number", "tensor"])
     def test_is_eight_launches(self, pretended_h100, lambd):
         forward, backward = step(256, 8192, lambd=lambd)
-        assert forward == ["fused_standardize", "mm", "mm", "frobenius", "penalties"]
-        assert backward == ["mm", "mm", "backproject"]
+        assert forward == ["fused_standardize", "mm", "mm", "frobenius", "loss_terms"]
+        assert backward == ["mm", "mm", "input_gradients"]
         assert [launch.kernel for launch in pretended_h100.launches] == OWN
 
     def test_of_one_detached_view_is_seven(self, pretended_h100):
         _, backward = step(64, 2048, needed=(False, True))
-        assert backward == ["mm", "backproject"]
-        assert pretended_h100.count("backproject_kernel") == 1
+        assert backward == ["mm", "input_gradients"]
+        assert pretended_h100.count("input_gradients_kernel") == 1
 
 
 class TestMoreViews:
@@ -109,14 +109,14 @@ class TestMoreViews:
     def test_the_dual_is_at_most_4_v_plus_4_launches(self, pretended_h100, views, z, u):
         forward, backward = step(256, 512, z=z, u=u, needed=(True,) * views)
         couples = -(-views // 2)
-        expected = [*["fused_standardize"] * couples, "pair_dots", "cat", *["mm"] * views, "mix", "penalties"]
+        expected = [*["fused_standardize"] * couples, "pair_dots", "cat", *["mm"] * views, "mix", "loss_terms"]
         assert forward == expected
-        assert backward == ["mm", "backproject_view"] * views
+        assert backward == ["mm", "view_gradient"] * views
         assert len(forward) + len(backward) <= 4 * views + 4
 
     def test_views_without_gradient_cost_nothing_in_the_backward(self, pretended_h100):
         _, backward = step(64, 512, needed=(True, False, False, True))
-        assert backward == ["mm", "backproject_view"] * 2
+        assert backward == ["mm", "view_gradient"] * 2
 
     @pytest.mark.parametrize("algorithm", ["dual", "primal"])
     def test_few_compilations(self, pretended_h100, algorithm):
@@ -137,7 +137,7 @@ class TestMoreViews:
         with pretended(CHIPS[chip], compiled=True) as gpu:
             step(32, 512, needed=(True,) * 3)
             step(32, 100, "primal", z=F32, u=F32, lambd=torch.tensor(0.1), needed=(True,) * 4)
-        kernels = {"pair_dots_kernel", "mix_kernel", "backproject_view_kernel", "penalties_kernel"}
+        kernels = {"pair_dots_kernel", "mix_kernel", "view_gradient_kernel", "loss_terms_kernel"}
         assert {launch.kernel for launch in gpu.launches} >= kernels
         assert all(launch.shared <= CHIPS[chip].shared for launch in gpu.launches)
 
@@ -146,8 +146,8 @@ def test_the_primal_launches(pretended_h100):
     """Not made for few launches: N is large there."""
     forward, backward = step(512, 128, "primal")
     assert forward[:2] == ["fused_standardize", "mm"]
-    assert forward[-1] == "penalties"
-    assert backward == ["mm", "mm", "backproject"]
+    assert forward[-1] == "loss_terms"
+    assert backward == ["mm", "mm", "input_gradients"]
     assert [launch.kernel for launch in pretended_h100.launches] == [name for name in OWN if name != "frobenius_kernel"]
 
 
@@ -167,7 +167,7 @@ def test_few_compilations_over_batch_sizes(pretended_h100, algorithm):
     for n in range(2, 301):
         step(n, 96, algorithm)
     counts = collections.Counter(compilation.kernel for compilation in pretended_h100.compilations)
-    assert set(counts) >= {"fused_standardize_kernel", "penalties_kernel", "backproject_kernel"}
+    assert set(counts) >= {"fused_standardize_kernel", "loss_terms_kernel", "input_gradients_kernel"}
     assert max(counts.values()) <= 3, counts
 
 
@@ -237,8 +237,8 @@ def test_grids_cover_the_features(pretended_h100, d, dtype):
         1,
         1,
     )  # the padding is written as well
-    assert grids["backproject_kernel"] == (-(-d // width), 1, 1)
-    assert grids["penalties_kernel"] == (1, 1, 1)
+    assert grids["input_gradients_kernel"] == (-(-d // width), 1, 1)
+    assert grids["loss_terms_kernel"] == (1, 1, 1)
 
 
 @pytest.mark.parametrize("n", [2, 100, 4096])
@@ -275,7 +275,7 @@ class TestOnFakeCudaTensors:
         with FakeTensorMode(), Operations() as operations:
             views = [torch.empty(n, d, dtype=dtype, device="cuda").requires_grad_() for _ in range(2)]
             loss = barlow_twins_loss(*views)
-        assert {"fused_standardize", "penalties"} <= set(operations.names)
+        assert {"fused_standardize", "loss_terms"} <= set(operations.names)
         assert ("frobenius" in operations.names) == (algorithm == "dual")
         assert loss.dtype == torch.promote_types(dtype, F32)
         assert loss.device.type == "cuda"
@@ -335,7 +335,7 @@ class TestTheHost:
             monkeypatch.setattr(operation, "launch", None)
         forward, backward = step(16, 32)
         assert "fused_standardize" in forward
-        assert "backproject" in backward
+        assert "input_gradients" in backward
         with FakeTensorMode() as mode:
             fake = mode.from_tensor(torch.empty(16, 32))
         assert _standardize.fused_standardize(fake, fake, 1e-5, F16)[0].shape == (2, 16, 32)
@@ -414,7 +414,7 @@ class TestTheHost:
         unpack = draw.choice([lambda t: t, lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)])
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
             terms = loss_and_sums(views, lambd, 1e-5, plan, Shards(ALONE, size[:1]))
-        arriving = [(term, scalars[draw.randrange(4)]) for term in terms if draw.random() < 0.6] or [
+        grad_outputs = [(term, scalars[draw.randrange(4)]) for term in terms if draw.random() < 0.6] or [
             (terms[0], scalars[1])
         ]
-        torch.autograd.backward(*zip(*arriving, strict=True))
+        torch.autograd.backward(*zip(*grad_outputs, strict=True))

@@ -7,13 +7,13 @@ import torch
 from repaired_interpreter import poisoned, program_order
 
 from barlow_loss._backends import eager, triton
-from barlow_loss._backends.triton._backproject import column_dots
+from barlow_loss._backends.triton._input_gradients import column_dots
 from barlow_loss._backends.triton._launch import column_tile
 from barlow_loss._backends.triton._standardize import column_sums, fused_standardize, standardize
 from barlow_loss._collectives import ALONE, Shards
-from barlow_loss._penalty import Arriving
+from barlow_loss._loss_terms import GradOutputs
 from barlow_loss._plan import Plan
-from comparison import centred
+from comparison import centered
 
 EPS = 1e-5
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -48,7 +48,7 @@ def assert_no_worse(got, rival, right, dtype, what):
 
 def truth(z1, z2, eps=EPS):
     """u, C_ii and ρ in float64."""
-    x = torch.stack([centred(z1), centred(z2)])
+    x = torch.stack([centered(z1), centered(z2)])
     rho = (x.square().mean(1) + eps).rsqrt() / z1.shape[0] ** 0.5
     u = x * rho.unsqueeze(1)
     return u, (u[0] * u[1]).sum(0), rho
@@ -187,10 +187,10 @@ def padded(matrix):
     return torch.nn.functional.pad(matrix, (0, columns, 0, rows))
 
 
-def right_gradients(u, p, q, c, rho, a, b, holds_diagonal):
+def right_gradients(u, p, q, c, rho, a, b, includes_diagonal):
     """α P + β u_other − (α q + γ) u_own in float64, as in the head of _function.py."""
     u, p = u.double(), p.double()
-    d = 2 * a * (c - 1) - (2 * b * c if holds_diagonal else 0)
+    d = 2 * a * (c - 1) - (2 * b * c if includes_diagonal else 0)
     q = (u * p).sum(1) if q is None else q
     alpha, beta = 2 * b * rho, d * rho
     return [alpha[v] * p[v] + beta[v] * u[1 - v] - (alpha[v] * q[v] + beta[v] * c) * u[v] for v in (0, 1)]
@@ -199,19 +199,19 @@ def right_gradients(u, p, q, c, rho, a, b, holds_diagonal):
 @pytest.mark.parametrize(("n", "d"), [(3, 17), (33, 40), (150, 35)])
 @pytest.mark.parametrize(("dtype", "out"), [(F64, F64), (F32, F32), (F16, F32), (F16, BF16), (F16, F16)], ids=str)
 @pytest.mark.parametrize("has_q", [False, True])
-@pytest.mark.parametrize("holds_diagonal", [False, True])
-def test_backproject(n, d, dtype, out, has_q, holds_diagonal):
+@pytest.mark.parametrize("includes_diagonal", [False, True])
+def test_backproject(n, d, dtype, out, has_q, includes_diagonal):
     u, p, c, rho = matrices(n, d, dtype)
     q = (torch.randn(2, d, dtype=F64, generator=torch.Generator().manual_seed(1))) if has_q else None
     compute = torch.promote_types(dtype, F32)
-    of_loss, of_on, of_off = (torch.tensor(value, dtype=compute) for value in (1.7, -0.3, 0.2))
+    grad_loss, grad_on, grad_off = (torch.tensor(value, dtype=compute) for value in (1.7, -0.3, 0.2))
     lambd = 0.0051
-    right = right_gradients(u, p, q, c, rho, 1.7 - 0.3, lambd * 1.7 + 0.2, holds_diagonal)
+    right = right_gradients(u, p, q, c, rho, 1.7 - 0.3, lambd * 1.7 + 0.2, includes_diagonal)
     products = tuple((padded(p[v]), None, None if q is None else q[v]) for v in (0, 1))
-    settings = Arriving(of_loss, of_on, of_off, lambd), holds_diagonal, plan_of(compute, dtype), n, out
-    got = triton.backproject(products, padded(u), c, rho, *settings)
+    settings = GradOutputs(grad_loss, grad_on, grad_off, lambd), includes_diagonal, plan_of(compute, dtype), n, out
+    got = triton.input_gradients(products, padded(u), c, rho, *settings)
     eager_products = tuple((p[v], None, None if q is None else q[v]) for v in (0, 1))
-    rivals = eager.backproject(eager_products, u, c, rho, *settings)
+    rivals = eager.input_gradients(eager_products, u, c, rho, *settings)
     for own, rival, expected in zip(got, rivals, right, strict=True):
         assert error(rival, expected) <= 0.01 * float(expected.norm())
         assert own.shape == (n, d)
@@ -219,22 +219,24 @@ def test_backproject(n, d, dtype, out, has_q, holds_diagonal):
         assert_no_worse(own, rival, expected, torch.promote_types(out, compute) if out == compute else out, "gradient")
 
 
-ARRIVING = [arriving for arriving in itertools.product([None, 0.7], repeat=3) if any(arriving)]
+ARRIVING = [grad_outputs for grad_outputs in itertools.product([None, 0.7], repeat=3) if any(grad_outputs)]
 
 
-@pytest.mark.parametrize("arriving", ARRIVING, ids=str)
+@pytest.mark.parametrize("grad_outputs", ARRIVING, ids=str)
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
-def test_backproject_of_some_terms_and_views(arriving, needed, tensor):
+def test_backproject_of_some_terms_and_views(grad_outputs, needed, tensor):
     """None stands for 0, and a view that needs no gradient gets none; λ as a number and as a tensor."""
     n, d, lambd = 20, 24, 0.3
     u, p, c, rho = matrices(n, d, F64)
-    of_loss, of_on, of_off = (value or 0.0 for value in arriving)
-    right = right_gradients(u, p, None, c, rho, of_loss + of_on, lambd * of_loss + of_off, True)
-    given = (None if value is None else torch.tensor(value, dtype=F64) for value in arriving)
+    grad_loss, grad_on, grad_off = (value or 0.0 for value in grad_outputs)
+    right = right_gradients(u, p, None, c, rho, grad_loss + grad_on, lambd * grad_loss + grad_off, True)
+    given = (None if value is None else torch.tensor(value, dtype=F64) for value in grad_outputs)
     weight = torch.tensor(lambd, dtype=F64) if tensor else lambd
     products = tuple((padded(p[v]), None, None) if needed[v] else None for v in (0, 1))
-    got = triton.backproject(products, padded(u), c, rho, Arriving(*given, weight), True, plan_of(F64, F64), n, F64)
+    got = triton.input_gradients(
+        products, padded(u), c, rho, GradOutputs(*given, weight), True, plan_of(F64, F64), n, F64
+    )
     for v in (0, 1):
         if needed[v]:
             torch.testing.assert_close(got[v], right[v], rtol=1e-12, atol=1e-13)
@@ -258,12 +260,12 @@ def test_column_dots(n, d, dtype):
 def test_the_order_of_the_programs_changes_nothing(order):
     z1, z2 = views(70, 90, F32)
     u, p, c, rho = matrices(70, 90, F32)
-    arriving = Arriving(torch.tensor(1.5), None, None, 0.1)
+    grad_outputs = GradOutputs(torch.tensor(1.5), None, None, 0.1)
 
     def run():
         products = tuple((padded(p[v]), None, None) for v in (0, 1))
-        return *fused_standardize(z1, z2, EPS, F32), *triton.backproject(
-            products, padded(u), c, rho, arriving, True, plan_of(F32, F32), 70, F32
+        return *fused_standardize(z1, z2, EPS, F32), *triton.input_gradients(
+            products, padded(u), c, rho, grad_outputs, True, plan_of(F32, F32), 70, F32
         )
 
     expected = run()
@@ -281,8 +283,8 @@ def test_wide_features_take_wide_tiles():
         torch.testing.assert_close(own.double(), right, rtol=1e-5, atol=1e-6)
     u, p, c, rho = matrices(40, 4100, F32)
     products = tuple((padded(p[v]), None, None) for v in (0, 1))
-    got = triton.backproject(
-        products, padded(u), c, rho, Arriving(torch.ones(()), None, None, 0.1), True, plan_of(F32, F32), 40, F32
+    got = triton.input_gradients(
+        products, padded(u), c, rho, GradOutputs(torch.ones(()), None, None, 0.1), True, plan_of(F32, F32), 40, F32
     )
     for own, right in zip(got, right_gradients(u, p, None, c, rho, 1.0, 0.1, True), strict=True):
         torch.testing.assert_close(own.double(), right, rtol=1e-4, atol=1e-5)
@@ -325,8 +327,10 @@ class TestBeyondTwoToThe31:
         far = reserved(2 * rows * d, F16).view(2, rows, d)
         far[:, :n] = u
         products = tuple((p[v], None, None) for v in (0, 1))
-        settings = c, rho, Arriving(torch.ones(()), None, None, 0.1), True, plan_of(F32, F16), n, F32
+        settings = c, rho, GradOutputs(torch.ones(()), None, None, 0.1), True, plan_of(F32, F16), n, F32
         for got, right in zip(
-            triton.backproject(products, far, *settings), triton.backproject(products, u, *settings), strict=True
+            triton.input_gradients(products, far, *settings),
+            triton.input_gradients(products, u, *settings),
+            strict=True,
         ):
             assert torch.equal(got, right)

@@ -55,24 +55,24 @@ def test_frobenius_of_more_blocks_than_programs(monkeypatch, most, order):
 SIZES = [(1, 1), (5, 3), (1024, 1024), (1025, 2), (2, 1025), (3000, 1500)]
 
 
-def right_terms(c, parts, lambd, holds_diagonal):
+def right_terms(c, parts, lambd, includes_diagonal):
     on, off = (c - 1).square().sum(), parts.double().sum()
-    if holds_diagonal:
+    if includes_diagonal:
         off = off - c.square().sum()
     return on + lambd * off, on, off
 
 
 @pytest.mark.parametrize(("d", "n_parts"), SIZES)
-@pytest.mark.parametrize("holds_diagonal", [False, True])
+@pytest.mark.parametrize("includes_diagonal", [False, True])
 @pytest.mark.parametrize(("parts_dtype", "dtype"), [(F64, F64), (F32, F32), (F64, F32)], ids=str)
 @pytest.mark.parametrize("lambd", [0.0051, torch.tensor(0.0051)], ids=["number", "tensor"])
-def test_penalties(d, n_parts, holds_diagonal, parts_dtype, dtype, lambd):
+def test_penalties(d, n_parts, includes_diagonal, parts_dtype, dtype, lambd):
     c = 0.5 + 0.1 * random(d, dtype=F64)
     parts = (random(n_parts, dtype=F64, seed=1).abs() + 2 * d / n_parts).to(parts_dtype)
     lambd = lambd.to(dtype) if isinstance(lambd, torch.Tensor) else lambd
-    got = triton.penalties(c, parts, lambd, holds_diagonal, plan_of(dtype))
+    got = triton.loss_terms(c, parts, lambd, includes_diagonal, plan_of(dtype))
     # In float64 the right terms have a rounding of their own.
-    for one, right in zip(got, right_terms(c, parts, float(lambd), holds_diagonal), strict=True):
+    for one, right in zip(got, right_terms(c, parts, float(lambd), includes_diagonal), strict=True):
         assert one.shape == ()
         assert one.dtype == dtype
         torch.testing.assert_close(one.double(), right, rtol=8 * torch.finfo(dtype).eps, atol=0)
@@ -84,15 +84,15 @@ def test_penalties(d, n_parts, holds_diagonal, parts_dtype, dtype, lambd):
 def test_a_number_lambd_keeps_its_digits(lambd):
     """A float argument of a kernel is float32 unless it says otherwise."""
     c, parts = torch.full((4,), 0.25, dtype=F64), torch.full((2,), 3.0, dtype=F64)
-    loss, on, off = triton.penalties(c, parts, lambd, False, plan_of(F64))
+    loss, on, off = triton.loss_terms(c, parts, lambd, False, plan_of(F64))
     assert loss == on + lambd * off
 
 
 def test_penalties_clamp_what_rounding_left_below_zero():
     c = torch.ones(3, dtype=F64)
-    _, on, off = triton.penalties(c, torch.tensor([3.0 - 1e-12], dtype=F64), 0.1, True, plan_of(F64))
+    _, on, off = triton.loss_terms(c, torch.tensor([3.0 - 1e-12], dtype=F64), 0.1, True, plan_of(F64))
     assert (on, off) == (0, 0)
-    _, _, off = triton.penalties(c, torch.tensor([-1.0], dtype=F64), 0.1, False, plan_of(F64))
+    _, _, off = triton.loss_terms(c, torch.tensor([-1.0], dtype=F64), 0.1, False, plan_of(F64))
     assert off == -1, "nothing is subtracted here, so nothing is clamped"
 
 
@@ -101,7 +101,7 @@ def test_penalties_clamp_what_rounding_left_below_zero():
 def test_penalties_keep_nan(bad, where):
     c, parts = torch.ones(5, dtype=F64), torch.ones(5, dtype=F64)
     (c if where == "C_ii" else parts)[2] = bad
-    loss, _, off = triton.penalties(c, parts, 0.1, True, plan_of(F64))
+    loss, _, off = triton.loss_terms(c, parts, 0.1, True, plan_of(F64))
     assert not loss.isfinite()
     assert off.isnan() if bad != bad else not (off == 0 and where == "parts")
 

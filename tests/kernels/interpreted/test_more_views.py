@@ -80,12 +80,12 @@ def _opcheck_cases():
         "pair_dots": (_views.pair_dots, (first, others, 10, 20, F32)),
         "pair_dots that rounds": (_views.pair_dots, (first, others, 10, 20, F16)),
         "mix": (_views.mix, (k[0], k[1:], [0.0, 0.5, 0.5, 0.5, 0.0, 0.0, 0.5, 0.0, 0.0])),
-        "backproject_view": (
-            _views.backproject_view,
+        "view_gradient": (
+            _views.view_gradient,
             (first, None, first, *pairs, one, None, None, None, 0.1, 1.0, True, 10, BF16),
         ),
         "backproject_view with q": (
-            _views.backproject_view,
+            _views.view_gradient,
             (first, c, first, *pairs, None, one, one, one, 0.0, 1.1, False, 10, F32),
         ),
     }

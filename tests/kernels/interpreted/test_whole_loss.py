@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from barlow_loss import BarlowTwinsLoss, _plan, barlow_twins_loss, reference
-from barlow_loss._backends.triton import _backproject, _frobenius, _penalties, _standardize
+from barlow_loss._backends.triton import _frobenius, _input_gradients, _loss_terms, _standardize
 from barlow_loss._collectives import ALONE, Shards
 from barlow_loss._function import loss_and_sums
 from barlow_loss._plan import Plan
@@ -85,7 +85,7 @@ def test_the_face_under_autocast(algorithm):
     with torch.autocast("cpu", BF16), recorded_launches() as launches:
         got = evaluate(lambda a, b: barlow_twins_loss(a, b, algorithm=algorithm, return_terms=True), z1, z2)
     expected = truth(z1, z2)
-    assert {"fused_standardize_kernel", "penalties_kernel", "backproject_kernel"} <= {
+    assert {"fused_standardize_kernel", "loss_terms_kernel", "input_gradients_kernel"} <= {
         launch.kernel for launch in launches
     }
     assert_near(got.loss, expected.loss, 2e-3 * float(expected.loss))
@@ -211,17 +211,17 @@ def _opcheck_cases():
         "column_sums": (_standardize.column_sums, (z[0], z[1], pivot)),
         "standardize": (_standardize.standardize, (z[0], z[1], pivot, pivot, pivot, F32)),
         "frobenius": (_frobenius.frobenius, (k, k)),
-        "penalties": (_penalties.penalties, (c, k.flatten(), None, 0.1, 1.0, None, True, F32)),
-        "penalties of a tensor": (_penalties.penalties, (c, k.flatten(), one, 0.0, 1.1, None, False, F32)),
-        "backproject": (
-            _backproject.backproject,
+        "loss_terms": (_loss_terms.loss_terms, (c, k.flatten(), None, 0.1, 1.0, None, True, F32)),
+        "penalties of a tensor": (_loss_terms.loss_terms, (c, k.flatten(), one, 0.0, 1.1, None, False, F32)),
+        "input_gradients": (
+            _input_gradients.input_gradients,
             (u, u[0], u[1], None, None, c, rho, one, None, None, None, 0.1, 1.0, True, 10, BF16),
         ),
         "backproject of one": (
-            _backproject.backproject,
+            _input_gradients.input_gradients,
             (u, None, u[1], None, c, c, rho, None, one, one, one, 0.0, 1.1, False, 10, F32),
         ),
-        "column_dots": (_backproject.column_dots, (u[0], u[1])),
+        "column_dots": (_input_gradients.column_dots, (u[0], u[1])),
     }
 
 

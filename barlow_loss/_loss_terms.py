@@ -1,6 +1,6 @@
 """The loss from the sums of C, and what the gradients of the loss and of its terms mean for those sums.
 
-on = Σ_i (C_ii − τ)²,    off = Σ_{i≠j} C_ij²,    L = on + λ off,    τ = 1 but for another definition of the deviation
+on = Σ_i (C_ii − τ)²,    off = Σ_{i≠j} C_ij²,    L = on + λ off,    τ = 1 unless ``correction`` is 1
 
 a = ∂/∂on,  b = ∂/∂off  of whatever the caller differentiates:  a = g_L + g_on,  b = λ g_L + g_off
 """
@@ -20,13 +20,13 @@ from barlow_loss._plan import vector_dtype
 if TYPE_CHECKING:
     from barlow_loss._plan import Plan
 
-__all__ = ["Arriving", "Number", "number", "penalties", "slopes"]
+__all__ = ["GradOutputs", "Number", "gradients_of_sums", "loss_terms", "number"]
 
 Number = float | Tensor
 
 
-class Arriving(NamedTuple):
-    """The gradients that arrive for L, on and off, 0-d, None where a term is not used, but not all; and λ."""
+class GradOutputs(NamedTuple):
+    """The incoming gradients of L, on and off, 0-d; None where a term is not used, but not all three. And λ."""
 
     loss: Tensor | None
     on_diagonal: Tensor | None
@@ -35,35 +35,35 @@ class Arriving(NamedTuple):
 
 
 def number(t: Tensor, on_host: bool) -> Number:
-    """A 0-d tensor's value where reading it waits for nothing, else the tensor.
+    """A 0-d tensor's value where reading it does not synchronise, else the tensor.
 
     Arithmetic with floats costs nothing, where an operation on a 0-d tensor costs some µs.
     """
     return t.item() if on_host else t
 
 
-def penalties(
-    c: Tensor, squares: Tensor, lambd: float | Tensor, holds_diagonal: bool, plan: Plan
+def loss_terms(
+    c: Tensor, squares: Tensor, lambd: float | Tensor, includes_diagonal: bool, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L, on and off, 0-d in ``plan.compute_dtype``, from C_ii, (D,) or (P, D), and parts of Σ C_ij², of any shape.
 
     Of P pairs of views on and off are the weighted means, and the parts are weighted already.
 
-    Where the parts hold the diagonal it is taken off: below 0 only by rounding, where nothing is left. The gradient
-    knows nothing of that clamp.
+    Where the parts include the diagonal it is subtracted. What is left is below 0 by rounding only, and clamped; the
+    clamp has no gradient.
     """
     if not plan.on_host or c.numel() > 4096:  # in float32 a million squares lose two digits
         c = c.to(vector_dtype(c.device))
     e = c - plan.diagonal_target
     on, total = _sum_of_squares(e, plan), squares.sum()
     off: Number = total.item() if plan.on_host else total
-    if holds_diagonal:
+    if includes_diagonal:
         off = off - _sum_of_squares(c, plan)
         off = off.clamp_min(0) if isinstance(off, Tensor) else max(off, 0.0)  # in this order: NaN stays
     dtype = plan.compute_dtype
     scalar = functools.partial(torch.scalar_tensor, dtype=dtype, device=c.device)
     if isinstance(lambd, Tensor) or isinstance(on, Tensor) or isinstance(off, Tensor):
-        # Copies: compiled by torch 2.11, an output of a .to() without effect loses its gradient without a word.
+        # Copies: compiled by torch 2.11, an output of a .to() without effect silently loses its gradient.
         on_diagonal, off_diagonal = (
             total.to(dtype, copy=True) if isinstance(total, Tensor) else scalar(total) for total in (on, off)
         )
@@ -87,10 +87,10 @@ def _sum_of_squares(c: Tensor, plan: Plan) -> Number:
     return sum(weight * total for weight, total in zip(weights_of_pairs(plan.weights), sums, strict=True))
 
 
-def slopes(arriving: Arriving, plan: Plan) -> tuple[Number, Number]:
+def gradients_of_sums(grad_outputs: GradOutputs, plan: Plan) -> tuple[Number, Number]:
     """a and b."""
-    of_loss, of_on, of_off, lambd = (
+    grad_loss, grad_on, grad_off, lambd = (
         number(given, plan.on_host) if isinstance(given, Tensor) else 0.0 if given is None else given
-        for given in arriving
+        for given in grad_outputs
     )
-    return of_loss + of_on, lambd * of_loss + of_off
+    return grad_loss + grad_on, lambd * grad_loss + grad_off

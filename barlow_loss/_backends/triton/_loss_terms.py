@@ -14,7 +14,7 @@ from torch import Tensor  # noqa: TC002
 
 from barlow_loss._backends.triton._launch import TL_DTYPES, Kernel, alignments, operation
 
-__all__ = ["penalties"]
+__all__ = ["loss_terms"]
 
 _BLOCK = 1024
 
@@ -29,9 +29,9 @@ def load_lambd(weight, lambd):
 
 
 @triton.jit(do_not_specialize=["n_parts"])
-def penalties_kernel(
+def loss_terms_kernel(
     c, parts, weight, loss, on_diagonal, off_diagonal, d, n_parts, lambd: tl.float64, target: tl.float64,
-    WEIGHTS: tl.constexpr, PAIRS: tl.constexpr, HOLDS_DIAGONAL: tl.constexpr,
+    WEIGHTS: tl.constexpr, PAIRS: tl.constexpr, INCLUDES_DIAGONAL: tl.constexpr,
     BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     on = tl.zeros((BLOCK,), tl.float64)
@@ -44,10 +44,10 @@ def penalties_kernel(
             index = start + tl.arange(0, BLOCK)
             c_ii = tl.load(c + pair * d + index, mask=index < d, other=0.0)
             on += WEIGHTS[pair] * tl.where(index < d, (c_ii - target) * (c_ii - target), 0.0)
-            if HOLDS_DIAGONAL:
+            if INCLUDES_DIAGONAL:
                 off -= WEIGHTS[pair] * c_ii * c_ii
     total_off = tl.sum(off, 0)
-    if HOLDS_DIAGONAL:
+    if INCLUDES_DIAGONAL:
         total_off = tl.where(total_off < 0, 0.0, total_off)  # unlike tl.maximum, it keeps NaN
     rounded_on = tl.sum(on, 0).to(COMPUTE)
     rounded_off = total_off.to(COMPUTE)
@@ -56,22 +56,22 @@ def penalties_kernel(
     tl.store(loss, rounded_on + load_lambd(weight, lambd).to(COMPUTE) * rounded_off)
 
 
-_penalties = Kernel(penalties_kernel)
+_loss_terms = Kernel(loss_terms_kernel)
 
 
 def _scalars(c: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return c.new_empty((), dtype=dtype), c.new_empty((), dtype=dtype), c.new_empty((), dtype=dtype)
 
 
-@operation("penalties")
-def penalties(
+@operation("loss_terms")
+def loss_terms(
     c: Tensor,
     parts: Tensor,
     weight: Tensor | None,
     lambd: float,
     target: float,
     weights: list[float] | None,
-    holds_diagonal: bool,
+    includes_diagonal: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L, on and off, 0-d in ``dtype``; λ is ``weight`` if there is one; target: τ; weights: of pairs, if several."""
@@ -79,14 +79,14 @@ def penalties(
     d = c.shape[-1]
     args = c, parts, weight, *terms, d, parts.numel(), lambd, target
     of_pairs = (1.0,) if weights is None else tuple(weights)
-    constants = of_pairs, len(of_pairs), holds_diagonal, _BLOCK, TL_DTYPES[dtype]
-    key = d, of_pairs, holds_diagonal, dtype, *alignments(parts, weight)
+    constants = of_pairs, len(of_pairs), includes_diagonal, _BLOCK, TL_DTYPES[dtype]
+    key = d, of_pairs, includes_diagonal, dtype, *alignments(parts, weight)
     # Without fusion, so that on + λ·off rounds twice, and is the loss to the last bit.
-    _penalties.launch(c, 1, key, args, constants, num_warps=4, enable_fp_fusion=False)
+    _loss_terms.launch(c, 1, key, args, constants, num_warps=4, enable_fp_fusion=False)
     return terms
 
 
-@penalties.register_fake
+@loss_terms.register_fake
 def _(
     c: Tensor,
     parts: Tensor,
@@ -94,7 +94,7 @@ def _(
     lambd: float,
     target: float,
     weights: list[float] | None,
-    holds_diagonal: bool,
+    includes_diagonal: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _scalars(c, dtype)

@@ -4,7 +4,7 @@ r"""The end of the backward: the diagonal term and the standardisation, of both 
     d = 2a (C_ii − τ), or 2a (C_ii − τ) − 2b C_ii where C̃ holds the diagonal,    a = g_L + g_on,  b = λ g_L + g_off
 
 A program owns a block of features and walks over the rows, first for q where it is not given, then for the gradients.
-What is per feature is float64. The gradients that arrive and λ are read on the device.
+Vectors over the features are float64. The incoming gradients and λ are read on the device.
 
 Bytes, elements of u and P of t bytes, of z of s: 2·N·D·(2·2t + s), or 2·N·D·(2t + s) where q is given.
 """
@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from barlow_loss._backends.triton._launch import Kernel, alignments, column_tile, operation
-from barlow_loss._backends.triton._penalties import load_lambd
+from barlow_loss._backends.triton._loss_terms import load_lambd
 
-__all__ = ["backproject", "column_dots"]
+__all__ = ["column_dots", "input_gradients"]
 
 
 @triton.jit
@@ -60,10 +60,10 @@ def _store_gradient(dz, gradient, rows, cols, n, d):
 
 
 @triton.jit(do_not_specialize=["n", "u_rows"])
-def backproject_kernel(
-    p1, p2, q1, q2, u, c, rho, of_loss, of_on, of_off, weight, dz1, dz2,
+def input_gradients_kernel(
+    p1, p2, q1, q2, u, c, rho, grad_loss, grad_on, grad_off, weight, dz1, dz2,
     n, d, p_cols, u_rows, u_cols, lambd: tl.float64, target: tl.float64,
-    HOLDS_DIAGONAL: tl.constexpr, HAS_Q: tl.constexpr,
+    INCLUDES_DIAGONAL: tl.constexpr, HAS_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -89,11 +89,11 @@ def backproject_kernel(
     c_ii = _vector(c, cols, d)
     rho1 = _vector(rho, cols, d)
     rho2 = _vector(rho + d, cols, d)
-    arrived = _given(of_loss)
-    a = arrived + _given(of_on)
-    b = load_lambd(weight, lambd) * arrived + _given(of_off)
+    arrived = _given(grad_loss)
+    a = arrived + _given(grad_on)
+    b = load_lambd(weight, lambd) * arrived + _given(grad_off)
     d_ii = 2 * a * (c_ii - target)
-    if HOLDS_DIAGONAL:
+    if INCLUDES_DIAGONAL:
         d_ii -= 2 * b * c_ii
     alpha1 = (2 * b * rho1).to(COMPUTE)[None, :]
     alpha2 = (2 * b * rho2).to(COMPUTE)[None, :]
@@ -123,7 +123,7 @@ def column_dots_kernel(a, b, q, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constex
     tl.store(q + cols, tl.sum(dots, 0).to(tl.float64), mask=cols < d)
 
 
-_backproject = Kernel(backproject_kernel)
+_input_gradients = Kernel(input_gradients_kernel)
 _column_dots = Kernel(column_dots_kernel)
 
 
@@ -132,8 +132,8 @@ def _gradients(u: Tensor, p1: Tensor | None, p2: Tensor | None, n: int, d: int, 
     return [u.new_empty((0 if p is None else n, d), dtype=dtype) for p in (p1, p2)]
 
 
-@operation("backproject")
-def backproject(
+@operation("input_gradients")
+def input_gradients(
     u: Tensor,
     p1: Tensor | None,
     p2: Tensor | None,
@@ -141,13 +141,13 @@ def backproject(
     q2: Tensor | None,
     c: Tensor,
     rho: Tensor,
-    of_loss: Tensor | None,
-    of_on: Tensor | None,
-    of_off: Tensor | None,
+    grad_loss: Tensor | None,
+    grad_on: Tensor | None,
+    grad_off: Tensor | None,
     weight: Tensor | None,
     lambd: float,
     target: float,
-    holds_diagonal: bool,
+    includes_diagonal: bool,
     n: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
@@ -158,15 +158,15 @@ def backproject(
         return dz1, dz2
     tile = column_tile(d, u.dtype)
     p_cols, (_, u_rows, u_cols) = given.shape[1], u.shape
-    tensors = p1, p2, q1, q2, u, c, rho, of_loss, of_on, of_off, weight, dz1, dz2
-    key = dtype, d, p_cols, holds_diagonal, *alignments(*tensors[:-2])  # those saved may come back from elsewhere
+    tensors = p1, p2, q1, q2, u, c, rho, grad_loss, grad_on, grad_off, weight, dz1, dz2
+    key = dtype, d, p_cols, includes_diagonal, *alignments(*tensors[:-2])  # those saved may come back from elsewhere
     args = *tensors, n, d, p_cols, u_rows, u_cols, lambd, target
-    constants = holds_diagonal, q1 is not None or q2 is not None, *tile[:3]
-    _backproject.launch(u, tile.programs(d), key, args, constants, num_warps=tile.warps)
+    constants = includes_diagonal, q1 is not None or q2 is not None, *tile[:3]
+    _input_gradients.launch(u, tile.programs(d), key, args, constants, num_warps=tile.warps)
     return dz1, dz2
 
 
-@backproject.register_fake
+@input_gradients.register_fake
 def _(u: Tensor, p1: Tensor | None, p2: Tensor | None, q1: object, q2: object, c: Tensor, *rest: Any) -> Any:
     n, dtype = rest[-2:]
     return tuple(_gradients(u, p1, p2, n, c.shape[0], dtype))

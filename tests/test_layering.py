@@ -15,8 +15,8 @@ PACKAGE = Path(barlow_loss.__file__).parent
 LAYERS = [
     {""},
     {"diagnostics", "mixed"},
-    {"loss", "normalization", "projector", "vicreg", "_report"},
-    {"_function", "_normalize", "_vicreg"},
+    {"loss", "normalization", "projector", "vicreg", "_ranks", "_report"},
+    {"_function", "_normalize", "_rows", "_vicreg"},
     {"_primal", "_dual_sharded", "_gram_norm"},
     {"_dual"},
     {"_backends"},

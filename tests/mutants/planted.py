@@ -507,6 +507,22 @@ FACE = [
         ("rank-settings-differ-unnoticed", 'return {"center": center}', "return {}"),
     ),
     *_in(
+        "barlow_loss/monitoring.py",
+        ("tests/test_monitoring.py",),
+        ("validation-counts-as-a-step", "if torch.is_grad_enabled() and _have", "if _have"),
+        ("compiled-step-waits", "return can_wait(views[0]) and not is_traced(*views)", "return True"),
+        ("a-step-counts-twice", "if step != self._last:", "if True:"),
+        ("settings-of-the-monitor-win", "self._settings | settings", "settings | self._settings"),
+        ("a-good-report-forgives-nothing", "self._bad + 1 if reason else 0", "self._bad + 1 if reason else self._bad"),
+        ("first-steps-are-judged", "if step < self.after:", "if False:"),
+    ),
+    *_in(
+        "barlow_loss/monitoring.py",
+        ("tests/distributed/test_monitoring_global.py",),
+        ("every-process-logs", "if is_first(group):", "if group:"),
+        ("a-gate-speaks-for-its-process", "if group.size == 1 or not any(", "if group.size or not any("),
+    ),
+    *_in(
         "barlow_loss/_report.py",
         DIAGNOSTICS,
         ("attainable-rank-without-the-centring", "min(self.n - 1, self.d)", "min(self.n, self.d)"),

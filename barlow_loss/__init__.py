@@ -6,6 +6,7 @@ from types import ModuleType
 from barlow_loss.diagnostics import CollapseReport, PairReports, collapse_report, cross_correlation
 from barlow_loss.loss import BarlowTwinsLoss, BarlowTwinsTerms, barlow_twins_loss
 from barlow_loss.mixed import MixedBarlowTwinsLoss, MixedBarlowTwinsTerms, mixed_barlow_twins_loss
+from barlow_loss.monitoring import CollapseGate, CollapseMonitor, TrainingCollapsed
 from barlow_loss.normalization import DistributedBatchNorm, standardize
 from barlow_loss.projector import Projector
 from barlow_loss.vicreg import VICRegLoss, VICRegTerms, vicreg_loss
@@ -13,12 +14,15 @@ from barlow_loss.vicreg import VICRegLoss, VICRegTerms, vicreg_loss
 __all__ = [
     "BarlowTwinsLoss",
     "BarlowTwinsTerms",
+    "CollapseGate",
+    "CollapseMonitor",
     "CollapseReport",
     "DistributedBatchNorm",
     "MixedBarlowTwinsLoss",
     "MixedBarlowTwinsTerms",
     "PairReports",
     "Projector",
+    "TrainingCollapsed",
     "VICRegLoss",
     "VICRegTerms",
     "barlow_twins_loss",

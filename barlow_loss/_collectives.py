@@ -26,6 +26,7 @@ __all__ = [
     "gather_rows",
     "gather_texts",
     "group_of",
+    "is_first",
     "once_even",
 ]
 
@@ -81,6 +82,11 @@ def group_of(caller: str, process_group: Any, synchronize: bool = True) -> Group
         return ALONE
     size = dist.get_world_size(process_group)
     return Group(size, process_group) if size > 1 else ALONE
+
+
+def is_first(group: Group) -> bool:
+    """Whether this process is the one that speaks for the group."""
+    return group.size == 1 or dist.get_rank(group.handle) == 0
 
 
 def only_alone(caller: str, group: Group, what: str) -> None:

@@ -6,25 +6,36 @@ Nothing here is differentiable. With several processes everything is about the b
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from barlow_loss._collectives import Shards, all_reduce_matrix, gather_rows, group_of
-from barlow_loss._header import MustMatch, check_on_all_ranks, check_samples
+from barlow_loss._collectives import Shards, all_reduce_matrix
+from barlow_loss._header import MustMatch, check_samples
 from barlow_loss._normalize import normalize
 from barlow_loss._pairs import pairs_of
-from barlow_loss._plan import autocast_disabled, vector_dtype
+from barlow_loss._plan import autocast_disabled
+from barlow_loss._ranks import alpha_req, effective_rank, lidar
 from barlow_loss._report import CollapseReport, PairReports
-from barlow_loss._validation import check_eps, check_flags, check_tensor, check_views, check_weight
+from barlow_loss._rows import agreed, rows_of_all
+from barlow_loss._validation import check_eps, check_views, check_weight
 from barlow_loss.loss import barlow_twins_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["CollapseReport", "PairReports", "collapse_report", "cross_correlation", "effective_rank", "noise_floor"]
+__all__ = [
+    "CollapseReport",
+    "PairReports",
+    "alpha_req",
+    "collapse_report",
+    "cross_correlation",
+    "effective_rank",
+    "lidar",
+    "noise_floor",
+]
 
 
 @overload
@@ -130,60 +141,6 @@ def noise_floor(n: int, d: int) -> float:
     return d * (d - 1) / (n - 1)
 
 
-@torch.no_grad()
-def effective_rank(z: Tensor, *, center: bool = False) -> float:
-    r"""RankMe: how many directions the embeddings really use, a smooth rank.
-
-    .. math::
-        p_k = \sigma_k / \sum_j \sigma_j, \qquad \text{rank} = \exp\Big(-\sum_k p_k \log p_k\Big)
-
-    with the singular values σ of the N×D matrix z. The paper adds 1e-7 to p against log 0; here 0·log 0 = 0, and
-    singular values that float64 cannot tell from 0 are 0. The smaller of the two Gram matrices is decomposed, in
-    float64: 2·N·D·min(N, D) FLOPs and a symmetric eigenvalue problem of size min(N, D).
-
-    Args:
-        z: embeddings, (N, D) with N, D ≥ 1, any floating dtype.
-        center: subtract the mean of each feature first, as the loss does. False is RankMe as published, in which a
-            large common mean counts as a direction, and hides the others.
-
-    Returns:
-        Between 1 and min(N, D), or min(N − 1, D) if centred; 0 if all (centred) embeddings are 0; NaN if a value is
-        not finite. It grows with N: compare only values of the same N.
-
-    Raises:
-        TypeError: ``z`` is not a floating tensor.
-        ValueError: ``z`` is not (N, D) with N, D ≥ 1.
-
-    Example:
-        >>> round(effective_rank(torch.eye(4)), 6)
-        4.0
-        >>> round(effective_rank(torch.ones(4, 3)), 6)
-        1.0
-
-    Source: Garrido et al. (2023), arXiv 2210.02885, equation 1, after the effective rank of Roy & Vetterli (2007).
-    """
-    check_tensor("effective_rank", "z", z)
-    if z.ndim != 2 or z.numel() == 0:
-        raise ValueError(
-            f"effective_rank: expected z of shape (N, D) with N, D ≥ 1, got {tuple(z.shape)}. Flatten or pool it first."
-        )
-    x = z.to(vector_dtype(z.device))
-    if center:
-        x = x - x.mean(dim=0)
-    largest = x.abs().max()
-    if not largest.isfinite():
-        return math.nan
-    if largest == 0:
-        return 0.0
-    x = x / largest
-    gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
-    squares = cast("Tensor", torch.linalg.eigvalsh(gram))  # pyright: ignore[reportUnknownMemberType]
-    resolution = squares[-1] * gram.shape[0] * torch.finfo(gram.dtype).eps
-    sigma = torch.where(squares > resolution, squares, 0).sqrt()
-    p = sigma / sigma.sum()
-    return math.exp(-torch.xlogy(p, p).sum().item())
-
-
 @overload
 def collapse_report(
     z1: Tensor,
@@ -259,8 +216,8 @@ def collapse_report(
     views = z1, z2, *others
     shards = _agreed("collapse_report", views, process_group, synchronize, eps=eps, lambd=lambd)
     dtype = views[0].dtype
-    whole = [gather_rows(shards, z).to(vector_dtype(z.device)) for z in views]
-    ranks = [effective_rank(z, center=True) for z in whole]
+    whole = [rows_of_all(shards, z) for z in views]
+    ranks = [effective_rank(z, center=True, synchronize=False) for z in whole]
     reports = {
         (i, j): _report((whole[i], whole[j]), (ranks[i], ranks[j]), dtype, float(lambd), float(eps))
         for i, j in pairs_of(len(views))
@@ -309,16 +266,13 @@ def _agreed(
 ) -> Shards:
     """Check views and settings, on every process of the group."""
 
-    def check() -> tuple[int, MustMatch]:
-        check_flags(caller, synchronize=synchronize)
-        z1 = check_views(caller, *views)[0]
+    def check() -> MustMatch:
+        check_views(caller, *views)
         check_eps(caller, settings["eps"])
         check_weight(caller, "lambd", settings.get("lambd", 0.0), 0.0051)
-        named = {name: float(value) for name, value in settings.items()}
-        must_match = {"D": z1.shape[1], "views": len(views), "dtype": z1.dtype, "device": z1.device.type, **named}
-        return z1.shape[0], must_match
+        return {name: float(value) for name, value in settings.items()}
 
-    shards = check_on_all_ranks(caller, group_of(caller, process_group, synchronize), views[0], check)
+    shards = agreed(caller, views, process_group, synchronize, check)
     check_samples(caller, views[0], shards)
     return shards
 

@@ -9,7 +9,7 @@ by a fixed random network. Without being told, the encoder must find what the vi
 import torch
 from torch import Tensor, nn
 
-from barlow_loss import BarlowTwinsLoss, Projector, collapse_report
+from barlow_loss import BarlowTwinsLoss, CollapseGate, CollapseMonitor, Projector, collapse_report
 
 CONTENT, STYLE, OBSERVED, FEATURES = 4, 24, 64, 16
 
@@ -39,6 +39,7 @@ def main() -> None:
 
     projector = Projector(FEATURES, hidden_features=256, out_features=512, num_layers=2)
     loss_fn = BarlowTwinsLoss(lambd=0.0051)
+    monitor = CollapseMonitor(every=100, gate=CollapseGate())  # a line every 100 steps, and an end if all collapses
     optimizer = torch.optim.AdamW([*encoder.parameters(), *projector.parameters()], lr=2e-3)
     for step in range(301):
         batch = torch.randn(256, CONTENT)
@@ -47,8 +48,7 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 100 == 0:
-            print(f"step {step:3d}  loss {loss.item():6.1f}")
+        monitor(step, z1, z2)
 
     print(f"\n{collapse_report(z1, z2)}\n")
     after = explained(encoder(observed), content)

@@ -13,10 +13,11 @@ PACKAGE = Path(barlow_loss.__file__).parent
 
 # Top to bottom; a module imports from lower rows only. "" is the package itself, barlow_loss/__init__.py.
 LAYERS = [
-    {""},
+    {"", "lightning"},
+    {"monitoring"},
     {"diagnostics", "mixed"},
-    {"loss", "normalization", "projector", "vicreg", "_report"},
-    {"_function", "_normalize", "_vicreg"},
+    {"loss", "normalization", "projector", "vicreg", "_ranks", "_report"},
+    {"_function", "_normalize", "_rows", "_vicreg"},
     {"_primal", "_dual_sharded", "_gram_norm"},
     {"_dual"},
     {"_backends"},
@@ -111,11 +112,17 @@ def test_only_collectives_imports_torch_distributed():
 
 
 def test_the_only_dependency_is_torch():
-    """And in the Triton backend, which is imported where it was chosen, triton."""
+    """And of what is imported where it was chosen: triton in its backend, Lightning in the callback."""
     allowed = {"torch", "barlow_loss"} | set(sys.stdlib_module_names)
     for module in MODULES:
+        chosen = {"triton"} if module.startswith("_backends.triton") else set()
+        chosen |= {"lightning", "pytorch_lightning"} if module == "lightning" else set()
         imported = {name.partition(".")[0] for name in _imports_of(module)}
-        assert imported <= allowed | ({"triton"} if module.startswith("_backends.triton") else set()), module
+        assert imported <= allowed | chosen, module
+
+
+def test_nothing_imports_what_needs_lightning():
+    assert not [module for module in MODULES if "lightning" in _package_imports_of(module)]
 
 
 @pytest.fixture(scope="module")

@@ -31,10 +31,10 @@ from barlow_recipes import command_line, folders, small
 from barlow_recipes.command_line import Device, Positive, Real, optional_value, own_cores
 from barlow_recipes.errors import Aborted, UsageError, require
 from barlow_recipes.fashion_mnist import INSTALLED, PACKAGE, is_fashion_mnist
-from barlow_recipes.looking import versions
 from barlow_recipes.metrics import read_rows
 from barlow_recipes.outputs import BACKBONE, METRICS, RESULTS, replacing
 from barlow_recipes.program import exit_status, start
+from barlow_recipes.reporting import versions
 from barlow_recipes.small import DIGITS, FASHION, FOUR_VIEWS, LOCAL_CROPS, PRETRAINED, VIEWS
 
 # Of pretraining. On either data all three take the same time, for a step with four views takes twice one with two, and
@@ -67,7 +67,7 @@ class Settings:
     check: File = None  # run nothing: fail if README.md has not the table of these results
     readme: Path = Path("README.md")  # where the table goes
 
-    def shaping(self) -> dict[str, Any]:
+    def must_match(self) -> dict[str, Any]:
         """What decides about the numbers."""
         epochs = {name: self.epochs_of(name, PRETRAINED) for name in self.only}
         return {"tasks": list(self.only), "seeds": self.seeds, "epochs": epochs, "effort": self.effort}
@@ -110,7 +110,7 @@ def evaluate(settings: Settings, device: torch.device) -> None:
     processes = min(settings.processes or (own_cores() if device.type == "cpu" else 1), len(wanted))
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     results: Result = {
-        "settings": settings.shaping(),
+        "settings": settings.must_match(),
         "environment": {"device": place, "processes": processes, "cores": own_cores(), "versions": versions()},
         "data": {name: small.load(name, settings.data).sizes() for name in settings.only},
         "jobs": {},

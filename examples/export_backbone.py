@@ -159,10 +159,10 @@ def read_record(weights: Path) -> dict[str, Any]:
     epoch = file.content["epoch"] if file.layout == OFFICIAL else newest.get("epoch", {}).get("epoch")
     settings = newest.get("settings") or file.content.get("settings", {})
     command = " ".join(settings.get("command", [])) or None
-    told = {**settings, "command": command, "steps done": step, "epochs done": epoch}
+    described = {**settings, "command": command, "steps done": step, "epochs done": epoch}
     return {
         "layout": file.layout,
-        "settings": {key: value for key, value in told.items() if value is not None and key != "kind"},
+        "settings": {key: value for key, value in described.items() if value is not None and key != "kind"},
         "accuracies": {row["representation"]: row for row in rows if row["kind"] == "evaluation"},
     }
 

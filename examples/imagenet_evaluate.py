@@ -39,18 +39,26 @@ from barlow_recipes.classifier import (
     Recipe,
     accuracies,
     build_optimizer,
-    shared,
+    data_parallel,
     train_epoch,
     write_classifier,
 )
 from barlow_recipes.command_line import Positive, Real, as_flags
 from barlow_recipes.data import seed_of
-from barlow_recipes.distributed import from_main, is_main
+from barlow_recipes.distributed import is_rank_zero, on_rank_zero
 from barlow_recipes.encoders import Encoder
 from barlow_recipes.errors import Aborted, UsageError, require
-from barlow_recipes.files import Catalogue
+from barlow_recipes.files import ImageIndex
 from barlow_recipes.images import look_at_some
-from barlow_recipes.labelled import Reading, Tree, centres, from_list, load_tree, stratified, training_images
+from barlow_recipes.labelled import (
+    ImageFolders,
+    ReadingSettings,
+    centres,
+    from_list,
+    load_tree,
+    stratified,
+    training_images,
+)
 from barlow_recipes.metrics import Metrics, aligned
 from barlow_recipes.probes import nearest
 from barlow_recipes.program import exit_status, start
@@ -67,10 +75,10 @@ Result = dict[str, Any]
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; its exit status is that of :func:`~barlow_recipes.program.exit_status`."""
-    return exit_status(lambda: run(argv), OUT_OF_MEMORY)
+    return exit_status(lambda: launch(argv), OUT_OF_MEMORY)
 
 
-def run(argv: Sequence[str] | None) -> None:
+def launch(argv: Sequence[str] | None) -> None:
     """Index the images, load the encoder, go through the protocols, tell."""
     started = time.perf_counter()
     settings = command_line.read(Settings, argv, __doc__ or "")
@@ -90,22 +98,22 @@ def run(argv: Sequence[str] | None) -> None:
     encoder = find_encoder(settings.weights, settings.arch, settings.stem, *images)
     if encoder.shape[0] != settings.channels:
         raise UsageError(f"--channels {settings.channels}: {encoder.arch} takes images of {encoder.shape[0]} alone")
-    now = Run(settings, device, encoder._replace(module=encoder.module.to(device).eval()), tree, trained)
+    run = Run(settings, device, encoder._replace(module=encoder.module.to(device).eval()), tree, trained)
     default = Path("runs") / f"{tree.name}-evaluation"
     saved = folders.load(folders.find(settings, default), PARTS)
-    with folders.opened(settings, default, now.shaping, saved, unit="epoch") as (now.out, now.metrics):
+    with folders.opened(settings, default, run.must_match, saved, unit="epoch") as (run.out, run.metrics):
         if saved:
-            now.resume(saved.content)
-        print(now.introduction())
-        for name in [name for name in wanted if name not in now.results]:
-            now.finish(name)
-        distributed.from_main(now.write_results)
-        print("\n" + now.table(), end="\n\n")
-        print(f"{time.perf_counter() - started:.0f} seconds. Results: {now.out}")
+            run.resume(saved.content)
+        print(run.introduction())
+        for name in [name for name in wanted if name not in run.results]:
+            run.finish(name)
+        distributed.on_rank_zero(run.write_results)
+        print("\n" + run.table(), end="\n\n")
+        print(f"{time.perf_counter() - started:.0f} seconds. Results: {run.out}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Reading):
+class Settings(ReadingSettings):
     """The flags; a number that is None is the published one of each protocol, [in brackets]."""
 
     data: Path  # folder with the images in train/ and in val/ or test/, one folder per class
@@ -144,11 +152,11 @@ class Protocol(NamedTuple):
 
     name: str
     recipe: Recipe
-    train: Catalogue
+    train: ImageIndex
     source: str  # of the images, in words
 
 
-def find_protocol(name: str, settings: Settings, tree: Tree) -> Protocol:
+def find_protocol(name: str, settings: Settings, tree: ImageFolders) -> Protocol:
     """With its recipe and its labelled images."""
     recipe, percent = settings.recipe(name), PERCENT.get(name)
     if percent is None:
@@ -165,7 +173,7 @@ class Run:
     settings: Settings
     device: torch.device
     encoder: Encoder
-    tree: Tree
+    tree: ImageFolders
     protocols: dict[str, Protocol]  # those that train
     out: Path = Path()
     metrics: Metrics = field(default_factory=lambda: Metrics(None))
@@ -174,26 +182,26 @@ class Run:
     begun: dict[str, Any] | None = None  # the checkpoint of a protocol that is not done
 
     @cached_property
-    def shaping(self) -> dict[str, Any]:
+    def must_match(self) -> dict[str, Any]:
         """What decides about the results, in plain values: what a checkpoint must share with its continuation."""
         names = ("image_size", "batch_size", "precision", "seed", "channels", "value_range", "mean", "std")
-        shaping = {name: getattr(self.settings, name) for name in (*names, "neighbours")} | {
+        must_match = {name: getattr(self.settings, name) for name in (*names, "neighbours")} | {
             "images of --data": self.tree.fingerprint(),
             "--weights": digest(self.encoder.module),
             "protocols": [name for name in PROTOCOLS if name in self.settings.protocols],
         }
         for name, recipe, train, _ in self.protocols.values():
             values = asdict(recipe) | {"images": train.fingerprint()}
-            shaping |= {f"{name} {key}": value for key, value in values.items()}
-        return shaping
+            must_match |= {f"{name} {key}": value for key, value in values.items()}
+        return must_match
 
     def resume(self, saved: dict[str, Any]) -> None:
         self.results, self.step = saved["results"], saved["step"]
         self.begun = saved if "model" in saved else None
 
     def save(self, **state: Any) -> None:
-        state |= {"settings": self.shaping, "results": self.results, "step": self.step}
-        from_main(lambda: checkpoint.save(self.out / outputs.CHECKPOINT, state, keep_previous=True))
+        state |= {"settings": self.must_match, "results": self.results, "step": self.step}
+        on_rank_zero(lambda: checkpoint.save(self.out / outputs.CHECKPOINT, state, keep_previous=True))
 
     def finish(self, name: str) -> None:
         """Measure by a protocol, and keep the result."""
@@ -221,7 +229,12 @@ class Run:
         for name, result in self.results.items():
             self.metrics.add("evaluation", {"step": self.step, "protocol": name, **result})
         encoder = {"weights": self.encoder.source, "arch": self.encoder.arch, "stem": self.encoder.stem}
-        facts = {**encoder, "data": str(self.settings.data), "settings": self.shaping, "protocols": self.results}
+        facts = {
+            **encoder,
+            "data": str(self.settings.data),
+            "settings": self.must_match,
+            "protocols": self.results,
+        }
         with outputs.replacing(self.out / outputs.RESULTS) as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
@@ -254,7 +267,9 @@ def train(run: Run, protocol: Protocol) -> Result:
         training.load_state_dict(run.begun)
     tqdm, steps = require("tqdm", "the progress bar").tqdm, len(training.images)
     shown = {"desc": protocol.name, "unit": "step", "dynamic_ncols": True, "initial": training.epoch * steps}
-    with tqdm(total=epochs * steps, disable=None if is_main() else True, **shown) as bar:  # None: without a terminal
+    with tqdm(
+        total=epochs * steps, disable=None if is_rank_zero() else True, **shown
+    ) as bar:  # None: without a terminal
         while training.epoch < epochs:
             row = training.next_epoch(bar)
             run.step += 1
@@ -264,7 +279,7 @@ def train(run: Run, protocol: Protocol) -> Result:
             run.save(**training.state_dict())
     path = run.out / f"classifier-{protocol.name}.safetensors"
     kept = training.classifier, run.encoder, run.tree.classes, run.settings.image_size
-    from_main(lambda: write_classifier(path, *kept))
+    on_rank_zero(lambda: write_classifier(path, *kept))
     described = {"labels": protocol.source, "training_images": len(protocol.train), "recipe": asdict(protocol.recipe)}
     return {**training.result, **described, "file": path.name}
 
@@ -281,7 +296,7 @@ class _Training:
         self.schedule = LambdaLR(self.optimizer, protocol.recipe.factor)
         learner = self.classifier.fc if frozen else self.classifier
         self.parts: dict[str, Any] = {"model": learner, "optimizer": self.optimizer, "schedule": self.schedule}
-        self.network = shared(self.classifier)
+        self.network = data_parallel(self.classifier)
         self.images: Any = training_images(protocol.train, settings)
         self.validation = centres(run.tree.validation, settings)
         self.epoch = 0

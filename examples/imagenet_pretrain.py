@@ -26,31 +26,31 @@ from typing import Any
 import torch
 
 from barlow_loss import collapse_report
-from barlow_recipes import checkpoint, distributed, folders, looking
+from barlow_recipes import checkpoint, distributed, folders, reporting
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.digits import load_digits
-from barlow_recipes.distributed import from_main, is_main
+from barlow_recipes.distributed import is_rank_zero, on_rank_zero
 from barlow_recipes.encoders import freeze
 from barlow_recipes.errors import Aborted, Interrupted, Stopped, first_line, require
 from barlow_recipes.fashion_mnist import is_fashion_mnist, load_fashion_mnist
 from barlow_recipes.images import load_images
-from barlow_recipes.looking import versions
 from barlow_recipes.metrics import BAR, TensorBoard, WeightsAndBiases, accuracy_cells, aligned, epoch_line
 from barlow_recipes.models import BarlowTwins, build_model
-from barlow_recipes.official import find_official, go_on, initialize
+from barlow_recipes.official import initialize, read_official, resume_official
 from barlow_recipes.optimization import build_optimizer, build_schedule
 from barlow_recipes.outputs import BACKBONE
 from barlow_recipes.program import StopRequests, arrived, exit_status, start
+from barlow_recipes.reporting import versions
 from barlow_recipes.settings import BEFORE_MORE_VIEWS, Settings, read_settings
 from barlow_recipes.steps import Run, Step, Stopwatch, apply, check_health, gradients
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_status(lambda: run(read_settings(argv, __doc__ or "")))
+    return exit_status(lambda: launch(read_settings(argv, __doc__ or "")))
 
 
-def run(settings: Settings) -> None:
+def launch(settings: Settings) -> None:
     """Prepare, measure the baselines, pretrain, evaluate, draw."""
     started = time.perf_counter()
     require("matplotlib", "the curves")  # now, not hours later
@@ -61,13 +61,13 @@ def run(settings: Settings) -> None:
     name = data.name if settings.data is None else f"{data.name}-{settings.arch}"
     default = Path("runs") / re.sub(r"[^\w.-]+", "-", name)
     wanted = folders.find(settings, default)
-    theirs = find_official(wanted) if wanted else None
+    theirs = read_official(wanted) if wanted else None
     saved = None if theirs else folders.load(wanted)
     if saved:
         saved.content["settings"] = BEFORE_MORE_VIEWS | saved.content["settings"]
     begun = None  # in words, where the weights come from if they are not random
     if theirs:
-        begun = go_on(theirs, state, settings.learning_rate_biases, steps_per_epoch)
+        begun = resume_official(theirs, state, settings.learning_rate_biases, steps_per_epoch)
     elif settings.init and not saved:
         begun = initialize(state.model, settings.init, settings.init_strict)
     device = settings.device
@@ -76,25 +76,25 @@ def run(settings: Settings) -> None:
     opened = folders.opened(
         settings,
         default,
-        settings.shaping() | {"images": data.images},
+        settings.must_match() | {"images": data.images},
         saved,
         finished=BACKBONE,
         agreed={"the images of --data": data.fingerprint, "the weights that it begins with": begun},
-        told={"device": chip, "data": data.name} | versions(),
+        described={"device": chip, "data": data.name} | versions(),
         mirrors=[mirror for mirror, asked in mirrors.items() if asked],
     )
     with opened as (out, metrics), StopRequests() as requests:
         watch = Stopwatch(device, settings.batch_size, settings.profile)
-        now = Run(settings, data, state, out, metrics, watch, network=model, begun=begun)
-        introduce(now)
-        measure_before(now)
+        run = Run(settings, data, state, out, metrics, watch, network=model, begun=begun)
+        introduce(run)
+        measure_before(run)
         if saved:
             state.load_state_dict(saved.content)
         del saved
-        pretrain(now, requests)
-        if now.collapse is None:  # of a run that is resumed at its end
-            looking.draw(now)
-        from_main(lambda: evaluate(now))
+        pretrain(run, requests)
+        if run.collapse is None:  # of a run that is resumed at its end
+            reporting.draw(run)
+        on_rank_zero(lambda: evaluate(run))
     print(f"{time.perf_counter() - started:.0f} seconds. Results: {out}")
 
 
@@ -121,7 +121,7 @@ def prepare_model(settings: Settings) -> BarlowTwins:
 def load_data(settings: Settings) -> PretrainingData:
     """The images, split before anything is learned from them."""
     size, seed, monitor = settings.micro_batch_size, settings.seed, settings.probe
-    rows, recipes = distributed.own_rows(size), settings.recipes()
+    rows, recipes = distributed.shard(size), settings.recipes()
     how: dict[str, Any] = {"batch_size": size, "seed": seed, "monitor": monitor, "rows": rows}
     if settings.data is None:
         data = load_digits(**how, sides=[recipe.size for recipe in recipes])
@@ -144,41 +144,41 @@ def first_state(settings: Settings, model: BarlowTwins, steps_per_epoch: int) ->
     return TrainingState(model, optimizer, schedule, scaler, settings.device)
 
 
-def introduce(now: Run) -> None:
+def introduce(run: Run) -> None:
     """Print what is about to be done, and what is worth a note."""
-    settings, data = now.settings, now.data
-    parameters = sum(parameter.numel() for parameter in now.state.model.parameters()) / 1e6
+    settings, data = run.settings, run.data
+    parameters = sum(parameter.numel() for parameter in run.state.model.parameters()) / 1e6
     processes = distributed.world_size()
     devices = f"{settings.device.type} in {processes} processes" if processes > 1 else f"{settings.device}"
-    steps = f"{settings.epochs} epochs of {now.steps_per_epoch} steps of {settings.batch_size} images"
+    steps = f"{settings.epochs} epochs of {run.steps_per_epoch} steps of {settings.batch_size} images"
     how = f"{parameters:.2f} M parameters, {settings.optimizer}, {settings.precision} on {devices}"
     print(f"{data.name}: {data.images:,} images, {steps}")
-    print(f"{settings.arch}, projector {settings.projector}: {how}; results go to {now.out}")
-    for note in filter(None, [now.begun, *data.notes]):
+    print(f"{settings.arch}, projector {settings.projector}: {how}; results go to {run.out}")
+    for note in filter(None, [run.begun, *data.notes]):
         print(f"note: {note}")
 
 
-def measure_before(now: Run) -> None:
+def measure_before(run: Run) -> None:
     """What the images are worth without pretraining; then ready the model for training."""
-    now.watched = from_main(lambda: looking.baselines(now, "monitor"))
-    same = now.data.final is now.data.monitor
-    now.compared = now.watched if same else from_main(lambda: looking.baselines(now, "final"))
-    now.network = distributed.synchronized(now.state.model)  # from now on all processes have to call train()
-    looking.draw(now)
-    if now.settings.compile:
-        now.network = torch.compile(now.network)
+    run.monitor_baselines = on_rank_zero(lambda: reporting.baselines(run, "monitor"))
+    same = run.data.final is run.data.monitor
+    run.final_baselines = run.monitor_baselines if same else on_rank_zero(lambda: reporting.baselines(run, "final"))
+    run.network = distributed.data_parallel(run.state.model)  # from now on all processes have to call train()
+    reporting.draw(run)
+    if run.settings.compile:
+        run.network = torch.compile(run.network)
 
 
-def pretrain(now: Run, requests: StopRequests) -> None:
+def pretrain(run: Run, requests: StopRequests) -> None:
     """Train; where that ends early, say why, and where the last checkpoint is."""
     try:
-        train(now, requests)
+        train(run, requests)
     except (Exception, KeyboardInterrupt) as stop:
-        there = now.checkpoint.exists()
-        advice = f"the last checkpoint is {now.checkpoint}" if there else "no checkpoint had been written"
-        why = first_line(stop) if isinstance(stop, Exception) else f"interrupted after step {now.state.step}"
+        there = run.checkpoint.exists()
+        advice = f"the last checkpoint is {run.checkpoint}" if there else "no checkpoint had been written"
+        why = first_line(stop) if isinstance(stop, Exception) else f"interrupted after step {run.state.step}"
         with contextlib.suppress(Aborted):  # a full disk, say
-            looking.write_report(now, why)
+            reporting.write_report(run, why)
         if isinstance(stop, KeyboardInterrupt):
             raise Interrupted(f"{why}; {advice}") from None
         if isinstance(stop, Aborted):
@@ -186,88 +186,92 @@ def pretrain(now: Run, requests: StopRequests) -> None:
         raise
 
 
-def train(now: Run, requests: StopRequests) -> None:
+def train(run: Run, requests: StopRequests) -> None:
     """Pretrain from the state's step to the last one; all processes take every step, or leave it out, together."""
-    settings, state, watch = now.settings, now.state, now.watch
-    how = {"total": now.last_step, "initial": state.step, "disable": None if is_main() else True}  # None: no terminal
+    settings, state, watch = run.settings, run.state, run.watch
+    how = {
+        "total": run.last_step,
+        "initial": state.step,
+        "disable": None if is_rank_zero() else True,
+    }  # None: no terminal
     skipped = 0
     with require("tqdm", "the progress bar").tqdm(**how, dynamic_ncols=True, bar_format=BAR) as bar:
-        while state.step < now.last_step:
-            epoch, first = divmod(state.step, now.steps_per_epoch)
+        while state.step < run.last_step:
+            epoch, first = divmod(state.step, run.steps_per_epoch)
             unreadable = 0
-            now.network.train()
+            run.network.train()
             watch.begin_epoch()
-            batches = now.data.pairs.batches(epoch, first * settings.accumulate)
-            for _ in range(min(now.steps_per_epoch - first, now.last_step - state.step)):
-                done = gradients(now, batches)
-                bad, broken, *signals = distributed.totals([not done.finite, done.unreadable, *requests.counts()])
-                apply(now, good=not bad)
+            batches = run.data.pairs.batches(epoch, first * settings.accumulate)
+            for _ in range(min(run.steps_per_epoch - first, run.last_step - state.step)):
+                done = gradients(run, batches)
+                bad, broken, *signals = distributed.all_reduce([not done.finite, done.unreadable, *requests.counts()])
+                apply(run, good=not bad)
                 watch.end_step()
                 skipped, unreadable = skipped + 1 if bad else 0, unreadable + broken
-                check_health(now, epoch, unreadable, skipped)
-                log(now, done, bar)
+                check_health(run, epoch, unreadable, skipped)
+                log(run, done, bar)
                 number = arrived(signals)
                 due = settings.save_every and state.step % settings.save_every == 0
-                if number or (due and state.step % now.steps_per_epoch):
-                    from_main(now.save)
+                if number or (due and state.step % run.steps_per_epoch):
+                    on_rank_zero(run.save)
                 if number:
-                    saved = f"after step {state.step}, saved in {now.checkpoint}: continue with --resume"
+                    saved = f"after step {state.step}, saved in {run.checkpoint}: continue with --resume"
                     raise Stopped(f"stopped by {number.name} {saved}", number)
-            finish_epoch(now, epoch, unreadable, bar)
+            finish_epoch(run, epoch, unreadable, bar)
 
 
-def log(now: Run, done: Step, bar: Any) -> None:
+def log(run: Run, done: Step, bar: Any) -> None:
     """Every tenth step as a row, and the progress bar."""
-    settings, step = now.settings, now.state.step
-    if (step - 1) % settings.log_every == 0 or step == now.last_step:
-        z1, z2 = done.z1[: looking.LOGGED_PAIRS], done.z2[: looking.LOGGED_PAIRS]
+    settings, step = run.settings, run.state.step
+    if (step - 1) % settings.log_every == 0 or step == run.last_step:
+        z1, z2 = done.z1[: reporting.LOGGED_PAIRS], done.z2[: reporting.LOGGED_PAIRS]
         report = collapse_report(z1, z2, lambd=settings.lambd)
         row = {"step": step} | {name: value.item() for name, value in done.terms._asdict().items()}
         row |= {"effective_rank": min(report.effective_rank_1, report.effective_rank_2)}
         row |= {"dead_features": report.dead_features, "gradient_norm": done.gradient_norm.item()}
-        row |= {"learning_rate": done.learning_rate, "images_per_second": now.watch.images_per_second}
-        now.metrics.add("step", row)
+        row |= {"learning_rate": done.learning_rate, "images_per_second": run.watch.images_per_second}
+        run.metrics.add("step", row)
         shown = {"loss": "loss", "on_diagonal": "on-diag", "off_diagonal": "off-diag", "effective_rank": "rank"}
         bar.set_postfix({label: row[name] for name, label in shown.items()}, refresh=False)
     bar.update()
 
 
-def finish_epoch(now: Run, epoch: int, unreadable: int, bar: Any) -> None:
+def finish_epoch(run: Run, epoch: int, unreadable: int, bar: Any) -> None:
     """Save; where it is due, look at the held-out images and draw."""
-    settings, state, watch = now.settings, now.state, now.watch
+    settings, state, watch = run.settings, run.state, run.watch
     row = {"step": state.step, "epoch": epoch + 1, "unreadable": unreadable}
     row |= {"images_per_second": watch.images_per_second, "waiting": watch.parts["data"] / watch.seconds}
     row |= {"seconds": watch.seconds}
-    from_main(now.save)  # first: a look takes a while
-    due = (epoch + 1) % settings.probe_every == 0 or state.step == now.last_step
+    on_rank_zero(run.save)  # first: a look takes a while
+    due = (epoch + 1) % settings.probe_every == 0 or state.step == run.last_step
     if due:
-        accuracies = from_main(lambda: looking.accuracies(now, now.data.monitor))
-        now.accuracies = now.watched | {"pretrained encoder": accuracies} if accuracies else {}
+        accuracies = on_rank_zero(lambda: reporting.accuracies(run, run.data.monitor))
+        run.accuracies = run.monitor_baselines | {"pretrained encoder": accuracies} if accuracies else {}
         row |= accuracies
-    now.metrics.add("epoch", row)
+    run.metrics.add("epoch", row)
     if due:
-        looking.draw(now)
-        looking.write_report(now, "running")
+        reporting.draw(run)
+        reporting.write_report(run, "running")
     if due or unreadable or (bar.disable and watch.seconds > 60):  # no bar shows that the run goes on
         bar.write(epoch_line(row, settings.epochs))
     if settings.profile:
-        now.metrics.add("profile", {"step": state.step, "parts": watch.rows()})
+        run.metrics.add("profile", {"step": state.step, "parts": watch.rows()})
         cells = [[part["part"], f"{part['milliseconds']:,.2f}", f"{part['share']:.1%}"] for part in watch.rows()]
         bar.write("\n" + aligned([["part", "mean ms", "share"], *cells]) + "\n")
 
 
-def evaluate(now: Run) -> None:
+def evaluate(run: Run) -> None:
     """What the encoder has become, beside pixels and initial weights; the encoder as a file of its own."""
-    step, report = now.state.step, now.collapse
-    checkpoint.save(now.out / BACKBONE, now.state.model.backbone.state_dict())
-    now.metrics.add("report", {"step": step, **report.as_dict()})
+    step, report = run.state.step, run.collapse
+    checkpoint.save(run.out / BACKBONE, run.state.model.backbone.state_dict())
+    run.metrics.add("report", {"step": step, **report.as_dict()})
     print(f"\nThe embeddings of {report.n} training pairs: {report.verdict}\n")
-    if now.data.final:
-        now.accuracies = now.compared | {"pretrained encoder": looking.accuracies(now, now.data.final)}
-        for name, accuracies in now.accuracies.items():
-            now.metrics.add("evaluation", {"step": step, "representation": name, **accuracies})
-        print(aligned(accuracy_cells(now.accuracies)), end="\n\n")
-    looking.write_report(now, "done")
+    if run.data.final:
+        run.accuracies = run.final_baselines | {"pretrained encoder": reporting.accuracies(run, run.data.final)}
+        for name, accuracies in run.accuracies.items():
+            run.metrics.add("evaluation", {"step": step, "representation": name, **accuracies})
+        print(aligned(accuracy_cells(run.accuracies)), end="\n\n")
+    reporting.write_report(run, "done")
 
 
 if __name__ == "__main__":

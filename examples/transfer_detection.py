@@ -35,7 +35,7 @@ from barlow_recipes.data import seed_of
 from barlow_recipes.detection.data import Batch, DetectionData, Images, load_data
 from barlow_recipes.detection.models import build_detector
 from barlow_recipes.detection.settings import Settings, read_settings
-from barlow_recipes.distributed import from_main, is_main
+from barlow_recipes.distributed import is_rank_zero, on_rank_zero
 from barlow_recipes.encoders import Encoder
 from barlow_recipes.errors import Aborted, Stopped, require
 from barlow_recipes.metrics import BAR, Metrics, aligned
@@ -60,22 +60,22 @@ class Run:
     network: nn.Module  # the model, or what several processes train in its place
     state: TrainingState
     images: Images
-    shaping: dict[str, Any]  # what a continued run must share with its checkpoint
+    must_match: dict[str, Any]  # what a continued run must share with its checkpoint
     out: Path
     metrics: Metrics
     unreadable: int = 0  # training images that were replaced, of all processes, since the program began
 
     def save(self) -> None:
-        content = self.state.state_dict() | {"settings": self.shaping}
+        content = self.state.state_dict() | {"settings": self.must_match}
         checkpoint.save(self.out / outputs.CHECKPOINT, content, keep_previous=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; its exit status is that of :func:`~barlow_recipes.program.exit_status`."""
-    return exit_status(lambda: run(read_settings(argv, __doc__ or "")), OUT_OF_MEMORY)
+    return exit_status(lambda: launch(read_settings(argv, __doc__ or "")), OUT_OF_MEMORY)
 
 
-def run(settings: Settings) -> None:
+def launch(settings: Settings) -> None:
     """Read the annotations, build the detector, train, test."""
     started = time.perf_counter()
     for module, reason in (("tqdm", "the progress bar"), ("pycocotools", "masks"), ("torchmetrics", "the scores")):
@@ -84,75 +84,80 @@ def run(settings: Settings) -> None:
     images = Images(data, settings, pin_memory=device.type == "cuda")
     torch.manual_seed(settings.seed)
     encoder = find_encoder(settings.weights, settings.arch)
-    shaping = settings.shaping() | {"--weights": digest(encoder.module), "--data": str(data)}
+    must_match = settings.must_match() | {"--weights": digest(encoder.module), "--data": str(data)}
     model = build_detector(encoder, settings, classes=len(data.classes), masks=data.masks).to(device)
     optimizer = build_optimizer(model, settings)
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
     state = TrainingState(model, optimizer, schedule, torch.amp.GradScaler(device.type, enabled=False), device)
     default = Path("runs") / f"{data.name.lower()}-{encoder.arch.replace('/', '-')}-c4"
     saved, agreed = folders.load(folders.find(settings, default)), {"the device": device.type}
-    opened = folders.opened(settings, default, shaping, saved, unit="iteration", agreed=agreed)
+    opened = folders.opened(settings, default, must_match, saved, unit="iteration", agreed=agreed)
     with opened as (out, metrics), StopRequests() as requests:
-        network = distributed.synchronized(model)
-        now = Run(settings, data, encoder, network, state, images, shaping, out, metrics)
+        network = distributed.data_parallel(model)
+        run = Run(settings, data, encoder, network, state, images, must_match, out, metrics)
         if saved:
             state.load_state_dict(saved.content)
         print(f"{data}\n{encoder.arch}-C4, {encoder.source}, {settings.precision}; results go to {out}")
         print(f"{device.type} in {distributed.world_size()} processes, learning rate {settings.learning_rate:g}")
-        train_detector(now, requests)
-        finish(now)
+        train_detector(run, requests)
+        finish(run)
         print(f"\n{time.perf_counter() - started:.0f} seconds. Results: {out}")
 
 
-def train_detector(now: Run, requests: StopRequests) -> None:
+def train_detector(run: Run, requests: StopRequests) -> None:
     """Train to the last iteration, and save on the way."""
-    settings, state, last = now.settings, now.state, now.settings.iterations
-    hidden = None if is_main() else True  # None: where there is no terminal
+    settings, state, last = run.settings, run.state, run.settings.iterations
+    hidden = None if is_rank_zero() else True  # None: where there is no terminal
     how = {"total": last, "initial": state.step, "disable": hidden, "dynamic_ncols": True, "bar_format": BAR}
-    now.network.train()
+    run.network.train()
     with require("tqdm", "the progress bar").tqdm(**how) as bar:
-        for batch in islice(now.images.from_step(state.step), last - state.step):
-            losses = take_step(now.network, state, batch, settings)
-            unreadable, *signals = distributed.totals([batch.unreadable, *requests.counts()])
-            now.unreadable += unreadable
+        for batch in islice(run.images.from_step(state.step), last - state.step):
+            losses = take_step(run.network, state, batch, settings)
+            unreadable, *signals = distributed.all_reduce([batch.unreadable, *requests.counts()])
+            run.unreadable += unreadable
             bar.update()
             if state.step % LOG_EVERY == 0 or state.step == last:
-                now.metrics.add("step", {"step": state.step, **losses, "unreadable": now.unreadable})
+                run.metrics.add("step", {"step": state.step, **losses, "unreadable": run.unreadable})
                 bar.set_postfix_str(f"loss {losses['loss']:.3f}")
             number = arrived(signals)
             if number or state.step % settings.save_every == 0 or state.step == last:
-                from_main(now.save)
+                on_rank_zero(run.save)
             if number:
-                saved = f"after iteration {state.step}, saved in {now.out / outputs.CHECKPOINT}"
+                saved = f"after iteration {state.step}, saved in {run.out / outputs.CHECKPOINT}"
                 raise Stopped(f"stopped by {number.name} {saved}: continue with --resume", number)
 
 
-def finish(now: Run) -> None:
+def finish(run: Run) -> None:
     """Test, write the results and the model, and print the table."""
-    prepare_test(now.state.model, now.images, now.settings, now.state.device)
-    scores, unreadable = evaluate(now.state.model, now.images, now.state.device)
-    if not is_main():
+    prepare_test(run.state.model, run.images, run.settings, run.state.device)
+    scores, unreadable = evaluate(run.state.model, run.images, run.state.device)
+    if not is_rank_zero():
         return
-    data, built = now.data, {"arch": now.encoder.arch, "stem": now.encoder.stem, "classes": now.data.classes}
+    data, built = run.data, {"arch": run.encoder.arch, "stem": run.encoder.stem, "classes": run.data.classes}
     results = {
         "scores": scores,
         "unit": f"percent, at {data.recall_points} points of recall; AP is the mean over IoU 0.5, 0.55, ..., 0.95",
-        "iteration": now.state.step,
+        "iteration": run.state.step,
         "data": data.name,
-        "train": data.train.counts() | {"unreadable": now.unreadable},
+        "train": data.train.counts() | {"unreadable": run.unreadable},
         "test": data.test.counts() | {"unreadable": unreadable},
-        "weights": now.encoder.source,
+        "weights": run.encoder.source,
         **built,
-        "settings": now.shaping,
+        "settings": run.must_match,
     }
-    with outputs.replacing(now.out / outputs.RESULTS) as temporary:
+    with outputs.replacing(run.out / outputs.RESULTS) as temporary:
         temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    model = {"model": now.state.model.state_dict(), **built, "masks": data.masks, "settings": now.settings.shaping()}
-    checkpoint.save(now.out / "model.pt", model)
-    if now.unreadable or unreadable:
-        print(f"note: unreadable images: {now.unreadable} replaced in training, {unreadable} left out of the test")
+    model = {
+        "model": run.state.model.state_dict(),
+        **built,
+        "masks": data.masks,
+        "settings": run.settings.must_match(),
+    }
+    checkpoint.save(run.out / "model.pt", model)
+    if run.unreadable or unreadable:
+        print(f"note: unreadable images: {run.unreadable} replaced in training, {unreadable} left out of the test")
     print(f"{data.name}, average precision in percent, at IoU 0.5 to 0.95, 0.5 and 0.75\n")
-    print(table(f"{now.encoder.arch}-C4, {now.settings.iterations:,} iterations", scores))
+    print(table(f"{run.encoder.arch}-C4, {run.settings.iterations:,} iterations", scores))
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> optim.SGD:
@@ -185,7 +190,7 @@ def take_step(network: nn.Module, state: TrainingState, batch: Batch, settings: 
     state.optimizer.zero_grad()
     (total * len(batch.images) * distributed.world_size() / settings.batch_size).backward()
     numbers = {"loss": total.item()} | {name: loss.item() for name, loss in losses.items()}
-    (bad,) = distributed.totals([not total.isfinite().item()])
+    (bad,) = distributed.all_reduce([not total.isfinite().item()])
     if bad:
         raise Aborted(f"step {state.step + 1}: the loss is not finite ({numbers}): try a smaller --learning-rate")
     state.optimizer.step()
@@ -233,13 +238,13 @@ def evaluate(model: FasterRCNN, images: Images, device: torch.device) -> tuple[S
             found = model(batch.on(device)[0])
             metric.update([*map(_with_booleans, found)], [*map(_with_booleans, batch.targets)])
     if distributed.world_size() > 1:
-        everyones: Any = [None] * distributed.world_size() if distributed.is_main() else None
+        everyones: Any = [None] * distributed.world_size() if distributed.is_rank_zero() else None
         dist.gather_object(dict(metric.metric_state), everyones)
         for state in (everyones or [])[1:]:
             for name, values in state.items():
                 getattr(metric, name).extend(values)
-    scores = scores_of(metric.compute()) if distributed.is_main() else {}
-    return scores, distributed.totals([unreadable])[0]
+    scores = scores_of(metric.compute()) if distributed.is_rank_zero() else {}
+    return scores, distributed.all_reduce([unreadable])[0]
 
 
 def _with_booleans(objects: Mapping[str, Tensor]) -> dict[str, Tensor]:

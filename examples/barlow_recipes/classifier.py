@@ -110,10 +110,10 @@ def build_optimizer(classifier: Classifier, recipe: Recipe) -> SGD:
     return SGD(groups, lr=recipe.lr_classifier, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
-def shared(classifier: Classifier) -> nn.Module:
+def data_parallel(classifier: Classifier) -> nn.Module:
     """What to train in place of the classifier, so that several processes take the step that one would take."""
     if distributed.world_size() == 1 or not classifier.frozen:
-        return distributed.synchronized(classifier)
+        return distributed.data_parallel(classifier)
     network = DistributedDataParallel(classifier)  # frozen statistics need no synchronisation
     network.broadcast_buffers = False
     return network
@@ -146,7 +146,7 @@ def train_epoch(
     seen = left_out = 0
     for images, labels in batches:
         own, truth = readable(images, labels, device)
-        count, unreadable = distributed.totals([len(truth), len(labels) - len(truth)])
+        count, unreadable = distributed.all_reduce([len(truth), len(labels) - len(truth)])
         seen, left_out = seen + count, left_out + unreadable
         if count:
             with autocast(device, precision):
@@ -204,7 +204,7 @@ class Scores:
             "top5": 100 * float(five.sum() / images.sum()),
             "mean_per_class": 100 * float((first[there] / images[there]).mean()),
             "validation_images": int(images.sum()),
-            "unreadable_in_validation": distributed.totals([self.unreadable])[0],
+            "unreadable_in_validation": distributed.all_reduce([self.unreadable])[0],
         }
 
 

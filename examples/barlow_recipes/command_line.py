@@ -104,16 +104,16 @@ def peek(kind: type[S], argv: Sequence[str] | None) -> S:
 @contextlib.contextmanager
 def _told_in_one_line() -> Iterator[None]:
     """Tyro prints a page in a frame: its first paragraph says what is wrong."""
-    told = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(printed):
             yield
     except RuntimeError as error:  # torch's, of a device
         raise UsageError(f"--device: {first_line(error)}") from None
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        _, *lines = (line.strip("│ ") for line in told.getvalue().splitlines())
+        _, *lines = (line.strip("│ ") for line in printed.getvalue().splitlines())
         texts = ["" if set(line) <= set("─╰╯-") else line for line in lines]  # without UTF-8 the title has a rule below
         paragraph = itertools.takewhile(bool, itertools.dropwhile(operator.not_, texts))
         raise UsageError(f"{' '.join(paragraph)} (--help lists the flags)") from None

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 
 from barlow_recipes.errors import UsageError
 from barlow_recipes.pixels import USUAL, PixelSettings, as_float, normalized
-from barlow_recipes.views import UnfinishedView
+from barlow_recipes.views import PartialView
 
 WHOLE = slice(None)
 SPLIT_SEED = 0  # what is held out is the same for every --seed, so that runs can be compared
@@ -32,7 +32,7 @@ def seed_of(*numbers: int) -> int:
 class Batch(NamedTuple):
     """Views of the same images; ``unreadable`` of them had to be replaced by others."""
 
-    views: tuple[Tensor | UnfinishedView, ...]  # each (N, C, H, W), finished on the device; local crops last
+    views: tuple[Tensor | PartialView, ...]  # each (N, C, H, W), finished on the device; local crops last
     unreadable: int
 
 
@@ -63,7 +63,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, index) for index in order[start : start + self.batch_size][self.rows]]
 
 
-class Pairs:
+class PairLoader:
     """Training data, in the order's batches."""
 
     order: EpochBatches
@@ -75,7 +75,7 @@ class Pairs:
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]: ...
 
 
-class MemoryPairs(Pairs):
+class MemoryPairs(PairLoader):
     """Views of so many images in memory, by one function each: of a batch's numbers (N,) and a generator."""
 
     def __init__(self, images: int, views: Sequence[Callable[..., Tensor]], batch_size: int, seed: int) -> None:
@@ -109,7 +109,7 @@ class PretrainingData:
 
     name: str
     images: int  # in the pretraining part
-    pairs: Pairs
+    pairs: PairLoader
     monitor: Probe | None  # while training
     final: Probe | None  # once, at the end: on images that the monitor has not seen, or, of a folder, the monitor again
     notes: tuple[str, ...] = ()

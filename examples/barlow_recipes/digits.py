@@ -24,9 +24,9 @@ def load_digits(
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # (1797, 1, 8, 8), values in [0, 1]
     labels = torch.tensor(digits.target)
     test = hold_out(labels, 1 / 5)
-    watched = torch.zeros_like(test)
-    watched[~test] = hold_out(labels[~test], 1 / 10 if monitor else 0)
-    parts = (~test & ~watched, watched, ~test, test)
+    held_out = torch.zeros_like(test)
+    held_out[~test] = hold_out(labels[~test], 1 / 10 if monitor else 0)
+    parts = (~test & ~held_out, held_out, ~test, test)
     seen, watching, known, tested = (PlainBatches(images, labels, part) for part in parts)
     pretraining = images[parts[0]]
 

@@ -28,12 +28,12 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def is_main() -> bool:
+def is_rank_zero() -> bool:
     return rank() == 0
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Join the processes that torchrun started; rank 0 alone prints and takes Ctrl-C.
 
     Of failures the first is raised, on the rank that has it. The others, which follow from it, exit in silence.
@@ -42,10 +42,13 @@ def joined() -> Iterator[None]:
         yield
         return
     store = _connect()
-    if not is_main():
+    if not is_rank_zero():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
+        with (
+            Path(os.devnull).open("w") as nowhere,
+            contextlib.redirect_stdout(sys.stdout if is_rank_zero() else nowhere),
+        ):
             yield
     except (Exception, KeyboardInterrupt) as error:
         if store.add("failures", 1) > 1:
@@ -87,13 +90,13 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", number)
 
 
-def own_rows(n: int) -> slice:
+def shard(n: int) -> slice:
     """This process's rows of a batch of n: contiguous, as many as every other's or one fewer or more."""
     size = world_size()
     return slice(n * rank() // size, n * (rank() + 1) // size)
 
 
-def synchronized(model: nn.Module) -> nn.Module:
+def data_parallel(model: nn.Module) -> nn.Module:
     """What to train in place of the model, so that several processes take the step that one would take.
 
     The model itself gets the batch statistics of all processes, so from then on all must call it in train().
@@ -108,7 +111,7 @@ def synchronized(model: nn.Module) -> nn.Module:
     return network
 
 
-def totals(numbers: Sequence[int]) -> list[int]:
+def all_reduce(numbers: Sequence[int]) -> list[int]:
     """The sums over the processes, which wait for each other: about half a millisecond for two."""
     if world_size() == 1:
         return list(numbers)
@@ -130,10 +133,10 @@ def require_agreement(facts: Mapping[str, object]) -> None:
             raise UsageError(f"the processes do not agree about {differs}. {remedy}")
 
 
-def from_main(function: Callable[[], T]) -> T:
+def on_rank_zero(function: Callable[[], T]) -> T:
     """Call the function on rank 0 alone; every rank waits, and gets what it returned or raises its UsageError."""
     answer: list[Any] = [None, None]
-    if is_main():
+    if is_rank_zero():
         try:
             answer[0] = function()
         except UsageError as error:

@@ -180,8 +180,8 @@ def check_local_size(encoder: Encoder, side: int) -> None:
 
 def _own(arch: str, channels: int, image_size: int | None) -> Encoder:
     function, side = imported(arch, "--arch"), image_size or PHOTOGRAPH
-    told = {"channels": channels, "image_size": side}
-    module = function(**{name: told[name] for name in told if name in inspect.signature(function).parameters})
+    offered = {"channels": channels, "image_size": side}
+    module = function(**{name: offered[name] for name in offered if name in inspect.signature(function).parameters})
     if not isinstance(module, nn.Module):
         raise UsageError(f"--arch {arch}: expected a function that gives an nn.Module, got a {type(module).__name__}")
     encoder = Encoder(module, 0, arch, "imagenet", shape=(channels, side, side))

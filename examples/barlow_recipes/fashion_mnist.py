@@ -58,13 +58,13 @@ def load_fashion_mnist(
     folder = _folder(source) or Path(source)
     images, labels = _read(folder, TRAIN)
     test_images, test_labels = _read(folder, TEST)
-    watched = hold_out(labels, HELD_OUT if monitor else 0, at_most=MOST_HELD_OUT_PER_CLASS)
-    pretraining = (~watched).nonzero()[:, 0]
-    queries = PlainBatches(images, labels, watched)
+    held_out = hold_out(labels, HELD_OUT if monitor else 0, at_most=MOST_HELD_OUT_PER_CLASS)
+    pretraining = (~held_out).nonzero()[:, 0]
+    queries = PlainBatches(images, labels, held_out)
     test = PlainBatches(test_images, test_labels, torch.ones(len(test_labels), dtype=torch.bool))
 
     def bank(most_per_class: int) -> PlainBatches:
-        chosen = torch.zeros_like(watched)
+        chosen = torch.zeros_like(held_out)
         chosen[pretraining] = hold_out(labels[pretraining], 1, at_most=most_per_class)
         return PlainBatches(images, labels, chosen)
 

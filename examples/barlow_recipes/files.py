@@ -33,7 +33,7 @@ KEY = re.compile(r"((?:.*/)?[^./]+)\.(?:[^/]*\.)?([^./]+)")  # webdataset's key,
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class ImageIndex:
     """Where every encoded image lies, and its label.
 
     In arrays: to look at a Python object is to write to its count of references, and a forked worker copies each page
@@ -45,11 +45,11 @@ class Catalogue:
     table: Tensor  # (N, 4): label, from 0 (all 0 without labels); number of the file; offset and size in it, in bytes
 
     @staticmethod
-    def of_files(root: Path, files: Sequence[str], classes: Sequence[str]) -> "Catalogue":
+    def of_files(root: Path, files: Sequence[str], classes: Sequence[str]) -> "ImageIndex":
         """Of whole files, by class and name."""
         images = sorted(zip(numbered(classes).tolist(), files, strict=True))
         table = torch.tensor([(label, number, 0, WHOLE_FILE) for number, (label, _) in enumerate(images)])
-        return Catalogue(root, np.array([os.fsencode(name) for _, name in images]), table)
+        return ImageIndex(root, np.array([os.fsencode(name) for _, name in images]), table)
 
     @property
     def labels(self) -> Tensor:
@@ -63,7 +63,7 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.table)
 
-    def subset(self, indices: Tensor) -> "Catalogue":
+    def subset(self, indices: Tensor) -> "ImageIndex":
         return replace(self, table=self.table[indices])
 
     def read(self, index: int) -> tuple[Any, str]:
@@ -80,7 +80,7 @@ class Catalogue:
 
 
 @dataclass(frozen=True)
-class Items(Catalogue):
+class Items(ImageIndex):
     """Images that a Dataset gives by their number, which stands in the table."""
 
     dataset: Any
@@ -111,7 +111,7 @@ def numbered(labels: Sequence[Any]) -> Tensor:
     return torch.from_numpy(np.unique(labels, return_inverse=True)[1])
 
 
-def find_images(source: str) -> tuple[Catalogue, tuple[str, ...]]:
+def find_images(source: str) -> tuple[ImageIndex, tuple[str, ...]]:
     """The images of --data, in ``source/train`` if there is one, and in words what is left out."""
     path, suffix = Path(source), Path(source).suffix.lower()
     if not path.exists():
@@ -174,7 +174,7 @@ def class_folders(root: Path) -> list[str]:
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not hidden(entry.name))
 
 
-def index_folder(root: Path, files: Iterable[str] | None = None, *, labelled: bool = True) -> Catalogue:
+def index_folder(root: Path, files: Iterable[str] | None = None, *, labelled: bool = True) -> ImageIndex:
     """The image files at any depth, by class and path. The folders directly below are the classes.
 
     Unless it must be ``labelled``, images beside the class folders are taken, too, and none has a label.
@@ -193,10 +193,10 @@ def index_folder(root: Path, files: Iterable[str] | None = None, *, labelled: bo
     if empty and not beside:
         count = f"{len(empty)} of {len(classes)} class folders"
         raise UsageError(f"--data {root}: no image in {count}, the first is {empty[0]}. Remove it or fill it")
-    return Catalogue.of_files(root, images, [""] * len(images) if beside else folder_of)
+    return ImageIndex.of_files(root, images, [""] * len(images) if beside else folder_of)
 
 
-def index_list(path: Path) -> Catalogue:
+def index_list(path: Path) -> ImageIndex:
     """The images that a list names: in each line a path from the list's folder, and perhaps a label."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -213,7 +213,7 @@ def index_list(path: Path) -> Catalogue:
         raise UsageError(f"--data {path}: {wanted}, got {others[0]!r}")
     if any(labels) and not all(labels):
         raise UsageError(f"--data {path}: {labels.count('')} of {len(files)} images have no label")
-    return Catalogue.of_files(path.parent, files, labels)
+    return ImageIndex.of_files(path.parent, files, labels)
 
 
 def choose_shards(root: Path, files: Iterable[str], ending: str) -> list[Path]:
@@ -224,7 +224,7 @@ def choose_shards(root: Path, files: Iterable[str], ending: str) -> list[Path]:
     return training or [path for path in shards if "val" not in path.name and "test" not in path.name] or shards
 
 
-def index_shards(root: Path, shards: Sequence[Path]) -> Catalogue:
+def index_shards(root: Path, shards: Sequence[Path]) -> ImageIndex:
     """The images of webdataset's shards: tar archives in which ``KEY.jpg`` and ``KEY.cls`` make up a labelled image.
 
     Their headers are read at every start, a million in a minute. An image is then read from its place, like a file.
@@ -236,7 +236,7 @@ def index_shards(root: Path, shards: Sequence[Path]) -> Catalogue:
         wanted = "Expected a KEY.cls with a whole number ≥ 0 for each image, or for none"
         raise UsageError(f"--data {root}: {unlabelled} of {len(table)} images have no label. {wanted}")
     table[:, 0] = table[:, 0].unique(return_inverse=True)[1]
-    return Catalogue(root, np.array([os.fsencode(shard.relative_to(root)) for shard in shards]), table)
+    return ImageIndex(root, np.array([os.fsencode(shard.relative_to(root)) for shard in shards]), table)
 
 
 def _index(number: int, shard: Path) -> list[tuple[int, str, int, int, int]]:

@@ -22,7 +22,7 @@ import yaml
 from barlow_recipes import checkpoint, distributed, outputs
 from barlow_recipes.checkpoint import Saved, load  # noqa: F401
 from barlow_recipes.command_line import RunSettings, plain
-from barlow_recipes.distributed import from_main, is_main
+from barlow_recipes.distributed import is_rank_zero, on_rank_zero
 from barlow_recipes.errors import UsageError
 from barlow_recipes.metrics import Metrics, Mirror
 from barlow_recipes.outputs import BACKBONE, CHECKPOINT, CHECKPOINTS, RESULTS, SETTINGS
@@ -42,37 +42,41 @@ def find(settings: RunSettings, default: Path) -> Path | None:
         return found[-1] / CHECKPOINT if found else None
 
     if settings.resume == "auto":
-        return from_main(newest)
+        return on_rank_zero(newest)
     asked = Path(settings.resume) if settings.resume is not None else None
-    return from_main(lambda: asked / CHECKPOINT if asked and asked.is_dir() else asked)
+    return on_rank_zero(lambda: asked / CHECKPOINT if asked and asked.is_dir() else asked)
 
 
 @contextlib.contextmanager
 def opened(
     settings: RunSettings,
     default: Path,
-    shaping: Mapping[str, Any],
+    must_match: Mapping[str, Any],
     saved: Saved | None = None,
     *,
     finished: str = RESULTS,
     unit: str = "step",
     agreed: Mapping[str, object] | None = None,
-    told: Mapping[str, object] | None = None,
+    described: Mapping[str, object] | None = None,
     mirrors: Sequence[Callable[[Path, int | None], Mirror]] = (),
 ) -> Iterator[tuple[Path, Metrics]]:
     """Make or go back to the output folder, without another run's files, and hold it until the end.
 
     ``settings`` choose the folder, which without --out is ``default``, with a number where that is taken; they become
-    its settings.yaml. ``shaping`` are those that decide about the outcome, in plain values, and must be the same as in
-    ``saved``, of which the run goes on after so many of ``unit``; ``agreed`` must be the same on all processes, too.
-    ``told`` goes into the metrics, which the ``mirrors`` get, too. A run without a checkpoint and without the file
+    its settings.yaml. ``must_match`` are those that decide about the outcome, in plain values: they are the same as in
+    ``saved``, of which the run goes on after so many of ``unit``. ``agreed`` must be the same on all processes, too.
+    ``described`` goes into the metrics, which the ``mirrors`` get, too. A run without a checkpoint and without the file
     ``finished``, which it leaves at its end, has nothing to lose: --resume begins anew.
     """
     step, resumed, asked = (saved.content["step"], saved.path, saved.asked) if saved else (None, None, None)
-    facts = {"the checkpoint": f"{unit} {step} of {resumed}" if saved else "none", **(agreed or {}), **shaping}
+    facts = {
+        "the checkpoint": f"{unit} {step} of {resumed}" if saved else "none",
+        **(agreed or {}),
+        **must_match,
+    }
     distributed.require_agreement({name: str(value) for name, value in facts.items()})
     if saved and resumed:
-        checkpoint.check_settings(resumed, saved.content["settings"], dict(shaping))
+        checkpoint.check_settings(resumed, saved.content["settings"], dict(must_match))
     del saved  # the caller may let go of the memory while the run goes on
     flags = plain(settings, without=("device", "out", "overwrite", "resume"))
 
@@ -84,23 +88,23 @@ def opened(
             raise UsageError(f"--out {wanted}: holds a run of another program. Choose another folder")
         return make_output_folder(settings.out, default, overwrite=overwrite, resumed=resumed)
 
-    out = from_main(choose)
-    with locked(out) if is_main() else contextlib.nullcontext():
-        if is_main():
+    out = on_rank_zero(choose)
+    with locked(out) if is_rank_zero() else contextlib.nullcontext():
+        if is_rank_zero():
             for path in own_files(out) if not _is_in(resumed, out) else ():
                 path.unlink(missing_ok=True)
             with outputs.replacing(out / SETTINGS) as temporary:
                 temporary.write_text(yaml.safe_dump(flags, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        opened_mirrors = [mirror(out, step) for mirror in mirrors] if is_main() else []
-        metrics = Metrics(out, resumed, step or 0, opened_mirrors) if is_main() else Metrics(None)
+        opened_mirrors = [mirror(out, step) for mirror in mirrors] if is_rank_zero() else []
+        metrics = Metrics(out, resumed, step or 0, opened_mirrors) if is_rank_zero() else Metrics(None)
         place = {"command": sys.argv[1:], "processes": distributed.world_size(), "torch": torch.__version__}
-        metrics.add("settings", {**shaping, **place, **(told or {})})
+        metrics.add("settings", {**must_match, **place, **(described or {})})
         if resumed:
             print(f"continuing from {resumed}, after {unit} {step}")
         if asked and resumed != asked:
             text = f"{asked} is damaged or missing: going on from {resumed}, the one before it"
             metrics.add("event", {"step": step, "text": text})
-            if is_main():
+            if is_rank_zero():
                 print(f"warning: {text}", file=sys.stderr)
                 if _is_in(asked, out) and asked.exists():  # or the next one would take it for its previous generation
                     asked.replace(out / outputs.DAMAGED)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from barlow_recipes.data import WHOLE, Batch, EpochBatches, Pairs, PretrainingData, Probe, hold_out, seed_of
+from barlow_recipes.data import WHOLE, Batch, EpochBatches, PairLoader, PretrainingData, Probe, hold_out, seed_of
 from barlow_recipes.errors import LOST_WORKER, Aborted, UsageError
-from barlow_recipes.files import Catalogue, find_images
+from barlow_recipes.files import ImageIndex, find_images
 from barlow_recipes.pixels import SIXTEEN_BITS, USUAL, PixelSettings, UnfitError, decode
 from barlow_recipes.program import leave_stopping_to_parent
 from barlow_recipes.settings import Settings
@@ -34,7 +34,7 @@ class Augmented(Dataset[tuple[Any, ...]]):
     """The views of an image, a pure function of (seed, epoch, index); how many could not be read before it, and why."""
 
     def __init__(
-        self, images: Catalogue, views: Sequence[Any], seed: int, tolerated: int, pixels: PixelSettings = USUAL
+        self, images: ImageIndex, views: Sequence[Any], seed: int, tolerated: int, pixels: PixelSettings = USUAL
     ) -> None:
         self.images, self.views, self.seed, self.tolerated, self.pixels = images, views, seed, tolerated, pixels
 
@@ -63,7 +63,7 @@ class Augmented(Dataset[tuple[Any, ...]]):
 class Labelled(Dataset[tuple[Tensor, int]]):
     """Images without augmentation, and their labels: −1 where the image cannot be read."""
 
-    def __init__(self, images: Catalogue, transform: Callable[[Tensor], Tensor], pixels: PixelSettings) -> None:
+    def __init__(self, images: ImageIndex, transform: Callable[[Tensor], Tensor], pixels: PixelSettings) -> None:
         self.images, self.transform, self.pixels = images, transform, pixels
 
     def __len__(self) -> int:
@@ -110,7 +110,7 @@ def kill_workers() -> None:
             worker.join(1)
 
 
-class ImagePairs(Pairs):
+class ImagePairs(PairLoader):
     """The views of every image, in batches, from worker processes that live as long as the run."""
 
     def __init__(self, dataset: Augmented, order: EpochBatches, **loading: Any) -> None:
@@ -128,7 +128,7 @@ class ImagePairs(Pairs):
             yield Batch(tuple(views), unreadable)
 
 
-def look_at_some(images: Catalogue, source: str, pixels: PixelSettings) -> bool:
+def look_at_some(images: ImageIndex, source: str, pixels: PixelSettings) -> bool:
     """Before time is spent on all, see whether the flags describe them, or are dark; whether they have eight bits."""
     decoded, unreadable = list[Tensor](), list[str]()
     for number in range(0, len(images), math.ceil(len(images) / LOOKED_AT)):
@@ -161,7 +161,7 @@ def load_images(settings: Settings, rows: slice = WHOLE) -> PretrainingData:
     on_gpu = settings.device is not None and settings.device.type == "cuda"
     loading = {"patience": settings.loader_timeout, "num_workers": settings.workers, "pin_memory": on_gpu}
 
-    def plain(part: Catalogue, chosen: Tensor) -> Loader:
+    def plain(part: ImageIndex, chosen: Tensor) -> Loader:
         dataset = Labelled(part.subset(chosen.nonzero()[:, 0]), image_without_augmentation(size, settings), settings)
         return Loader(dataset, batch_size=min(settings.micro_batch_size, PROBED_TOGETHER), **loading)
 

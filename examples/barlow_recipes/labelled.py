@@ -14,9 +14,9 @@ from torch.utils.data import default_collate
 
 from barlow_recipes.command_line import Positive, RunSettings, Side
 from barlow_recipes.data import SPLIT_SEED, EpochBatches, hold_out, seed_of
-from barlow_recipes.distributed import own_rows
+from barlow_recipes.distributed import shard
 from barlow_recipes.errors import UsageError, first_line, require
-from barlow_recipes.files import Catalogue, class_folders, index_folder
+from barlow_recipes.files import ImageIndex, class_folders, index_folder
 from barlow_recipes.images import Labelled, Loader
 from barlow_recipes.pixels import PixelSettings, as_float
 
@@ -26,26 +26,26 @@ View = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(RunSettings, PixelSettings):
+class ReadingSettings(RunSettings, PixelSettings):
     """Flags that say how images are read."""
 
     image_size: Side = 224  # side of the square that the encoder sees
     batch_size: Positive = 256  # images in a step, of all processes together
 
 
-class Tree(NamedTuple):
+class ImageFolders(NamedTuple):
     """Two parts of a data set, with the same classes."""
 
     name: str
     classes: list[str]
-    train: Catalogue
-    validation: Catalogue
+    train: ImageIndex
+    validation: ImageIndex
 
     def fingerprint(self) -> str:
         return " ".join(part.fingerprint() for part in (self.train, self.validation))
 
 
-def load_tree(root: Path) -> Tree:
+def load_tree(root: Path) -> ImageFolders:
     """Index root/train, and root/val or root/test; UsageError: a part or a class is missing, or has no image."""
     if not root.is_dir():
         found = "a file; evaluation wants a folder with train/ and val/" if root.exists() else "no such folder"
@@ -62,10 +62,10 @@ def load_tree(root: Path) -> Tree:
             f"--data {root}: expected the same class folders in train/ and {parts[1].root.name}/; {len(alone)} are in "
             f"one of them alone, the first is {alone[0]}"
         )
-    return Tree(root.resolve().name, classes, *parts)
+    return ImageFolders(root.resolve().name, classes, *parts)
 
 
-def from_list(path: Path, tree: Tree) -> tuple[Tensor, str]:
+def from_list(path: Path, tree: ImageFolders) -> tuple[Tensor, str]:
     """The training images that a published list names, such as n01440764_10043.JPEG of the class folder n01440764.
 
     Returns their numbers (n,), ascending, and in words where they come from; UsageError: the list cannot be read, is
@@ -89,7 +89,7 @@ def from_list(path: Path, tree: Tree) -> tuple[Tensor, str]:
     return images, f"{len(images):,} images listed in {path.name}"
 
 
-def stratified(percent: int, tree: Tree) -> tuple[Tensor, str]:
+def stratified(percent: int, tree: ImageFolders) -> tuple[Tensor, str]:
     """That share of every class by a fixed seed, rounded down, but one image at least; and the same in words."""
     labels = tree.train.labels
     chosen = hold_out(labels, percent / 100, SPLIT_SEED)
@@ -99,7 +99,7 @@ def stratified(percent: int, tree: Tree) -> tuple[Tensor, str]:
     return images, f"{len(images):,} images, {percent} % of each class or one, by a fixed seed, not a published list"
 
 
-def training_view(settings: Reading) -> View:
+def training_view(settings: ReadingSettings) -> View:
     """A random part of an image, flipped or not: (C, H, W) to (C, side, side) float32.
 
     Source: evaluate.py of facebookresearch/barlowtwins; bilinear, where pretraining is bicubic.
@@ -109,7 +109,7 @@ def training_view(settings: Reading) -> View:
     return cast("View", v2.Compose([*cut, as_float, settings.normalized]))
 
 
-def centre_view(settings: Reading) -> View:
+def centre_view(settings: ReadingSettings) -> View:
     """The centre of an image, with 1/8 of the shorter side cut off."""
     v2: Any = require("torchvision.transforms.v2", "--data")
     cut = [v2.Resize(round(settings.image_size * RESIZE)), v2.CenterCrop(settings.image_size)]
@@ -119,7 +119,7 @@ def centre_view(settings: Reading) -> View:
 class Views(Labelled):
     """A random view of an image, a pure function of (seed, epoch, index), and its label: −1 where it cannot be read."""
 
-    def __init__(self, catalogue: Catalogue, settings: Reading) -> None:
+    def __init__(self, catalogue: ImageIndex, settings: ReadingSettings) -> None:
         super().__init__(catalogue, training_view(settings), settings)
         self.seed = settings.seed
 
@@ -138,23 +138,23 @@ class EveryImage(EpochBatches):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for batch in super().__iter__():
-            yield batch[own_rows(len(batch))]
+            yield batch[shard(len(batch))]
 
 
-def training_images(catalogue: Catalogue, settings: Reading) -> Loader:
+def training_images(catalogue: ImageIndex, settings: ReadingSettings) -> Loader:
     """Labelled views of the images, from workers that live as long; its ``batch_sampler.epoch`` is to be set."""
     order = EveryImage(len(catalogue), settings.batch_size, settings.seed)
     return _loader(Views(catalogue, settings), settings, order, persistent_workers=settings.workers > 0)
 
 
-def centres(catalogue: Catalogue, settings: Reading) -> Loader:
+def centres(catalogue: ImageIndex, settings: ReadingSettings) -> Loader:
     """This process's part of the images, without augmentation and in their order."""
-    own = range(len(catalogue))[own_rows(len(catalogue))]
+    own = range(len(catalogue))[shard(len(catalogue))]
     batches = [own[start : start + settings.batch_size] for start in range(0, len(own), settings.batch_size)]
     return _loader(Labelled(catalogue, centre_view(settings), settings), settings, batches)
 
 
-def _loader(images: Labelled, settings: Reading, batches: Iterable[Any], **more: Any) -> Loader:
+def _loader(images: Labelled, settings: ReadingSettings, batches: Iterable[Any], **more: Any) -> Loader:
     pinned = torch.cuda.is_available() and (settings.device is None or settings.device.type == "cuda")
     shape = settings.channels, settings.image_size, settings.image_size
     more |= {"num_workers": settings.workers, "pin_memory": pinned, "collate_fn": partial(_collated, shape)}

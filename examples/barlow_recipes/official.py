@@ -24,7 +24,7 @@ def initialize(model: BarlowTwins, path: Path, strict: bool = False) -> str:
     return f"begins with {what} of {weights.path}, {weights.layout}: {said}"
 
 
-def find_official(path: Path) -> Weights | None:
+def read_official(path: Path) -> Weights | None:
     """What is in the file, if it is a checkpoint of the official program."""
     if not path.is_file() or checkpoint.is_ours(path):
         return None
@@ -35,7 +35,7 @@ def find_official(path: Path) -> Weights | None:
     return weights if weights.layout == OFFICIAL else None
 
 
-def go_on(weights: Weights, state: TrainingState, learning_rate_biases: float, steps_per_epoch: int) -> str:
+def resume_official(weights: Weights, state: TrainingState, learning_rate_biases: float, steps_per_epoch: int) -> str:
     """Take over model, momenta and epoch of the official program's checkpoint; returns in words what is continued.
 
     Both step by LARS, with μ ← 0.9 μ + d and p ← p − lr·μ, and number the parameters alike: first the matrices, then

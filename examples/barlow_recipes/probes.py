@@ -12,7 +12,7 @@ from torch.optim.swa_utils import update_bn
 
 from barlow_recipes.classifier import Batches, Scores, autocast, readable, summed
 from barlow_recipes.data import Probe
-from barlow_recipes.distributed import own_rows, totals, world_size
+from barlow_recipes.distributed import all_reduce, shard, world_size
 from barlow_recipes.encoders import Encoder
 from barlow_recipes.errors import require
 
@@ -123,7 +123,7 @@ def nearest(
     """
     own, asked = (extract(encoder.module.eval(), part, device, precision) for part in (bank, queries))
     vectors, asking = (part.values.reshape(-1, encoder.features) for part in (own, asked))  # of no image, too
-    size, unreadable = totals([len(vectors), own.unreadable])
+    size, unreadable = all_reduce([len(vectors), own.unreadable])
     mean = summed(vectors.sum(dim=0)) / max(size, 1)
     vectors, asking = (F.normalize(features.sub_(mean), dim=1, out=features) for features in (vectors, asking))
     everyones, truth = (torch.cat(_everyones(rows)) for rows in (asking, asked.labels))
@@ -132,7 +132,7 @@ def nearest(
         similarity, labels = (torch.cat(_everyones(values), dim=1) for values in (similarity, labels))
         similarity, found = similarity.topk(min(k, size))
         labels = labels.gather(1, found)
-    scores, mine = Scores(classes, device), own_rows(len(truth))
+    scores, mine = Scores(classes, device), shard(len(truth))
     scores.unreadable = asked.unreadable
     scores.add(vote(similarity[mine], labels[mine], classes), truth[mine])
     return scores.result() | {"unreadable_in_bank": unreadable}

@@ -22,21 +22,21 @@ def exit_status(body: Callable[[], None], out_of_memory: str = OUT_OF_MEMORY) ->
     known = {"by peer": "another process of this run has ended", "DataLoader worker (pid": LOST_WORKER}  # of torch
     known |= {"out of memory": out_of_memory, "allocate memory": out_of_memory}
     try:
-        with distributed.joined():
+        with distributed.process_group():
             body()
         return 0
     except UsageError as error:
-        told, status = str(error), error.exit_code
+        message, status = str(error), error.exit_code
     except KeyboardInterrupt:
-        told, status = "interrupted", Interrupted.exit_code
+        message, status = "interrupted", Interrupted.exit_code
     except OSError as error:
-        told, status = str(error), Aborted.exit_code
+        message, status = str(error), Aborted.exit_code
     except RuntimeError as error:
         failures = [failure for text, failure in known.items() if text in str(error)]
         if not failures:
             raise
-        told, status = failures[0], Aborted.exit_code
-    print(f"error: {told}", file=sys.stderr)
+        message, status = failures[0], Aborted.exit_code
+    print(f"error: {message}", file=sys.stderr)
     return status
 
 

@@ -16,7 +16,7 @@ from barlow_recipes.pixels import PixelSettings
 from barlow_recipes.views import PAPER, ViewRecipe
 
 # What may differ between a run and its continuation: where it runs, what it writes. Everything else shapes the weights.
-FREE = {
+MAY_CHANGE = {
     "preset", "data", "device", "backend", "workers", "loader_timeout", "channels_last", "compile", "tensorboard",
     "wandb", "deterministic", "probe_every", "log_every", "save_every",
     "profile", "out", "overwrite", "resume", "limit_steps", "evaluation",
@@ -152,10 +152,10 @@ class Settings(RunSettings, PixelSettings):
         rows = [[float(i != j and min(i, j) < self.views) for j in numbers] for i in numbers]
         return rows if self.local_crops else None
 
-    def shaping(self) -> dict[str, Any]:
+    def must_match(self) -> dict[str, Any]:
         """The settings that a continued run must share with its checkpoint."""
         unused = {} if self.local_crops else {"local_size": None, "local_crop_scale": None}
-        return command_line.plain(self, without=FREE) | unused
+        return command_line.plain(self, without=MAY_CHANGE) | unused
 
     def check(self) -> None:
         self.check_pixels()

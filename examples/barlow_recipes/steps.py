@@ -20,7 +20,7 @@ from barlow_recipes.errors import Aborted
 from barlow_recipes.metrics import Metrics
 from barlow_recipes.outputs import CHECKPOINT
 from barlow_recipes.settings import Settings
-from barlow_recipes.views import finished
+from barlow_recipes.views import completed
 
 Accuracies = dict[str, dict[str, float]]  # of each representation, in percent
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,8 +80,8 @@ class Run:
     network: nn.Module  # the model as it is trained: synchronised, compiled
     begun: str | None = None  # in words, where the weights came from that were not random
     buffers_before: list[Tensor] = field(default_factory=list)  # the model's, as they were before the step
-    watched: Accuracies = field(default_factory=dict)  # the monitor's, without pretraining
-    compared: Accuracies = field(default_factory=dict)  # and the final evaluation's
+    monitor_baselines: Accuracies = field(default_factory=dict)  # the monitor's, without pretraining
+    final_baselines: Accuracies = field(default_factory=dict)  # and the final evaluation's
     accuracies: Accuracies = field(default_factory=dict)  # the newest, beside those without
     before: Tensor | None = None  # the cross-correlation of the initial weights
     collapse: CollapseReport | None = None  # the newest, on the embeddings of the first pairs
@@ -92,8 +92,8 @@ class Run:
         self.last_step = min(self.settings.epochs * self.steps_per_epoch, self.settings.limit_steps or sys.maxsize)
 
     def save(self) -> None:
-        shaping = self.settings.shaping() | {"images": self.data.images}
-        checkpoint.save(self.checkpoint, self.state.state_dict() | {"settings": shaping}, keep_previous=True)
+        must_match = self.settings.must_match() | {"images": self.data.images}
+        checkpoint.save(self.checkpoint, self.state.state_dict() | {"settings": must_match}, keep_previous=True)
 
 
 class Step(NamedTuple):
@@ -108,25 +108,25 @@ class Step(NamedTuple):
     learning_rate: float  # of matrices and kernels
 
 
-def gradients(now: Run, batches: Iterator[Batch]) -> Step:
+def gradients(run: Run, batches: Iterator[Batch]) -> Step:
     """Compute the gradients of one step: of the next batch's loss, or of the mean of several (--accumulate)."""
-    settings, state, watch = now.settings, now.state, now.watch
+    settings, state, watch = run.settings, run.state, run.watch
     autocast = torch.autocast(settings.device.type, AUTOCAST.get(settings.precision), settings.precision != "fp32")
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
     loss_fn = BarlowTwinsLoss(settings.lambd, backend=settings.backend, pair_weights=settings.pair_weights())
     state.optimizer.zero_grad()
     # A forward pass moves the running statistics of batch norms, whether or not its step is taken.
     buffers = list(state.model.buffers())
-    now.buffers_before = now.buffers_before or [buffer.clone() for buffer in buffers]
-    torch._foreach_copy_(now.buffers_before, buffers)
+    run.buffers_before = run.buffers_before or [buffer.clone() for buffer in buffers]
+    torch._foreach_copy_(run.buffers_before, buffers)
     parts, unreadable = list[BarlowTwinsTerms](), 0
     for _ in range(settings.accumulate):
         with watch.lap("data"):
             batch = next(batches)
         with watch.lap("forward"), autocast:
             # The views pass through the network one after the other: each has its own batch statistics.
-            views = (finished(view, settings.device, now.data.pixels) for view in batch.views)
-            embeddings = [now.network(view.to(memory_format=layout)) for view in views]
+            views = (completed(view, settings.device, run.data.pixels) for view in batch.views)
+            embeddings = [run.network(view.to(memory_format=layout)) for view in views]
         leaves = [z.detach().requires_grad_() for z in embeddings]  # part the loss's backward from the rest
         with watch.lap("loss"):
             with autocast:
@@ -144,28 +144,28 @@ def gradients(now: Run, batches: Iterator[Batch]) -> Step:
     return Step(leaves[0].detach(), leaves[1].detach(), mean, norm, finite, unreadable, rate)
 
 
-def apply(now: Run, *, good: bool) -> None:
+def apply(run: Run, *, good: bool) -> None:
     """Take the step, or leave it out altogether; the schedule and the order of the images go on either way."""
-    state = now.state
-    with now.watch.lap("optimizer"):
+    state = run.state
+    with run.watch.lap("optimizer"):
         if good:
             state.scaler.step(state.optimizer)
         else:
-            torch._foreach_copy_(list(state.model.buffers()), now.buffers_before)
+            torch._foreach_copy_(list(state.model.buffers()), run.buffers_before)
         state.scaler.update()
         state.schedule.step()
     state.step += 1
     if not good:
         text = "the loss or its gradient was not finite: the step was not applied"
-        now.metrics.add("event", {"step": state.step, "text": text})
+        run.metrics.add("event", {"step": state.step, "text": text})
 
 
-def check_health(now: Run, epoch: int, unreadable: int, skipped: int) -> None:
+def check_health(run: Run, epoch: int, unreadable: int, skipped: int) -> None:
     """Abort a run with too many unreadable images in this epoch, or too many steps in a row that were left out."""
-    if unreadable > (tolerated := now.data.tolerated_unreadable):
-        first = now.data.pairs.first_unreadable or f"is {now.settings.data} damaged?"
+    if unreadable > (tolerated := run.data.tolerated_unreadable):
+        first = run.data.pairs.first_unreadable or f"is {run.settings.data} damaged?"
         counted = f"{unreadable} images of epoch {epoch + 1} could not be read, {tolerated} are tolerated"
         raise Aborted(f"{counted}: {first}")
-    if skipped == (MOST_SKIPPED_IN_FP16 if now.state.scaler.is_enabled() else MOST_SKIPPED):
+    if skipped == (MOST_SKIPPED_IN_FP16 if run.state.scaler.is_enabled() else MOST_SKIPPED):
         lost = f"the loss or its gradient was not finite in {skipped} steps in a row (they were not applied)"
         raise Aborted(f"{lost}: try a lower learning rate")

@@ -91,7 +91,7 @@ def draw(recipe: ViewRecipe, n: int, generator: torch.Generator | None = None) -
     return torch.stack(drawn, dim=1)
 
 
-class UnfinishedView(NamedTuple):
+class PartialView(NamedTuple):
     """Views that a worker has cropped and flipped, and what is decided about their colours."""
 
     pixels: Tensor  # (N, C, H, W), uint8 or float32 in [0, 1]
@@ -101,7 +101,7 @@ class UnfinishedView(NamedTuple):
 class View:
     """From (C, H, W), uint8 or float in [0, 1], to (C, size, size) float32, by torch's default generator.
 
-    Or to what :func:`finished` takes, if pixels are to be ``left`` in uint8 or float32.
+    Or to what :func:`completed` takes, if pixels are to be ``left`` in uint8 or float32.
     """
 
     def __init__(
@@ -113,16 +113,16 @@ class View:
         self.crop = v2.Compose([crop, v2.RandomHorizontalFlip(recipe.flip)])
         self.recipe, self.pixels, self.left = recipe, pixels, left
 
-    def __call__(self, image: Tensor) -> Tensor | UnfinishedView:
+    def __call__(self, image: Tensor) -> Tensor | PartialView:
         cropped, decisions = self.crop(image), draw(self.recipe, 1)
         if self.left is None:
-            return finished(UnfinishedView(cropped[None], decisions), torch.device("cpu"), self.pixels)[0]
+            return completed(PartialView(cropped[None], decisions), torch.device("cpu"), self.pixels)[0]
         if self.left == torch.uint8 and cropped.is_floating_point():  # one deep image among those of eight bits
             cropped = cropped.clamp(0, 1).mul(255).round().byte()
-        return UnfinishedView(cropped if self.left == torch.uint8 else as_float(cropped), decisions[0])
+        return PartialView(cropped if self.left == torch.uint8 else as_float(cropped), decisions[0])
 
 
-def finished(view: Tensor | UnfinishedView, device: torch.device, pixels: PixelSettings = USUAL) -> Tensor:
+def completed(view: Tensor | PartialView, device: torch.device, pixels: PixelSettings = USUAL) -> Tensor:
     """The views on the device: (N, C, H, W) float32, normalised. A Tensor is finished, and only moved."""
     if isinstance(view, Tensor):
         return view.to(device, non_blocking=True)

@@ -19,7 +19,7 @@ pytest.importorskip("tyro", reason="pip install 'barlow-loss[examples]'")
 from barlow_recipes import settings as presets
 from barlow_recipes.checkpoint import TrainingState
 from barlow_recipes.models import BarlowTwins
-from barlow_recipes.official import find_official, go_on
+from barlow_recipes.official import read_official, resume_official
 from barlow_recipes.optimization import build_optimizer, build_schedule
 from barlow_recipes.settings import official
 
@@ -116,9 +116,9 @@ def our_steps(settings: dict[str, float], checkpoint: Path | None = None) -> dic
     loss_fn = BarlowTwinsLoss(0.0051)
     state = TrainingState(model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), torch.device("cpu"))
     if checkpoint:
-        theirs = find_official(checkpoint)
+        theirs = read_official(checkpoint)
         assert theirs is not None
-        assert "after its epoch 1" in go_on(theirs, state, settings["learning_rate_biases"], STEPS // 2)
+        assert "after its epoch 1" in resume_official(theirs, state, settings["learning_rate_biases"], STEPS // 2)
         assert state.step == STEPS // 2
     for step in range(state.step, STEPS):
         view1, view2 = views(step)

@@ -48,12 +48,12 @@ def run(
 @pytest.fixture
 def few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes take a moment, and their accuracy is a matter of luck; no pictures are drawn."""
-    from barlow_recipes import looking, probes
+    from barlow_recipes import probes, reporting
 
     monkeypatch.setattr(probes, "DRAWS", 2)
-    monkeypatch.setattr(looking, "PICTURED_PAIRS", 64)
+    monkeypatch.setattr(reporting, "PICTURED_PAIRS", 64)
     for draw in ("draw_curves", "draw_cross_correlation"):
-        monkeypatch.setattr(looking, draw, lambda *_, **__: None)
+        monkeypatch.setattr(reporting, draw, lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")

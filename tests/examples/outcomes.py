@@ -13,7 +13,7 @@ SHORT_DIGITS = ("--epochs", 2, "--projector", "64-64")
 IMPORTED = (
     "PIL.Image", "matplotlib.pyplot", "sklearn.datasets", "sklearn.linear_model", "torch._dynamo",
     "torch.distributed.run", "torchvision.datasets.folder", "torchvision.transforms.v2", "tqdm", "imagenet_pretrain",
-    "barlow_recipes.looking",
+    "barlow_recipes.reporting",
 )  # fmt: skip
 SMALL = ("--batch-size", 8, "--epochs", 2, "--workers", 0, "--device", "cpu")
 SMALL_CNN = ("--arch", "small-cnn", "--projector", "64-64", "--image-size", 28, *SMALL)

@@ -185,15 +185,15 @@ def test_what_fails_on_one_rank_ends_the_others(tmp_path: Path, nursery: Nursery
 import sys
 sys.path.insert(0, {str(EXAMPLES)!r})
 import imagenet_pretrain as program
-from barlow_recipes.distributed import rank, totals
+from barlow_recipes.distributed import rank, all_reduce
 from barlow_recipes.errors import Aborted
 
 def totals_or_failure(numbers):
     if rank() == 1:
         raise Aborted("the cable is loose")
-    return totals(numbers)
+    return all_reduce(numbers)
 
-program.distributed.totals = totals_or_failure
+program.distributed.all_reduce = totals_or_failure
 sys.exit(program.main())
 """)
     done = launch(nursery, tmp_path, 2, program, "--no-probe", "--out", "out")
@@ -232,7 +232,7 @@ def test_the_ranks_rows_make_up_the_batches_of_one_process(
     kind: str, jpegs: Path, of: Callable[[int, int], None]
 ) -> None:
     def batches() -> list[Batch]:
-        rows = distributed.own_rows(8)
+        rows = distributed.shard(8)
         data = (
             load_digits(8, 0, True, rows) if kind == "digits" else load(jpegs, image_size=32, batch_size=8, rows=rows)
         )

@@ -15,8 +15,8 @@ from barlow_recipes import distributed
 from barlow_recipes.errors import UsageError
 from barlow_recipes.labelled import (
     EveryImage,
-    Reading,
-    Tree,
+    ImageFolders,
+    ReadingSettings,
     Views,
     centre_view,
     centres,
@@ -27,19 +27,19 @@ from barlow_recipes.labelled import (
     training_view,
 )
 
-READING = Reading(image_size=16, batch_size=8, workers=0, seed=7, device=torch.device("cpu"))
+READING = ReadingSettings(image_size=16, batch_size=8, workers=0, seed=7, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+def tree(tmp_path_factory: pytest.TempPathFactory) -> ImageFolders:
     return load_tree(make_tree(tmp_path_factory.mktemp("data") / "flowers"))
 
 
-def names_of(tree: Tree, images: Tensor) -> list[str]:
+def names_of(tree: ImageFolders, images: Tensor) -> list[str]:
     return [Path(tree.train.read(int(index))[1]).name for index in images]
 
 
-def test_a_list_names_its_images(tree: Tree, tmp_path: Path) -> None:
+def test_a_list_names_its_images(tree: ImageFolders, tmp_path: Path) -> None:
     path = tmp_path / "10percent.txt"
     path.write_text("\ufeffn03_2.JPEG\nn01_9.JPEG\r\n\nn02_0.JPEG\nn01_1.JPEG\n")  # Windows has had it
     images, source = from_list(path, tree)
@@ -60,7 +60,7 @@ BAD_LISTS = {
 
 
 @pytest.mark.parametrize("content", BAD_LISTS)
-def test_a_list_that_does_not_fit_is_refused(content: str, tree: Tree, tmp_path: Path) -> None:
+def test_a_list_that_does_not_fit_is_refused(content: str, tree: ImageFolders, tmp_path: Path) -> None:
     path = tmp_path / "1percent.txt"
     path.write_text(content.replace(" ", "\n"), encoding="latin-1")
     with pytest.raises(UsageError) as caught:
@@ -69,7 +69,7 @@ def test_a_list_that_does_not_fit_is_refused(content: str, tree: Tree, tmp_path:
 
 
 @pytest.mark.parametrize(("percent", "of_each"), [(1, 1), (20, 2), (100, 10)])
-def test_a_share_is_the_same_of_every_class(percent: int, of_each: int, tree: Tree) -> None:
+def test_a_share_is_the_same_of_every_class(percent: int, of_each: int, tree: ImageFolders) -> None:
     images, source = stratified(percent, tree)
     assert torch.bincount(tree.train.labels[images]).tolist() == [of_each] * 3
     assert torch.equal(images, stratified(percent, tree)[0])
@@ -98,7 +98,7 @@ def test_every_image_is_seen_once_an_epoch_by_one_process(
     assert [[*chain(*shares)] for shares in zip(*parts, strict=True)] == whole
 
 
-def test_a_share_without_rows_is_a_batch_all_the_same(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_without_rows_is_a_batch_all_the_same(tree: ImageFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
     one = tree.train.subset(torch.tensor([5]))
@@ -108,7 +108,7 @@ def test_a_share_without_rows_is_a_batch_all_the_same(tree: Tree, monkeypatch: p
     assert list(centres(one, READING)) == []
 
 
-def test_a_view_is_a_pure_function_of_seed_epoch_and_index(tree: Tree) -> None:
+def test_a_view_is_a_pure_function_of_seed_epoch_and_index(tree: ImageFolders) -> None:
     dataset = Views(tree.train, READING)
     torch.manual_seed(1)
     first, label = dataset[2, 11]

@@ -21,7 +21,7 @@ sys.path.insert(0, {str(EXAMPLES)!r})
 import torch
 import imagenet_evaluate as program
 from barlow_recipes import probes
-from barlow_recipes.distributed import is_main
+from barlow_recipes.distributed import is_rank_zero
 
 class Double(torch.nn.Module):
     def forward(self, images):
@@ -34,7 +34,7 @@ class InFloat64(program.Classifier):
 
 def finish_and_keep(run, name):
     finish(run, name)
-    if name != "knn" and is_main():
+    if name != "knn" and is_rank_zero():
         torch.save(built[-1].state_dict(), run.out / (name + ".pt"))
 
 built, finish = [], program.Run.finish

@@ -30,12 +30,12 @@ def settings(*flags: object) -> Settings:
 
 def train(given: Settings, step: int, **more: Any) -> Path:
     """A run as programs are: it goes on from a checkpoint, counts to the step and saves."""
-    shaping, default = {"epochs": given.epochs}, Path("runs/counting")
+    must_match, default = {"epochs": given.epochs}, Path("runs/counting")
     saved = folders.load(folders.find(given, default), PARTS)
-    with folders.opened(given, default, shaping, saved, **more) as (out, metrics):
+    with folders.opened(given, default, must_match, saved, **more) as (out, metrics):
         for number in range(saved.content["step"] if saved else 0, step):
             metrics.add("epoch", {"step": number + 1})
-            content = {"settings": shaping, "step": number + 1}
+            content = {"settings": must_match, "step": number + 1}
             checkpoint.save(out / "checkpoint.pt", content, keep_previous=True)
     return out
 

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from outcomes import EXAMPLES, FILES, SHORT_DIGITS, SMALL_CNN, SMALL_RESNET, differences, rows, states
 
-from barlow_recipes import checkpoint, looking
+from barlow_recipes import checkpoint, reporting
 from programs import Nursery
 from programs import run as run_program
 
@@ -165,7 +165,7 @@ def test_a_kill_while_looking_loses_nothing(run: Run, monkeypatch: pytest.Monkey
     def killed(*_: object) -> None:
         raise MemoryError("as if killed")
 
-    monkeypatch.setattr(looking, "accuracies", killed)
+    monkeypatch.setattr(reporting, "accuracies", killed)
     with pytest.raises(MemoryError):
         run(*SHORT_DIGITS, "--probe-every", 1, "--out", "out")
     assert states("out")[0]["step"] == 10

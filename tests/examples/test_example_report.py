@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from barlow_loss import collapse_report
-from barlow_recipes import looking
-from barlow_recipes.looking import MOST_EVENTS, versions, write_report
+from barlow_recipes import reporting
 from barlow_recipes.metrics import Metrics
+from barlow_recipes.reporting import MOST_EVENTS, versions, write_report
 
 GENERATOR = torch.Generator().manual_seed(0)
 HEALTHY = collapse_report(
@@ -74,7 +74,7 @@ def draw(path: Path, steps: range, looks: bool = False) -> None:
         metrics.add("step", row)
     for step in (20, 40):
         metrics.add("epoch", {"step": step, "epoch": 1} | (ACCURACIES if looks and step > 20 else {}))
-    looking.draw_curves(path, metrics, lambd=0.005, floor=1000.0, rank=99)
+    reporting.draw_curves(path, metrics, lambd=0.005, floor=1000.0, rank=99)
 
 
 def colours(path: Path) -> int:
@@ -114,7 +114,7 @@ def test_the_page_of_a_run_that_has_just_begun(tmp_path: Path) -> None:
 
 def test_the_page_needs_no_other_file_and_runs_nothing(tmp_path: Path) -> None:
     draw(tmp_path / "curves.png", range(1, 60, 10))
-    looking.draw_cross_correlation(tmp_path / "cross_correlation.png", torch.zeros(9, 9), torch.eye(9), step=3)
+    reporting.draw_cross_correlation(tmp_path / "cross_correlation.png", torch.zeros(9, 9), torch.eye(9), step=3)
     assert colours(tmp_path / "cross_correlation.png") > 200
     page = written(a_run(tmp_path))
     assert page.tags.count("img") == 2

@@ -61,8 +61,8 @@ def test_local_crops_are_compared_with_the_views_alone() -> None:
 
 
 def test_what_local_crops_are_like_shapes_a_run_that_has_some() -> None:
-    assert settings("--local-size 4").shaping() == settings().shaping()
-    assert settings("--local-size 4 --local-crops 1").shaping() != settings("--local-crops 1").shaping()
+    assert settings("--local-size 4").must_match() == settings().must_match()
+    assert settings("--local-size 4 --local-crops 1").must_match() != settings("--local-crops 1").must_match()
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_where_a_run_takes_place_does_not_shape_it() -> None:
     second = settings(
         "--data b --workers 2 --save-every 3 --tensorboard --log-every 1 --loader-timeout 5 --deterministic"
     )
-    assert first.shaping() == second.shaping()
-    assert first.shaping() != settings("--data a --seed 1").shaping()
-    assert first.shaping() != settings("--data a --accumulate 2").shaping()
+    assert first.must_match() == second.must_match()
+    assert first.must_match() != settings("--data a --seed 1").must_match()
+    assert first.must_match() != settings("--data a --accumulate 2").must_match()
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,13 @@ from barlow_recipes.views import (
     ORDERS,
     PAPER,
     Decisions,
-    UnfinishedView,
+    PartialView,
     View,
     ViewRecipe,
     colored,
+    completed,
     crop_small,
     draw,
-    finished,
     image_without_augmentation,
     small_views,
 )
@@ -203,11 +203,11 @@ def test_a_worker_and_the_device_make_the_same_view(recipe: ViewRecipe) -> None:
         assert torch.equal(wholes[-1], seeded(View(recipe, 32), photo, number))
     assert torch.equal(photos, before)  # which make the other view, too
     batch, whole = default_collate(halves), torch.stack(wholes)
-    assert isinstance(batch, UnfinishedView)
+    assert isinstance(batch, PartialView)
     assert batch.pixels.dtype == torch.uint8
     assert len(whole.flatten(1).unique(dim=0)) == 6
-    torch.testing.assert_close(finished(batch, CPU), whole, rtol=0, atol=1e-5)
-    assert finished(whole, CPU) is whole
+    torch.testing.assert_close(completed(batch, CPU), whole, rtol=0, atol=1e-5)
+    assert completed(whole, CPU) is whole
 
 
 def test_views_are_normalised_crops_of_the_right_size() -> None:
@@ -230,7 +230,7 @@ def test_views_of_any_number_of_channels(channels: int, kind: torch.dtype) -> No
         worker = View(recipe, 32, pixels, kind)
         half = default_collate([seeded(worker, image, seed) for seed in range(40)])
         assert half.pixels.dtype == kind
-        torch.testing.assert_close(finished(half, CPU, pixels), whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(completed(half, CPU, pixels), whole, rtol=0, atol=1e-5)
         assert whole.shape == (40, channels, 32, 32)
         assert 0 <= whole.min() < 0.2 < 0.8 < whole.max() <= 1 + 1e-6
     turned = replace(NOTHING, color_jitter=(0.0, 0.0, 0.2, 0.5), jitter=1.0, grayscale=1.0)
@@ -241,5 +241,5 @@ def test_views_of_any_number_of_channels(channels: int, kind: torch.dtype) -> No
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @recipes
 def test_a_gpu_makes_the_same_views(recipe: ViewRecipe) -> None:
-    view = UnfinishedView(images(64), draw(recipe, 64, generator()))
-    torch.testing.assert_close(finished(view, torch.device("cuda")).cpu(), finished(view, CPU), rtol=0, atol=1e-4)
+    view = PartialView(images(64), draw(recipe, 64, generator()))
+    torch.testing.assert_close(completed(view, torch.device("cuda")).cpu(), completed(view, CPU), rtol=0, atol=1e-4)

@@ -24,7 +24,7 @@ PROGRAM = EXAMPLES / "imagenet_pretrain.py"
 TESTS = EXAMPLES.parent / "tests"
 sys.path[:0] = [str(EXAMPLES), str(TESTS / "examples"), str(TESTS)]
 
-from barlow_recipes import checkpoint, digits, distributed, images, looking, models, steps  # noqa: E402
+from barlow_recipes import checkpoint, digits, distributed, images, models, reporting, steps  # noqa: E402
 from barlow_recipes.data import EpochBatches  # noqa: E402
 
 FEW = 176  # digits
@@ -53,8 +53,8 @@ def quick(pictures: bool = False) -> None:
 
     digits.load_digits = load_few
     if not pictures:
-        looking.draw_curves = looking.draw_cross_correlation = lambda *args, **kwargs: None
-    looking.PICTURED_PAIRS = 64
+        reporting.draw_curves = reporting.draw_cross_correlation = lambda *args, **kwargs: None
+    reporting.PICTURED_PAIRS = 64
 
 
 def in_float64() -> None:
@@ -214,8 +214,8 @@ def forgets_the_optimizer() -> None:
 
 def judges_alone() -> None:
     """Each rank looks at its own loss."""
-    totals = distributed.totals
-    distributed.totals = lambda numbers: [numbers[0], *totals(numbers)[1:]]
+    all_reduce = distributed.all_reduce
+    distributed.all_reduce = lambda numbers: [numbers[0], *all_reduce(numbers)[1:]]
 
 
 def waits_for_ever() -> None:

@@ -214,7 +214,7 @@ class Images(Dataset[Item]):
         if not processes <= batch_size <= count:
             expected = f"from {processes}, one for each process, to {count}, all annotated images"
             raise UsageError(f"--batch-size {batch_size}: expected {expected}")
-        self.rows = distributed.own_rows(batch_size)
+        self.rows = distributed.shard(batch_size)
         self.own = self.rows.stop - self.rows.start
 
     def __getitem__(self, key: tuple[int | None, int]) -> Item:

@@ -17,7 +17,17 @@ from barlow_recipes.command_line import Positive, Real, RunSettings, Side, Whole
 from barlow_recipes.errors import UsageError
 
 # What may differ between a run and its continuation: everything else shapes the results.
-FREE = ("data", "weights", "device", "workers", "loader_timeout", "save_every", "out", "overwrite", "resume")
+MAY_CHANGE = (
+    "data",
+    "weights",
+    "device",
+    "workers",
+    "loader_timeout",
+    "save_every",
+    "out",
+    "overwrite",
+    "resume",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +59,9 @@ class Settings(RunSettings):
     save_every: Positive = 1000  # iterations from one checkpoint to the next
     precision: Literal["fp32", "bf16"] = "fp32"  # of the encoder's stages
 
-    def shaping(self) -> dict[str, Any]:
+    def must_match(self) -> dict[str, Any]:
         """The settings that a continued run must share with its checkpoint, as they stand in JSON."""
-        return plain(self, without=FREE)
+        return plain(self, without=MAY_CHANGE)
 
 
 VOC = Settings(data=tyro.MISSING, weights=tyro.MISSING)

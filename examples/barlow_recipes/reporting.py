@@ -22,13 +22,13 @@ from barlow_loss import __version__, collapse_report, cross_correlation
 from barlow_loss.diagnostics import noise_floor
 from barlow_recipes import probes
 from barlow_recipes.data import Probe
-from barlow_recipes.distributed import is_main, world_size
+from barlow_recipes.distributed import is_rank_zero, world_size
 from barlow_recipes.encoders import build_encoder
 from barlow_recipes.errors import require
 from barlow_recipes.metrics import Metrics, accuracies_of, accuracy_cells, aligned, label_of
 from barlow_recipes.outputs import CROSS_CORRELATION, CURVES, PICTURES, REPORT, replacing
 from barlow_recipes.steps import Accuracies, Run
-from barlow_recipes.views import finished
+from barlow_recipes.views import completed
 
 PICTURED_PAIRS, PICTURED_FEATURES = 1024, 128  # of thousands of features a picture shows none
 LOGGED_PAIRS = 256  # of a process: with thousands the effective rank, in float64, takes as long as a step
@@ -47,16 +47,16 @@ PAGE = """<!doctype html>
 """
 
 
-def baselines(now: Run, name: Literal["monitor", "final"]) -> Accuracies:
+def baselines(run: Run, name: Literal["monitor", "final"]) -> Accuracies:
     """What the images of a probe are worth without pretraining: as pixels, and behind random weights.
 
     A resumed run finds them in its metrics: for ImageNet they take minutes.
     """
-    settings, probe = now.settings, getattr(now.data, name)
-    rows = [row for row in now.metrics.of_kind("baseline") if row["probe"] == name]
+    settings, probe = run.settings, getattr(run.data, name)
+    rows = [row for row in run.metrics.of_kind("baseline") if row["probe"] == name]
     if probe and not rows:
-        backbone = now.state.model.backbone
-        if now.begun:  # with other weights than random ones
+        backbone = run.state.model.backbone
+        if run.begun:  # with other weights than random ones
             with torch.random.fork_rng(devices=[]):
                 shape = settings.stem, settings.channels, settings.image_size
                 backbone = build_encoder(settings.arch, *shape).module.to(settings.device)
@@ -64,35 +64,35 @@ def baselines(now: Run, name: Literal["monitor", "final"]) -> Accuracies:
         for label, represent in {"raw pixels": probes.raw_pixels, "untrained encoder": untrained}.items():
             measured = probes.evaluate(represent, probe, settings.device)
             rows.append({"step": 0, "probe": name, "representation": label, "accuracies": measured})
-            now.metrics.add("baseline", rows[-1])
+            run.metrics.add("baseline", rows[-1])
     return {row["representation"]: row["accuracies"] for row in rows}
 
 
-def accuracies(now: Run, probe: Probe | None) -> dict[str, float]:
-    return probes.evaluate(now.state.model.backbone.eval(), probe, now.settings.device) if probe else {}
+def accuracies(run: Run, probe: Probe | None) -> dict[str, float]:
+    return probes.evaluate(run.state.model.backbone.eval(), probe, run.settings.device) if probe else {}
 
 
 @torch.no_grad()
-def draw(now: Run) -> None:
+def draw(run: Run) -> None:
     """The curves and the correlation matrix, beside that of the first call; all processes take part.
 
     Of the first pairs, of the first two views where there are more, by their embeddings as the loss sees them: with
     batch statistics.
     """
-    model, settings = copy.deepcopy(now.state.model).train(), now.settings
-    batches = islice(now.data.pairs.batches(epoch=0), -(-PICTURED_PAIRS // settings.micro_batch_size))
-    views = ([finished(view, settings.device, now.data.pixels) for view in batch.views[:2]] for batch in batches)
+    model, settings = copy.deepcopy(run.state.model).train(), run.settings
+    batches = islice(run.data.pairs.batches(epoch=0), -(-PICTURED_PAIRS // settings.micro_batch_size))
+    views = ([completed(view, settings.device, run.data.pixels) for view in batch.views[:2]] for batch in batches)
     z1, z2 = map(torch.cat, zip(*([*map(model, two)] for two in views), strict=True))
     correlation = cross_correlation(z1[:, :PICTURED_FEATURES], z2[:, :PICTURED_FEATURES])
-    if now.before is None:
-        now.before = correlation
+    if run.before is None:
+        run.before = correlation
         return
-    now.collapse = collapse_report(z1, z2, lambd=settings.lambd)
-    if is_main():
+    run.collapse = collapse_report(z1, z2, lambd=settings.lambd)
+    if is_rank_zero():
         n, d = settings.micro_batch_size, z1.shape[1]
-        draw_cross_correlation(now.out / CROSS_CORRELATION, now.before, correlation, now.state.step)
+        draw_cross_correlation(run.out / CROSS_CORRELATION, run.before, correlation, run.state.step)
         limits = {"floor": noise_floor(n, d), "rank": min(n - 1, LOGGED_PAIRS * world_size() - 1, d)}
-        draw_curves(now.out / CURVES, now.metrics, lambd=settings.lambd, **limits)
+        draw_curves(run.out / CURVES, run.metrics, lambd=settings.lambd, **limits)
 
 
 def draw_curves(path: Path, metrics: Metrics, *, lambd: float, floor: float, rank: int) -> None:
@@ -157,27 +157,27 @@ def versions() -> dict[str, str]:
     return own | {package.name: package.version for package in packages}
 
 
-def write_report(now: Run, status: str) -> None:
+def write_report(run: Run, status: str) -> None:
     """Write the page anew, all at once; ``status`` is "running", "done", or what has stopped the run."""
-    if not is_main():
+    if not is_rank_zero():
         return
     as_yaml = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
-    rows = [*now.metrics.of_kind("epoch")[-1:], *now.metrics.of_kind("step")[-1:]]
+    rows = [*run.metrics.of_kind("epoch")[-1:], *run.metrics.of_kind("step")[-1:]]
     newest = {name: value for row in rows for name, value in row.items() if name != "kind"}
-    events = [f"step {row['step']:,}: {row['text']}" for row in reversed(now.metrics.of_kind("event"))]
+    events = [f"step {row['step']:,}: {row['text']}" for row in reversed(run.metrics.of_kind("event"))]
     more = [f"and {len(events) - MOST_EVENTS} older ones, in metrics.jsonl"] if len(events) > MOST_EVENTS else []
     texts = {
-        "How far it is": as_yaml({"steps": now.last_step, "epochs": now.settings.epochs, **newest}),
-        "Held-out accuracy": aligned(accuracy_cells(now.accuracies)) if now.accuracies else "",
-        "Are the embeddings healthy?": str(now.collapse or ""),
+        "How far it is": as_yaml({"steps": run.last_step, "epochs": run.settings.epochs, **newest}),
+        "Held-out accuracy": aligned(accuracy_cells(run.accuracies)) if run.accuracies else "",
+        "Are the embeddings healthy?": str(run.collapse or ""),
         "Events": "\n".join(events[:MOST_EVENTS] + more) or "Nothing out of the ordinary.",
-        "Settings": as_yaml(now.metrics.of_kind("settings")[0]),
+        "Settings": as_yaml(run.metrics.of_kind("settings")[0]),
     }
     body = [f"<h2>{head}</h2><pre>{escape(text)}</pre>" for head, text in texts.items() if text]
-    pictures = (now.out / name for name in PICTURES)
+    pictures = (run.out / name for name in PICTURES)
     encoded = [base64.b64encode(path.read_bytes()).decode() for path in pictures if path.is_file()]
     body[2:2] = [f'<img src="data:image/png;base64,{picture}" alt="">' for picture in encoded]
-    title = escape(f"{now.data.name}, {now.settings.arch}: {status}")
+    title = escape(f"{run.data.name}, {run.settings.arch}: {status}")
     written = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
-    with replacing(now.out / REPORT) as temporary:
+    with replacing(run.out / REPORT) as temporary:
         temporary.write_text(PAGE.format(title=title, written=written, body="\n".join(body)), encoding="utf-8")

@@ -12,17 +12,14 @@ rows and for uneven ones. The gradient is what DDP's mean over the ranks makes o
 rows. The cosine tells a wrong direction from a wrong length.
 
 FLOP model, each rank: ours 8·N²·D/W, the published program 6·N·D²/W, and it passes 39 times over D×D matrices besides,
-whatever W is. Byte model: traffic.py. Three counts of the bytes are made: the model, what the collectives called send
+whatever W is. Byte model: model.py. Three counts of the bytes are made: the model, what the collectives called send
 by it, which must be the same, and the loopback's counter, which sees the headers of TCP as well, and other programs.
 
-    python benches/distributed.py                                     under a minute on two cores
-    python benches/distributed.py --processes 2 --grid 1024x4096 --rounds 9 --seconds 15
+    python benches/bench.py --only distributed        under a minute on two cores
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import pickle
 import tempfile
@@ -32,7 +29,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,10 +37,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
-import traffic
+import model
 from barlow_loss._collectives import group_of
 from barlow_loss._header import agree
-from baselines import (
+from contenders import (
     FFT,
     LIGHTLY,
     LIGHTLY_GATHERING,
@@ -56,17 +52,16 @@ from baselines import (
     build,
     distributed_textbook,
     entry,
+    installed,
 )
-from timing import interleave, ratios, spread, time_calls
-from workload import Answer, Cell, Errors, check, errors, step, truth
+from measure import Answer, Cell, Errors, check, errors, interleave, ratios, spread, step, truth, wall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from baselines import Contender
-    from timing import Turn
-
-    Record = dict[str, Any]
+    from contenders import Contender
+    from machine import Record
+    from measure import Turn
 
 GRID = {2: [Cell(256, 4096)], 4: [Cell(256, 4096)]}
 FULL = {2: [*GRID[2], Cell(1024, 4096), Cell(256, 8192)], 4: GRID[4]}
@@ -166,15 +161,11 @@ def together(job: Callable[..., Any], processes: int, *args: Any, limit: float =
         deadline = time.monotonic() + limit
         while not ranks.join(max(0.0, deadline - time.monotonic())):
             if time.monotonic() > deadline:
-                _kill(ranks.processes)
+                for process in ranks.processes:
+                    process.kill()
+                    process.join()
                 raise TimeoutError(f"{job.__name__}{args}: expected an end within {limit:g} s")
         return [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(processes)]
-
-
-def _kill(processes: list[Any]) -> None:
-    for process in processes:
-        process.kill()
-        process.join()
 
 
 def _on_rank(rank: int, processes: int, folder: str, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -186,11 +177,6 @@ def _on_rank(rank: int, processes: int, folder: str, job: Callable[..., Any], ar
 
 def _result(folder: str, rank: int) -> Path:
     return Path(folder, f"rank-{rank}")
-
-
-def present(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``names`` that this environment has."""
-    return tuple(name for name in names if (package := entry(name).package) is None or find_spec(package))
 
 
 def answers(place: Place, shards: Shards, names: tuple[str, ...]) -> dict[str, Answer | Refusal]:
@@ -210,7 +196,7 @@ def answers(place: Place, shards: Shards, names: tuple[str, ...]) -> dict[str, A
 def _answer(contender: Contender, views: list[Tensor]) -> Answer | Refusal:
     torch.manual_seed(0)
     try:
-        return Answer(*(tensor.detach() for tensor in step(contender, *views)))
+        return step(contender, *views)
     except Exception as error:  # whatever a contender raises is its answer
         return Refusal(time.monotonic(), str(error).strip().partition("\n")[0] or type(error).__name__)
 
@@ -225,7 +211,7 @@ def distance(parts: list[Answer], right: Answer, factor: float = 1.0) -> tuple[E
     The gradient is that of DDP's mean over the ranks, divided by ``factor``.
     """
     gradients = [torch.cat(rows) / (len(parts) * factor) for rows in zip(*(part[1:] for part in parts), strict=True)]
-    found = [errors(Answer(part.loss, *gradients), right) for part in parts]
+    found = [errors((part[0], *gradients), right) for part in parts]
     flat, right_flat = (torch.cat(list(both)).double().flatten() for both in (gradients, right[1:]))
     cosine = torch.cosine_similarity(flat, right_flat, dim=0).item()
     return Errors(max(each.loss for each in found), found[0].gradient), cosine
@@ -238,7 +224,7 @@ def exactness(shards: Shards, names: tuple[str, ...] = COMPARED) -> Record:
         AssertionError: ours is further than it promises.
         Refused: ours raised.
     """
-    names = present(names)
+    names = tuple(filter(installed, names))
     right = truth(*shards.views())
     by_rank = together(answers, len(shards.rows), shards, names)
     contenders = {name: judged(name, shards, by_rank, right) for name in names}
@@ -263,7 +249,7 @@ def _parts(name: str, by_rank: list[dict[str, Answer | Refusal]]) -> list[Answer
     parts = [own[name] for own in by_rank]
     if refusals := [part for part in parts if isinstance(part, Refusal)]:
         raise Refused(min(refusals).why)
-    return [part for part in parts if isinstance(part, Answer)]
+    return [part for part in parts if not isinstance(part, Refusal)]
 
 
 def measure(shards: Shards, rounds: int, seconds: float) -> Record:
@@ -271,9 +257,9 @@ def measure(shards: Shards, rounds: int, seconds: float) -> Record:
     processes = len(shards.rows)
     contenders = _answered(shards)
     timed = together(costs, processes, shards, rounds, seconds)[0]
-    called, model = timed["contenders"][OURS]["sent"]["collectives"], traffic.dual(shards, processes).sent
-    if abs(called - model) > 0.5:
-        raise AssertionError(f"{OURS} at {shards}: expected {model:,.0f} bytes sent, counted {called:,.0f}")
+    called, sent = timed["contenders"][OURS]["sent"]["collectives"], model.sent_by_dual(shards, processes).sent
+    if abs(called - sent) > 0.5:
+        raise AssertionError(f"{OURS} at {shards}: expected {sent:,.0f} bytes sent, counted {called:,.0f}")
     for name, found in contenders.items():
         found.update(timed["contenders"][name])
     return {"n": shards.n, "d": shards.d, "processes": processes, **timed, "contenders": contenders}
@@ -334,7 +320,7 @@ def _header(z1: Tensor, z2: Tensor) -> Turn:
 def _time_together(turn: Turn, calls: int) -> float:
     """Seconds per call on the slowest rank, the same figure on all of them."""
     dist.barrier()
-    slowest = torch.tensor(time_calls(turn, calls), dtype=torch.float64)
+    slowest = torch.tensor(wall(turn, calls), dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return slowest.item()
 
@@ -344,7 +330,7 @@ def _sent(turn: Turn) -> Record:
 
     From the counter is taken what passes in as much time of idleness.
     """
-    called = traffic.Collectives()
+    called = model.Collectives()
 
     def steps() -> None:
         with called:
@@ -358,16 +344,23 @@ def _sent(turn: Turn) -> Record:
     by_counter = (busy - others) / COUNTED_STEPS / dist.get_world_size()
     return {
         "collectives": called.sent / COUNTED_STEPS,
-        "loopback": None if traffic.loopback_bytes() is None else by_counter,
+        "loopback": None if _loopback_bytes() is None else by_counter,
     }
 
 
 def _bytes_meanwhile(turn: Turn) -> int:
     dist.barrier()
-    before = traffic.loopback_bytes() or 0
+    before = _loopback_bytes() or 0
     turn()
     dist.barrier()
-    return (traffic.loopback_bytes() or 0) - before
+    return (_loopback_bytes() or 0) - before
+
+
+def _loopback_bytes() -> int | None:
+    """What the loopback interface has carried since the machine started; None where the system does not tell."""
+    counters = Path("/proc/net/dev")
+    lines = counters.read_text().splitlines() if counters.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == "lo:"), None)
 
 
 def section(grid: dict[int, list[Cell]], rounds: int, seconds: float) -> Record:
@@ -379,18 +372,3 @@ def section(grid: dict[int, list[Cell]], rounds: int, seconds: float) -> Record:
         "cells": [measure(shards, rounds, seconds) for shards in cells],
         "exactness": [exactness(shards) for shards in shares],
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the loss over several processes; see the head of this file.")
-    parser.add_argument("--processes", nargs="+", type=int, choices=GRID, default=list(GRID))
-    parser.add_argument("--grid", nargs="+", type=Cell.parse, metavar="NxD", help="cells (default: 256x4096)")
-    parser.add_argument("--rounds", type=int, default=9, help="at most so many rounds for a cell (default: 9)")
-    parser.add_argument("--seconds", type=float, default=5, help="after that, stop at three rounds (default: 5)")
-    flags = parser.parse_args()
-    grid = {processes: flags.grid or GRID[processes] for processes in flags.processes}
-    print(json.dumps(section(grid, flags.rounds, flags.seconds), indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,18 @@
-"""Times the loss on a GPU against the textbook formula and lightly, beside the model of gpu_model.py.
+"""Times the loss on a GPU against the textbook formula and lightly, beside the model of model.py.
 
-Six contenders take turns, round by round, each step timed by events around it with the L2 cache overwritten before
-(gpu_clock.py); a ratio is taken within a round, and medians over the rounds are reported with their quartiles. The
-answers of all are compared with float64 on the same views in the same run, before anything is timed; an answer further
-away than gpu_contenders.py allows is reported and not timed. So is what ran out of memory, or is not installed.
+Six contenders take turns, round by round, each step timed by events around it with the L2 cache overwritten before; a
+ratio is taken within a round, and medians over the rounds are reported with their quartiles. The answers of all are
+compared with float64 on the same views in the same run, before anything is timed; an answer further away than
+``allowed`` says is reported and not timed. So is what ran out of memory, or is not installed.
 
 What is timed is forward and backward, down to the gradients of both views. Settings: "fp32" (views and products in
 float32, precision "highest") and "bf16 autocast" (bfloat16 views, as a linear layer under autocast gives them, and the
 loss under ``torch.autocast``). Working memory is the rise of the allocated memory during a step, beyond the views.
 
-FLOP and byte model, the floor and the predictions: gpu_model.py. The ceilings (copy, 8192³ products, launches) are
-measured in the same run, and the algorithm's own products alone in the same rounds.
+FLOP and byte model, the floor and the predictions: model.py. The ceilings (copy, 8192³ products, launches) are measured
+in the same run, and the algorithm's own products alone in the same rounds.
 
-    python benches/gpu.py                      the whole grid into results/gpu.json, gpu.md and gpu.png
+    python benches/gpu.py                      the whole grid into results/gpu.json and gpu.md
     python benches/gpu.py --grid 256x8192 --settings "bf16 autocast" --out /tmp/gpu
     python benches/gpu.py --model-only         no GPU: results/gpu.md with the predictions, its measured columns empty
     python benches/gpu.py --check              fails if results/gpu.md is not what the figures, or the model, say
@@ -23,184 +23,313 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from importlib import metadata
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-import barlow_loss
-import gpu_table
-from gpu_clock import Clock, Gpu, Host
-from gpu_contenders import OURS, allowed, build, missing, truth, views
-from gpu_model import AUTOCAST, COMPILED, CONTENDERS, EAGER, GRAPH, SETTINGS, TRITON, Setting
-from machine import RESULTS
-from timing import interleave, ratios, spread
-from workload import Answer, Cell, errors
+import contenders
+import model
+from barlow_loss import BarlowTwinsLoss
+from contenders import EPS, LAMBD, Textbook
+from machine import RESULTS, environment, load, store
+from measure import (
+    OTHERS_ALLOWED,
+    OURS_ALLOWED,
+    Answer,
+    Cell,
+    Errors,
+    Events,
+    cells,
+    errors,
+    interleave,
+    ratios,
+    spread,
+    step,
+    truth,
+    wall,
+)
+from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, FLOAT32, GRAPH, H100, LIGHTLY, SETTINGS, TEXTBOOK, TRITON
+from tables import grid, paragraphs, plain, tabulated
+from tables import spread as said
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from gpu_contenders import Turn
+    from torch import Tensor
 
-    Record = dict[str, Any]
+    from machine import Record
+    from measure import Clock
+    from model import Chip, Setting
 
+    Step = Callable[[], Answer]
+
+OURS = (EAGER, TRITON, GRAPH)
 # The cells of the stated goals first, in case the budget does not last.
-ORDER = tuple(map(Cell.parse, ["2048x8192", "256x8192", "256x2048", "1024x8192", "4096x8192", "2048x32768"]))
-SMOKE_GRID = (Cell(16, 64), Cell(24, 96))
+SMALL, LARGE = cells("256x8192", "2048x8192")
+ORDER = (LARGE, SMALL, *cells("256x2048", "1024x8192", "4096x8192", "2048x32768"))
+SMOKE_GRID = cells("16x64", "24x96")
 COMPILE_SECONDS = 20  # kept in reserve for a compilation; without it the compiled contender is left out
 CELL_SECONDS = 4
+WARM_UPS = 3
+SQUARE, COPIED_BYTES, LAUNCHES = 8192, 2**30, 500
+
+PRODUCTS = "products of the dual alone"
+MODELS = model.MODELS | {PRODUCTS: lambda cell, setting: model.Cost(8 * cell.n**2 * cell.d, 0, 0, 0, 0)}
+NOTHING_MEASURED = """\
+# The loss on a GPU: predictions, nothing measured
+
+**No GPU was at hand. No figure on this page was measured**: all of them are computed by the byte and FLOP model in
+`benches/model.py` from ceilings that are assumptions. The columns "measured" are empty until `make gpu` has run on
+a machine with a GPU, and are then filled by it."""
+SMOKE = """\
+# CPU smoke, no GPU figures
+
+**These figures mean nothing**: `benches/gpu.py --smoke` ran on tiny CPU tensors to show that the program works."""
+NOTES = """\
+Time: forward and backward to the gradients of both views, by events, the L2 cache overwritten before each step; median
+and quartiles over rounds in which the contenders take turns; ratios are taken within a round. *Back to back*: steps in
+a row, the host's share included. A predicted range is without and with a second pass over operands just read, which
+the L2 cache serves where they fit there. TFLOP/s: those of the contender's own products; GB/s: the bytes that it moves
+by the model. *Floor*: the larger of FLOPs of the dual over the rate of a large product and of views read once and
+gradients written once over the rate of a copy. Memory: the rise during a step beyond the views; *held* leaves out the
+returned gradients.
+Errors: relative distance to float64 on the same views, of the loss and of both gradients by norm. What was measured is
+the code of that day; predictions, and the bytes behind GB/s, are those of the model as it is now."""
 
 
-def measure(cell: Cell, setting: Setting, clock: Clock, rounds: int, deadline: float) -> Record:
+class Device(NamedTuple):
+    """Where steps run, and its clocks: with the cache overwritten before each step, and steps in a row."""
+
+    device: torch.device
+    cold: Clock
+    in_a_row: Clock
+
+    @classmethod
+    def of(cls, device: torch.device) -> Device:
+        """On the CPU, where the program is tried out, both clocks are the wall's."""
+        if device.type == "cpu":
+            return cls(device, wall, wall)
+        events = Events(device)
+        return cls(device, events, events.in_a_row)
+
+    @property
+    def module(self) -> Any:
+        """``torch.cuda`` and the like."""
+        return torch.get_device_module(self.device)
+
+
+class Graphed:
+    """Forward and backward captured once on static views and replayed: one launch for the host.
+
+    Warmed up and captured on one side stream, whose cuBLAS workspace then exists before the capture, so that ``peak``,
+    the rise of the allocated memory during it, holds what the step needs. The graph keeps that memory until it dies.
+    """
+
+    def __init__(self, turn: Step, module: Any) -> None:
+        stream = module.Stream()
+        stream.wait_stream(module.current_stream())
+        with module.stream(stream):
+            for _ in range(WARM_UPS):
+                turn()
+        module.current_stream().wait_stream(stream)
+        module.synchronize()
+        module.reset_peak_memory_stats()
+        before = module.memory_allocated()
+        self._graph = module.CUDAGraph()
+        with module.graph(self._graph, stream=stream):
+            self._answer = turn()
+        self.peak: int = module.max_memory_allocated() - before
+
+    def __call__(self) -> Answer:
+        self._graph.replay()
+        return self._answer
+
+
+def missing(name: str, where: Device) -> str | None:
+    """Why a contender cannot run here, or None."""
+    if name == LIGHTLY and not contenders.installed(contenders.LIGHTLY):
+        return "not installed"
+    if name in (TRITON, GRAPH) and where.device.type == "cpu":
+        return "needs a GPU"
+    if name in (TRITON, GRAPH, COMPILED) and find_spec("triton") is None:
+        return "triton is not installed"
+    if name == GRAPH and not hasattr(where.module, "CUDAGraph"):
+        return f"no graphs on {where.device.type}"
+    return None
+
+
+def build(name: str, cell: Cell, setting: Setting, where: Device, *views: Tensor) -> Step:
+    """A step of the contender ``name``: forward under the setting's autocast, backward outside of it."""
+    if name in OURS:
+        loss: Any = BarlowTwinsLoss(LAMBD, eps=EPS, backend="eager" if name == EAGER else "triton")
+    else:
+        loss = contenders.build(contenders.LIGHTLY, cell.d) if name == LIGHTLY else Textbook(cell.d)
+    loss = loss.to(where.device)
+    if name == COMPILED:
+        loss = torch.compile(loss, fullgraph=True, dynamic=False)
+
+    def forward(*z: Tensor) -> Tensor:
+        with torch.autocast(where.device.type, torch.bfloat16) if setting == AUTOCAST else nullcontext():
+            value: Tensor = loss(*z)
+            return value
+
+    def turn() -> Answer:
+        return step(forward, *views)
+
+    return Graphed(turn, where.module) if name == GRAPH else turn
+
+
+def allowed(name: str, setting: Setting) -> Errors:
+    """Errors above which a time means nothing: ours to its promise, the others to what D×D matrices in 16 bits give.
+
+    16 bits, ours: float16 operands, 2⁻¹⁰, in the loss, and two of them and the rounding to bfloat16, 2⁻⁸, in the
+    gradient.
+    """
+    if name in OURS:
+        return OURS_ALLOWED if setting == FLOAT32 else Errors(2**-10, 2**-9 + 2**-8)
+    return OTHERS_ALLOWED if setting == FLOAT32 else Errors(0.05, 0.5)
+
+
+def measure(cell: Cell, setting: Setting, where: Device, rounds: int, deadline: float) -> Record:
     """The record of one cell under one setting."""
     torch.compiler.reset()  # generated code is for one shape and dtype
-    z1, z2 = views(cell, setting, clock.device)
-    right = truth(z1, z2)
+    views = cell.views(device=where.device, dtype=setting.dtype)
+    right = truth(*views)
     records: dict[str, Record] = {}
-    turns: dict[str, Turn] = {}
+    turns: dict[str, Step] = {}
     for name in CONTENDERS:
+        reason = missing(name, where)
         if name == COMPILED and time.monotonic() + COMPILE_SECONDS > deadline:
-            records[name] = {"left_out": "the budget was spent"}
-            continue
-        records[name], turn = _prepare(name, cell, setting, clock, right, z1, z2)
+            reason = "the budget was spent"
+        records[name], turn = ({"left_out": reason}, None) if reason else _try(name, cell, setting, where, right, views)
         if turn is not None:
             turns[name] = turn
     del right
-    timed: dict[str, Callable[[], object]] = {**turns, "products": _products(cell, setting, clock)}
+    timed: dict[str, Callable[[], object]] = {**turns, "products": _products(cell, setting, where.device)}
     for again in timed.values():
         again()
-    times = interleave(timed, rounds, CELL_SECONDS, clock.cold)
+    times = interleave(timed, rounds, CELL_SECONDS, where.cold)
     for over in {TRITON, GRAPH, EAGER} & set(turns):
         for name, ratio in ratios({name: times[name] for name in turns}, over).items():
             records[name].setdefault("times", {})[over] = ratio
     for name, turn in turns.items():
         records[name]["seconds"] = spread(times[name])
         calls = max(3, math.ceil(0.02 / records[name]["seconds"]["median"]))
-        records[name]["back_to_back"] = statistics.median(clock.back_to_back(turn, calls) for _ in range(3))
-    return {
-        "n": cell.n,
-        "d": cell.d,
-        "setting": setting.name,
-        "rounds": len(times["products"]),
-        "contenders": records,
-        "products": spread(times["products"]),
-    }
+        records[name]["back_to_back"] = statistics.median(where.in_a_row(turn, calls) for _ in range(3))
+    found = {"rounds": len(times["products"]), "contenders": records, "products": spread(times["products"])}
+    return {"n": cell.n, "d": cell.d, "setting": setting.name, **found}
 
 
-def _prepare(
-    name: str, cell: Cell, setting: Setting, clock: Clock, right: Answer, *z: torch.Tensor
-) -> tuple[Record, Turn | None]:
+def _try(
+    name: str, cell: Cell, setting: Setting, where: Device, right: Answer, views: tuple[Tensor, ...]
+) -> tuple[Record, Step | None]:
     """What is known of a contender before it is timed, and its turn if it is to be."""
-    reason = missing(name, clock.device)
-    if reason is not None:
-        return {"left_out": reason}, None
     try:
-        turn = build(name, cell, setting, z[0], z[1])
+        turn = build(name, cell, setting, where, *views)
         found = errors(turn(), right)
-        peak, gradients = clock.peak(turn)
+        peak, gradients = _peak(turn, where)
     except torch.OutOfMemoryError:
-        _release(clock.device)
+        _release(where)
         return {"failed": "out of memory"}, None
     except Exception as error:  # a contender that breaks must not take the others with it
-        return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}, None
-    record: Record = {
-        "loss_error": found.loss,
-        "gradient_error": found.gradient,
-        "peak_bytes": peak,
-        "gradient_bytes": gradients,
-    }
+        return {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}, None
+    record: Record = {"loss_error": found.loss, "gradient_error": found.gradient}
+    record |= {"peak_bytes": peak, "gradient_bytes": gradients}
     limit = allowed(name, setting)
     if not (found.loss <= limit.loss and found.gradient <= limit.gradient):
         return record | {"failed": f"wrong: errors of at most {limit.loss:.1e} and {limit.gradient:.1e} expected"}, None
     return record, turn
 
 
-def _products(cell: Cell, setting: Setting, clock: Clock) -> Callable[[], object]:
+def _peak(turn: Step, where: Device) -> tuple[int | None, int]:
+    """Bytes by which the allocated memory rises during a step; those of the gradients that it returns."""
+    gc.collect()
+    if where.device.type == "cpu":
+        return None, sum(gradient.nbytes for gradient in turn()[1:])
+    where.module.synchronize()
+    where.module.reset_peak_memory_stats()
+    before = where.module.memory_allocated()
+    answer = turn()
+    where.module.synchronize()
+    rise: int = turn.peak if isinstance(turn, Graphed) else where.module.max_memory_allocated() - before
+    return rise, sum(gradient.nbytes for gradient in answer[1:])
+
+
+def _products(cell: Cell, setting: Setting, device: torch.device) -> Callable[[], object]:
     """The four products of the dual alone, in the dtype that ours takes."""
-    dtype = torch.float16 if setting == AUTOCAST and clock.device.type != "cpu" else torch.float32
-    u1, u2 = (torch.randn(cell.n, cell.d, device=clock.device).mul_(cell.n**-0.5).to(dtype) for _ in range(2))
+    dtype = torch.float16 if setting == AUTOCAST and device.type != "cpu" else torch.float32
+    u1, u2 = (torch.randn(cell.n, cell.d, device=device).mul_(cell.n**-0.5).to(dtype) for _ in range(2))
     k1, k2 = torch.mm(u1, u1.T), torch.mm(u2, u2.T)
     return lambda: [torch.mm(u1, u1.T), torch.mm(u2, u2.T), torch.mm(k2, u1), torch.mm(k1, u2)]
 
 
-def environment(clock: Clock) -> Record:
-    """The machine and the versions that the figures belong to."""
-    packages = ("torch", "triton", "lightly", "matplotlib")
-    return {
-        "device": _device_name(clock.device),
-        "driver": _driver(clock.device),
-        "runtime": torch.version.hip or torch.version.cuda,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "versions": {"barlow-loss": barlow_loss.__version__, **{name: _version(name) for name in packages}},
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
+def ceilings(where: Device) -> dict[str, float]:
+    """Bandwidth of a copy, rates of large products, seconds per tiny kernel: issued by the host, and from a graph."""
+    if where.device.type == "cpu":
+        rates = dict.fromkeys(("copy_bytes_per_second", "float16_flops", "bfloat16_flops", "float32_flops"), 1e10)
+        return rates | {"host_seconds": 1e-5, "launch_seconds": 1e-5}
+
+    def median(turn: Callable[[], object]) -> float:
+        where.in_a_row(turn, 2)
+        return statistics.median(where.in_a_row(turn, 1) for _ in range(11))
+
+    source = torch.randn(COPIED_BYTES // 4, device=where.device)
+    target = torch.empty_like(source)
+    found = {"copy_bytes_per_second": 2 * COPIED_BYTES / median(lambda: target.copy_(source))}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        a, b = torch.randn(2, SQUARE, SQUARE, device=where.device).to(dtype)
+        found[f"{str(dtype).removeprefix('torch.')}_flops"] = 2 * SQUARE**3 / median(lambda a=a, b=b: torch.mm(a, b))  # type: ignore[misc]
+    one = torch.zeros(1, device=where.device)
+
+    def many() -> None:
+        for _ in range(LAUNCHES):
+            one.add_(1)
+
+    found["host_seconds"] = median(many) / LAUNCHES
+    if hasattr(where.module, "CUDAGraph"):
+        graph = where.module.CUDAGraph()
+        with where.module.graph(graph):
+            many()
+        found["launch_seconds"] = median(graph.replay) / LAUNCHES
+    return found
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _device_name(device: torch.device) -> str:
-    return "CPU" if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))
-
-
-def _driver(device: torch.device) -> str | None:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().splitlines()[0]
-
-
-def run(clock: Clock, arguments: argparse.Namespace) -> Record:
+def run(where: Device, arguments: argparse.Namespace) -> Record:
     """All cells, written after each, so that what was measured is kept whatever comes next."""
     deadline = time.monotonic() + arguments.budget
-    results: Record = {"environment": environment(clock), "ceilings": clock.ceilings(), "smoke": arguments.smoke}
+    versions = environment("triton", "lightly", device=where.device)
+    results: Record = {"environment": versions, "ceilings": ceilings(where), "smoke": arguments.smoke}
     results |= {"cells": [], "left_out": []}
-    arguments.out.mkdir(parents=True, exist_ok=True)
     for setting in arguments.settings:
         for cell in arguments.grid:
-            reason = _measure_into(results, cell, setting, clock, arguments.rounds, deadline)
-            if reason is not None:
-                results["left_out"].append(f"{cell}, {setting.name}: {reason}")
-            print(results["left_out"][-1] if reason else gpu_table.line(results["cells"][-1]), flush=True)
-            (arguments.out / "gpu.json").write_text(json.dumps(results, indent=2) + "\n")
-            _release(clock.device)
+            try:
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the budget was spent")
+                results["cells"].append(measure(cell, setting, where, arguments.rounds, deadline))
+                print(line(results["cells"][-1]), flush=True)
+            except (TimeoutError, torch.OutOfMemoryError) as error:
+                reason = "the memory does not hold the views and their float64 answer"
+                reason = str(error) if isinstance(error, TimeoutError) else reason
+                results["left_out"].append(f"{cell}, {setting.name}: left out, {reason}")
+                print(results["left_out"][-1], flush=True)
+            store(results, arguments.out / "gpu.json")
+            _release(where)
     return results
 
 
-def _measure_into(results: Record, cell: Cell, setting: Setting, clock: Clock, rounds: int, end: float) -> str | None:
-    """Why there is no record of this cell, or None."""
-    if time.monotonic() > end:
-        return "left out, the budget was spent"
-    try:
-        results["cells"].append(measure(cell, setting, clock, rounds, end))
-    except torch.OutOfMemoryError:
-        return "left out, the memory does not hold the views and their float64 answer"
-    return None
-
-
-def _release(device: torch.device) -> None:
+def _release(where: Device) -> None:
     gc.collect()
-    if device.type != "cpu":
-        torch.get_device_module(device).empty_cache()
+    if where.device.type != "cpu":
+        where.module.empty_cache()
 
 
 def failures(results: Record) -> list[str]:
@@ -211,6 +340,188 @@ def failures(results: Record) -> list[str]:
         for name in OURS
         if "failed" in record["contenders"].get(name, {})
     ]
+
+
+class Row(NamedTuple):
+    """A contender in a cell: what was measured of it, empty where nothing was, and what the model says."""
+
+    card: Chip
+    setting: Setting
+    cell: Cell
+    name: str
+    found: Record
+
+    @property
+    def cost(self) -> model.Cost | None:
+        return MODELS[self.name](self.cell, self.setting) if self.name in MODELS else None
+
+    @property
+    def seconds(self) -> float | None:
+        return self.found["seconds"]["median"] if "seconds" in self.found else None
+
+    @property
+    def floor(self) -> float:
+        return model.floor(self.cell, self.setting, self.card)
+
+    def predicted(self, unit: float = 1) -> str:
+        """Least and largest predicted time, in seconds over ``unit``."""
+        return _range(*model.predicted(self.cost, self.name, self.setting, self.card), unit) if self.cost else ""
+
+    def measured(self, unit: float) -> str:
+        """Median and quartiles, or why there are none."""
+        return said(self.found["seconds"], 1 / unit) if self.seconds else _instead(self.found)
+
+    def over(self, name: str) -> str:
+        """Least and largest ratio of the predicted ranges of two that pass over their operands alike."""
+        other = self._replace(name=name)
+        if not (self.cost and other.cost) or name == self.name:
+            return "1" if name == self.name else ""
+        own, base = (model.predicted(r.cost, r.name, self.setting, self.card) for r in (self, other) if r.cost)
+        low, high = sorted(a / b for a, b in zip(own, base, strict=True))
+        return _range(low, high, 1)
+
+    def rate(self, what: str, unit: float) -> str:
+        """FLOPs or bytes of the model by the measured time."""
+        done = getattr(self.cost, what) if self.cost else 0
+        return plain(done / self.seconds / unit) if self.seconds and done else ""
+
+    @property
+    def gradients(self) -> int:
+        """Bytes that are returned."""
+        return 2 * self.cell.n * self.cell.d * self.setting.view
+
+
+def _range(low: float, high: float, unit: float) -> str:
+    return "–".join(dict.fromkeys(plain(value / unit) for value in (low, high)))
+
+
+def _instead(found: Record) -> str:
+    return str(found.get("failed") or found.get("left_out") or "").replace("|", "/")
+
+
+def _mb(size: float | None) -> str:
+    return "" if size is None else plain(size / 1e6)
+
+
+TIMES: dict[str, Callable[[Row], str]] = {
+    "N × D": lambda row: f"{row.cell.n} × {row.cell.d}",
+    "contender": lambda row: row.name,
+    "predicted, ms": lambda row: row.predicted(1e-3),
+    "measured, ms (quartiles)": lambda row: row.measured(1e-3),
+    "back to back, ms": lambda row: plain(1e3 * row.found["back_to_back"]) if "back_to_back" in row.found else "",
+    "× ours, Triton: predicted": lambda row: row.over(TRITON),
+    "× ours, Triton: measured": lambda row: (
+        said(row.found["times"][TRITON]) if TRITON in row.found.get("times", {}) else ""
+    ),
+    "× floor: predicted": lambda row: row.predicted(row.floor),
+    "× floor: measured": lambda row: plain(row.seconds / row.floor) if row.seconds else "",
+    "TFLOP/s": lambda row: row.rate("flops", 1e12),
+    "GB/s": lambda row: row.rate("moved", 1e9),
+}
+MEMORY: dict[str, Callable[[Row], str]] = {
+    "N × D": lambda row: f"{row.cell.n} × {row.cell.d}",
+    "contender": lambda row: row.name,
+    "least bytes, MB": lambda row: _mb(model.least_bytes(row.cell, row.setting)),
+    "bytes moved by the model, MB": lambda row: _mb(row.cost.moved) if row.cost else "",
+    "GFLOP": lambda row: plain(row.cost.flops / 1e9) if row.cost else "",
+    "held, MB: predicted": lambda row: _mb(row.cost.working) if row.cost else "",
+    "held, MB: measured": lambda row: (
+        _mb(row.found["peak_bytes"] - row.gradients) if row.found.get("peak_bytes") else ""
+    ),
+    "with the gradients, MB: predicted": lambda row: _mb(row.cost.working + row.gradients) if row.cost else "",
+    "with the gradients, MB: measured": lambda row: _mb(row.found.get("peak_bytes")),
+    "loss error": lambda row: f"{row.found['loss_error']:.1e}" if "loss_error" in row.found else "",
+    "gradient error": lambda row: f"{row.found['gradient_error']:.1e}" if "gradient_error" in row.found else "",
+}
+
+
+def line(record: Record) -> str:
+    """One cell for the terminal."""
+    parts = []
+    for name, found in record["contenders"].items():
+        told = _instead(found)
+        if "seconds" in found:
+            told = f"{plain(1e3 * found['seconds']['median'])} ms "
+            told += f"(errors {found['loss_error']:.0e} {found['gradient_error']:.0e})"
+        parts.append(f"{name}: {told}")
+    return f"{record['n']}×{record['d']}, {record['setting']}: {'; '.join(parts)}; {record['rounds']} rounds"
+
+
+def markdown(results: Record | None) -> str:
+    """The page: what it stands on, the goals, and two tables for each setting."""
+    card = H100 if results is None else model.chip(results["environment"]["device"], results["ceilings"])
+    found = {} if results is None else {(r["n"], r["d"], r["setting"]): r for r in results["cells"]}
+    parts = [_head(results), _ceilings(card, measured=results is not None)]
+    if results is None or not results["smoke"]:
+        parts += ["## Goals, bf16 autocast on an H100", _goals(card, found)]
+    for setting in SETTINGS:
+        if rows := list(_rows(card, setting, found)):
+            timed, held = tabulated(rows, TIMES), tabulated([row for row in rows if row.name != PRODUCTS], MEMORY)
+            parts += [f"## {setting.name}", timed, held]
+    left_out = [] if results is None else [f"- {reason}" for reason in results["left_out"]]
+    names = dict.fromkeys(name for record in found.values() for name in record["contenders"] if name not in CONTENDERS)
+    left_out += [f"- {name}: as it was measured; it is no contender any more" for name in names]
+    return paragraphs(*parts, *left_out, NOTES) + "\n"
+
+
+def _head(results: Record | None) -> str:
+    if results is None:
+        return NOTHING_MEASURED
+    if results["smoke"]:
+        return SMOKE
+    machine = results["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    absent = [name for name, version in machine["versions"].items() if not version]
+    driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    gone = f" Not installed there: {', '.join(absent)}." if absent else ""
+    return (
+        f"# The loss on a GPU\n\nMeasured on {machine['device']}{driver}, CUDA or ROCm {machine['runtime']}, "
+        f"{machine['system']}, Python {machine['python']}, {versions}.{gone}"
+    )
+
+
+def _ceilings(card: Chip, *, measured: bool) -> str:
+    how = "Ceilings measured in the same run" if measured else f"Ceilings assumed ({card.name})"
+    return (
+        f"{how}: copy {card.bandwidth / 1e12:.2f} TB/s (read and written), products in 16 bits "
+        f"{card.half / 1e12:.0f} TFLOP/s, in fp32 {card.single / 1e12:.1f} TFLOP/s, "
+        f"{1e6 * card.launch:.1f} µs a launch on the device, {1e6 * card.host:.1f} µs an operation on the host."
+    )
+
+
+def _rows(card: Chip, setting: Setting, found: dict[Any, Record]) -> Iterator[Row]:
+    """Every contender of every cell, and its products alone; without figures where nothing was measured."""
+    nothing: dict[str, Record] = {name: {} for name in CONTENDERS}
+    cells = found or {(cell.n, cell.d, setting.name): {"contenders": nothing, "products": None} for cell in model.GRID}
+    for (n, d, where), record in sorted(cells.items()):
+        if where == setting.name:
+            for name, own in record["contenders"].items():
+                yield Row(card, setting, Cell(n, d), name, own)
+            if record["products"]:
+                yield Row(card, setting, Cell(n, d), PRODUCTS, {"seconds": record["products"]})
+
+
+def _goals(card: Chip, found: dict[Any, Record]) -> str:
+    """The figures to reach, beside what the model expects and what was measured."""
+    rows = []
+    for cell, ours, most, factors, megabytes in (
+        (LARGE, TRITON, 1.35, {TEXTBOOK: 5, COMPILED: 3}, 220),
+        (SMALL, GRAPH, 60, {TEXTBOOK: 20, COMPILED: 6}, 25),
+    ):
+        record = found.get((cell.n, cell.d, AUTOCAST.name), {}).get("contenders", {})
+        where, row = f"{cell.n} × {cell.d}", Row(card, AUTOCAST, cell, ours, record.get(ours, {}))
+        unit, label = (row.floor, "× floor") if cell == LARGE else (1e-6, "µs")
+        reached = f"{row.seconds / unit:.3g} {label}" if row.seconds else ""
+        rows.append([f"{where}: {ours}", f"≤ {most} {label}", f"{row.predicted(unit)} {label}", reached])
+        for name, least in factors.items():
+            ratio = record.get(name, {}).get("times", {}).get(ours)
+            expected, reached = row._replace(name=name).over(ours), f"{ratio['median']:.1f}×" if ratio else ""
+            rows.append([f"{where}: {name} over {ours}", f"≥ {least}×", f"{expected}×", reached])
+        held = row._replace(name=TRITON, found=record.get(TRITON, {}))
+        title = f"{where}: {TRITON}, peak memory with the gradients"
+        memory = [MEMORY[f"with the gradients, MB: {kind}"](held) for kind in ("predicted", "measured")]
+        rows.append([title, f"≤ {megabytes} MB", *(f"{each} MB" if each else "" for each in memory)])
+    return grid(["what", "goal", "predicted", "measured"], rows)
 
 
 def accelerator() -> torch.device | None:
@@ -232,7 +543,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", choices=names, default=list(names))
     parser.add_argument("--rounds", type=int, default=7, help="at most so many rounds for a cell (default: 7)")
     parser.add_argument("--budget", type=float, default=230, help="seconds; then no further cell (default: 230)")
-    parser.add_argument("--out", type=Path, help=f"folder for gpu.json, gpu.md and gpu.png (default: {RESULTS.name}/)")
+    parser.add_argument("--out", type=Path, help=f"folder for gpu.json and gpu.md (default: {RESULTS.name}/)")
     arguments = parser.parse_args()
     arguments.settings = [names[name] for name in arguments.settings]
     arguments.grid = arguments.grid or (SMOKE_GRID if arguments.smoke else ORDER)
@@ -242,44 +553,33 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _check(folder: Path) -> None:
-    page = folder / "gpu.md"
-    if not page.exists() or page.read_text(encoding="utf-8") != gpu_table.markdown(stored(folder)):
-        sys.exit(
-            f"{page} is not what the figures or the model say: run python benches/gpu.py --model-only, or make gpu"
-        )
-
-
 def stored(folder: Path) -> Record | None:
     """The figures of a run, if one has been made."""
     path = folder / "gpu.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return load(path) if path.exists() else None
 
 
 def main() -> None:
     arguments = _arguments()
-    if arguments.check:
-        _check(arguments.out)
+    page = arguments.out / "gpu.md"
+    if arguments.check or arguments.model_only:
+        text = markdown(stored(arguments.out))
+        if arguments.model_only:
+            page.parent.mkdir(parents=True, exist_ok=True)
+            page.write_text(text, encoding="utf-8")
+            print(f"Written to {page}")
+        elif not page.exists() or page.read_text(encoding="utf-8") != text:
+            sys.exit(f"{page} does not say what the figures or the model say: run gpu.py --model-only, or make gpu")
         return
-    if arguments.model_only:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "gpu.md").write_text(gpu_table.markdown(stored(arguments.out)), encoding="utf-8")
-        print(f"Written to {arguments.out / 'gpu.md'}")
-        return
-    device = accelerator()
-    if device is None and not arguments.smoke:
+    device = torch.device("cpu") if arguments.smoke else accelerator()
+    if device is None:
         sys.exit("No GPU here that torch can use, so nothing can be measured. The predictions: gpu.py --model-only")
     warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
-    clock: Clock = Host() if arguments.smoke or device is None else Gpu(device)
-    results = run(clock, arguments)
-    text = gpu_table.markdown(results)
-    (arguments.out / "gpu.md").write_text(text, encoding="utf-8")
-    drawn = gpu_table.plot(results, arguments.out / "gpu.png")
-    print(f"\n{text}\nWritten to {arguments.out / 'gpu.json'}, gpu.md{' and gpu.png' if drawn else ''}")
-    if not drawn:
-        print("No plot: matplotlib is not installed.")
-    wrong = failures(results)
-    if wrong:
+    results = run(Device.of(device), arguments)
+    text = markdown(results)
+    page.write_text(text, encoding="utf-8")
+    print(f"\n{text}\nWritten to {page} and gpu.json")
+    if wrong := failures(results):
         sys.exit("Ours failed:\n  " + "\n  ".join(wrong))
 
 

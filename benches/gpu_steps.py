@@ -10,14 +10,13 @@ step is run, whatever became of the one before; the last lines say which failed.
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,7 @@ SECONDS = 470
 BENCH_SECONDS = 230  # kept for the benches, whatever the steps before them take
 WRAP_UP_SECONDS = 30  # the benches finish the cell in hand
 NEEDED = ("torch", "pytest", "hypothesis")
-WELCOME = ("triton", "lightly", "matplotlib", "pytest-timeout", "pytest-xdist")
+WELCOME = ("triton", "lightly", "pytest-timeout", "pytest-xdist")
 
 
 class Step(NamedTuple):
@@ -136,27 +135,6 @@ def obstacle() -> str | None:
     return None
 
 
-def environment() -> str:
-    """One line on the machine."""
-    import torch
-
-    found = {name: _version(name) for name in WELCOME}
-    versions = ", ".join(f"{name} {version}" for name, version in found.items() if version)
-    absent = [name for name, version in found.items() if not version]
-    return (
-        f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda or '–'}, ROCm {torch.version.hip or '–'}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, {versions}"
-        f"{'; not installed: ' + ', '.join(absent) if absent else ''}"
-    )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Everything that needs a GPU; see the head of this file.")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="steps whose name begins with one of these")
@@ -166,7 +144,11 @@ def main() -> None:
     reason = obstacle()
     if reason is not None:
         sys.exit(f"make gpu: {reason}")
-    print(environment(), flush=True)
+    import torch
+
+    from machine import environment  # needs torch, which may not be here
+
+    print(json.dumps(environment(*WELCOME, device=torch.device("cuda"))), flush=True)
     wanted, absent = steps()
     if arguments.only:
         wanted = [step for step in wanted if step.name.startswith(tuple(arguments.only))]

@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import statistics
-import tempfile
-import time
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -37,14 +34,15 @@ from torchvision.transforms import functional as F
 
 from barlow_recipes.pixels import MEAN, STD, as_float, decode
 from barlow_recipes.views import ORDERS, PAPER, Decisions, View, ViewRecipe, colored, draw
-from machine import RESULTS, environment
-from timing import interleave, ratios, spread
+from machine import RESULTS, environment, store
+from measure import Turn, interleave, processor, ratios, spread
+from tables import details, grid, paragraphs
+from tables import spread as told
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    Turn = Callable[[], object]
-    Record = dict[str, Any]
+    from machine import Record
 
 OFFICIAL, OURS = "official", "ours"
 SIZE = 224
@@ -101,10 +99,11 @@ def official_view(recipe: ViewRecipe) -> transforms.Compose:
     )
 
 
-def both_views(read: Callable[[bytes], Any], views: list[Callable[[Any], Tensor]], content: bytes) -> list[Tensor]:
-    """What a worker does with a file."""
-    image = read(content)
-    return [view(image) for view in views]
+def both_views(read: Callable[[bytes], Any], views: list[Callable[[Any], Tensor]], photos: Iterator[bytes]) -> None:
+    """What a worker does with the next file."""
+    image = read(next(photos))
+    for view in views:
+        view(image)
 
 
 def same_decisions(content: bytes, recipe: ViewRecipe) -> tuple[float, float, float]:
@@ -193,77 +192,42 @@ def agreement(photos: list[bytes]) -> Record:
     return record
 
 
-def cpu_time_calls(turn: Turn, calls: int) -> float:
-    """Seconds of this thread per call: whatever else runs on the core does not count."""
-    start = time.thread_time()
-    for _ in range(calls):
-        turn()
-    return (time.thread_time() - start) / calls
-
-
-def timed(turns: dict[str, Turn], rounds: int) -> Record:
-    for turn in turns.values():
-        turn()
-    times = interleave(turns, rounds, math.inf, cpu_time_calls)
-    return {
-        "seconds": {name: spread(own) for name, own in times.items()},
-        "official_over_ours": ratios(times, OURS).get(OFFICIAL),
-    }
-
-
 def measure(photos: list[bytes], rounds: int) -> Record:
     """Both views of an image, from its bytes."""
-    theirs = partial(both_views, official_decode, [official_view(recipe) for recipe in PAPER])
-    ours = partial(both_views, partial(decode, name="photo"), [View(recipe, SIZE) for recipe in PAPER])
-    their_photos, our_photos = cycle(photos), cycle(photos)
-    turns: dict[str, Turn] = {OFFICIAL: lambda: theirs(next(their_photos)), OURS: lambda: ours(next(our_photos))}
+    theirs, ours = ([make(recipe) for recipe in PAPER] for make in (official_view, partial(View, size=SIZE)))
+    turns: dict[str, Turn] = {
+        OFFICIAL: partial(both_views, official_decode, theirs, cycle(photos)),
+        OURS: partial(both_views, partial(decode, name="photo"), ours, cycle(photos)),
+    }
+    for turn in turns.values():
+        turn()
+    times = interleave(turns, rounds, math.inf, processor)
+    whole: Record = {"seconds": {name: spread(own) for name, own in times.items()}}
+    whole["official_over_ours"] = ratios(times, OURS)[OFFICIAL]
     size = statistics.mean(map(len, photos))
-    return {"rounds": rounds, "images": len(photos), "mean_bytes": size, "whole": timed(turns, rounds)}
+    return {"rounds": rounds, "images": len(photos), "mean_bytes": size, "whole": whole}
 
 
 def markdown(results: Record) -> str:
-    """Two tables and what they rest on."""
+    """The tables and what they rest on."""
     machine, whole, found = results["environment"], results["whole"], results["agreement"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    ratio = whole["official_over_ours"]
-    views_per_second = {name: 2 / seconds["median"] for name, seconds in whole["seconds"].items()}
-    lines = [
+    rates = {name: f"{2 / seconds['median']:,.0f}" for name, seconds in whole["seconds"].items()}
+    over = {OFFICIAL: told(whole["official_over_ours"]), OURS: "1"}
+    head = ["both views of an image, decoded once", "views/s of a core", "CPU time, × ours (quartiles)"]
+    return paragraphs(
         "# The views of the loader, one thread",
-        "",
         f"{machine['cpu']}, {machine['system']}, Python {machine['python']}, {versions}. {results['images']} made JPEG "
-        f"files of 500×375 pixels and {results['mean_bytes'] / 1e3:.0f} kB on average, {results['rounds']} rounds.",
-        "",
-        "| both views of an image, decoded once | views/s of a core | CPU time, × ours (quartiles) |",
-        "| --- | ---: | ---: |",
-        f"| official: torchvision's transforms on Pillow | {views_per_second[OFFICIAL]:,.0f} | {_spread(ratio)} |",
-        f"| ours | {views_per_second[OURS]:,.0f} | 1 |",
-        "",
-        "The same decisions, in grey levels. Pillow cuts to 8 bits after every operation, six times within a blur, "
-        "which leaves noise and undoes much of a weak blur.",
-        "",
-        "| view | mean distance of pixels | of the worst view | RMS of the Laplacian, official | ours |",
-        "| ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in found["same_decisions"]:
-        sharp = " | ".join(f"{value:.2f}" for value in row["sharpness"].values())
-        lines.append(f"| {row['view']} | {row['distance']:.2f} | {row['largest_distance']:.2f} | {sharp} |")
-    lines += [
-        "",
-        f"Where each draws its own decisions, {found['statistics'][0]['views']:,} views of either; the sharpness is "
-        "the RMS of the Laplacian, here of means of 4×4 pixels:",
-        "",
-        "| view | of each view | mean, official | ours | standard errors apart | variance, official | ours "
-        "| standard errors apart |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in found["statistics"]:
-        cells = [f"{value:.4g}" for moment in ("mean", "variance") for value in row[moment].values()]
-        lines.append(f"| {row['view']} | {row['measure']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _spread(values: dict[str, float]) -> str:
-    return f"{values['median']:.2f} ({values['q1']:.2f}–{values['q3']:.2f})"
+        f"files of 500×375 pixels and {results['mean_bytes'] / 1e3:.0f} kB on average, {results['rounds']} rounds. "
+        "Official: torchvision's transforms on Pillow.",
+        grid(head, [[name, rates[name], over[name]] for name in (OFFICIAL, OURS)]),
+        "After the same decisions: distances of pixels in grey levels, and the sharpness, the RMS of the Laplacian. "
+        "Pillow cuts to 8 bits after every operation, six times within a blur, which leaves noise and undoes much of a "
+        "weak blur.",
+        details(found["same_decisions"]),
+        "Where each draws its own decisions; the sharpness here is of means of 4×4 pixels:",
+        f"{details(found['statistics'])}\n",
+    )
 
 
 def main() -> None:
@@ -275,14 +239,9 @@ def main() -> None:
     torch.set_num_threads(1)
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "Pillow": PIL.__version__}
     machine = environment() | {"versions": versions}
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{number:03}.jpg" for number in range(arguments.images)]
-        for number, path in enumerate(paths):
-            path.write_bytes(photo(number))
-        photos = [path.read_bytes() for path in paths]
+    photos = list(map(photo, range(arguments.images)))
     results = {"environment": machine, "agreement": agreement(photos), **measure(photos, arguments.rounds)}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "loader.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    store(results, arguments.out / "loader.json")
     text = markdown(results)
     (arguments.out / "loader.md").write_text(text, encoding="utf-8")
     print(f"{text}\nWritten to {arguments.out / 'loader.json'} and .md")

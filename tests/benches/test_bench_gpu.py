@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 import gpu
-import gpu_table
-from gpu_model import CONTENDERS, EAGER, MODELS, SETTINGS, TEXTBOOK, TRITON, Setting, counted
 from machine import RESULTS
-from workload import Cell
+from measure import Cell
+from model import CONTENDERS, EAGER, MODELS, SETTINGS, TEXTBOOK, TRITON, Setting, counted
 
 CELL = Cell(64, 512)
 
@@ -33,17 +32,17 @@ def stored() -> dict[str, Any]:
 
 
 def test_the_page_is_what_the_figures_and_the_model_say(stored: dict[str, Any]) -> None:
-    assert (RESULTS / "gpu.md").read_text(encoding="utf-8") == gpu_table.markdown(stored)
+    assert (RESULTS / "gpu.md").read_text(encoding="utf-8") == gpu.markdown(stored)
 
 
 def test_one_that_is_no_contender_any_more_keeps_what_was_measured(stored: dict[str, Any]) -> None:
     record = stored["cells"][0]
     found = record["contenders"][CONTENDERS[0]]
     record["contenders"]["a former one"] = found
-    page = gpu_table.markdown(stored)
+    page = gpu.markdown(stored)
     assert "- a former one: as it was measured; it is no contender any more" in page
     times, memory = (line.split(" | ") for line in page.splitlines() if "| a former one |" in line)
     assert times[2] == ""  # no prediction
-    assert times[3].startswith(f"{1e3 * found['seconds']['median']:.3g} (")
+    assert times[3].startswith(f"{1e3 * found['seconds']['median']:.4g} (")
     assert memory[-2:] == [f"{found['loss_error']:.1e}", f"{found['gradient_error']:.1e} |"]
     assert gpu.failures(stored) == []

@@ -14,7 +14,7 @@ in the same run, and the algorithm's own products alone in the same rounds.
 
     python benches/gpu.py                      the whole grid into results/gpu.json and gpu.md
     python benches/gpu.py --grid 256x8192 --settings "bf16 autocast" --out /tmp/gpu
-    python benches/gpu.py --model-only         no GPU: results/gpu.md with the predictions, its measured columns empty
+    python benches/gpu.py --page               no GPU: results/gpu.md anew from results/gpu.json and the model
     python benches/gpu.py --check              fails if results/gpu.md is not what the figures, or the model, say
     python benches/gpu.py --smoke              no GPU: runs this program on tiny CPU tensors; its figures mean nothing
 """
@@ -30,7 +30,9 @@ import tempfile
 import time
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,7 +59,7 @@ from measure import (
     truth,
     wall,
 )
-from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, FLOAT32, GRAPH, H100, LIGHTLY, SETTINGS, TEXTBOOK, TRITON
+from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, FLOAT32, GRAPH, LIGHTLY, SETTINGS, TEXTBOOK, TRITON
 from tables import grid, paragraphs, plain, tabulated
 from tables import spread as said
 
@@ -84,16 +86,6 @@ SQUARE, COPIED_BYTES, LAUNCHES = 8192, 2**30, 500
 
 PRODUCTS = "products of the dual alone"
 MODELS = model.MODELS | {PRODUCTS: lambda cell, setting: model.Cost(8 * cell.n**2 * cell.d, 0, 0, 0, 0)}
-NOTHING_MEASURED = """\
-# The loss on a GPU: predictions, nothing measured
-
-**No GPU was at hand. No figure on this page was measured**: all of them are computed by the byte and FLOP model in
-`benches/model.py` from ceilings that are assumptions. The columns "measured" are empty until `make gpu` has run on
-a machine with a GPU, and are then filled by it."""
-SMOKE = """\
-# CPU smoke, no GPU figures
-
-**These figures mean nothing**: `benches/gpu.py --smoke` ran on tiny CPU tensors to show that the program works."""
 NOTES = """\
 Time: forward and backward to the gradients of both views, by events, the L2 cache overwritten before each step; median
 and quartiles over rounds in which the contenders take turns; ratios are taken within a round. *Back to back*: steps in
@@ -284,10 +276,10 @@ def ceilings(where: Device) -> dict[str, float]:
 
     source = torch.randn(COPIED_BYTES // 4, device=where.device)
     target = torch.empty_like(source)
-    found = {"copy_bytes_per_second": 2 * COPIED_BYTES / median(lambda: target.copy_(source))}
+    found = {"copy_bytes_per_second": 2 * COPIED_BYTES / median(partial(target.copy_, source))}
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        a, b = torch.randn(2, SQUARE, SQUARE, device=where.device).to(dtype)
-        found[f"{str(dtype).removeprefix('torch.')}_flops"] = 2 * SQUARE**3 / median(lambda a=a, b=b: torch.mm(a, b))  # type: ignore[misc]
+        factors = torch.randn(2, SQUARE, SQUARE, device=where.device).to(dtype)
+        found[f"{str(dtype).removeprefix('torch.')}_flops"] = 2 * SQUARE**3 / median(partial(torch.mm, *factors))
     one = torch.zeros(1, device=where.device)
 
     def many() -> None:
@@ -303,27 +295,24 @@ def ceilings(where: Device) -> dict[str, float]:
     return found
 
 
-def run(where: Device, arguments: argparse.Namespace) -> Record:
+def run(where: Device, flags: argparse.Namespace) -> None:
     """All cells, written after each, so that what was measured is kept whatever comes next."""
-    deadline = time.monotonic() + arguments.budget
+    deadline = time.monotonic() + flags.budget
     versions = environment("triton", "lightly", device=where.device)
-    results: Record = {"environment": versions, "ceilings": ceilings(where), "smoke": arguments.smoke}
+    results: Record = {"environment": versions, "ceilings": ceilings(where), "smoke": flags.smoke}
     results |= {"cells": [], "left_out": []}
-    for setting in arguments.settings:
-        for cell in arguments.grid:
-            try:
-                if time.monotonic() > deadline:
-                    raise TimeoutError("the budget was spent")
-                results["cells"].append(measure(cell, setting, where, arguments.rounds, deadline))
-                print(line(results["cells"][-1]), flush=True)
-            except (TimeoutError, torch.OutOfMemoryError) as error:
-                reason = "the memory does not hold the views and their float64 answer"
-                reason = str(error) if isinstance(error, TimeoutError) else reason
-                results["left_out"].append(f"{cell}, {setting.name}: left out, {reason}")
-                print(results["left_out"][-1], flush=True)
-            store(results, arguments.out / "gpu.json")
-            _release(where)
-    return results
+    for setting, cell in product(flags.settings, flags.grid):
+        reason = "the budget was spent" if time.monotonic() > deadline else ""
+        try:
+            if not reason:
+                results["cells"].append(measure(cell, setting, where, flags.rounds, deadline))
+        except torch.OutOfMemoryError:
+            reason = "the memory does not hold the views and their float64 answer"
+        if reason:
+            results["left_out"].append(f"{cell}, {setting.name}: left out, {reason}")
+        print(results["left_out"][-1] if reason else line(results["cells"][-1]), flush=True)
+        store(results, flags.out / "gpu.json")
+        _release(where)
 
 
 def _release(where: Device) -> None:
@@ -343,7 +332,7 @@ def failures(results: Record) -> list[str]:
 
 
 class Row(NamedTuple):
-    """A contender in a cell: what was measured of it, empty where nothing was, and what the model says."""
+    """A contender in a cell: what was measured of it, and what the model says where it has one."""
 
     card: Chip
     setting: Setting
@@ -363,75 +352,69 @@ class Row(NamedTuple):
     def floor(self) -> float:
         return model.floor(self.cell, self.setting, self.card)
 
-    def predicted(self, unit: float = 1) -> str:
-        """Least and largest predicted time, in seconds over ``unit``."""
-        return _range(*model.predicted(self.cost, self.name, self.setting, self.card), unit) if self.cost else ""
+    @property
+    def gradients(self) -> int:
+        """Bytes that are returned."""
+        return 2 * self.cell.n * self.cell.d * self.setting.view
 
-    def measured(self, unit: float) -> str:
-        """Median and quartiles, or why there are none."""
-        return said(self.found["seconds"], 1 / unit) if self.seconds else _instead(self.found)
+    def expected(self) -> tuple[float, float]:
+        """Least and largest seconds that the model says."""
+        return model.predicted(self.cost, self.name, self.setting, self.card) if self.cost else (math.nan, math.nan)
+
+    def predicted(self, unit: float) -> str:
+        """The same over ``unit``."""
+        return _range(*(seconds / unit for seconds in self.expected()))
 
     def over(self, name: str) -> str:
-        """Least and largest ratio of the predicted ranges of two that pass over their operands alike."""
-        other = self._replace(name=name)
-        if not (self.cost and other.cost) or name == self.name:
-            return "1" if name == self.name else ""
-        own, base = (model.predicted(r.cost, r.name, self.setting, self.card) for r in (self, other) if r.cost)
-        low, high = sorted(a / b for a, b in zip(own, base, strict=True))
-        return _range(low, high, 1)
+        """Least and largest ratio of the predictions of two that pass over their operands alike."""
+        pairs = zip(self.expected(), self._replace(name=name).expected(), strict=True)
+        return _range(*sorted(own / base for own, base in pairs))
+
+    def measured(self) -> str:
+        """Milliseconds with quartiles, or why there are none."""
+        return said(self.found["seconds"], 1e3) if self.seconds else _instead(self.found)
 
     def rate(self, what: str, unit: float) -> str:
         """FLOPs or bytes of the model by the measured time."""
         done = getattr(self.cost, what) if self.cost else 0
         return plain(done / self.seconds / unit) if self.seconds and done else ""
 
-    @property
-    def gradients(self) -> int:
-        """Bytes that are returned."""
-        return 2 * self.cell.n * self.cell.d * self.setting.view
+    def held(self, more: int = 0) -> list[str]:
+        """MB beyond the views and gradients, or with ``more``: predicted and measured."""
+        peak = self.found.get("peak_bytes")
+        sizes = [self.cost.working + more if self.cost else None, peak - self.gradients + more if peak else None]
+        return ["" if size is None else plain(size / 1e6) for size in sizes]
+
+    def error(self, what: str) -> str:
+        return f"{self.found[what]:.1e}" if what in self.found else ""
 
 
-def _range(low: float, high: float, unit: float) -> str:
-    return "–".join(dict.fromkeys(plain(value / unit) for value in (low, high)))
+def _range(low: float, high: float) -> str:
+    return "" if math.isnan(low) else "–".join(dict.fromkeys(map(plain, (low, high))))
 
 
 def _instead(found: Record) -> str:
     return str(found.get("failed") or found.get("left_out") or "").replace("|", "/")
 
 
-def _mb(size: float | None) -> str:
-    return "" if size is None else plain(size / 1e6)
-
-
-TIMES: dict[str, Callable[[Row], str]] = {
+COLUMNS: dict[str, Callable[[Row], str]] = {
     "N × D": lambda row: f"{row.cell.n} × {row.cell.d}",
     "contender": lambda row: row.name,
     "predicted, ms": lambda row: row.predicted(1e-3),
-    "measured, ms (quartiles)": lambda row: row.measured(1e-3),
+    "measured, ms (quartiles)": lambda row: row.measured(),
     "back to back, ms": lambda row: plain(1e3 * row.found["back_to_back"]) if "back_to_back" in row.found else "",
     "× ours, Triton: predicted": lambda row: row.over(TRITON),
     "× ours, Triton: measured": lambda row: (
-        said(row.found["times"][TRITON]) if TRITON in row.found.get("times", {}) else ""
+        said(over[TRITON]) if TRITON in (over := row.found.get("times", {})) else ""
     ),
     "× floor: predicted": lambda row: row.predicted(row.floor),
     "× floor: measured": lambda row: plain(row.seconds / row.floor) if row.seconds else "",
     "TFLOP/s": lambda row: row.rate("flops", 1e12),
     "GB/s": lambda row: row.rate("moved", 1e9),
-}
-MEMORY: dict[str, Callable[[Row], str]] = {
-    "N × D": lambda row: f"{row.cell.n} × {row.cell.d}",
-    "contender": lambda row: row.name,
-    "least bytes, MB": lambda row: _mb(model.least_bytes(row.cell, row.setting)),
-    "bytes moved by the model, MB": lambda row: _mb(row.cost.moved) if row.cost else "",
-    "GFLOP": lambda row: plain(row.cost.flops / 1e9) if row.cost else "",
-    "held, MB: predicted": lambda row: _mb(row.cost.working) if row.cost else "",
-    "held, MB: measured": lambda row: (
-        _mb(row.found["peak_bytes"] - row.gradients) if row.found.get("peak_bytes") else ""
-    ),
-    "with the gradients, MB: predicted": lambda row: _mb(row.cost.working + row.gradients) if row.cost else "",
-    "with the gradients, MB: measured": lambda row: _mb(row.found.get("peak_bytes")),
-    "loss error": lambda row: f"{row.found['loss_error']:.1e}" if "loss_error" in row.found else "",
-    "gradient error": lambda row: f"{row.found['gradient_error']:.1e}" if "gradient_error" in row.found else "",
+    "held, MB: predicted": lambda row: row.held()[0],
+    "held, MB: measured": lambda row: row.held()[1],
+    "loss error": lambda row: row.error("loss_error"),
+    "gradient error": lambda row: row.error("gradient_error"),
 }
 
 
@@ -447,58 +430,41 @@ def line(record: Record) -> str:
     return f"{record['n']}×{record['d']}, {record['setting']}: {'; '.join(parts)}; {record['rounds']} rounds"
 
 
-def markdown(results: Record | None) -> str:
-    """The page: what it stands on, the goals, and two tables for each setting."""
-    card = H100 if results is None else model.chip(results["environment"]["device"], results["ceilings"])
-    found = {} if results is None else {(r["n"], r["d"], r["setting"]): r for r in results["cells"]}
-    parts = [_head(results), _ceilings(card, measured=results is not None)]
-    if results is None or not results["smoke"]:
-        parts += ["## Goals, bf16 autocast on an H100", _goals(card, found)]
+def markdown(results: Record) -> str:
+    """The page: what it stands on, the goals, and a table for each setting."""
+    card = model.chip(results["environment"]["device"], results["ceilings"])
+    found = {(r["n"], r["d"], r["setting"]): r for r in sorted(results["cells"], key=lambda r: (r["n"], r["d"]))}
+    parts = [*_head(results), "## Goals, bf16 autocast on an H100", _goals(card, found)]
     for setting in SETTINGS:
-        if rows := list(_rows(card, setting, found)):
-            timed, held = tabulated(rows, TIMES), tabulated([row for row in rows if row.name != PRODUCTS], MEMORY)
-            parts += [f"## {setting.name}", timed, held]
-    left_out = [] if results is None else [f"- {reason}" for reason in results["left_out"]]
+        if rows := [row for record in found.values() for row in _rows(card, setting, record)]:
+            parts += [f"## {setting.name}", tabulated(rows, COLUMNS)]
+    parts += [f"- {reason}" for reason in results["left_out"]]
     names = dict.fromkeys(name for record in found.values() for name in record["contenders"] if name not in CONTENDERS)
-    left_out += [f"- {name}: as it was measured; it is no contender any more" for name in names]
-    return paragraphs(*parts, *left_out, NOTES) + "\n"
+    parts += [f"- {name}: as it was measured; it is no contender any more" for name in names]
+    return paragraphs(*parts, NOTES) + "\n"
 
 
-def _head(results: Record | None) -> str:
-    if results is None:
-        return NOTHING_MEASURED
-    if results["smoke"]:
-        return SMOKE
-    machine = results["environment"]
+def _head(results: Record) -> list[str]:
+    machine, ceilings = results["environment"], results["ceilings"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     absent = [name for name, version in machine["versions"].items() if not version]
-    driver = f", driver {machine['driver']}" if machine["driver"] else ""
     gone = f" Not installed there: {', '.join(absent)}." if absent else ""
-    return (
-        f"# The loss on a GPU\n\nMeasured on {machine['device']}{driver}, CUDA or ROCm {machine['runtime']}, "
-        f"{machine['system']}, Python {machine['python']}, {versions}.{gone}"
-    )
+    card = model.chip(machine["device"], ceilings)
+    return [
+        "# CPU smoke: these figures mean nothing" if results["smoke"] else "# The loss on a GPU",
+        f"Measured on {machine['device']}, driver {machine['driver']}, CUDA or ROCm {machine['runtime']}, "
+        f"{machine['system']}, Python {machine['python']}, {versions}.{gone}",
+        f"Ceilings measured in the same run: copy {card.bandwidth / 1e12:.2f} TB/s (read and written), products in 16 "
+        f"bits {card.half / 1e12:.0f} TFLOP/s, in fp32 {card.single / 1e12:.1f} TFLOP/s, {1e6 * card.launch:.1f} µs a "
+        f"launch on the device, {1e6 * card.host:.1f} µs an operation on the host.",
+    ]
 
 
-def _ceilings(card: Chip, *, measured: bool) -> str:
-    how = "Ceilings measured in the same run" if measured else f"Ceilings assumed ({card.name})"
-    return (
-        f"{how}: copy {card.bandwidth / 1e12:.2f} TB/s (read and written), products in 16 bits "
-        f"{card.half / 1e12:.0f} TFLOP/s, in fp32 {card.single / 1e12:.1f} TFLOP/s, "
-        f"{1e6 * card.launch:.1f} µs a launch on the device, {1e6 * card.host:.1f} µs an operation on the host."
-    )
-
-
-def _rows(card: Chip, setting: Setting, found: dict[Any, Record]) -> Iterator[Row]:
-    """Every contender of every cell, and its products alone; without figures where nothing was measured."""
-    nothing: dict[str, Record] = {name: {} for name in CONTENDERS}
-    cells = found or {(cell.n, cell.d, setting.name): {"contenders": nothing, "products": None} for cell in model.GRID}
-    for (n, d, where), record in sorted(cells.items()):
-        if where == setting.name:
-            for name, own in record["contenders"].items():
-                yield Row(card, setting, Cell(n, d), name, own)
-            if record["products"]:
-                yield Row(card, setting, Cell(n, d), PRODUCTS, {"seconds": record["products"]})
+def _rows(card: Chip, setting: Setting, record: Record) -> Iterator[Row]:
+    """Every contender of a cell, and its products alone."""
+    if record["setting"] == setting.name:
+        for name, found in [*record["contenders"].items(), (PRODUCTS, {"seconds": record["products"]})]:
+            yield Row(card, setting, Cell(record["n"], record["d"]), name, found)
 
 
 def _goals(card: Chip, found: dict[Any, Record]) -> str:
@@ -517,10 +483,9 @@ def _goals(card: Chip, found: dict[Any, Record]) -> str:
             ratio = record.get(name, {}).get("times", {}).get(ours)
             expected, reached = row._replace(name=name).over(ours), f"{ratio['median']:.1f}×" if ratio else ""
             rows.append([f"{where}: {name} over {ours}", f"≥ {least}×", f"{expected}×", reached])
-        held = row._replace(name=TRITON, found=record.get(TRITON, {}))
-        title = f"{where}: {TRITON}, peak memory with the gradients"
-        memory = [MEMORY[f"with the gradients, MB: {kind}"](held) for kind in ("predicted", "measured")]
-        rows.append([title, f"≤ {megabytes} MB", *(f"{each} MB" if each else "" for each in memory)])
+        held = row._replace(name=TRITON, found=record.get(TRITON, {})).held(row.gradients)
+        title = f"{where}: {TRITON}, peak memory with the gradients, MB"
+        rows.append([title, f"≤ {megabytes}", *held])
     return grid(["what", "goal", "predicted", "measured"], rows)
 
 
@@ -532,10 +497,11 @@ def accelerator() -> torch.device | None:
     return None
 
 
-def _arguments() -> argparse.Namespace:
+def arguments() -> argparse.Namespace:
+    """The flags of the command line."""
     parser = argparse.ArgumentParser(description="Time the loss on a GPU; see the head of this file.")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--model-only", action="store_true", help="write gpu.md with predictions; measure nothing")
+    mode.add_argument("--page", action="store_true", help="measure nothing; write gpu.md anew")
     mode.add_argument("--check", action="store_true", help="write nothing; fail if gpu.md is out of date")
     mode.add_argument("--smoke", action="store_true", help="run on tiny CPU tensors; the figures mean nothing")
     parser.add_argument("--grid", nargs="+", type=Cell.parse, metavar="NxD", help="cells (default: all of them)")
@@ -543,43 +509,34 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", choices=names, default=list(names))
     parser.add_argument("--rounds", type=int, default=7, help="at most so many rounds for a cell (default: 7)")
     parser.add_argument("--budget", type=float, default=230, help="seconds; then no further cell (default: 230)")
-    parser.add_argument("--out", type=Path, help=f"folder for gpu.json and gpu.md (default: {RESULTS.name}/)")
-    arguments = parser.parse_args()
-    arguments.settings = [names[name] for name in arguments.settings]
-    arguments.grid = arguments.grid or (SMOKE_GRID if arguments.smoke else ORDER)
-    if arguments.smoke and arguments.out is not None and arguments.out.resolve() == RESULTS.resolve():
+    parser.add_argument("--out", type=Path, help="folder (default: benches/results; of --smoke, a temporary one)")
+    flags = parser.parse_args()
+    flags.settings = [names[name] for name in flags.settings]
+    flags.grid = flags.grid or (SMOKE_GRID if flags.smoke else ORDER)
+    if flags.smoke and flags.out is not None and flags.out.resolve() == RESULTS.resolve():
         parser.error(f"--smoke: its figures mean nothing and do not belong into {RESULTS}")
-    arguments.out = arguments.out or (Path(tempfile.mkdtemp(prefix="barlow-loss-")) if arguments.smoke else RESULTS)
-    return arguments
-
-
-def stored(folder: Path) -> Record | None:
-    """The figures of a run, if one has been made."""
-    path = folder / "gpu.json"
-    return load(path) if path.exists() else None
+    flags.out = flags.out or (Path(tempfile.mkdtemp(prefix="barlow-loss-")) if flags.smoke else RESULTS)
+    return flags
 
 
 def main() -> None:
-    arguments = _arguments()
-    page = arguments.out / "gpu.md"
-    if arguments.check or arguments.model_only:
-        text = markdown(stored(arguments.out))
-        if arguments.model_only:
-            page.parent.mkdir(parents=True, exist_ok=True)
-            page.write_text(text, encoding="utf-8")
-            print(f"Written to {page}")
-        elif not page.exists() or page.read_text(encoding="utf-8") != text:
-            sys.exit(f"{page} does not say what the figures or the model say: run gpu.py --model-only, or make gpu")
+    """Measures, and writes the page; or one of them."""
+    flags = arguments()
+    page, results = flags.out / "gpu.md", flags.out / "gpu.json"
+    if flags.check:
+        if not page.exists() or page.read_text(encoding="utf-8") != markdown(load(results)):
+            sys.exit(f"{page} does not say what {results.name} or the model say: run python benches/gpu.py --page")
         return
-    device = torch.device("cpu") if arguments.smoke else accelerator()
-    if device is None:
-        sys.exit("No GPU here that torch can use, so nothing can be measured. The predictions: gpu.py --model-only")
-    warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
-    results = run(Device.of(device), arguments)
-    text = markdown(results)
-    page.write_text(text, encoding="utf-8")
-    print(f"\n{text}\nWritten to {page} and gpu.json")
-    if wrong := failures(results):
+    if not flags.page:
+        device = torch.device("cpu") if flags.smoke else accelerator()
+        if device is None:
+            sys.exit("No GPU here that torch can use, so nothing can be measured. The predictions: benches/model.py")
+        warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
+        run(Device.of(device), flags)
+    found = load(results)
+    page.write_text(markdown(found), encoding="utf-8")
+    print(f"\n{markdown(found)}\nWritten to {page}")
+    if wrong := failures(found):
         sys.exit("Ours failed:\n  " + "\n  ".join(wrong))
 
 

@@ -51,6 +51,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -209,6 +210,9 @@ MODELS: dict[str, Callable[[Cell, Setting], Cost]] = {
 }
 
 
+COUNTED = (TEXTBOOK, EAGER, TRITON)
+
+
 def predicted(cost: Cost, name: str, setting: Setting, chip: Chip) -> tuple[float, float]:
     """Seconds of a step that costs so much, without and with the bytes that are passed over again."""
     host = chip.host * (1 if name == GRAPH else cost.launches)
@@ -233,32 +237,6 @@ def _ours(name: str, cell: Cell, setting: Setting) -> Callable[[Tensor, Tensor],
     backend = "eager" if name == EAGER else "triton"
     plan = Plan("dual", backend, torch.float32, torch.float16 if setting == AUTOCAST else torch.float32)
     return lambda z1, z2: loss_and_sums((z1, z2), LAMBD, EPS, plan, Shards(ALONE, (cell.n,)))[0]
-
-
-def verify() -> None:
-    """Print the model's bytes and launches beside those counted; fail where the bytes differ by more than 3 %."""
-    names = (TEXTBOOK, EAGER, TRITON) if find_spec("triton") else (TEXTBOOK, EAGER)
-    for setting in SETTINGS:
-        for cell in GRID:
-            for name in names:
-                cost, (moved, count) = MODELS[name](cell, setting), counted(name, cell, setting)
-                figures = f"{cost.moved / 1e9:.3f} GB, {cost.launches} launches; counted {moved / 1e9:.3f}, {count}"
-                print(f"{setting.name}, {cell}, {name}: model {figures}")
-                if abs(cost.moved / moved - 1) > 0.03 or abs(cost.launches - count) > 1:  # the fill of ∂L/∂L
-                    raise SystemExit(f"model.py no longer describes {name!r}: bring its docstring and terms in line")
-
-
-def _print(chip: Chip) -> None:
-    for setting in SETTINGS:
-        for cell in GRID:
-            print(f"{setting.name}, {cell}: floor {1e6 * floor(cell, setting, chip):.1f} µs")
-            for name, model in MODELS.items():
-                cost = model(cell, setting)
-                low, high = predicted(cost, name, setting, chip)
-                print(
-                    f"  {name}: {cost.moved / 1e6:,.0f} MB moved, {cost.again / 1e6:,.0f} again, "
-                    f"{cost.working / 1e6:,.0f} held, {1e6 * low:,.0f} to {1e6 * high:,.0f} µs"
-                )
 
 
 class Sent(NamedTuple):
@@ -325,10 +303,22 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Prints the model; with ``--verify``, fails where its bytes differ by more than 3 % from those counted."""
     parser = argparse.ArgumentParser(description="The byte and FLOP model of a step; nothing is measured.")
     parser.add_argument("--verify", action="store_true", help="count the operations beside it")
-    if parser.parse_args().verify:
-        verify()
-    else:
-        _print(H100)
+    verify = parser.parse_args().verify
+    for setting, cell, (name, model) in product(SETTINGS, GRID, MODELS.items()):
+        cost = model(cell, setting)
+        low, high = (1e6 * seconds for seconds in predicted(cost, name, setting, H100))
+        said = f"{cost.moved / 1e6:,.0f} MB moved, {cost.working / 1e6:,.0f} held, {cost.launches} launches"
+        print(f"{setting.name}, {cell}, {name}: {said}, {low:,.0f} to {high:,.0f} µs")
+        if verify and name in COUNTED and (name != TRITON or find_spec("triton")):
+            moved, launches = counted(name, cell, setting)
+            print(f"  counted: {moved / 1e6:,.0f} MB moved, {launches} launches")
+            if abs(cost.moved / moved - 1) > 0.03 or abs(cost.launches - launches) > 1:  # the fill of ∂L/∂L
+                raise SystemExit(f"model.py no longer describes {name!r}: bring its docstring and terms in line")
+
+
+if __name__ == "__main__":
+    main()

@@ -32,6 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -54,7 +55,7 @@ from contenders import (
     entry,
     installed,
 )
-from measure import Answer, Cell, Errors, check, errors, interleave, ratios, spread, step, truth, wall
+from measure import SEED, Answer, Cell, Errors, check, errors, interleave, ratios, spread, step, truth, wall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,10 +104,6 @@ class Shards(Cell):
         start = sum(self.rows[:rank])
         own = slice(start, start + self.rows[rank])
         return [z.detach()[own].clone().requires_grad_() for z in self.views()]
-
-
-class Refused(Exception):
-    """A contender raised where it was to answer."""
 
 
 class Refusal(NamedTuple):
@@ -185,20 +182,17 @@ def answers(place: Place, shards: Shards, names: tuple[str, ...]) -> dict[str, A
     Each has a group of its own, so that one that gave up in the middle of a collective leaves nothing behind.
     """
     views = shards.of(place.rank)
-    found = {}
+    found: dict[str, Answer | Refusal] = {}
     for number, name in enumerate(names):
         contender = _contender(name, shards.d)
+        torch.manual_seed(SEED)
         with place.group(f"group-{number}"):
-            found[name] = _answer(contender, views)
+            try:
+                found[name] = step(contender, *views)
+            except Exception as error:  # whatever a contender raises is its answer
+                why = str(error).strip().partition("\n")[0] or type(error).__name__
+                found[name] = Refusal(time.monotonic(), why)
     return found
-
-
-def _answer(contender: Contender, views: list[Tensor]) -> Answer | Refusal:
-    torch.manual_seed(0)
-    try:
-        return step(contender, *views)
-    except Exception as error:  # whatever a contender raises is its answer
-        return Refusal(time.monotonic(), str(error).strip().partition("\n")[0] or type(error).__name__)
 
 
 def _contender(name: str, features: int) -> Contender:
@@ -218,12 +212,7 @@ def distance(parts: list[Answer], right: Answer, factor: float = 1.0) -> tuple[E
 
 
 def exactness(shards: Shards, names: tuple[str, ...] = COMPARED) -> Record:
-    """How far each contender is from the whole batch's loss and gradient.
-
-    Raises:
-        AssertionError: ours is further than it promises.
-        Refused: ours raised.
-    """
+    """How far each contender is from the whole batch's loss and gradient; raises where ours is too far."""
     names = tuple(filter(installed, names))
     right = truth(*shards.views())
     by_rank = together(answers, len(shards.rows), shards, names)
@@ -231,31 +220,35 @@ def exactness(shards: Shards, names: tuple[str, ...] = COMPARED) -> Record:
     return {"processes": len(shards.rows), "rows": list(shards.rows), "d": shards.d, "contenders": contenders}
 
 
-def judged(name: str, shards: Shards, by_rank: list[dict[str, Answer | Refusal]], right: Answer) -> Record:
-    """How far the contender ``name`` is; raises as ``exactness`` does."""
-    try:
-        found, cosine = distance(_parts(name, by_rank), right)
-    except Refused as refusal:
+def judged(
+    name: str, shards: Shards, by_rank: list[dict[str, Answer | Refusal]], right: Answer, factor: float | None = None
+) -> Record:
+    """How far a contender is; of one whose gradient is known to be ``factor`` times the right one, from that.
+
+    Raises:
+        AssertionError: ours, or one with a factor, is further than it may be.
+        RuntimeError: ours raised.
+    """
+    parts = [own[name] for own in by_rank]
+    if refusals := [part for part in parts if isinstance(part, Refusal)]:
         if entry(name).ours:
-            raise
-        return {"refused": str(refusal)}
-    if entry(name).ours:
+            raise RuntimeError(min(refusals).why)
+        return {"refused": min(refusals).why}
+    found, cosine = distance([part for part in parts if not isinstance(part, Refusal)], right, factor or 1.0)
+    if entry(name).ours or factor:
         check(name, shards, found)
     return {"loss_error": found.loss, "gradient_error": found.gradient, "gradient_cosine": cosine}
 
 
-def _parts(name: str, by_rank: list[dict[str, Answer | Refusal]]) -> list[Answer]:
-    """The ranks' answers; raises Refused where one is none, with what was said first."""
-    parts = [own[name] for own in by_rank]
-    if refusals := [part for part in parts if isinstance(part, Refusal)]:
-        raise Refused(min(refusals).why)
-    return [part for part in parts if not isinstance(part, Refusal)]
-
-
 def measure(shards: Shards, rounds: int, seconds: float) -> Record:
     """The record of one cell: answers first, then bytes and times. Raises where an answer or the bytes are wrong."""
-    processes = len(shards.rows)
-    contenders = _answered(shards)
+    processes, right = len(shards.rows), truth(*shards.views())
+    factors = {OURS: 1.0, TEXTBOOK: 1 / processes}
+    by_rank = together(answers, processes, shards, tuple(factors))
+    contenders = {
+        name: judged(name, shards, by_rank, right, factor) | {"gradient_factor": factor}
+        for name, factor in factors.items()
+    }
     timed = together(costs, processes, shards, rounds, seconds)[0]
     called, sent = timed["contenders"][OURS]["sent"]["collectives"], model.sent_by_dual(shards, processes).sent
     if abs(called - sent) > 0.5:
@@ -263,18 +256,6 @@ def measure(shards: Shards, rounds: int, seconds: float) -> Record:
     for name, found in contenders.items():
         found.update(timed["contenders"][name])
     return {"n": shards.n, "d": shards.d, "processes": processes, **timed, "contenders": contenders}
-
-
-def _answered(shards: Shards) -> Record:
-    """Errors of ours, and of the published program, whose gradient is held to 1/W of the loss's."""
-    right = truth(*shards.views())
-    by_rank = together(answers, len(shards.rows), shards, (OURS, TEXTBOOK))
-    records = {}
-    for name, factor in ((OURS, 1.0), (TEXTBOOK, 1 / len(shards.rows))):
-        found, _ = distance(_parts(name, by_rank), right, factor)
-        check(name, shards, found)
-        records[name] = {"loss_error": found.loss, "gradient_error": found.gradient, "gradient_factor": factor}
-    return records
 
 
 def costs(place: Place, shards: Shards, rounds: int, seconds: float) -> Record:
@@ -357,10 +338,9 @@ def _bytes_meanwhile(turn: Turn) -> int:
 
 
 def _loopback_bytes() -> int | None:
-    """What the loopback interface has carried since the machine started; None where the system does not tell."""
-    counters = Path("/proc/net/dev")
-    lines = counters.read_text().splitlines() if counters.exists() else []
-    return next((int(line.split()[1]) for line in lines if line.split()[0] == "lo:"), None)
+    """What the loopback interface has carried since the machine started; None where there is none of that name."""
+    counters = psutil.net_io_counters(pernic=True).get("lo")
+    return counters.bytes_recv if counters else None
 
 
 def section(grid: dict[int, list[Cell]], rounds: int, seconds: float) -> Record:

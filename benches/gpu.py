@@ -14,8 +14,6 @@ in the same run, and the algorithm's own products alone in the same rounds.
 
     python benches/gpu.py                      the whole grid into results/gpu.json and gpu.md
     python benches/gpu.py --grid 256x8192 --settings "bf16 autocast" --out /tmp/gpu
-    python benches/gpu.py --page               no GPU: results/gpu.md anew from results/gpu.json and the model
-    python benches/gpu.py --check              fails if results/gpu.md is not what the figures, or the model, say
     python benches/gpu.py --smoke              no GPU: runs this program on tiny CPU tensors; its figures mean nothing
 """
 
@@ -42,7 +40,7 @@ import contenders
 import model
 from barlow_loss import BarlowTwinsLoss
 from contenders import EPS, LAMBD, Textbook
-from machine import RESULTS, environment, load, store
+from machine import RESULTS, environment, store
 from measure import (
     OTHERS_ALLOWED,
     OURS_ALLOWED,
@@ -295,7 +293,7 @@ def ceilings(where: Device) -> dict[str, float]:
     return found
 
 
-def run(where: Device, flags: argparse.Namespace) -> None:
+def run(where: Device, flags: argparse.Namespace) -> Record:
     """All cells, written after each, so that what was measured is kept whatever comes next."""
     deadline = time.monotonic() + flags.budget
     versions = environment("triton", "lightly", device=where.device)
@@ -313,6 +311,7 @@ def run(where: Device, flags: argparse.Namespace) -> None:
         print(results["left_out"][-1] if reason else line(results["cells"][-1]), flush=True)
         store(results, flags.out / "gpu.json")
         _release(where)
+    return results
 
 
 def _release(where: Device) -> None:
@@ -500,10 +499,7 @@ def accelerator() -> torch.device | None:
 def arguments() -> argparse.Namespace:
     """The flags of the command line."""
     parser = argparse.ArgumentParser(description="Time the loss on a GPU; see the head of this file.")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--page", action="store_true", help="measure nothing; write gpu.md anew")
-    mode.add_argument("--check", action="store_true", help="write nothing; fail if gpu.md is out of date")
-    mode.add_argument("--smoke", action="store_true", help="run on tiny CPU tensors; the figures mean nothing")
+    parser.add_argument("--smoke", action="store_true", help="run on tiny CPU tensors; the figures mean nothing")
     parser.add_argument("--grid", nargs="+", type=Cell.parse, metavar="NxD", help="cells (default: all of them)")
     names = {setting.name: setting for setting in SETTINGS}
     parser.add_argument("--settings", nargs="+", choices=names, default=list(names))
@@ -520,23 +516,16 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, and writes the page; or one of them."""
+    """Measures, and writes the page; fails where ours did."""
     flags = arguments()
-    page, results = flags.out / "gpu.md", flags.out / "gpu.json"
-    if flags.check:
-        if not page.exists() or page.read_text(encoding="utf-8") != markdown(load(results)):
-            sys.exit(f"{page} does not say what {results.name} or the model say: run python benches/gpu.py --page")
-        return
-    if not flags.page:
-        device = torch.device("cpu") if flags.smoke else accelerator()
-        if device is None:
-            sys.exit("No GPU here that torch can use, so nothing can be measured. The predictions: benches/model.py")
-        warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
-        run(Device.of(device), flags)
-    found = load(results)
-    page.write_text(markdown(found), encoding="utf-8")
-    print(f"\n{markdown(found)}\nWritten to {page}")
-    if wrong := failures(found):
+    device = torch.device("cpu") if flags.smoke else accelerator()
+    if device is None:
+        sys.exit("No GPU here that torch can use, so nothing can be measured. The predictions: benches/model.py")
+    warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
+    results = run(Device.of(device), flags)
+    (flags.out / "gpu.md").write_text(markdown(results), encoding="utf-8")
+    print(f"\n{markdown(results)}\nWritten to {flags.out}")
+    if wrong := failures(results):
         sys.exit("Ours failed:\n  " + "\n  ".join(wrong))
 
 

@@ -72,29 +72,22 @@ def official_decode(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content)).convert("RGB")
 
 
-def official_crop() -> list[Any]:
-    crop = transforms.RandomResizedCrop(SIZE, interpolation=F.InterpolationMode.BICUBIC)
-    return [crop, transforms.RandomHorizontalFlip(0.5)]
-
-
 def official_blur(image: Image.Image) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(torch.empty(1).uniform_(0.1, 2).item()))
-
-
-def official_tensor() -> list[Any]:
-    return [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
 
 
 def official_view(recipe: ViewRecipe) -> transforms.Compose:
     """The recipe, as the authors' program composes it."""
     return transforms.Compose(
         [
-            *official_crop(),
+            transforms.RandomResizedCrop(SIZE, interpolation=F.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(0.5),
             transforms.RandomApply([transforms.ColorJitter(*recipe.color_jitter)], p=recipe.jitter),
             transforms.RandomGrayscale(recipe.grayscale),
             transforms.RandomApply([official_blur], p=recipe.blur),
             transforms.RandomApply([partial(ImageOps.solarize, threshold=128)], p=recipe.solarize),
-            *official_tensor(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
         ]
     )
 
@@ -149,13 +142,6 @@ def measures(view: Tensor) -> list[float]:
 MEASURES = ("brightness", "colourfulness", "log of the sharpness")
 
 
-def moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance, (2, measures), and the square of the standard error of each."""
-    centred = (values - values.mean(0)).square()
-    variance = centred.mean(0)
-    return torch.stack([values.mean(0), variance]), torch.stack([variance, centred.var(0)]) / len(values)
-
-
 def agreement(photos: list[bytes]) -> Record:
     """How far the two pipelines are from each other.
 
@@ -164,32 +150,35 @@ def agreement(photos: list[bytes]) -> Record:
     """
     torch.manual_seed(0)
     record: Record = {"same_decisions": [], "statistics": []}
+    images = [(official_decode(content), decode(content, "photo")) for content in photos]
     for number, recipe in enumerate(PAPER, start=1):
         found = [same_decisions(content, recipe) for content in photos for _ in range(SAME_DRAWS)]
         apart, theirs, ours = zip(*found, strict=True)
-        row: Record = {"view": number, "distance": statistics.mean(apart), "largest_distance": max(apart)}
-        row["sharpness"] = {OFFICIAL: statistics.mean(theirs), OURS: statistics.mean(ours)}
+        sharp = {OFFICIAL: statistics.mean(theirs), OURS: statistics.mean(ours)}
+        row = {"view": number, "distance": statistics.mean(apart), "largest_distance": max(apart), "sharpness": sharp}
         record["same_decisions"].append(row)
-        if row["distance"] > MOST_DISTANCE:
+        if statistics.mean(apart) > MOST_DISTANCE:
             raise AssertionError(f"expected at most {MOST_DISTANCE} grey levels between the pipelines: {row}")
-    images = [(official_decode(content), decode(content, "photo")) for content in photos]
-    for number, recipe in enumerate(PAPER, start=1):
-        makers = official_view(recipe), View(recipe, SIZE)
-        drawn = [
-            [measures(make(pair[which])) for pair in images for _ in range(OWN_DRAWS)]
-            for which, make in enumerate(makers)
-        ]
-        (their_moments, their_error), (our_moments, our_error) = map(moments, torch.tensor(drawn, dtype=torch.float64))
-        deviation = (our_moments - their_moments) / (our_error + their_error).sqrt()
-        for i, measure in enumerate(MEASURES):
-            row = {"view": number, "measure": measure, "views": len(drawn[0])}
-            for j, moment in enumerate(("mean", "variance")):
-                row[moment] = {OFFICIAL: their_moments[j, i].item(), OURS: our_moments[j, i].item()}
-                row[moment]["standard_errors_apart"] = deviation[j, i].item()
-            record["statistics"].append(row)
-        if deviation.abs().max() > MOST_DEVIATION:
-            raise AssertionError(f"expected at most {MOST_DEVIATION} standard errors: {record['statistics']}")
+        their_view, our_view = official_view(recipe), View(recipe, SIZE)
+        drawn = [(measures(their_view(a)), measures(our_view(b))) for a, b in images for _ in range(OWN_DRAWS)]
+        rows = [{"view": number, **moments} for moments in compared(torch.tensor(drawn, dtype=torch.float64))]
+        record["statistics"] += rows
+        deviations = [abs(row[moment]["standard_errors_apart"]) for row in rows for moment in ("mean", "variance")]
+        if max(deviations) > MOST_DEVIATION:
+            raise AssertionError(f"expected at most {MOST_DEVIATION} standard errors: {rows}")
     return record
+
+
+def compared(drawn: Tensor) -> list[Record]:
+    """Mean and variance of each measure of (views, pipelines, measures), and how far apart in standard errors."""
+    centred = (drawn - drawn.mean(0)).square()
+    moments = {"mean": (drawn.mean(0), centred.mean(0)), "variance": (centred.mean(0), centred.var(0))}
+    rows: list[Record] = [{"measure": measure, "views": len(drawn)} for measure in MEASURES]
+    for moment, ((theirs, ours), variances) in moments.items():
+        apart = (ours - theirs) / (variances.sum(0) / len(drawn)).sqrt()
+        for row, *values in zip(rows, theirs.tolist(), ours.tolist(), apart.tolist(), strict=True):
+            row[moment] = dict(zip((OFFICIAL, OURS, "standard_errors_apart"), values, strict=True))
+    return rows
 
 
 def measure(photos: list[bytes], rounds: int) -> Record:

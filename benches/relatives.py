@@ -15,9 +15,8 @@ Byte model: (V + 3)·N·D + (V + 4)·N² elements beyond the views and their gra
 
 Writes ``docs/relatives.json``, ``docs/views.json``, and the table of each in the page of that name.
 
-    python benches/relatives.py                             # both, five minutes
-    python benches/relatives.py --only views --dry-run      # measure and print alone
-    python benches/relatives.py --check                     # do the pages say what was measured?
+    python benches/relatives.py                         # both, five minutes
+    python benches/relatives.py --only views --dry-run  # measure and print alone
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from torch.nn import functional
 
 from barlow_loss import barlow_twins_loss, mixed_barlow_twins_loss, vicreg_loss
 from contenders import off_diagonal_of
-from machine import environment, load, store
+from machine import environment, store
 from measure import (
     Cell,
     Errors,
@@ -295,19 +294,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default: nine for the relatives, fifteen for the views")
     parser.add_argument("--seconds", type=float, default=90.0, help="of a cell; after them only three rounds")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
-    parser.add_argument("--check", action="store_true", help="compare the pages with the committed figures")
     options = parser.parse_args()
     for name in options.only:
-        page, results = DOCS / f"{name}.md", DOCS / f"{name}.json"
-        if options.check:
-            if page_with(name, load(results)) != page.read_text(encoding="utf-8"):
-                raise SystemExit(f"docs/{name}.md does not say what docs/{name}.json does")
-            continue
         report = _report(name, options.rounds, options.seconds)
         print(TABLES[name](report))
         if not options.dry_run:
-            store(report, results)
-            page.write_text(page_with(name, report), encoding="utf-8")
+            store(report, DOCS / f"{name}.json")
+            (DOCS / f"{name}.md").write_text(page_with(name, report), encoding="utf-8")
 
 
 if __name__ == "__main__":

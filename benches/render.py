@@ -1,9 +1,9 @@
-"""Puts results into the README, a page and pictures beside them; or checks that they are what stands there.
+"""Puts results into the README, and into pages and pictures beside them; or checks that they are what stands there.
 
 Each block of the README stands between two markers. The figures are those of the newest file of results; those of the
 block on bytes are a model's. A block without figures is left out where the README has no markers for it.
 
-    python benches/render.py             takes over the newest results: blocks, and the page and pictures beside them
+    python benches/render.py             takes over the newest results: blocks, and the pages and pictures beside them
     python benches/render.py --check     writes nothing; names what is not as the newest results that git tracks say
 """
 
@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import gpu
 import pictures
+import relatives
 import tables
 from machine import RESULTS, load, newest, tracked
 from pictures import COMPARISON, GROWTH
@@ -85,6 +87,16 @@ def readme_blocks(results: Record, results_path: Path, readme: Path) -> dict[str
     return {name: text for name, text in found.items() if text != missing or f"<!-- {name}:begin -->" in now}
 
 
+def other_pages() -> dict[Path, str]:
+    """What the pages of a GPU, of the relatives and of more views are to say."""
+    pages = {RESULTS / "gpu.md": gpu.markdown(load(RESULTS / "gpu.json"))}
+    for name in relatives.TABLES:
+        page = relatives.DOCS / f"{name}.md"
+        if page.exists():  # no part of a source distribution
+            pages[page] = relatives.page_with(name, load(page.with_suffix(".json")))
+    return pages
+
+
 def stale(results_path: Path, readme: Path) -> list[str]:
     """What does not say what the results say: blocks of the README, the page beside the results, the pictures."""
     results, now = load(results_path), readme.read_text(encoding="utf-8")
@@ -132,9 +144,17 @@ def main(flags: Sequence[str] | None = None) -> None:
         results_path = (tracked if arguments.check else newest)(arguments.results)
     except FileNotFoundError as reason:
         sys.exit(str(reason))
+    others = other_pages() if arguments.results == RESULTS else {}
     if not arguments.check:
         write(results_path, arguments.readme)
-    elif found := stale(results_path, arguments.readme):
+        for page, text in others.items():
+            page.write_text(text, encoding="utf-8")
+        return
+    found = stale(results_path, arguments.readme)
+    for page, text in others.items():
+        if page.read_text(encoding="utf-8") != text:
+            found.append(f"{page.name}: expected the figures of {page.stem}.json, and what the model says")
+    if found:
         sys.exit("\n".join([*found, "Run python benches/render.py"]))
 
 

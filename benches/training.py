@@ -26,12 +26,13 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import resource
 import statistics
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -79,65 +80,54 @@ def records(sizes: Sizes, rounds: int) -> list[Record]:
     torch.manual_seed(0)
     width = sizes.width
     model = build_model("resnet50", f"{width}-{width}-{width}").to(memory_format=torch.channels_last)
-    return [
-        with_backbone(model.backbone, model.projector, sizes, rounds),
-        projector_alone(model.projector, sizes, rounds),
-    ]
+    return [_with_backbone(model, sizes, rounds), _projector_alone(model.projector, sizes, rounds)]
 
 
-def with_backbone(backbone: nn.Module, projector: nn.Module, sizes: Sizes, rounds: int) -> Record:
+def _with_backbone(model: Any, sizes: Sizes, rounds: int) -> Record:
     """A step as the sum of its parts."""
-    batch_size, chunk = sizes.batch_size, sizes.chunk
-    cell = Cell(batch_size, sizes.width)
-    images = torch.randn(chunk, 3, sizes.image_size, sizes.image_size).to(memory_format=torch.channels_last)
+    cell = Cell(sizes.batch_size, sizes.width)
     turns = checked_turns(cell, *cell.views())
-    chunks = -(-2 * batch_size // chunk)
-    turn = partial(_forward_and_backward, backbone, images)
+    images = torch.randn(sizes.chunk, 3, sizes.image_size, sizes.image_size).to(memory_format=torch.channels_last)
+    chunks = -(-2 * cell.n // sizes.chunk)
+    turn = partial(_forward_and_backward, model.backbone, images)
     turn()
     parts = {"backbone": chunks * statistics.median(wall(turn) for _ in range(min(chunks, TIMED_CHUNKS)))}
-    parts["projector"] = _time_projector(projector, _features(batch_size))
-    parts["optimizer"] = _time_optimizer(_lars(nn.ModuleList([backbone, projector]), batch_size))
-    times = interleave(turns, rounds, math.inf)
+    parts["projector"] = _time_projector(model.projector, _features(cell.n))
+    parts["optimizer"] = _time_optimizer(_lars(nn.ModuleList([model.backbone, model.projector]), cell.n))
+    losses = interleave(turns, rounds, math.inf)
     rest = sum(parts.values())
-    return {
-        "what": WHOLE,
-        "batch_size": batch_size,
-        "image_size": sizes.image_size,
-        "projector": sizes.width,
-        "chunks": [chunks, chunk],
-        "parts": parts,
-        **_compared(times, {name: [rest + loss for loss in own] for name, own in times.items()}),
-    }
+    steps = {name: [rest + loss for loss in own] for name, own in losses.items()}
+    record = _record(WHOLE, cell, parts, losses, steps)
+    return record | {"image_size": sizes.image_size, "chunks": [chunks, sizes.chunk]}
 
 
-def projector_alone(projector: nn.Module, sizes: Sizes, rounds: int) -> Record:
+def _projector_alone(projector: nn.Module, sizes: Sizes, rounds: int) -> Record:
     """Real steps from features that were computed before."""
-    batch_size = sizes.projector_batch_size
-    views = _features(batch_size)
-    optimizer = _lars(projector, batch_size)
+    cell = Cell(sizes.projector_batch_size, sizes.width)
+    features, optimizer = _features(cell.n), _lars(projector, cell.n)
     with torch.no_grad():
-        embeddings = [projector(view) for view in views]
-    turns = checked_turns(Cell(batch_size, sizes.width), *(z.requires_grad_() for z in embeddings))
-    parts = {"projector": _time_projector(projector, views), "optimizer": _time_optimizer(optimizer)}
-    times = interleave(turns, rounds, math.inf)
+        embeddings = [projector(view) for view in features]
+    turns = checked_turns(cell, *(z.requires_grad_() for z in embeddings))
+    parts = {"projector": _time_projector(projector, features), "optimizer": _time_optimizer(optimizer)}
+    losses = interleave(turns, rounds, math.inf)
     steps: dict[str, Turn] = {
-        name: partial(_training_step, projector, optimizer, build(name, sizes.width), views) for name in turns
+        name: partial(_training_step, projector, optimizer, build(name, cell.d), features) for name in turns
     }
-    return {
-        "what": ALONE,
-        "batch_size": batch_size,
-        "image_size": None,
-        "projector": sizes.width,
-        "parts": parts,
-        **_compared(times, interleave(steps, rounds, math.inf)),
-    }
+    return _record(ALONE, cell, parts, losses, interleave(steps, rounds, math.inf))
 
 
-def _compared(losses: dict[str, list[float]], steps: dict[str, list[float]]) -> Record:
+def _record(
+    what: str, cell: Cell, parts: dict[str, float], losses: dict[str, list[float]], steps: dict[str, list[float]]
+) -> Record:
     """Before and after replacing the loss, from the rounds' seconds of losses and of whole steps."""
     medians = {name: statistics.median(own) for name, own in steps.items()}
     spreads = {name: spread(own) for name, own in losses.items()}
     return {
+        "what": what,
+        "batch_size": cell.n,
+        "image_size": None,
+        "projector": cell.d,
+        "parts": parts,
         "threads": torch.get_num_threads(),
         "rounds": len(losses[OURS]),
         "losses": spreads,
@@ -193,14 +183,9 @@ def in_chunks(stem: str, batch_size: int, chunks: int) -> tuple[float, float]:
     views = torch.rand(2, batch_size, 3, 32, 32)
     turn = partial(_training_step, model, optimizer, BarlowTwinsLoss())
     turn(list(views[:, : 4 * chunks]))  # momenta are there, and libraries loaded
-    before = _held("VmRSS")
-    return wall(partial(turn, list(views))), _held("VmHWM") - before
-
-
-def _held(name: str) -> float:
-    """A line of this process's status, in MB."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) / 1024
+    before = psutil.Process().memory_info().rss
+    seconds = wall(partial(turn, list(views)))
+    return seconds, (1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
 
 
 def main() -> None:

@@ -32,10 +32,6 @@ def stored() -> dict[str, Any]:
     return load(RESULTS / "gpu.json")
 
 
-def test_the_page_is_what_the_figures_and_the_model_say(stored: dict[str, Any]) -> None:
-    assert (RESULTS / "gpu.md").read_text(encoding="utf-8") == gpu.markdown(stored)
-
-
 def test_one_that_is_no_contender_any_more_keeps_what_was_measured(stored: dict[str, Any]) -> None:
     record = stored["cells"][0]
     found = record["contenders"][CONTENDERS[0]]

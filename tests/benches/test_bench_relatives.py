@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import machine
 import relatives
 from barlow_loss import reference
 from measure import Cell, errors, gram_form, step
@@ -72,12 +71,3 @@ def test_a_wrong_answer_of_many_views_is_not_timed(monkeypatch):
     monkeypatch.setitem(VIEWS, EIGHT, wrong)
     with pytest.raises(AssertionError, match="8 views at 24×60: expected errors of at most"):
         relatives.measure_views(CELL, rounds=3, seconds=0.1)
-
-
-@pytest.mark.parametrize("name", relatives.TABLES)
-def test_the_page_says_what_was_measured(name):
-    page = relatives.DOCS / f"{name}.md"
-    if not page.exists():
-        pytest.skip("the page is not part of a source distribution")
-    report = machine.load(page.with_suffix(".json"))
-    assert relatives.page_with(name, report) == page.read_text(encoding="utf-8")

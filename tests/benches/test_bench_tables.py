@@ -33,6 +33,22 @@ def test_readme_agrees_with_the_committed_results() -> None:
     assert render.stale(machine.tracked(), ROOT / "README.md") == []
 
 
+@pytest.mark.parametrize("page", ["gpu.md", "relatives.md", "views.md"])
+def test_the_other_pages_say_what_was_measured(page: str) -> None:
+    found = {path.name: (path, text) for path, text in render.other_pages().items()}
+    if page not in found:
+        pytest.skip("the page is not part of a source distribution")
+    path, text = found[page]
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_another_page_that_is_stale_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {path: text.replace("0", "1") for path, text in render.other_pages().items()}
+    monkeypatch.setattr(render, "other_pages", lambda: pages)
+    with pytest.raises(SystemExit, match=r"(?s)gpu.md: expected the figures of gpu.json.*python benches/render.py"):
+        render.main(["--check"])
+
+
 def test_speed_is_ours_in_ms_and_the_others_over_it(results: Record) -> None:
     found = rows(tables.speed(results))
     assert found["N × D"] == ["algorithm", "ours, ms", "FFT relaxation", "textbook", "lightly", "solo-learn"]

@@ -57,12 +57,25 @@ from measure import (
     truth,
     wall,
 )
-from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, FLOAT32, GRAPH, LIGHTLY, SETTINGS, TEXTBOOK, TRITON
-from tables import grid, paragraphs, plain, tabulated
-from tables import spread as said
+from model import (
+    AUTOCAST,
+    COMPILED,
+    CONTENDERS,
+    EAGER,
+    FLOAT32,
+    GRAPH,
+    LIGHTLY,
+    MODELS,
+    SETTINGS,
+    TEXTBOOK,
+    TRITON,
+    floor,
+    predicted,
+)
+from tables import details, grid, paragraphs, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from torch import Tensor
 
@@ -83,17 +96,19 @@ WARM_UPS = 3
 SQUARE, COPIED_BYTES, LAUNCHES = 8192, 2**30, 500
 
 PRODUCTS = "products of the dual alone"
-MODELS = model.MODELS | {PRODUCTS: lambda cell, setting: model.Cost(8 * cell.n**2 * cell.d, 0, 0, 0, 0)}
+# Over the floor or in µs, how many times as fast as others, and MB.
+GOALS: tuple[tuple[Cell, str, float, dict[str, int], int], ...] = (
+    (LARGE, TRITON, 1.35, {TEXTBOOK: 5, COMPILED: 3}, 220),
+    (SMALL, GRAPH, 60, {TEXTBOOK: 20, COMPILED: 6}, 25),
+)
 NOTES = """\
 Time: forward and backward to the gradients of both views, by events, the L2 cache overwritten before each step; median
 and quartiles over rounds in which the contenders take turns; ratios are taken within a round. *Back to back*: steps in
 a row, the host's share included. A predicted range is without and with a second pass over operands just read, which
-the L2 cache serves where they fit there. TFLOP/s: those of the contender's own products; GB/s: the bytes that it moves
-by the model. *Floor*: the larger of FLOPs of the dual over the rate of a large product and of views read once and
-gradients written once over the rate of a copy. Memory: the rise during a step beyond the views; *held* leaves out the
-returned gradients.
-Errors: relative distance to float64 on the same views, of the loss and of both gradients by norm. What was measured is
-the code of that day; predictions, and the bytes behind GB/s, are those of the model as it is now."""
+the L2 cache serves where they fit there. *Floor*: the larger of FLOPs of the dual over the rate of a large product and
+of views read once and gradients written once over the rate of a copy. *Held*: the rise of the memory during a step,
+beyond the views and the returned gradients. Errors: relative distance to float64 on the same views, of the loss and of
+both gradients by norm. What was measured is the code of that day; predictions are those of the model as it is now."""
 
 
 class Device(NamedTuple):
@@ -208,7 +223,7 @@ def measure(cell: Cell, setting: Setting, where: Device, rounds: int, deadline: 
     for again in timed.values():
         again()
     times = interleave(timed, rounds, CELL_SECONDS, where.cold)
-    for over in {TRITON, GRAPH, EAGER} & set(turns):
+    for over in filter(turns.__contains__, OURS):
         for name, ratio in ratios({name: times[name] for name in turns}, over).items():
             records[name].setdefault("times", {})[over] = ratio
     for name, turn in turns.items():
@@ -330,101 +345,52 @@ def failures(results: Record) -> list[str]:
     ]
 
 
-class Row(NamedTuple):
-    """A contender in a cell: what was measured of it, and what the model says where it has one."""
-
-    card: Chip
-    setting: Setting
-    cell: Cell
-    name: str
-    found: Record
-
-    @property
-    def cost(self) -> model.Cost | None:
-        return MODELS[self.name](self.cell, self.setting) if self.name in MODELS else None
-
-    @property
-    def seconds(self) -> float | None:
-        return self.found["seconds"]["median"] if "seconds" in self.found else None
-
-    @property
-    def floor(self) -> float:
-        return model.floor(self.cell, self.setting, self.card)
-
-    @property
-    def gradients(self) -> int:
-        """Bytes that are returned."""
-        return 2 * self.cell.n * self.cell.d * self.setting.view
-
-    def expected(self) -> tuple[float, float]:
-        """Least and largest seconds that the model says."""
-        return model.predicted(self.cost, self.name, self.setting, self.card) if self.cost else (math.nan, math.nan)
-
-    def predicted(self, unit: float) -> str:
-        """The same over ``unit``."""
-        return _range(*(seconds / unit for seconds in self.expected()))
-
-    def over(self, name: str) -> str:
-        """Least and largest ratio of the predictions of two that pass over their operands alike."""
-        pairs = zip(self.expected(), self._replace(name=name).expected(), strict=True)
-        return _range(*sorted(own / base for own, base in pairs))
-
-    def measured(self) -> str:
-        """Milliseconds with quartiles, or why there are none."""
-        return said(self.found["seconds"], 1e3) if self.seconds else _instead(self.found)
-
-    def rate(self, what: str, unit: float) -> str:
-        """FLOPs or bytes of the model by the measured time."""
-        done = getattr(self.cost, what) if self.cost else 0
-        return plain(done / self.seconds / unit) if self.seconds and done else ""
-
-    def held(self, more: int = 0) -> list[str]:
-        """MB beyond the views and gradients, or with ``more``: predicted and measured."""
-        peak = self.found.get("peak_bytes")
-        sizes = [self.cost.working + more if self.cost else None, peak - self.gradients + more if peak else None]
-        return ["" if size is None else plain(size / 1e6) for size in sizes]
-
-    def error(self, what: str) -> str:
-        return f"{self.found[what]:.1e}" if what in self.found else ""
+def expected(name: str, cell: Cell, setting: Setting, card: Chip) -> Record:
+    """What the model says of a contender, nothing where it has none: ranges without and with a second pass."""
+    if name not in MODELS:
+        return {}
+    cost = MODELS[name](cell, setting)
+    low, high = predicted(cost, name, setting, card)
+    least = floor(cell, setting, card)
+    return {
+        "predicted, ms": _range(1e3 * low, 1e3 * high),
+        "predicted, × floor": _range(low / least, high / least),
+        "predicted, MB held": plain(cost.working / 1e6),
+        "GFLOP": plain(cost.flops / 1e9),
+        "GB moved": plain(cost.moved / 1e9),
+    }
 
 
 def _range(low: float, high: float) -> str:
-    return "" if math.isnan(low) else "–".join(dict.fromkeys(map(plain, (low, high))))
+    return "–".join(dict.fromkeys(map(plain, sorted((low, high)))))
 
 
-def _instead(found: Record) -> str:
-    return str(found.get("failed") or found.get("left_out") or "").replace("|", "/")
-
-
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "N × D": lambda row: f"{row.cell.n} × {row.cell.d}",
-    "contender": lambda row: row.name,
-    "predicted, ms": lambda row: row.predicted(1e-3),
-    "measured, ms (quartiles)": lambda row: row.measured(),
-    "back to back, ms": lambda row: plain(1e3 * row.found["back_to_back"]) if "back_to_back" in row.found else "",
-    "× ours, Triton: predicted": lambda row: row.over(TRITON),
-    "× ours, Triton: measured": lambda row: (
-        said(over[TRITON]) if TRITON in (over := row.found.get("times", {})) else ""
-    ),
-    "× floor: predicted": lambda row: row.predicted(row.floor),
-    "× floor: measured": lambda row: plain(row.seconds / row.floor) if row.seconds else "",
-    "TFLOP/s": lambda row: row.rate("flops", 1e12),
-    "GB/s": lambda row: row.rate("moved", 1e9),
-    "held, MB: predicted": lambda row: row.held()[0],
-    "held, MB: measured": lambda row: row.held()[1],
-    "loss error": lambda row: row.error("loss_error"),
-    "gradient error": lambda row: row.error("gradient_error"),
-}
+def measured(found: Record, least: float) -> Record:
+    """What was measured of a contender, over the floor too; or why nothing was."""
+    if "seconds" not in found:
+        return {"instead of a time": str(found.get("failed") or found.get("left_out")).replace("|", "/")}
+    held = {"MB held": plain((found["peak_bytes"] - found["gradient_bytes"]) / 1e6)} if found["peak_bytes"] else {}
+    scaled = {key: 1e3 * value for key, value in found["seconds"].items()}
+    return {
+        "ms": scaled,
+        "ms back to back": 1e3 * found["back_to_back"],
+        "× floor": plain(found["seconds"]["median"] / least),
+        **{f"× {over}": ratio for over, ratio in found["times"].items()},
+        **held,
+        "loss error": f"{found['loss_error']:.1e}",
+        "gradient error": f"{found['gradient_error']:.1e}",
+    }
 
 
 def line(record: Record) -> str:
     """One cell for the terminal."""
     parts = []
     for name, found in record["contenders"].items():
-        told = _instead(found)
-        if "seconds" in found:
-            told = f"{plain(1e3 * found['seconds']['median'])} ms "
-            told += f"(errors {found['loss_error']:.0e} {found['gradient_error']:.0e})"
+        told = (
+            f"{1e3 * found['seconds']['median']:.3g} ms"
+            if "seconds" in found
+            else measured(found, 1)["instead of a time"]
+        )
         parts.append(f"{name}: {told}")
     return f"{record['n']}×{record['d']}, {record['setting']}: {'; '.join(parts)}; {record['rounds']} rounds"
 
@@ -432,60 +398,67 @@ def line(record: Record) -> str:
 def markdown(results: Record) -> str:
     """The page: what it stands on, the goals, and a table for each setting."""
     card = model.chip(results["environment"]["device"], results["ceilings"])
-    found = {(r["n"], r["d"], r["setting"]): r for r in sorted(results["cells"], key=lambda r: (r["n"], r["d"]))}
-    parts = [*_head(results), "## Goals, bf16 autocast on an H100", _goals(card, found)]
+    found = sorted(results["cells"], key=lambda record: (record["n"], record["d"]))
+    parts = [*_head(results, card), "## Goals, bf16 autocast on an H100", _goals(card, found)]
     for setting in SETTINGS:
-        if rows := [row for record in found.values() for row in _rows(card, setting, record)]:
-            parts += [f"## {setting.name}", tabulated(rows, COLUMNS)]
+        records = [_with_model(record, setting, card) for record in found if record["setting"] == setting.name]
+        parts += [f"## {setting.name}", details(records)] if records else []
     parts += [f"- {reason}" for reason in results["left_out"]]
-    names = dict.fromkeys(name for record in found.values() for name in record["contenders"] if name not in CONTENDERS)
-    parts += [f"- {name}: as it was measured; it is no contender any more" for name in names]
+    former = dict.fromkeys(name for record in found for name in record["contenders"] if name not in CONTENDERS)
+    parts += [f"- {name}: as it was measured; it is no contender any more" for name in former]
     return paragraphs(*parts, NOTES) + "\n"
 
 
-def _head(results: Record) -> list[str]:
-    machine, ceilings = results["environment"], results["ceilings"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    absent = [name for name, version in machine["versions"].items() if not version]
-    gone = f" Not installed there: {', '.join(absent)}." if absent else ""
-    card = model.chip(machine["device"], ceilings)
+def _with_model(record: Record, setting: Setting, card: Chip) -> Record:
+    """A cell with what the model says beside what was measured."""
+    cell = Cell(record["n"], record["d"])
+    least = floor(cell, setting, card)
+    alone: Record = {"ms": {key: 1e3 * value for key, value in record["products"].items()}}
+    alone |= {"predicted, ms": plain(8e3 * cell.n**2 * cell.d / card.rate(setting))}
+    rows = {
+        name: expected(name, cell, setting, card) | measured(found, least)
+        for name, found in record["contenders"].items()
+    }
+    return {"N": cell.n, "D": cell.d, "contenders": rows | {PRODUCTS: alone}}
+
+
+def _head(results: Record, card: Chip) -> list[str]:
+    machine = results["environment"]
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine["versions"].items())
     return [
         "# CPU smoke: these figures mean nothing" if results["smoke"] else "# The loss on a GPU",
         f"Measured on {machine['device']}, driver {machine['driver']}, CUDA or ROCm {machine['runtime']}, "
-        f"{machine['system']}, Python {machine['python']}, {versions}.{gone}",
+        f"{machine['system']}, Python {machine['python']}, {versions}.",
         f"Ceilings measured in the same run: copy {card.bandwidth / 1e12:.2f} TB/s (read and written), products in 16 "
         f"bits {card.half / 1e12:.0f} TFLOP/s, in fp32 {card.single / 1e12:.1f} TFLOP/s, {1e6 * card.launch:.1f} µs a "
         f"launch on the device, {1e6 * card.host:.1f} µs an operation on the host.",
     ]
 
 
-def _rows(card: Chip, setting: Setting, record: Record) -> Iterator[Row]:
-    """Every contender of a cell, and its products alone."""
-    if record["setting"] == setting.name:
-        for name, found in [*record["contenders"].items(), (PRODUCTS, {"seconds": record["products"]})]:
-            yield Row(card, setting, Cell(record["n"], record["d"]), name, found)
-
-
-def _goals(card: Chip, found: dict[Any, Record]) -> str:
+def _goals(card: Chip, found: list[Record]) -> str:
     """The figures to reach, beside what the model expects and what was measured."""
     rows = []
-    for cell, ours, most, factors, megabytes in (
-        (LARGE, TRITON, 1.35, {TEXTBOOK: 5, COMPILED: 3}, 220),
-        (SMALL, GRAPH, 60, {TEXTBOOK: 20, COMPILED: 6}, 25),
-    ):
-        record = found.get((cell.n, cell.d, AUTOCAST.name), {}).get("contenders", {})
-        where, row = f"{cell.n} × {cell.d}", Row(card, AUTOCAST, cell, ours, record.get(ours, {}))
-        unit, label = (row.floor, "× floor") if cell == LARGE else (1e-6, "µs")
-        reached = f"{row.seconds / unit:.3g} {label}" if row.seconds else ""
-        rows.append([f"{where}: {ours}", f"≤ {most} {label}", f"{row.predicted(unit)} {label}", reached])
+    for cell, ours, most, factors, megabytes in GOALS:
+        cells = [r for r in found if (r["n"], r["d"], r["setting"]) == (cell.n, cell.d, AUTOCAST.name)]
+        record: Record = cells[0]["contenders"] if cells else {}
+        where, (low, high) = f"{cell.n} × {cell.d}", predicted(MODELS[ours](cell, AUTOCAST), ours, AUTOCAST, card)
+        unit, label = (floor(cell, AUTOCAST, card), "× floor") if ours == TRITON else (1e-6, "µs")
+        taken = record.get(ours, {}).get("seconds", {}).get("median", math.nan) / unit
+        rows.append([f"{where}: {ours}", f"≤ {most} {label}", _range(low / unit, high / unit), _known(taken)])
         for name, least in factors.items():
-            ratio = record.get(name, {}).get("times", {}).get(ours)
-            expected, reached = row._replace(name=name).over(ours), f"{ratio['median']:.1f}×" if ratio else ""
-            rows.append([f"{where}: {name} over {ours}", f"≥ {least}×", f"{expected}×", reached])
-        held = row._replace(name=TRITON, found=record.get(TRITON, {})).held(row.gradients)
-        title = f"{where}: {TRITON}, peak memory with the gradients, MB"
-        rows.append([title, f"≤ {megabytes}", *held])
+            other = predicted(MODELS[name](cell, AUTOCAST), name, AUTOCAST, card)
+            over = record.get(name, {}).get("times", {}).get(ours, {}).get("median", math.nan)
+            ratio = _range(other[0] / low, other[1] / high)
+            rows.append([f"{where}: {name} over {ours}", f"≥ {least}×", ratio, _known(over)])
+        peak = MODELS[TRITON](cell, AUTOCAST).working + 2 * cell.n * cell.d * AUTOCAST.view
+        held = record.get(TRITON, {}).get("peak_bytes") or math.nan
+        title = f"{where}: {TRITON}, peak memory with the gradients"
+        rows.append([title, f"≤ {megabytes} MB", plain(peak / 1e6), _known(held / 1e6)])
     return grid(["what", "goal", "predicted", "measured"], rows)
+
+
+def _known(value: float) -> str:
+    return "—" if math.isnan(value) else plain(value)
 
 
 def accelerator() -> torch.device | None:

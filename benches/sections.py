@@ -217,9 +217,8 @@ def _largest(name: str, points: Points, budget: int) -> Record:
     degree = 1 if entry(name).linear else 2
     sizes, working = zip(*((d, found["working_bytes"]) for d, found in points[-degree - 1 :]), strict=True)
     memory = Polynomial.fit(sizes, working, degree)
-    in_all = memory + Polynomial([0, INPUTS_AND_GRADIENTS * SAMPLES]).convert(
-        domain=memory.domain, window=memory.window
-    )
+    more = [INPUTS_AND_GRADIENTS * SAMPLES * d + size for d, size in zip(sizes, working, strict=True)]
+    in_all = Polynomial.fit(sizes, more, degree)
     features, taken = _multiple(_reaching(budget, memory)), name in TAKEN
     if taken:
         features = _multiple(0.99 * features)  # a step that fits at the first attempt, and is as large within 1 %
@@ -241,7 +240,7 @@ def _multiple(features: float) -> int:
 
 def _reaching(value: float, memory: Polynomial) -> float:
     """Where a polynomial that rises reaches ``value``."""
-    return float((memory - value).roots().real.max())
+    return float(min(root for root in (memory - value).roots().real if root > 0))
 
 
 def _taken(name: str, features: int) -> int:

@@ -126,11 +126,6 @@ class Device(NamedTuple):
         events = Events(device)
         return cls(device, events, events.in_a_row)
 
-    @property
-    def module(self) -> Any:
-        """``torch.cuda`` and the like."""
-        return torch.get_device_module(self.device)
-
 
 class Graphed:
     """Forward and backward captured once on static views and replayed: one launch for the host.
@@ -139,20 +134,20 @@ class Graphed:
     the rise of the allocated memory during it, holds what the step needs. The graph keeps that memory until it dies.
     """
 
-    def __init__(self, turn: Step, module: Any) -> None:
-        stream = module.Stream()
-        stream.wait_stream(module.current_stream())
-        with module.stream(stream):
+    def __init__(self, turn: Step) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 turn()
-        module.current_stream().wait_stream(stream)
-        module.synchronize()
-        module.reset_peak_memory_stats()
-        before = module.memory_allocated()
-        self._graph = module.CUDAGraph()
-        with module.graph(self._graph, stream=stream):
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
             self._answer = turn()
-        self.peak: int = module.max_memory_allocated() - before
+        self.peak: int = torch.cuda.max_memory_allocated() - before
 
     def __call__(self) -> Answer:
         self._graph.replay()
@@ -167,8 +162,6 @@ def missing(name: str, where: Device) -> str | None:
         return "needs a GPU"
     if name in (TRITON, GRAPH, COMPILED) and find_spec("triton") is None:
         return "triton is not installed"
-    if name == GRAPH and not hasattr(where.module, "CUDAGraph"):
-        return f"no graphs on {where.device.type}"
     return None
 
 
@@ -190,7 +183,7 @@ def build(name: str, cell: Cell, setting: Setting, where: Device, *views: Tensor
     def turn() -> Answer:
         return step(forward, *views)
 
-    return Graphed(turn, where.module) if name == GRAPH else turn
+    return Graphed(turn) if name == GRAPH else turn
 
 
 def allowed(name: str, setting: Setting) -> Errors:
@@ -260,12 +253,12 @@ def _peak(turn: Step, where: Device) -> tuple[int | None, int]:
     gc.collect()
     if where.device.type == "cpu":
         return None, sum(gradient.nbytes for gradient in turn()[1:])
-    where.module.synchronize()
-    where.module.reset_peak_memory_stats()
-    before = where.module.memory_allocated()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     answer = turn()
-    where.module.synchronize()
-    rise: int = turn.peak if isinstance(turn, Graphed) else where.module.max_memory_allocated() - before
+    torch.cuda.synchronize()
+    rise: int = turn.peak if isinstance(turn, Graphed) else torch.cuda.max_memory_allocated() - before
     return rise, sum(gradient.nbytes for gradient in answer[1:])
 
 
@@ -300,12 +293,10 @@ def ceilings(where: Device) -> dict[str, float]:
             one.add_(1)
 
     found["host_seconds"] = median(many) / LAUNCHES
-    if hasattr(where.module, "CUDAGraph"):
-        graph = where.module.CUDAGraph()
-        with where.module.graph(graph):
-            many()
-        found["launch_seconds"] = median(graph.replay) / LAUNCHES
-    return found
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        many()
+    return found | {"launch_seconds": median(graph.replay) / LAUNCHES}
 
 
 def run(where: Device, flags: argparse.Namespace) -> Record:
@@ -332,7 +323,7 @@ def run(where: Device, flags: argparse.Namespace) -> Record:
 def _release(where: Device) -> None:
     gc.collect()
     if where.device.type != "cpu":
-        where.module.empty_cache()
+        torch.cuda.empty_cache()
 
 
 def failures(results: Record) -> list[str]:
@@ -461,14 +452,6 @@ def _known(value: float) -> str:
     return "—" if math.isnan(value) else plain(value)
 
 
-def accelerator() -> torch.device | None:
-    """The GPU, if there is one."""
-    for kind in ("cuda", "xpu"):
-        if getattr(torch, kind).is_available():
-            return torch.device(kind, 0)
-    return None
-
-
 def arguments() -> argparse.Namespace:
     """The flags of the command line."""
     parser = argparse.ArgumentParser(description="Time the loss on a GPU; see the head of this file.")
@@ -491,11 +474,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures, and writes the page; fails where ours did."""
     flags = arguments()
-    device = torch.device("cpu") if flags.smoke else accelerator()
-    if device is None:
+    if not flags.smoke and not torch.cuda.is_available():
         sys.exit("No GPU here that torch can use, so nothing can be measured. The predictions: benches/model.py")
     warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
-    results = run(Device.of(device), flags)
+    results = run(Device.of(torch.device("cpu" if flags.smoke else "cuda")), flags)
     (flags.out / "gpu.md").write_text(markdown(results), encoding="utf-8")
     print(f"\n{markdown(results)}\nWritten to {flags.out}")
     if wrong := failures(results):

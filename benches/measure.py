@@ -174,8 +174,7 @@ class Events:
     MOST_CALLS = 300  # in a turn: the overwriting takes longer than a small step
 
     def __init__(self, device: torch.device) -> None:
-        self._module: Any = torch.get_device_module(device)
-        cache = getattr(self._module.get_device_properties(device), "L2_cache_size", 0)
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
         self._other = torch.empty(max(4 * cache, self.LEAST_FLUSH), dtype=torch.int8, device=device)
 
     def __call__(self, turn: Turn, calls: int) -> float:
@@ -183,20 +182,20 @@ class Events:
         for _ in range(min(calls, self.MOST_CALLS)):
             self._other.zero_()
             pairs.append(self._around(turn, 1))
-        self._module.synchronize()
+        torch.cuda.synchronize()
         milliseconds: float = statistics.median(start.elapsed_time(end) for start, end in pairs)
         return milliseconds / 1e3
 
     def in_a_row(self, turn: Turn, calls: int) -> float:
         """Seconds per call of ``calls`` in a row: with the host's share, and inputs in the cache where they fit."""
-        self._module.synchronize()
+        torch.cuda.synchronize()
         start, end = self._around(turn, calls)
-        self._module.synchronize()
+        torch.cuda.synchronize()
         seconds: float = start.elapsed_time(end) / 1e3
         return seconds / calls
 
     def _around(self, turn: Turn, calls: int) -> tuple[Any, Any]:
-        start, end = (self._module.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(calls):
             turn()

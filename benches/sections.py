@@ -1,21 +1,21 @@
 """Four sections of the bench, all in one process: cells, growth, limits and host.
 
 **cells**: everyone over N×D: time, working memory, distance to float64. The contenders take turns, and one of ours goes
-right before each of the others (O A O B O C, …); each ratio is that of a pair, and the median over the rounds is
-reported with its quartiles. Where ours chooses the dual, ``barlow_loss, dual`` runs the same code: its ratio shows the
-noise. Each answer is held to float64 of the function that it computes before it is timed. What is timed is one step's
-share of the loss: forward and backward, down to the gradients of both views.
+right before each of the others (O A O B O C, …); a ratio is that of a pair, and medians over the rounds are reported
+with quartiles. Where ours chooses the dual, ``barlow_loss, dual`` runs the same code: its ratio shows the noise. Each
+answer is held to float64 of the function that it computes before it is timed. What is timed is forward and backward,
+down to the gradients of both views.
 
 FLOP model: dual, for N ≤ D/2, 4 GEMMs of 2·N²·D; primal and textbook 3 GEMMs of 2·N·D². Byte model, float32: all pass
-some dozens of times over N×D matrices, 4·N·D bytes each; the textbook formula and lightly read or write a D×D matrix 39
-times besides, 4·D² bytes each. Memory: the dual holds at most 5·N·D + 3·N² elements, the textbook about 4·D².
+some dozens of times over N×D matrices, 4·N·D bytes each; the textbook formula and lightly 39 times over a D×D matrix
+besides. Memory: the dual holds at most 5·N·D + 3·N² elements, the textbook about 4·D².
 
 **growth**: exponents fitted to the times of the cells, and the largest D in a budget of working memory.
 
-**limits**: ours against the machine's ceilings, measured in the same run: torch.mm of its products, in turn with the
-step, torch.mm of a large square, and a copy too large for the caches. FLOPs and bytes are those that a step
-dispatches; a byte still in the cache counts again, so a step may take less than this model. Parts are a profile's:
-matrix products; other operators, which allocate as well; and neither, Python and autograd.
+**limits**: ours against ceilings measured in the same run: torch.mm of its products, in turn with the step, torch.mm of
+a large square, and a copy too large for the caches. FLOPs and bytes are those that a step dispatches; a byte still in
+the cache counts again, so a step may take less than this model. Parts are a profile's: matrix products; other
+operators, which allocate as well; and neither, Python and autograd.
 
 **host**: the processor time of a step where its numbers cost nothing. *eager*, beside the textbook. *Triton on a
 pretended GPU*, beside an autograd.Function that computes nothing: triton's own launch code runs on CPU tensors, and a
@@ -219,7 +219,7 @@ def _largest(name: str, points: Points, budget: int) -> Record:
     memory = Polynomial.fit(sizes, working, degree)
     more = [INPUTS_AND_GRADIENTS * SAMPLES * d + size for d, size in zip(sizes, working, strict=True)]
     in_all = Polynomial.fit(sizes, more, degree)
-    features, taken = _multiple(_reaching(budget, memory)), name in TAKEN
+    features, taken = _reaching(budget, memory), name in TAKEN
     if taken:
         features = _multiple(0.99 * features)  # a step that fits at the first attempt, and is as large within 1 %
     found = _taken(name, features) if taken else round(memory(features))
@@ -230,7 +230,7 @@ def _largest(name: str, points: Points, budget: int) -> Record:
         "features": features,
         "working_bytes": found,
         "measured": taken,
-        "features_in_all": _multiple(_reaching(budget, in_all)),
+        "features_in_all": _reaching(budget, in_all),
     }
 
 
@@ -238,9 +238,9 @@ def _multiple(features: float) -> int:
     return int(features) // STEP_FEATURES * STEP_FEATURES
 
 
-def _reaching(value: float, memory: Polynomial) -> float:
-    """Where a polynomial that rises reaches ``value``."""
-    return float(min(root for root in (memory - value).roots().real if root > 0))
+def _reaching(value: float, memory: Polynomial) -> int:
+    """The largest D below where a polynomial first reaches ``value``."""
+    return _multiple(min(root for root in (memory - value).roots().real if root > 0))
 
 
 def _taken(name: str, features: int) -> int:
@@ -257,13 +257,16 @@ def limits(cell: Cell, threads: int, rounds: int, seconds: float) -> Record:
     for warm_up in (turn, products):
         warm_up()
     times = interleave({"step": turn, "products": products}, rounds, seconds)
-    taken, alone = spread(times["step"]), spread(times["products"])
+    taken, alone, done = spread(times["step"]), spread(times["products"]), work(turn)
+    source, target = torch.ones(2, COPIED_BYTES // 4)
+    square = partial(
+        torch.mm, *torch.randn(2, SQUARE, SQUARE)
+    )  # suits every machine, so that a shape that does not shows
     ceilings = {
         "flops_per_second": work(products).flops / alone["median"],
-        "square_flops_per_second": _square_flops_per_second(),
-        "bytes_per_second": _copied_bytes_per_second(),
+        "square_flops_per_second": 2 * SQUARE**3 / _median_of(square, 3),
+        "bytes_per_second": 2 * COPIED_BYTES / _median_of(partial(target.copy_, source), 5),  # read and written
     }
-    done = work(turn)
     return {
         "n": cell.n,
         "d": cell.d,
@@ -295,17 +298,6 @@ def gemms(cell: Cell) -> tuple[list[str], Turn]:
     return shapes, lambda: [torch.mm(left, right) for left, right in pairs]
 
 
-def _square_flops_per_second() -> float:
-    """Of a product that suits every machine, so that a shape that does not shows."""
-    return 2 * SQUARE**3 / _median_of(partial(torch.mm, *torch.randn(2, SQUARE, SQUARE)), 3)
-
-
-def _copied_bytes_per_second() -> float:
-    """Bytes read and written, by a copy of 256 MB."""
-    source, target = torch.ones(2, COPIED_BYTES // 4)
-    return 2 * COPIED_BYTES / _median_of(partial(target.copy_, source), 5)
-
-
 def _median_of(turn: Turn, times: int) -> float:
     turn()
     return statistics.median(wall(turn) for _ in range(times))
@@ -328,7 +320,10 @@ def host(rounds: int, seconds: float) -> Record:
     """Both steps, why one is left out, and how many operations a step dispatches."""
     torch.set_num_threads(1)
     reason = obstacle()
-    steps = [_eager(rounds, seconds)] + ([] if reason else [_on_pretended_gpu(rounds, seconds)])
+    cell = EAGER_CELL
+    timed = _timed(checked_turns(cell, *cell.views()), rounds, seconds)
+    steps = [{"what": EAGER, "n": cell.n, "d": cell.d, "dtype": "float32", **timed}]
+    steps += [] if reason else [_on_pretended_gpu(rounds, seconds)]
     return {
         "steps": steps,
         "left_out": {TRITON: reason} if reason else {},
@@ -339,11 +334,6 @@ def host(rounds: int, seconds: float) -> Record:
 def operations(cell: Cell) -> int:
     """How many operations a step of ours dispatches on the CPU, forward and backward."""
     return work(partial(step, build(OURS, cell.d), *cell.views())).operations
-
-
-def _eager(rounds: int, seconds: float) -> Record:
-    turns = checked_turns(EAGER_CELL, *EAGER_CELL.views())
-    return {"what": EAGER, "n": EAGER_CELL.n, "d": EAGER_CELL.d, "dtype": "float32", **_timed(turns, rounds, seconds)}
 
 
 def checked_turns(cell: Cell, *views: Tensor) -> dict[str, Turn]:

@@ -1,18 +1,20 @@
 """The model of a step on a GPU against what PyTorch is asked to do, and the page of what was measured on one."""
 
+import itertools
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import gpu
 from machine import RESULTS, load
-from measure import Cell, Errors
-from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, MODELS, SETTINGS, TEXTBOOK, TRITON, Setting, counted
+from measure import Cell, Errors, Events, wall
+from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, MODELS, SETTINGS, TEXTBOOK, TRITON, Setting, chip, counted
 
 CELL = Cell(64, 512)
 
@@ -82,3 +84,69 @@ def test_it_needs_nothing_that_a_bare_machine_lacks() -> None:
     )
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert loaded.isdisjoint({"PIL", "lightly", "matplotlib", "pandas", "stable_pretraining", "torchvision"})
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> mock.MagicMock:
+    """torch.cuda of a GPU that is not there: its clock ticks at every event, and a step takes 250 bytes."""
+    pretended, clock = mock.MagicMock(), itertools.count()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.tick = next(clock)
+
+        def elapsed_time(self, end: "Event") -> float:
+            return float(end.tick - self.tick)
+
+    pretended.Event = Event
+    pretended.get_device_properties.return_value.L2_cache_size = 8
+    pretended.memory_allocated.return_value, pretended.max_memory_allocated.return_value = 100, 350
+    monkeypatch.setattr(torch, "cuda", pretended)
+    monkeypatch.setattr(Events, "LEAST_FLUSH", 16)
+    return pretended
+
+
+def test_a_gpu_is_timed_by_events_with_its_cache_overwritten(cuda: mock.MagicMock) -> None:
+    events, calls = Events(torch.device("cpu")), []
+    events._other.fill_(1)
+    assert len(events._other) == 32  # four times the cache
+    assert events(lambda: calls.append(int(events._other.sum())), 1000) == 1e-3  # a tick is a millisecond
+    assert calls == [0] * Events.MOST_CALLS
+    assert events.in_a_row(lambda: calls.append(1), 4) == 0.25e-3
+    assert cuda.synchronize.called
+
+
+def test_a_graph_is_captured_once_and_replayed(cuda: mock.MagicMock) -> None:
+    steps: list[int] = []
+    answer = (torch.ones(()), torch.ones(2), torch.ones(2))
+
+    def turn() -> tuple[torch.Tensor, ...]:
+        steps.append(1)
+        return answer
+
+    graphed = gpu.Graphed(turn)
+    assert len(steps) == gpu.WARM_UPS + 1
+    assert graphed() is answer
+    assert len(steps) == gpu.WARM_UPS + 1
+    assert cuda.CUDAGraph.return_value.replay.call_count == 1
+    where = gpu.Device(torch.device("meta"), wall, wall)
+    assert gpu._peak(graphed, where) == gpu._peak(turn, where) == (250, 16)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_the_ceilings_are_what_the_model_takes() -> None:
+    where = gpu.Device(torch.device("meta"), wall, lambda turn, calls: float(turn() is None) + 1)
+    found = gpu.ceilings(where)
+    assert found["copy_bytes_per_second"] == 2 * gpu.COPIED_BYTES
+    assert found["float16_flops"] == found["float32_flops"] == 2 * gpu.SQUARE**3
+    assert found["host_seconds"] == 2 / gpu.LAUNCHES
+    assert chip("it", found) == (
+        "it",
+        2 * gpu.COPIED_BYTES,
+        *[2 * gpu.SQUARE**3] * 2,
+        1 / gpu.LAUNCHES,
+        2 / gpu.LAUNCHES,
+    )

@@ -63,17 +63,6 @@ class Line(NamedTuple):
     exponent: float | None
 
 
-class Bar(NamedTuple):
-    """A contender in the cell of the comparison: time over ours with quartiles, and memory over ours."""
-
-    name: str
-    definition: str
-    median: float
-    q1: float
-    q3: float
-    memory: float
-
-
 def pictures(results: Record) -> dict[str, Record]:
     """The figures of each picture that these results have, by the end of its name."""
     figures = {GROWTH: growth_figures(results), COMPARISON: comparison_figures(results)}
@@ -117,18 +106,11 @@ def _memory(cells: list[Record]) -> list[Line]:
 
 def comparison_figures(results: Record) -> Record:
     """What the picture of the comparison shows: the cell 256 × 8192, or the largest where most were measured."""
-    cells = results.get("cells", [])
-    if not cells:
-        return {}
-    cell = max(cells, key=lambda c: ((c["n"], c["d"]) == SHOWN, len(c["contenders"]), c["d"], -c["threads"]))
-    ours = cell["contenders"][OURS]
-    bars = [
-        Bar(name, c["definition"], **c["times_ours"], memory=c["working_bytes"] / ours["working_bytes"])
-        for name, c in cell["contenders"].items()
-        if name not in FULL_ONLY
-    ]
-    base = {"ms": 1e3 * ours["seconds"]["median"], "MB": ours["working_bytes"] / 1e6}
-    return {"n": cell["n"], "d": cell["d"], "threads": cell["threads"], "ours": base, "bars": bars}
+    return max(
+        results.get("cells", []),
+        key=lambda cell: ((cell["n"], cell["d"]) == SHOWN, len(cell["contenders"]), cell["d"], -cell["threads"]),
+        default={},
+    )
 
 
 def picture(results_path: Path, kind: str) -> Path:
@@ -223,46 +205,50 @@ def _draw_lines(axes: Axes, lines: list[Line], colours: dict[str, str], letter: 
             text.set(color=BLUE, fontweight="bold")
 
 
-def draw_comparison(figures: Record) -> Figure:
+def draw_comparison(cell: Record) -> Figure:
     """Everybody's time and working memory over ours, in one cell, on either side of ours."""
     from matplotlib.figure import Figure
 
-    bars = sorted(figures["bars"], key=lambda bar: bar.median)
-    figure = Figure(figsize=(9.2, 0.34 * len(bars) + 1.5), layout="constrained")
+    ours, found = cell["contenders"][OURS], {n: c for n, c in cell["contenders"].items() if n not in FULL_ONLY}
+    names = sorted(found, key=lambda name: float(found[name]["times_ours"]["median"]))
+    figure = Figure(figsize=(9.2, 0.34 * len(names) + 1.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    where, base = f"{figures['n']} × {figures['d']}", figures["ours"]
-    time, memory = [bar.median for bar in bars], [bar.memory for bar in bars]
-    ends = [bar.q3 if bar.median >= 1 else bar.q1 for bar in bars]
-    _draw_bars(left, bars, time, ends, f"Time of a step at {where}\nbarlow_loss: {base['ms']:.3g} ms")
-    _draw_bars(right, bars, memory, memory, f"Working memory at {where}\nbarlow_loss: {base['MB']:.3g} MB")
-    left.hlines(range(len(bars)), [bar.q1 for bar in bars], [bar.q3 for bar in bars], color=INK, linewidth=0.9)
-    left.set_yticks(range(len(bars)), [bar.name for bar in bars])
+    median, q1, q3 = ([found[name]["times_ours"][key] for name in names] for key in ("median", "q1", "q3"))
+    memory = [found[name]["working_bytes"] / ours["working_bytes"] for name in names]
+    where, time = f"{cell['n']} × {cell['d']}", 1e3 * ours["seconds"]["median"]
+    ends = [high if middle >= 1 else low for low, middle, high in zip(q1, median, q3, strict=True)]
+    _draw_bars(left, names, median, ends)
+    _draw_bars(right, names, memory, memory)
+    left.set_title(f"Time of a step at {where}\n{OURS}: {time:.3g} ms")
+    right.set_title(f"Working memory at {where}\n{OURS}: {ours['working_bytes'] / 1e6:.3g} MB")
+    left.hlines(range(len(names)), q1, q3, color=INK, linewidth=0.9)
+    left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
-    for label, bar in zip(left.get_yticklabels(), bars, strict=True):
-        label.set_color(BLUE if bar.name in (OURS, OURS_COMPILED) else INK)
-        label.set_fontweight("bold" if bar.name == OURS else "normal")
-        label.set_fontstyle("normal" if bar.definition == PAPER else "italic")
-    others = " In italics: another loss than the paper's." if any(bar.definition != PAPER for bar in bars) else ""
-    figure.supxlabel(f"Logarithmic scale; quartiles at the ends.{others}", fontsize=8.5, color=GREY)
+    for label, name in zip(left.get_yticklabels(), names, strict=True):
+        label.set_color(BLUE if name in (OURS, OURS_COMPILED) else INK)
+        label.set_fontweight("bold" if name == OURS else "normal")
+        label.set_fontstyle("normal" if found[name]["definition"] == PAPER else "italic")
+    others = any(found[name]["definition"] != PAPER for name in names)
+    note = "Logarithmic scale; quartiles at the ends." + " In italics: another loss than the paper's." * others
+    figure.supxlabel(note, fontsize=8.5, color=GREY)
     return figure
 
 
-def _draw_bars(axes: Axes, bars: list[Bar], values: list[float], ends: list[float], title: str) -> None:
+def _draw_bars(axes: Axes, names: list[str], values: list[float], ends: list[float]) -> None:
     """From ours, at 1×, to each value, on a logarithmic axis; the numbers stand beyond the ``ends``."""
-    places = range(len(bars))
-    colours = ["#8fbfdd" if bar.name in (OURS, OURS_COMPILED) else "#a6a6a6" for bar in bars]
+    places = range(len(names))
+    colours = ["#8fbfdd" if name in (OURS, OURS_COMPILED) else "#a6a6a6" for name in names]
     axes.set_xscale("log")
     axes.barh(places, [value - 1 for value in values], left=1, color=colours, height=0.7)
     axes.axvline(1, color=BLUE, linewidth=1.6)
-    axes.plot(1, [bar.name for bar in bars].index(OURS), color=BLUE, marker="o", markersize=9)
-    for place, bar, value, end in zip(places, bars, values, ends, strict=True):
+    axes.plot(1, names.index(OURS), color=BLUE, marker="o", markersize=9)
+    for place, name, value, end in zip(places, names, values, ends, strict=True):
         side, align = (-8, "right") if value < 1 else (8, "left")
-        text = "1×" if bar.name == OURS else times(value)
+        text = "1×" if name == OURS else times(value)
         axes.annotate(text, (end, place), (side, 0), textcoords="offset points", va="center", ha=align, color=INK)
     low, high = min(1.0, *ends), max(1.0, *ends)
     room = max(high / low, 10) ** 0.24  # for the numbers at the bars' ends
     axes.set_xlim(low / room if low < 1 else low / room**0.2, high * room)
-    axes.set_title(title)
     axes.tick_params(axis="both", length=0)
     axes.set_xticks([], [])
     axes.set_xticks([], minor=True)

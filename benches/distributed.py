@@ -2,7 +2,7 @@
 
 W processes of one thread each form a gloo group over the loopback; each holds rows of its own of both views.
 
-``cells``: ours against the published program, in turns as in compare.py. All ranks start a turn together and it lasts
+``cells``: ours against the published program, in turns as in the cells. All ranks start a turn together and it lasts
 as long as on the slowest of them; ratios are taken within a round. What is timed is forward and backward, down to the
 gradients of the rank's rows. ``floor`` is the published program's three products and its all-reduce of C alone, all
 else free; ``header`` the exchange of shapes and settings that precedes a step of ours.

@@ -50,6 +50,7 @@ from measure import (
     Events,
     cells,
     errors,
+    gemms,
     interleave,
     ratios,
     spread,
@@ -212,7 +213,9 @@ def measure(cell: Cell, setting: Setting, where: Device, rounds: int, deadline: 
         if turn is not None:
             turns[name] = turn
     del right
-    timed: dict[str, Callable[[], object]] = {**turns, "products": _products(cell, setting, where.device)}
+    half = setting == AUTOCAST and where.device.type != "cpu"  # the dtype that ours takes
+    _, products = gemms(cell, where.device, torch.float16 if half else torch.float32)
+    timed: dict[str, Callable[[], object]] = {**turns, "products": products}
     for again in timed.values():
         again()
     times = interleave(timed, rounds, CELL_SECONDS, where.cold)
@@ -260,14 +263,6 @@ def _peak(turn: Step, where: Device) -> tuple[int | None, int]:
     torch.cuda.synchronize()
     rise: int = turn.peak if isinstance(turn, Graphed) else torch.cuda.max_memory_allocated() - before
     return rise, sum(gradient.nbytes for gradient in answer[1:])
-
-
-def _products(cell: Cell, setting: Setting, device: torch.device) -> Callable[[], object]:
-    """The four products of the dual alone, in the dtype that ours takes."""
-    dtype = torch.float16 if setting == AUTOCAST and device.type != "cpu" else torch.float32
-    u1, u2 = (torch.randn(cell.n, cell.d, device=device).mul_(cell.n**-0.5).to(dtype) for _ in range(2))
-    k1, k2 = torch.mm(u1, u1.T), torch.mm(u2, u2.T)
-    return lambda: [torch.mm(u1, u1.T), torch.mm(u2, u2.T), torch.mm(k2, u1), torch.mm(k1, u2)]
 
 
 def ceilings(where: Device) -> dict[str, float]:

@@ -152,6 +152,24 @@ def check(name: str, cell: Cell, found: Errors, allowed: Errors | None = None) -
         raise AssertionError(f"{name} at {cell}: expected errors of at most {allowed}, found {found}")
 
 
+def gemms(cell: Cell, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[list[str], Turn]:
+    """The shapes of the GEMMs that the algorithm chosen for ``cell`` needs, and a turn that does them alone."""
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return (torch.randn(rows, columns, device=device) / math.sqrt(rows)).to(dtype)  # no float16 overflows
+
+    n, d = cell.n, cell.d
+    a1, a2 = matrix(n, d), matrix(n, d)
+    if cell.algorithm == "dual":
+        k = matrix(n, n)
+        pairs = [(a1, a1.T), (a2, a2.T), (k, a1), (k, a2)]
+    else:
+        m = matrix(d, d)
+        pairs = [(a1.T, a2), (a2, m.T), (a1, m)]
+    shapes = ["·".join(f"({'×'.join(map(str, factor.shape))})" for factor in pair) for pair in pairs]
+    return shapes, lambda: [torch.mm(left, right) for left, right in pairs]
+
+
 def wall(turn: Turn, calls: int = 1, now: Callable[[], float] = time.perf_counter) -> float:
     """Seconds per call of ``turn``."""
     start = now()

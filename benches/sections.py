@@ -54,6 +54,7 @@ from measure import (
     check,
     error_of_own,
     errors,
+    gemms,
     interleave,
     processor,
     ratios,
@@ -282,20 +283,6 @@ def limits(cell: Cell, threads: int, rounds: int, seconds: float) -> Record:
         "model_seconds": done.flops / ceilings["flops_per_second"] + done.bytes / ceilings["bytes_per_second"],
         "parts": _parts(turn, taken["median"]),
     }
-
-
-def gemms(cell: Cell) -> tuple[list[str], Turn]:
-    """The shapes of the GEMMs that the algorithm chosen for ``cell`` needs, and a turn that does them alone."""
-    n, d = cell.n, cell.d
-    a1, a2 = torch.randn(2, n, d)
-    if cell.algorithm == "dual":
-        k = torch.randn(n, n)
-        pairs = [(a1, a1.T), (a2, a2.T), (k, a1), (k, a2)]
-    else:
-        m = torch.randn(d, d)
-        pairs = [(a1.T, a2), (a2, m.T), (a1, m)]
-    shapes = ["·".join(f"({'×'.join(map(str, matrix.shape))})" for matrix in pair) for pair in pairs]
-    return shapes, lambda: [torch.mm(left, right) for left, right in pairs]
 
 
 def _median_of(turn: Turn, times: int) -> float:

@@ -11,8 +11,8 @@ from barlow_loss import _plan
 from barlow_loss._pairs import TWO_VIEWS
 from contenders import FFT, OURS, TEXTBOOK, build
 from machine import device_name, environment
-from measure import TURN_SECONDS, Cell, interleave, processor, ratios, spread, step, watched, work
-from sections import NOTHING, SAMPLES, TRITON, gemms, growth, host, limits, obstacle, operations, pretended_gpu
+from measure import TURN_SECONDS, Cell, gemms, interleave, processor, ratios, spread, step, watched, work
+from sections import NOTHING, SAMPLES, TRITON, growth, host, limits, obstacle, operations, pretended_gpu
 
 MEGABYTE = 2**20
 

@@ -1,16 +1,12 @@
 """Times the loss on a GPU against the textbook formula and lightly, beside the model of model.py.
 
-Six contenders take turns, round by round, each step timed by events around it with the L2 cache overwritten before; a
-ratio is taken within a round, and medians over the rounds are reported with their quartiles. The answers of all are
-compared with float64 on the same views in the same run, before anything is timed; an answer further away than
-``allowed`` says is reported and not timed. So is what ran out of memory, or is not installed.
+Six contenders take turns, each step timed by events around it with the L2 cache overwritten before (measure.py). What
+is timed is forward and backward, down to the gradients of both views. An answer further from float64 of the same views
+than ``allowed`` says is reported and not timed; so is what ran out of memory, or is not installed.
 
-What is timed is forward and backward, down to the gradients of both views. Settings: "fp32" (views and products in
-float32, precision "highest") and "bf16 autocast" (bfloat16 views, as a linear layer under autocast gives them, and the
-loss under ``torch.autocast``). Working memory is the rise of the allocated memory during a step, beyond the views.
-
-FLOP and byte model, the floor and the predictions: model.py. The ceilings (copy, 8192³ products, launches) are measured
-in the same run, and the algorithm's own products alone in the same rounds.
+Settings: "fp32" (views and products in float32, precision "highest") and "bf16 autocast" (bfloat16 views, as a linear
+layer under autocast gives them, and the loss under ``torch.autocast``). The ceilings (copy, 8192³ products, launches)
+are measured in the same run, and the algorithm's own products alone in the same rounds.
 
     python benches/gpu.py                      the whole grid into results/gpu.json and gpu.md
     python benches/gpu.py --grid 256x8192 --settings "bf16 autocast" --out /tmp/gpu

@@ -1,8 +1,7 @@
 """Times what a loader's worker does to an image: decode it, make two random views of it. One thread.
 
 The official pipeline is that of facebookresearch/barlowtwins: Pillow decodes, torchvision's transforms work on Pillow's
-images. Ours is ``examples/barlow_recipes``. They take turns, round by round; each ratio is taken within a round, and
-the median over the rounds is reported with its quartiles. The time is the thread's CPU time. Before anything is timed,
+images. Ours is ``examples/barlow_recipes``. They take turns; the clock is the thread's own. Before anything is timed,
 both must agree: pixel by pixel after the same decisions, and in the statistics of the views where each draws its own.
 
 The images are made here, 500×375 like ImageNet's usual ones: noise with a spectrum that falls as that of photographs

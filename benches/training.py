@@ -1,21 +1,18 @@
 """The section "training": a whole training step before and after the textbook loss is replaced by ours.
 
-``WHOLE``: ResNet-50 at 224 pixels, the projector 8192-8192-8192, LARS. Forward and backward of both views through the
-backbone, in chunks of images that fit this machine's memory: the median of three, times their number; through the
-projector with the whole batch; the optimiser; and each loss, forward and backward. A step is the sum of these.
+``WHOLE``: ResNet-50 at 224 pixels, the projector 8192-8192-8192, LARS. A step is the sum of its parts: both views
+through the backbone, as chunks of images that fit this machine's memory, the median of three times their number;
+through the projector with the whole batch; the optimiser; and each loss; all forward and backward.
 
-``ALONE``: the projector, as when features were computed before. Real steps are timed, each with both views through the
-projector, the loss, backward and the optimiser, with ours and with the textbook formula in turns, round by round. Its
-parts are measured apart.
+``ALONE``: the projector, as when features were computed before. Real steps take turns with ours and with the textbook.
 
 The loss's share is its time over that of the step; ``speed_up`` is the textbook's step over ours. Both losses are held
-to float64 on the same embeddings before anything is timed.
-
-FLOP model, forward + backward, 2·3·MACs: backbone 4.1 GMACs a view, projector 151 MMACs a view, the loss 8·N²·D.
+to float64 on the same embeddings before anything is timed. FLOP model, forward + backward, 2·3·MACs: backbone 4.1 GMACs
+a view, projector 151 MMACs a view, the loss 8·N²·D.
 
 As a program it tells what ``--chunk-size`` of the recipes costs and saves: a step of a ResNet-18 on small images, whole
-batches beside chunks in turns, each in a process of its own. Its memory is the most that the process has held in
-the step, above what it held before: weights, momenta and images are there by then. Medians are told.
+batches beside chunks in turns, each in a process of its own. Its memory is the most that the process has held in the
+step, above what it held before: weights, momenta and images are there by then. Medians are told.
 
     python benches/training.py                                            # ten minutes, 20 GB
     python benches/training.py --batch-size 256 --chunk-size 32 --rounds 1

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
-import os
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -219,7 +218,6 @@ def main() -> None:
     """Measures, writes, and says what was promised."""
     flags = arguments()
     warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of every start and stop
     run = Run(PLANS[flags.plan], flags.out)
     for section in SECTIONS:
         if section in flags.only:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import re
 import statistics
 import time
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,12 +39,13 @@ from machine import all_cores
 Turn = Callable[[], object]
 Clock = Callable[[Turn, int], float]
 Answer = tuple[Tensor, ...]  # the loss, and its gradient with respect to each view
-Results = TypeVar("Results", bound=tuple[Tensor, ...])
 
 SEED = 0  # of contenders that draw in a step
 LARGEST_ORACLE = 4096  # features; its float64 matrices take 128 MB each
 TURN_SECONDS = 0.1
 LEAST_ROUNDS = 3
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of every start and stop
 
 
 @dataclass(frozen=True)
@@ -295,7 +297,7 @@ def ratios(times: dict[str, list[float]], over: str) -> dict[str, dict[str, floa
     return {name: spread([t / base for t, base in zip(own, times[over], strict=True)]) for name, own in times.items()}
 
 
-def watched(run: Callable[[], Results]) -> tuple[Results, int]:
+def watched(run: Callable[[], Answer]) -> tuple[Answer, int]:
     """What ``run`` returns, tensors, and the peak bytes alive at once in it, without these.
 
     Compiled code must have run before: its compiler allocates too.

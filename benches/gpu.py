@@ -349,8 +349,9 @@ def _range(low: float, high: float) -> str:
 
 def measured(found: Record, least: float) -> Record:
     """What was measured of a contender, over the floor too; or why nothing was."""
+    errors = {key.replace("_", " "): f"{found[key]:.1e}" for key in ("loss_error", "gradient_error") if key in found}
     if "seconds" not in found:
-        return {"instead of a time": str(found.get("failed") or found.get("left_out")).replace("|", "/")}
+        return {"instead of a time": _instead(found), **errors}
     held = {"MB held": plain((found["peak_bytes"] - found["gradient_bytes"]) / 1e6)} if found["peak_bytes"] else {}
     scaled = {key: 1e3 * value for key, value in found["seconds"].items()}
     return {
@@ -359,22 +360,22 @@ def measured(found: Record, least: float) -> Record:
         "× floor": plain(found["seconds"]["median"] / least),
         **{f"× {over}": ratio for over, ratio in found["times"].items()},
         **held,
-        "loss error": f"{found['loss_error']:.1e}",
-        "gradient error": f"{found['gradient_error']:.1e}",
+        **errors,
     }
+
+
+def _instead(found: Record) -> str:
+    return str(found.get("failed") or found.get("left_out")).replace("|", "/")
 
 
 def line(record: Record) -> str:
     """One cell for the terminal."""
-    parts = []
-    for name, found in record["contenders"].items():
-        told = (
-            f"{1e3 * found['seconds']['median']:.3g} ms"
-            if "seconds" in found
-            else measured(found, 1)["instead of a time"]
-        )
-        parts.append(f"{name}: {told}")
-    return f"{record['n']}×{record['d']}, {record['setting']}: {'; '.join(parts)}; {record['rounds']} rounds"
+    told = {
+        name: f"{1e3 * found['seconds']['median']:.3g} ms" if "seconds" in found else _instead(found)
+        for name, found in record["contenders"].items()
+    }
+    said = "; ".join(f"{name}: {what}" for name, what in told.items())
+    return f"{record['n']}×{record['d']}, {record['setting']}: {said}; {record['rounds']} rounds"
 
 
 def markdown(results: Record) -> str:

@@ -63,12 +63,16 @@ def test_a_measurement_becomes_the_rows_of_the_page(stored: dict[str, Any]) -> N
     assert "- the rest: left out" in page
 
 
-def test_a_wrong_answer_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_answer_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any]) -> None:
     monkeypatch.setattr(gpu, "allowed", lambda name, setting: Errors(0.0, 0.0))
     record = gpu.measure(Cell(16, 64), AUTOCAST, gpu.Device.of(torch.device("cpu")), rounds=1, deadline=0.0)
     assert record["contenders"][EAGER]["failed"].startswith("wrong: errors of at most")
     assert "seconds" not in record["contenders"][EAGER]
     assert len(gpu.failures({"cells": [record]})) == 1
+    (row,) = (r for r in gpu.markdown({**stored, "cells": [record]}).splitlines() if f"| {EAGER} | " in r)
+    assert f"{record['contenders'][EAGER]['loss_error']:.1e}" in row
+    assert "wrong: errors of at most" in row
+    assert "wrong" in gpu.line(record)
 
 
 def test_it_needs_nothing_that_a_bare_machine_lacks() -> None:

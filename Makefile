@@ -105,10 +105,7 @@ gpu:  ## test and time the loss on this machine's GPU, with the torch of PYTHON 
 
 docs-check: $(VENV)/.has-test  ## the examples in the docstrings, and README's numbers against the results (half a minute)
 	$(RUN) -m pytest barlow_loss
-	$(RUN) benches/table.py --check
-	$(RUN) benches/gpu.py --check
-	$(RUN) benches/relatives.py --check
-	$(RUN) benches/views.py --check
+	$(RUN) benches/render.py --check
 	$(RUN) examples/evaluate_small.py --check
 
 wheel: $(VENV)/.has-dev  ## build the wheel and the source distribution into dist/ (half a minute)

@@ -109,10 +109,7 @@ docs: $(VENV)/.has-docs  ## build the documentation as a site into build/docs: w
 
 docs-check: $(VENV)/.has-test  ## the examples in the docstrings, and README's numbers against the results (half a minute)
 	$(RUN) -m pytest barlow_loss
-	$(RUN) benches/table.py --check
-	$(RUN) benches/gpu.py --check
-	$(RUN) benches/relatives.py --check
-	$(RUN) benches/views.py --check
+	$(RUN) benches/render.py --check
 	$(RUN) examples/evaluate_small.py --check
 
 wheel: $(VENV)/.has-dev  ## build the wheel and the source distribution into dist/ (half a minute)

@@ -1,4 +1,4 @@
-"""What a step costs a GPU, by counting: FLOPs, bytes, working memory and launches of every contender, and a time.
+"""What a step costs by counting: a GPU FLOPs, bytes, working memory, launches and time; a rank the bytes that it sends.
 
 Nothing here is measured. N samples, D features, e = 2·N·D elements of both views of ``view`` bytes each; the matrix
 products take elements of ``product`` bytes. "bf16 autocast": view = product = 2, the views are bfloat16, as a linear
@@ -39,31 +39,37 @@ and both outputs of batch norm, of which the gradients take the place; compiled 
 **Time** = FLOPs/rate + bytes/bandwidth + launches·launch: as if products and everything else took turns; or
 launches·host where the host cannot keep up. A graph is launched once.
 
-    python benches/gpu_model.py               prints the model for the grid
-    python benches/gpu_model.py --verify      counts operations on meta tensors beside it, but of compiled contenders
+**Bytes sent** by each of W ranks, by ring algorithms: to gather what each of them has, it sends that, and what comes
+in, W − 1 times in all; to sum a tensor over them it sends 2 (W − 1)/W times the tensor. As much arrives.
+
+    python benches/model.py               prints the model for the grid
+    python benches/model.py --verify      counts operations on meta tensors beside it, but of compiled contenders
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from barlow_loss._collectives import ALONE, Shards
 from barlow_loss._function import loss_and_sums
 from barlow_loss._plan import Plan
-from baselines import EPS, LAMBD
-from workload import Cell, step
+from contenders import EPS, LAMBD, Textbook
+from measure import Cell, cells, step, work
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-GRID = tuple(map(Cell.parse, ["256x2048", "256x8192", "1024x8192", "2048x8192", "4096x8192", "2048x32768"]))
+    from torch import Tensor
+
+GRID = cells("256x2048", "256x8192", "1024x8192", "2048x8192", "4096x8192", "2048x32768")
 
 TEXTBOOK = "textbook, eager"
 COMPILED = "textbook, compiled"
@@ -82,6 +88,11 @@ class Setting(NamedTuple):
     name: str
     view: int
     product: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the views."""
+        return torch.bfloat16 if self.view == 2 else torch.float32
 
 
 FLOAT32 = Setting("fp32", 4, 4)
@@ -111,6 +122,13 @@ class Chip(NamedTuple):
 # Assumed until a run measures them: copy and 16-bit product as reported for H100 SXM boards, the float32 product as
 # three quarters of the data sheet's 67 TFLOP/s, launch and host as rules of thumb.
 H100 = Chip("H100", 3.0e12, 790e12, 50e12)
+
+
+def chip(name: str, ceilings: dict[str, float]) -> Chip:
+    """Measured ceilings as the model takes them; ours multiplies in float16."""
+    launch = ceilings.get("launch_seconds", ceilings["host_seconds"])
+    rates = ceilings["float16_flops"], ceilings["float32_flops"]
+    return Chip(name, ceilings["copy_bytes_per_second"], *rates, launch, ceilings["host_seconds"])
 
 
 class Cost(NamedTuple):
@@ -192,61 +210,23 @@ MODELS: dict[str, Callable[[Cell, Setting], Cost]] = {
 }
 
 
-def predicted(name: str, cell: Cell, setting: Setting, chip: Chip) -> tuple[float, float]:
-    """Seconds of a step, without and with the bytes that are passed over again."""
-    cost = MODELS[name](cell, setting)
+COUNTED = (TEXTBOOK, EAGER, TRITON)
+
+
+def predicted(cost: Cost, name: str, setting: Setting, chip: Chip) -> tuple[float, float]:
+    """Seconds of a step that costs so much, without and with the bytes that are passed over again."""
     host = chip.host * (1 if name == GRAPH else cost.launches)
     device = cost.flops / chip.rate(setting) + chip.launch * cost.launches
-
-    def seconds(moved: float) -> float:
-        return max(device + moved / chip.bandwidth, host)
-
-    return seconds(cost.moved), seconds(cost.moved + cost.again)
-
-
-class Operations(TorchDispatchMode):
-    """Adds up what every operation inside reads and writes, by its operands; views and allocations move nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moved, self.count = 0.0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if func.is_view or name.startswith(("empty", "new_empty", "detach", "_unsafe_view", "promote_types")):
-            return result
-        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        operands = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        # x∘x and u uᵀ have one operand.
-        read = list({(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in operands}.values())
-        if name == "copy_":
-            read = read[1:]
-        if name == "index_select":  # the rows that come out, not all there are
-            read = written
-        if name == "slice_backward":  # zeros first, then the copy over them
-            written = 2 * written
-        self.moved += sum(map(_extent, read + written))
-        self.count += 1 + (name == "slice_backward")
-        return result
-
-
-def _extent(t: Tensor) -> float:
-    """Bytes of the elements that ``t`` has of its own: an expanded dimension counts once."""
-    elements = 1
-    for size, stride in zip(t.shape, t.stride(), strict=True):
-        elements *= size if stride else 1
-    return elements * t.dtype.itemsize
+    low, high = (max(device + moved / chip.bandwidth, host) for moved in (cost.moved, cost.moved + cost.again))
+    return low, high
 
 
 def counted(name: str, cell: Cell, setting: Setting) -> tuple[float, int]:
     """Bytes and operations of a contender by what PyTorch is asked to do, on tensors without data."""
-    dtype = torch.bfloat16 if setting == AUTOCAST else torch.float32
-    z1, z2 = (torch.empty(cell.n, cell.d, device="meta", dtype=dtype).requires_grad_() for _ in range(2))
-    loss = _textbook(cell, setting) if name == TEXTBOOK else _ours(name, cell, setting)
-    with Operations() as operations:
-        step(loss, z1, z2)
-    return operations.moved, operations.count
+    views = [torch.empty(cell.n, cell.d, device="meta", dtype=setting.dtype).requires_grad_() for _ in range(2)]
+    loss = Textbook(cell.d, torch.float32).to("meta") if name == TEXTBOOK else _ours(name, cell, setting)
+    done = work(partial(step, loss, *views))
+    return done.bytes + done.bytes_of_products, done.launches
 
 
 def _ours(name: str, cell: Cell, setting: Setting) -> Callable[[Tensor, Tensor], Tensor]:
@@ -259,52 +239,86 @@ def _ours(name: str, cell: Cell, setting: Setting) -> Callable[[Tensor, Tensor],
     return lambda z1, z2: loss_and_sums((z1, z2), LAMBD, EPS, plan, Shards(ALONE, (cell.n,)))[0]
 
 
-def _textbook(cell: Cell, setting: Setting) -> Callable[[Tensor, Tensor], Tensor]:
-    """``baselines.Textbook`` with the sums in float32, which is what autocast makes of them on CUDA alone."""
-    bn = nn.BatchNorm1d(cell.d, eps=EPS, affine=False, device="meta")
+class Sent(NamedTuple):
+    """What a step costs one rank: bytes sent of large matrices, bytes sent of vectors of D numbers, and FLOPs."""
 
-    def loss(z1: Tensor, z2: Tensor) -> Tensor:
-        c: Tensor = bn(z1).T @ bn(z2)
-        c.div_(cell.n)
-        on_diagonal = torch.diagonal(c).add_(-1).pow_(2).sum(dtype=torch.float32)
-        rest = c.flatten()[:-1].view(cell.d - 1, cell.d + 1)[:, 1:].flatten()
-        off_diagonal: Tensor = rest.pow_(2).sum(dtype=torch.float32)
-        return on_diagonal + LAMBD * off_diagonal
+    matrices: float
+    vectors: float
+    flops: float
 
-    return loss
+    @property
+    def sent(self) -> float:
+        """All bytes."""
+        return self.matrices + self.vectors
 
 
-def verify() -> None:
-    """Print the model's bytes and launches beside those counted; fail where the bytes differ by more than 3 %."""
-    names = (TEXTBOOK, EAGER, TRITON) if find_spec("triton") else (TEXTBOOK, EAGER)
-    for setting in SETTINGS:
-        for cell in GRID:
-            for name in names:
-                cost, (moved, count) = MODELS[name](cell, setting), counted(name, cell, setting)
-                figures = f"{cost.moved / 1e9:.3f} GB, {cost.launches} launches; counted {moved / 1e9:.3f}, {count}"
-                print(f"{setting.name}, {cell}, {name}: model {figures}")
-                if abs(cost.moved / moved - 1) > 0.03 or abs(cost.launches - count) > 1:  # the fill of ∂L/∂L
-                    raise SystemExit(
-                        f"gpu_model.py no longer describes {name!r}: bring its docstring and terms in line"
-                    )
+def gathered(size: float, processes: int) -> float:
+    """Bytes that a rank sends to gather ``size`` bytes from each."""
+    return size * (processes - 1)
 
 
-def _print(chip: Chip) -> None:
-    for setting in SETTINGS:
-        for cell in GRID:
-            print(f"{setting.name}, {cell}: floor {1e6 * floor(cell, setting, chip):.1f} µs")
-            for name, model in MODELS.items():
-                cost, (low, high) = model(cell, setting), predicted(name, cell, setting, chip)
-                print(
-                    f"  {name}: {cost.moved / 1e6:,.0f} MB moved, {cost.again / 1e6:,.0f} again, "
-                    f"{cost.working / 1e6:,.0f} held, {1e6 * low:,.0f} to {1e6 * high:,.0f} µs"
-                )
+def summed(size: float, processes: int) -> float:
+    """Bytes that a rank sends to sum ``size`` bytes over all."""
+    return 2 * size * (processes - 1) / processes
+
+
+def sent_by_dual(cell: Cell, processes: int, itemsize: int = 4) -> Sent:
+    """Ours for N ≤ D/2: û of both views, gathered, four products, and what is per feature, in float64.
+
+    The vectors: the pivot; N, s₁ and s₂ of both views; C_ii, ‖C‖² and q of both views. Besides, the header's three
+    integers, and two float32 in backward.
+    """
+    n, d = cell.n, cell.d
+    vectors = sum(summed(8 * numbers, processes) for numbers in (2 * d, 1 + 4 * d, 1 + 3 * d))
+    return Sent(
+        matrices=2 * gathered(itemsize * n * d / processes, processes),
+        vectors=gathered(3 * 8, processes) + vectors + summed(2 * 4, processes),
+        flops=8 * n * n * d / processes,
+    )
+
+
+def sent_by_textbook(cell: Cell, processes: int) -> Sent:
+    """The published program: C summed in float32, three products; the vectors of its batch norm are left out."""
+    return Sent(summed(4 * cell.d**2, processes), 0, 6 * cell.n * cell.d**2 / processes)
+
+
+# By operator: which argument holds what a rank puts in, and what it sends for that. Any other one is a KeyError.
+_COLLECTIVES: dict[str, tuple[int, Callable[[float, int], float]]] = {
+    "c10d::allreduce_": (0, summed),
+    "c10d::allgather_": (1, gathered),
+}
+
+
+class Collectives(TorchDispatchMode):
+    """Adds up in ``sent`` what the model says of every collective called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            inputs, sends = _COLLECTIVES[func.name()]
+            self.sent += sum(sends(t.nbytes, dist.get_world_size()) for t in args[inputs])
+        return func(*args, **(kwargs or {}))
+
+
+def main() -> None:
+    """Prints the model; with ``--verify``, fails where its bytes differ by more than 3 % from those counted."""
+    parser = argparse.ArgumentParser(description="The byte and FLOP model of a step; nothing is measured.")
+    parser.add_argument("--verify", action="store_true", help="count the operations beside it")
+    verify = parser.parse_args().verify
+    for setting, cell, (name, model) in product(SETTINGS, GRID, MODELS.items()):
+        cost = model(cell, setting)
+        low, high = (1e6 * seconds for seconds in predicted(cost, name, setting, H100))
+        said = f"{cost.moved / 1e6:,.0f} MB moved, {cost.working / 1e6:,.0f} held, {cost.launches} launches"
+        print(f"{setting.name}, {cell}, {name}: {said}, {low:,.0f} to {high:,.0f} µs")
+        if verify and name in COUNTED and (name != TRITON or find_spec("triton")):
+            moved, launches = counted(name, cell, setting)
+            print(f"  counted: {moved / 1e6:,.0f} MB moved, {launches} launches")
+            if abs(cost.moved / moved - 1) > 0.03 or abs(cost.launches - launches) > 1:  # the fill of ∂L/∂L
+                raise SystemExit(f"model.py no longer describes {name!r}: bring its docstring and terms in line")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The byte and FLOP model of a step; nothing is measured.")
-    parser.add_argument("--verify", action="store_true", help="count the operations beside it")
-    if parser.parse_args().verify:
-        verify()
-    else:
-        _print(H100)
+    main()

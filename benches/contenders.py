@@ -48,6 +48,7 @@ STABLE = "stable-pretraining"
 SOLO = "solo-learn"
 VISSL = "VISSL"
 FFT = "FFT relaxation"
+FULL_ONLY = (PRIMAL, DUAL)  # they tell where "auto" should change over, which the README does not discuss
 
 PAPER = "paper"
 UNBIASED = "unbiased"
@@ -64,14 +65,15 @@ class Textbook(nn.Module):
     views the off-diagonal elements in place of copying them would need 24.
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, sums: torch.dtype | None = None) -> None:
         super().__init__()
         self.bn = nn.BatchNorm1d(features, eps=EPS, affine=False)
+        self.sums = sums  # float32 is what autocast makes of them on CUDA alone
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         c: Tensor = self.bn(z1).T @ self.bn(z2)
         c.div_(z1.shape[0])
-        return _penalty(c)
+        return _penalty(c, self.sums)
 
 
 def distributed_textbook(z1: Tensor, z2: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ def vissl(z1: Tensor, z2: Tensor) -> Tensor:
     u1, u2 = _JointNorm.apply(torch.cat([z1, z2])).chunk(2)
     c = _averaged(u1.T @ u2 / z1.shape[0])
     on_diagonal = (torch.diagonal(c) - 1).square().sum()
-    return on_diagonal + LAMBD * _off_diagonal(c).square().sum()
+    return on_diagonal + LAMBD * off_diagonal_of(c).square().sum()
 
 
 def fft_relaxation(z1: Tensor, z2: Tensor) -> Tensor:
@@ -132,14 +134,14 @@ def fft_relaxation(z1: Tensor, z2: Tensor) -> Tensor:
     return loss
 
 
-def _penalty(c: Tensor) -> Tensor:
+def _penalty(c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The two sums of squares, over ``c``."""
-    on_diagonal = torch.diagonal(c).add_(-1).pow_(2).sum()
-    off_diagonal = _off_diagonal(c).pow_(2).sum()
+    on_diagonal = torch.diagonal(c).add_(-1).pow_(2).sum(dtype=dtype)
+    off_diagonal = off_diagonal_of(c).pow_(2).sum(dtype=dtype)
     return on_diagonal + LAMBD * off_diagonal
 
 
-def _off_diagonal(c: Tensor) -> Tensor:
+def off_diagonal_of(c: Tensor) -> Tensor:
     """A copy of the elements off the diagonal: past the first, every row of d + 1 begins with one on it."""
     d = c.shape[0]
     return c.flatten()[:-1].view(d - 1, d + 1)[:, 1:].flatten()
@@ -175,13 +177,9 @@ class _JointNorm(torch.autograd.Function):
         return gradient
 
 
-def _together() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _averaged(c: Tensor) -> Tensor:
     """The mean over the ranks, in place and past autograd."""
-    if not _together():
+    if not (dist.is_available() and dist.is_initialized()):
         return c
     dist.all_reduce(c.detach())
     return c / dist.get_world_size()
@@ -262,11 +260,13 @@ _ENTRIES = {
 
 def contenders() -> tuple[str, ...]:
     """The names of the contenders of one process that this environment has, ours first."""
-    return tuple(
-        name
-        for name, entry in _ENTRIES.items()
-        if name != LIGHTLY_GATHERING and (entry.package is None or find_spec(entry.package))
-    )
+    return tuple(name for name in _ENTRIES if name != LIGHTLY_GATHERING and installed(name))
+
+
+def installed(name: str) -> bool:
+    """Whether this environment has what the contender ``name`` needs."""
+    package = entry(name).package
+    return package is None or find_spec(package) is not None
 
 
 def entry(name: str) -> Entry:

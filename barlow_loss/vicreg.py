@@ -120,7 +120,7 @@ def vicreg_loss(
         RuntimeError: in backward, where a second derivative is asked for; in a compiled graph, where the processes have
             different numbers of rows.
 
-        What is wrong on one process raises the same error on all of them, except in a compiled graph, which compares
+        An invalid argument on one rank raises the same error on every rank, except in a compiled graph, which compares
         the numbers of rows alone.
 
     Several processes:

@@ -71,9 +71,10 @@ def test_the_text_of_an_index_links_to_no_file() -> None:
     assert LINK.findall((ROOT / "docs" / "pypi.md").read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("path", re.findall(r"literalinclude\} (\S+)", (ROOT / "docs" / "start.md").read_text()))
-def test_what_a_page_includes_exists(path: str) -> None:
-    assert (ROOT / "docs" / path).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_includes_exists(page: Path) -> None:
+    for path in re.findall(r"include\} (\S+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / path).exists(), path
 
 
 def test_the_readme_is_read_in_a_minute() -> None:

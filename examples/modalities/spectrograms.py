@@ -1,6 +1,6 @@
 """Sounds: views of a spectrogram, and what an encoder learns of the instrument, without a label.
 
-An instrument is a pattern of overtones. Each note has a pitch, a length and a noise of its own. The two views play it at
+An instrument is a pattern of overtones. Each note has a pitch, a length and a noise of its own. The views play it at
 another speed, so at another pitch, from another start and louder or softer, and blank out a band of frequencies, as
 SpecAugment does (arXiv 1904.08779).
 """

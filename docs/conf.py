@@ -18,7 +18,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["*.json", "pypi.md"]
+exclude_patterns = ["*.json", "*.ipynb", "pypi.md"]
 html_theme = "furo"
 html_title = "barlow-loss"
 html_extra_path: list[str] = []

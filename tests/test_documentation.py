@@ -1,7 +1,9 @@
 """What the README and the pages show runs as pasted, and what they point to exists."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +92,20 @@ def test_every_public_name_has_a_page() -> None:
     listed = set(re.findall(r"^   ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(barlow_loss.__all__) - {"reference", "__version__"} <= listed
     assert {f"diagnostics.{name}" for name in diagnostics.__all__ if name not in barlow_loss.__all__} <= listed
+
+
+def test_the_notebook_runs(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cell by cell; without its pictures, and with fewer steps."""
+    plots = pytest.importorskip("matplotlib.pyplot")
+    pytest.importorskip("sklearn")
+    plots.switch_backend("agg")
+    monkeypatch.setattr(plots, "show", lambda: plots.close("all"))
+    notebook = json.loads((ROOT / "docs" / "barlow_twins_on_digits.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for cell in cells:
+        exec(compile(cell.replace("steps, N = 300, 256", "steps, N = 101, 256"), "notebook", "exec"), names)
+    (_, on, *_, before), *_, (_, better, *_, after) = names["history"]
+    assert better < on
+    assert after > before
+    assert all(not cell.get("outputs") for cell in notebook["cells"])

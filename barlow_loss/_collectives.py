@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, library
 
-from barlow_loss._waiting import wait
+from barlow_loss._waiting import Peers, wait
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -189,11 +189,15 @@ def gather_integers(caller: str, group: Group, values: tuple[int, ...], z: Any) 
     gathered = local.new_empty((group.size, len(values)))
     work = dist.all_gather(list(gathered.unbind()), local, group=group.handle, async_op=True)
     if local.is_cpu:
-        processes: Any = group.handle or dist.group.WORLD
-        wait(work, caller, processes.get_group_store(), dist.get_rank(group.handle), group.size)
+        wait(work, caller, lambda: _peers(group))
     else:
         cast("Any", work).wait()
     return [tuple(row) for row in cast("list[list[int]]", gathered.tolist())]  # pyright: ignore[reportUnknownMemberType]
+
+
+def _peers(group: Group) -> Peers:
+    handle: Any = group.handle or dist.group.WORLD
+    return Peers(handle.get_group_store(), dist.get_process_group_ranks(handle), dist.get_rank())
 
 
 def gather_texts(caller: str, group: Group, text: str, z: Any) -> list[str]:

@@ -20,6 +20,8 @@ __all__ = ["alpha_req", "effective_rank", "lidar"]
 
 _linalg: Any = torch.linalg  # its functions have no complete types
 
+_LARGEST = 1e300  # what is larger overflows in a decomposition
+
 
 @torch.no_grad()
 def effective_rank(
@@ -106,8 +108,8 @@ def lidar(
         synchronize: False takes this process's rows alone.
 
     Returns:
-        Between 1 and min(N − 1, D); 0 if the samples are all alike; NaN if a value is not finite. It grows with N:
-        compare only values of the same N and q.
+        Between 1 and min(N − 1, D); 0 if the samples are all alike; NaN if a value is not finite, or not below 10³⁰⁰.
+        It grows with N: compare only values of the same N and q.
 
     Raises:
         TypeError: views that are not floating tensors of one dtype, or ``delta`` that is not a number.
@@ -134,7 +136,7 @@ def lidar(
     check_samples("lidar", views[0], shards)
     z = torch.stack([rows_of_all(shards, view) for view in views])
     z = z - z[0, 0]  # what is alike everywhere becomes exactly 0
-    if not z.isfinite().all():
+    if not (z.abs() < _LARGEST).all():
         return math.nan
     q, n, d = z.shape
     if q * n < d:  # the rows in an orthonormal basis of their span

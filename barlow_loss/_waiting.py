@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from contextlib import contextmanager
+import threading
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable
 
-__all__ = ["wait"]
+__all__ = ["Peers", "wait"]
 
 # A rank that has waited for a second says so in the store. The warning comes once, from one rank: a checkpoint or a
 # compilation on one rank makes the others wait too.
@@ -22,59 +23,85 @@ _REMEDY = (
 _logger = logging.getLogger("barlow_loss")
 
 
-def wait(work: Any, caller: str, store: Any, rank: int, size: int) -> None:
+class Peers(NamedTuple):
+    """The ranks of a group, as the world numbers them, this one among them, and the group's key-value store."""
+
+    store: Any
+    ranks: list[int]
+    own: int
+
+
+def wait(work: Any, caller: str, peers: Callable[[], Peers]) -> None:
     """Wait for a collective on the CPU that every rank of the group starts in a call of ``caller``.
 
     Args:
         work: the collective, started.
         caller: the function called, for messages.
-        store: the group's key-value store.
-        rank: of this process in the group.
-        size: W, the ranks of the group.
+        peers: gives the group, if it is asked for: only where the collective takes long, or fails.
 
     Raises:
         RuntimeError: a rank has ended, or has not come within the group's timeout.
     """
     try:
         if not _done_within(VISIBLE_AFTER, work):
-            with _visible(store, rank):
-                if not _done_within(TOLD_AFTER - VISIBLE_AFTER, work):
-                    _tell(caller, store, rank, size)
-                    work.wait()
+            _wait_watched(work, caller, peers())
     except RuntimeError as error:
+        _, ranks, own = peers()
         raise RuntimeError(
-            f"{caller}: expected all {size} ranks of the group to call it, but rank {rank} waited in vain: another "
-            f"rank has ended, or did not call it within the group's timeout. {_REMEDY} (torch.distributed: {error})"
+            f"{caller}: expected all {len(ranks)} ranks of the group to call it, but rank {own} waited in vain: "
+            f"another rank has ended, or did not call it within the group's timeout. {_REMEDY} "
+            f"(torch.distributed: {error})"
         ) from error
 
 
 def _done_within(seconds: float, work: Any) -> bool:
     try:
         work.wait(timedelta(seconds=seconds))
-    except RuntimeError:  # the collective has failed, or is not done; the latter does it no harm
+        return True
+    except RuntimeError:  # the collective has failed, or it takes longer, which does it no harm
         if not work.is_completed():
             return False
-        work.wait()
+    work.wait()  # raises why it has failed
     return True
 
 
-@contextmanager
-def _visible(store: Any, rank: int) -> Generator[None]:
-    store.set(_key(rank), "waits")
+def _wait_watched(work: Any, caller: str, peers: Peers) -> None:
+    """Wait in slices, between which Ctrl-C is noticed, while a thread looks at the store.
+
+    A thread, since a store may fail or block, where the collective does neither.
+    """
+    done = threading.Event()
+    threading.Thread(target=_watch, args=(done, caller, peers), daemon=True).start()
     try:
-        yield
+        while not _done_within(VISIBLE_AFTER, work):
+            pass
     finally:
-        store.delete_key(_key(rank))
+        done.set()
 
 
-def _tell(caller: str, store: Any, rank: int, size: int) -> None:
-    waiting = [other for other in range(size) if other == rank or store.check([_key(other)])]
-    missing = [str(other) for other in range(size) if other not in waiting]
-    if missing and rank == min(waiting):
-        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(missing)}"
+def _watch(done: threading.Event, caller: str, peers: Peers) -> None:
+    """Be seen in the store while the collective takes; tell once who is not.
+
+    Whoever came within the first ``TOLD_AFTER`` seconds is to be seen ``VISIBLE_AFTER`` later.
+    """
+    store, _, own = peers
+    with contextlib.suppress(Exception):
+        store.set(_key(own), "waits")
+        if not done.wait(TOLD_AFTER):
+            _tell(caller, peers)
+            done.wait()
+        store.delete_key(_key(own))
+
+
+def _tell(caller: str, peers: Peers) -> None:
+    store, ranks, own = peers
+    waiting = [rank for rank in ranks if rank == own or store.check([_key(rank)])]
+    missing = [str(rank) for rank in ranks if rank not in waiting]
+    if missing and own == min(waiting):
+        named = f"rank{'s' * (len(missing) > 1)} {', '.join(missing)}"
         _logger.warning(
-            f"{caller}: rank {rank} has waited for {TOLD_AFTER:.0f} s for {ranks} of {size}, and goes on waiting until "
-            f"the group's timeout. {_REMEDY}"
+            f"{caller}: rank {own} has waited for {TOLD_AFTER:.0f} s for {named}, and goes on waiting until the "
+            f"group's timeout. {len(ranks)} ranks are in the group. {_REMEDY}"
         )
 
 

@@ -55,6 +55,7 @@ class CollapseCallback(Callback):
         self.prefix = prefix
         self._monitor = CollapseMonitor(every, log=self._log, gate=gate, end=self._end)
         self._trainer: Any = None
+        self._reports = 0
         self._handles: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -70,6 +71,11 @@ class CollapseCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the losses alone."""
+        if self._monitor.gate is not None and self._reports == 0 and trainer.global_step:
+            rank_zero_warn(
+                "CollapseCallback: no report in this run, so the gate could not speak. Within torch.compile no value "
+                "can be read: call a CollapseMonitor with the views after the compiled step."
+            )
         for handle in self._handles:
             handle.remove()
         self._handles, self._trainer = [], None
@@ -79,6 +85,7 @@ class CollapseCallback(Callback):
         self.on_train_end(trainer, pl_module)
 
     def _log(self, step: int, values: dict[str, float]) -> None:
+        self._reports += 1
         for logger in self._trainer.loggers:
             logger.log_metrics({self.prefix + name: value for name, value in values.items()}, step=step)
 

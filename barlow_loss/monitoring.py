@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import count
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from barlow_loss._collectives import Group, check_group, gather_integers, gather_texts, group_of, is_first
-from barlow_loss._header import may_synchronize
+from barlow_loss._header import check_on_all_ranks, may_synchronize
 from barlow_loss._plan import is_traced
 from barlow_loss._report import CollapseReport, PairReports
 from barlow_loss._validation import check_eps, check_flags, check_weight
@@ -108,15 +109,18 @@ class CollapseMonitor:
         self.end = end or _raise
         self._settings = {"lambd": lambd, "eps": eps, "process_group": process_group, "synchronize": synchronize}
         self._last: int | None = None
+        self._counted: nn.Module | None = None  # the watched loss whose calls are the steps, if nothing else tells them
+        self._calls = count()
 
     def __call__(self, step: int, *views: Tensor) -> CollapseReport | PairReports | None:
         """The report of the (n, D) views in the steps that have one, and None in the others.
 
         Raises:
             TrainingCollapsed: the gate has ended the run, on every process alike.
-            TypeError, ValueError: what :func:`~barlow_loss.collapse_report` raises.
+            TypeError, ValueError: ``step`` is not an int; what :func:`~barlow_loss.collapse_report` raises; ``step``,
+                ``every`` or whether there is a gate differ among the processes.
         """
-        return self._report(step, views, self._settings)
+        return self._report(_checked_step(step), views, self._settings)
 
     def watch(self, loss_fn: nn.Module, step: Callable[[], int] | None = None) -> RemovableHandle:
         """Report of the views of every k-th call of a loss, with the settings of the loss in place of one's own.
@@ -127,13 +131,14 @@ class CollapseMonitor:
 
         Args:
             loss_fn: a ``BarlowTwinsLoss``, ``VICRegLoss`` or ``MixedBarlowTwinsLoss``; of the last, z1 and z2.
-            step: tells the step; of several calls in one step the first counts. Default: every call is a step.
+            step: tells the step; of several calls in one step the first counts. Default: every call is a step, of
+                several losses every call of the one that is called first.
 
         Returns:
-            A handle: ``handle.remove()`` ends it.
+            A handle, of which ``handle.remove()`` ends it. Copies of the loss, in memory or in a file, are not watched.
 
         Raises:
-            TypeError: another module.
+            TypeError: another module, or a ``step`` that is no function.
 
         Example:
             >>> loss_fn = BarlowTwinsLoss()
@@ -148,34 +153,69 @@ class CollapseMonitor:
                 f"CollapseMonitor: expected a loss of {names} to watch, got {type(loss_fn).__name__}. "
                 "Call monitor(step, z1, z2) in the loop instead."
             )
-        now = step or count().__next__
+        if step is not None and not callable(step):
+            raise TypeError(f"CollapseMonitor: expected step to be a function that returns it, got {step!r}.")
+        return loss_fn.register_forward_hook(_Watch(self, step), with_kwargs=True)
 
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-            views = _views(module, args, kwargs)
-            if torch.is_grad_enabled() and _have_values(*views):
-                self._once(now(), views, _settings(module))
+    def _see(self, loss_fn: nn.Module, views: tuple[Tensor, ...], step: Callable[[], int] | None) -> None:
+        """A call of a watched loss."""
+        now = self._count(loss_fn) if step is None else _checked_step(step())
+        if now is not None and now != self._last:
+            self._last = now
+            self._report(now, views, self._settings | _settings(loss_fn))
 
-        return loss_fn.register_forward_hook(see, with_kwargs=True)
-
-    def _once(self, step: int, views: tuple[Tensor, ...], settings: dict[str, Any]) -> None:
-        if step != self._last:
-            self._last = step
-            self._report(step, views, self._settings | settings)
+    def _count(self, loss_fn: nn.Module) -> int | None:
+        """The number of this call; None for a loss whose calls are not counted."""
+        self._counted = self._counted or loss_fn
+        return next(self._calls) if loss_fn is self._counted else None
 
     def _report(
         self, step: int, views: tuple[Tensor, ...], settings: dict[str, Any]
     ) -> CollapseReport | PairReports | None:
         if step % self.every:
             return None
-        report: CollapseReport | PairReports = collapse_report(*views, **settings)
         group = group_of(_CALLER, settings["process_group"], settings["synchronize"])
-        if is_first(group):
+        must_match = {"step": step, "every": self.every, "gate": "none" if self.gate is None else "one"}
+        check_on_all_ranks(_CALLER, group, next(iter(views), None), lambda: (0, must_match))
+        report: CollapseReport | PairReports = collapse_report(*views, **settings)
+        reason = self._judged(group, report, step, views[0])
+        if is_first(group):  # after the last exchange: what fails in a logger leaves no process waiting
             self.log(step, (report[report.worst] if isinstance(report, PairReports) else report).as_dict())
-        if self.gate is not None:
-            reason = _of_any(group, self.gate(report, step), views[0])
-            if reason:
-                self.end(f"step {step}: {reason}")
+        if reason:
+            self.end(f"step {step}: {reason}")
         return report
+
+    def _judged(self, group: Group, report: CollapseReport | PairReports, step: int, z: Tensor) -> str | None:
+        """What the gate says, on this process or another; what it raises on one is raised on all."""
+        gate, reasons = self.gate, list[str | None]()
+        if gate is None:
+            return None
+
+        def judge() -> tuple[int, dict[str, Any]]:
+            reasons.append(gate(report, step))
+            return 0, {}
+
+        check_on_all_ranks(_CALLER, group, z, judge)
+        return _of_any(group, reasons[0], z)
+
+
+class _Watch:
+    """The hook of a watched loss. A copy of it watches nothing, as the copy of a loss that it comes with."""
+
+    def __init__(self, monitor: CollapseMonitor, step: Callable[[], int] | None) -> None:
+        self._monitor, self._step = monitor, step
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        views = _views(module, args, kwargs)
+        if torch.is_grad_enabled() and _have_values(*views):
+            self._monitor._see(module, views, self._step)  # pyright: ignore[reportPrivateUsage]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Unwatched, ()
+
+
+class _Unwatched:
+    def __call__(self, *_: Any) -> None: ...
 
 
 @dataclass
@@ -270,6 +310,12 @@ def _settings(loss_fn: Any) -> dict[str, Any]:
     """What a report shares with the loss; VICReg's ε is another one, and it has no λ."""
     own = () if isinstance(loss_fn, VICRegLoss) else ("lambd", "eps")
     return {name: getattr(loss_fn, name) for name in (*own, "process_group", "synchronize")}
+
+
+def _checked_step(step: Any) -> int:
+    if isinstance(step, bool) or not isinstance(step, Integral):
+        raise TypeError(f"CollapseMonitor: expected step to be an int, got {step!r}. Number the steps from 0.")
+    return int(step)
 
 
 def _check_count(caller: str, name: str, value: Any, least: int) -> None:

@@ -186,12 +186,12 @@ class DistributedBatchNorm(OfGroup, _BatchNorm):
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """As in every module, but that the conversions to ``nn.SyncBatchNorm``, which ask for it, are refused.
 
-        torch's and timm's replace every batch norm and have no hook for a layer that wants to stay.
+        They replace every batch norm and have no hook for a layer that wants to stay.
 
         Raises:
-            RuntimeError: a function named ``convert_sync_batchnorm`` asks.
+            RuntimeError: a function named as torch's, timm's or apex's asks.
         """
-        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":  # pyright: ignore[reportPrivateUsage]
+        if sys._getframe(1).f_code.co_name in ("convert_sync_batchnorm", "convert_syncbn_model"):  # pyright: ignore[reportPrivateUsage]
             raise RuntimeError(
                 "DistributedBatchNorm: expected to stay, since it normalises over all processes already, but "
                 "convert_sync_batchnorm would replace it and forget its process group. Leave that call out (in "

@@ -66,7 +66,7 @@ def barlow_twins_loss(
 
     Example:
         >>> z = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
-        >>> barlow_twins_loss(z, z, eps=0.0).loss  # whitened, identical views
+        >>> barlow_twins_loss(z, z, eps=0.0).loss  # standardised, identical views
         tensor(0., dtype=torch.float64)
     """
     n, d = z1.shape

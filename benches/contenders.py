@@ -73,7 +73,7 @@ class Textbook(nn.Module):
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         c: Tensor = self.bn(z1).T @ self.bn(z2)
         c.div_(z1.shape[0])
-        return _penalty(c, self.sums)
+        return _loss_from(c, self.sums)
 
 
 def distributed_textbook(z1: Tensor, z2: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def distributed_textbook(z1: Tensor, z2: Tensor) -> Tensor:
     c = _synchronized_norm(z1, n).T @ _synchronized_norm(z2, n)
     c.div_(n)
     dist.all_reduce(c.detach())  # in place as there, but past autograd, which warns of it
-    return _penalty(c)
+    return _loss_from(c)
 
 
 def solo_learn(z1: Tensor, z2: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def fft_relaxation(z1: Tensor, z2: Tensor) -> Tensor:
     return loss
 
 
-def _penalty(c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _loss_from(c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The two sums of squares, over ``c``."""
     on_diagonal = torch.diagonal(c).add_(-1).pow_(2).sum(dtype=dtype)
     off_diagonal = off_diagonal_of(c).pow_(2).sum(dtype=dtype)

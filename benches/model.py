@@ -19,7 +19,7 @@ Moved, per contender. A pass is over all e elements of both views, or over a D×
 * dual, Triton: standardise reads z (view), writes u (product); Gram matrices read u, write K1, K2; Frobenius sums read
   K1, K2; the products of the backward read K1, K2 and u, write P; the back-projection reads P and u, writes the
   gradient (view). e·(2·view + 6·product) + 2N²·3·product. Again: z, P and u once more, e·(view + 2·product). 8
-  launches: standardise, 2 products, Frobenius, penalties, 2 products, back-projection.
+  launches: standardise, 2 products, Frobenius, loss terms, 2 products, input gradients.
 * dual, eager: one operation per pass, float32 (c = 4) between products. Standardise: z to x, both views put together,
   its sum, centred, its square, the sum of that, scaled, diagonal: view + 13c, and c + product for the cast where the
   products have 16 bits.

@@ -1,6 +1,8 @@
 """The monitor of any loop: when it reports, to whom, what it watches; the gate; the examples of its page."""
 
+import copy
 import math
+import pickle
 import re
 from pathlib import Path
 
@@ -324,3 +326,47 @@ def test_the_examples_of_the_page_run(capsys):
     told = re.findall(r"^step (\d+): loss", capsys.readouterr().out, re.MULTILINE)
     assert told[:3] == ["0", "100", "200"]
     assert isinstance(names["monitor"], monitoring.CollapseMonitor)
+
+
+# Copies, several losses, and steps
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_of_a_watched_loss_is_not_watched(copied):
+    log, loss_fn = Log(), BarlowTwinsLoss()
+    monitor = CollapseMonitor(every=1, log=log)
+    handle = monitor.watch(loss_fn, lambda: 7)
+    other = copied(torch.nn.Sequential(torch.nn.Linear(2, 2), loss_fn))[1]
+    assert torch.equal(other(*views()), loss_fn(*views()))
+    assert log.steps == [7]
+    handle.remove()
+    other(*views())
+    assert log.steps == [7]
+
+
+def test_of_several_losses_the_one_that_is_called_first_counts_the_steps():
+    log = Log()
+    monitor = CollapseMonitor(every=2, log=log)
+    every, now_and_then = BarlowTwinsLoss(), BarlowTwinsLoss(lambd=0.1)
+    for loss_fn in (now_and_then, every):
+        monitor.watch(loss_fn)
+    for step in range(5):
+        every(*views())
+        if step % 2:
+            now_and_then(*views())
+    assert log.steps == [0, 2, 4]
+
+
+@pytest.mark.parametrize("step", [None, "4", 4.0, True, torch.tensor(4.0)])
+def test_a_step_is_a_whole_number(step):
+    monitor, loss_fn = CollapseMonitor(every=2, log=Log()), BarlowTwinsLoss()
+    with pytest.raises(TypeError, match="CollapseMonitor: expected step to be an int, got"):
+        monitor(step, *views())
+    monitor.watch(loss_fn, lambda: step)
+    with pytest.raises(TypeError, match="CollapseMonitor: expected step to be an int, got"):
+        loss_fn(*views())
+
+
+def test_what_tells_the_step_is_a_function():
+    with pytest.raises(TypeError, match="expected step to be a function that returns it, got 5"):
+        CollapseMonitor().watch(BarlowTwinsLoss(), 5)

@@ -624,8 +624,16 @@ def _converted_by_timm(model):
     return pytest.importorskip("timm.layers").convert_sync_batchnorm(model)
 
 
+def convert_syncbn_model(model):
+    """As apex goes through a model."""
+    for name, child in model.named_children():
+        model.add_module(name, convert_syncbn_model(child))
+    return nn.SyncBatchNorm(3) if isinstance(model, nn.modules.batchnorm._BatchNorm) else model
+
+
 @pytest.mark.parametrize(
-    "convert", [nn.SyncBatchNorm.convert_sync_batchnorm, _converted_by_timm, _converted_by_lightning]
+    "convert",
+    [nn.SyncBatchNorm.convert_sync_batchnorm, _converted_by_timm, _converted_by_lightning, convert_syncbn_model],
 )
 def test_the_conversions_to_torchs_own_are_refused(convert):
     """They would replace the layer, and forget its group."""

@@ -248,7 +248,7 @@ def input_gradients(
     d = 2a (C_ii − τ), or 2a (C_ii − τ) − 2b C_ii where C̃ holds the diagonal, times the weight of the pair; the sums are
     over the other views. A product is the two factors of P, or P and None; and q, where None stands for Σₙ u_own ∘ P.
     """
-    a, b = (2 * slope for slope in gradients_of_sums(grad_outputs, plan))
+    a, b = (2 * gradient for gradient in gradients_of_sums(grad_outputs, plan))
     if isinstance(b, float) and abs(b) > torch.finfo(plan.compute_dtype).max:
         b *= math.inf  # addmm refuses a number that its dtype has no room for
     of_target = a if plan.diagonal_target == 1 else a * plan.diagonal_target  # an operation less

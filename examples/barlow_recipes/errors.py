@@ -37,6 +37,6 @@ def require(module: str, reason: str) -> ModuleType:
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:  # the latter of a torchvision that was built for another torch
         package = module.partition(".")[0]
-        remedy = f"pip install 'barlow-loss[{EXTRAS.get(package, 'examples')}]'"
+        remedy = f"pip install '.[{EXTRAS.get(package, 'examples')}]' in a clone of barlow-loss"
         why = f"{reason} needs {package}, which cannot be imported ({first_line(error)})"
         raise UsageError(f"{why}: {remedy}") from None

@@ -3,7 +3,9 @@
 import logging
 import os
 import signal
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from pool import Died
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm, _waiting, collapse_report
+from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm, _collectives, _waiting, collapse_report
 from programs import until
 
 
@@ -106,15 +108,69 @@ def _the_last_ones_are_late(folder, early, rounds):
     return report.loss, told.read()
 
 
-@pytest.mark.parametrize(("early", "missing"), [(1, "ranks 1, 2 of 3"), (2, "rank 2 of 3")])
+@pytest.mark.parametrize(("early", "missing"), [(1, "ranks 1, 2"), (2, "rank 2")])
 def test_who_keeps_the_others_waiting_is_told_by_one_of_them_once(pool, tmp_path, early, missing):
     """TORCH_DISTRIBUTED_DEBUG=DETAIL has a barrier of its own before every collective, which names them."""
     results = pool.run(_the_last_ones_are_late, 3, tmp_path, early, 2, debug="OFF")
     assert len({loss for loss, _ in results}) == 1
     first, second = results[0][1]
     assert first == second
-    assert first.startswith(f"collapse_report: rank 0 has waited for 1 s for {missing}, ")
+    assert first.startswith(f"collapse_report: rank 0 has waited for 1 s for {missing}, and goes on")
     assert "synchronize=False" in first
+
+
+class _Unusable(dist.Store):
+    """A store that can nothing but fail."""
+
+
+def _late_with_a_store_that(fails, folder):
+    """Rank 1 comes late, while the store fails, or blocks until the test is over."""
+    told, released = _Told(folder), threading.Event()
+    stores = {
+        "fails": _Unusable(),
+        "blocks": SimpleNamespace(set=lambda *_: released.wait(), delete_key=lambda _: None),
+    }
+    peers = _collectives._peers
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_waiting, "VISIBLE_AFTER", 0.05)
+        patched.setattr(_waiting, "TOLD_AFTER", 0.2)
+        patched.setattr(_collectives, "_peers", lambda group: peers(group)._replace(store=stores[fails]))
+        if dist.get_rank() == 1:
+            time.sleep(1.0)
+        z = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+        loss = collapse_report(z, z).loss
+    released.set()
+    return loss, told.read()
+
+
+@pytest.mark.parametrize("fails", ["fails", "blocks"])
+def test_a_store_that_cannot_be_used_changes_nothing(pool, tmp_path, fails):
+    results = pool.run(_late_with_a_store_that, 2, fails, tmp_path, debug="OFF")
+    assert results[0] == results[1]
+    assert results[0][1] == []
+
+
+def _late_in_a_part_of_the_world(folder):
+    """Of ranks 1 and 2, in a group of their own, 2 comes late."""
+    part, told, rank = dist.new_group([1, 2]), _Told(folder), dist.get_rank()
+    logging.getLogger("barlow_loss").addHandler(told)
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(_waiting, "VISIBLE_AFTER", 0.05)
+            patched.setattr(_waiting, "TOLD_AFTER", 1.0)
+            if rank == 2:
+                until(told.read, "what rank 1 tells")
+            if rank > 0:
+                collapse_report(torch.ones(4, 10), torch.ones(4, 10), process_group=part)
+    finally:
+        logging.getLogger("barlow_loss").removeHandler(told)
+
+
+def test_ranks_are_numbered_as_in_the_world(pool, tmp_path):
+    pool.run(_late_in_a_part_of_the_world, 3, tmp_path, debug="OFF")
+    (said,) = (path.read_text() for path in tmp_path.iterdir())
+    assert said.startswith("collapse_report: rank 1 has waited for 1 s for rank 2, and goes on")
+    assert "2 ranks are in the group" in said
 
 
 def test_nothing_is_told_where_nobody_waits(pool, tmp_path):

@@ -86,3 +86,49 @@ def _in_a_subgroup():
 
 def test_in_a_subgroup_its_first_process_tells(pool):
     assert pool.run(_in_a_subgroup, 3) == [None, (8, [0]), (8, [])]
+
+
+def _disagreeing(what):
+    """What goes wrong on rank 1 alone, and whether the group still works after it."""
+    other = dist.get_rank() == 1
+
+    def gate(report, step):
+        if other and what == "the gate fails":
+            raise KeyError("no such limit")
+
+    def log(step, values):
+        if what == "the log fails":
+            raise OSError("no space left")
+
+    gates = {"no gate": None if other else gate, "the gate fails": gate}
+    monitor = CollapseMonitor(every=3 if other and what == "every" else 2, log=log, gate=gates.get(what))
+    z = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0))
+    try:
+        monitor(0, *z)
+        raised = None
+    except Exception as error:
+        raised = type(error).__name__, str(error)
+    return raised, float(BarlowTwinsLoss()(*z))
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "named"),
+    [
+        ("every", "ValueError", "every = 2 on rank 0, every = 3 on rank 1"),
+        ("no gate", "ValueError", "gate = one on rank 0, gate = none on rank 1"),
+        ("the gate fails", "RuntimeError", "CollapseMonitor: 'no such limit' (From rank 1 of 2, raised on all"),
+    ],
+)
+def test_what_is_wrong_on_one_process_is_told_on_all(pool, what, kind, named):
+    results = pool.run(_disagreeing, 2, what)
+    assert len({loss for _, loss in results}) == 1
+    for (found, message), _ in results:
+        assert found == kind
+        assert named in message
+
+
+def test_a_log_that_fails_leaves_no_process_waiting(pool):
+    (first, loss), (second, same) = pool.run(_disagreeing, 2, "the log fails")
+    assert first == ("OSError", "no space left")
+    assert second is None
+    assert loss == same

@@ -153,7 +153,7 @@ def test_the_primal_launches(pretended_h100):
 
 @pytest.mark.parametrize("algorithm", ["dual", "primal"])
 def test_the_host_waits_for_nothing(pretended_h100, algorithm):
-    """No operation reads a value back or copies one to the device; λ and the arriving gradient stay where they are."""
+    """No operation reads a value back or copies one to the device; λ and the incoming gradient stay where they are."""
     names = {name for part in step(40, 100, algorithm, lambd=torch.tensor(0.1)) for name in part}
     assert not names & WAITS
     for launch in pretended_h100.launches:

@@ -200,7 +200,7 @@ def right_gradients(u, p, q, c, rho, a, b, includes_diagonal):
 @pytest.mark.parametrize(("dtype", "out"), [(F64, F64), (F32, F32), (F16, F32), (F16, BF16), (F16, F16)], ids=str)
 @pytest.mark.parametrize("has_q", [False, True])
 @pytest.mark.parametrize("includes_diagonal", [False, True])
-def test_backproject(n, d, dtype, out, has_q, includes_diagonal):
+def test_input_gradients(n, d, dtype, out, has_q, includes_diagonal):
     u, p, c, rho = matrices(n, d, dtype)
     q = (torch.randn(2, d, dtype=F64, generator=torch.Generator().manual_seed(1))) if has_q else None
     compute = torch.promote_types(dtype, F32)
@@ -219,13 +219,13 @@ def test_backproject(n, d, dtype, out, has_q, includes_diagonal):
         assert_no_worse(own, rival, expected, torch.promote_types(out, compute) if out == compute else out, "gradient")
 
 
-ARRIVING = [grad_outputs for grad_outputs in itertools.product([None, 0.7], repeat=3) if any(grad_outputs)]
+INCOMING = [grad_outputs for grad_outputs in itertools.product([None, 0.7], repeat=3) if any(grad_outputs)]
 
 
-@pytest.mark.parametrize("grad_outputs", ARRIVING, ids=str)
+@pytest.mark.parametrize("grad_outputs", INCOMING, ids=str)
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
-def test_backproject_of_some_terms_and_views(grad_outputs, needed, tensor):
+def test_input_gradients_of_some_terms_and_views(grad_outputs, needed, tensor):
     """None stands for 0, and a view that needs no gradient gets none; λ as a number and as a tensor."""
     n, d, lambd = 20, 24, 0.3
     u, p, c, rho = matrices(n, d, F64)

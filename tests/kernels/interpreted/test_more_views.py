@@ -84,7 +84,7 @@ def _opcheck_cases():
             _views.view_gradient,
             (first, None, first, *pairs, one, None, None, None, 0.1, 1.0, True, 10, BF16),
         ),
-        "backproject_view with q": (
+        "view_gradient with q": (
             _views.view_gradient,
             (first, c, first, *pairs, None, one, one, one, 0.0, 1.1, False, 10, F32),
         ),

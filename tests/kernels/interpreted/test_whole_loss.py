@@ -212,12 +212,12 @@ def _opcheck_cases():
         "standardize": (_standardize.standardize, (z[0], z[1], pivot, pivot, pivot, F32)),
         "frobenius": (_frobenius.frobenius, (k, k)),
         "loss_terms": (_loss_terms.loss_terms, (c, k.flatten(), None, 0.1, 1.0, None, True, F32)),
-        "penalties of a tensor": (_loss_terms.loss_terms, (c, k.flatten(), one, 0.0, 1.1, None, False, F32)),
+        "loss terms of a tensor": (_loss_terms.loss_terms, (c, k.flatten(), one, 0.0, 1.1, None, False, F32)),
         "input_gradients": (
             _input_gradients.input_gradients,
             (u, u[0], u[1], None, None, c, rho, one, None, None, None, 0.1, 1.0, True, 10, BF16),
         ),
-        "backproject of one": (
+        "input gradients of one": (
             _input_gradients.input_gradients,
             (u, None, u[1], None, c, c, rho, None, one, one, one, 0.0, 1.1, False, 10, F32),
         ),

@@ -1,5 +1,6 @@
 """Batches, splits, digits and image folders: deterministic, complete, and unmoved by a broken file."""
 
+import io
 import multiprocessing
 import os
 import pickle
@@ -10,6 +11,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import torchvision
 from outcomes import EXAMPLES
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from sources import fill, load, npy, same, saved, tiff
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -158,6 +161,22 @@ COLORS = (65535 * BANDS[:3]).astype("u2").transpose(1, 2, 0).copy()
 DEEP: dict[str, tuple[bytes, Any, dict[str, Any]]] = {
     "uint16": (tiff((65535 * RAMP).astype("<u2")), RAMP, {}),
     "uint16, big-endian": (tiff((65535 * RAMP).astype(">u2"), byteorder=">"), RAMP, {}),
+    "int16, big-endian, compressed": (
+        tiff((2000 * RAMP - 1000).astype(">i2"), byteorder=">", compression="deflate"),
+        RAMP,
+        {"value_range": (-1000, 1000)},
+    ),
+    "float32, big-endian, compressed": (tiff(RAMP.astype(">f4"), byteorder=">", compression="deflate"), RAMP, {}),
+    "int16, white is zero": (
+        tiff((-2000 * RAMP + 999).astype("i2"), photometric="miniswhite"),
+        RAMP,
+        {"value_range": (-1000, 1000)},
+    ),
+    "pages, white is zero": (
+        tiff((65535 - 65535 * BANDS).astype("u2"), photometric="miniswhite"),
+        BANDS,
+        {"channels": 13},
+    ),
     "12 bits in 16": (tiff((4095 * RAMP).astype("u2")), RAMP, {"value_range": (0, 4095)}),
     "int16, negative": (tiff((2000 * RAMP - 1000).astype("i2")), RAMP, {"value_range": (-1000, 1000)}),
     "int8, negative": (tiff((200 * RAMP - 100).astype("i1")), RAMP, {"value_range": (-100, 100)}),
@@ -184,6 +203,58 @@ def test_values_mean_what_is_declared(content: bytes, expected: Any, flags: dict
     torch.testing.assert_close(decoded, wanted.expand(flags.get("channels", 3), 16, 20), rtol=0, atol=0.011)
 
 
+GREY = (65535 * RAMP).astype("u2")
+SIXTEEN: dict[str, Any] = {
+    f"TIFF, {order}, {photometric}, {compression}": tiff(
+        (GREY if photometric == "minisblack" else ~GREY).astype(f"{order}u2"),
+        photometric=photometric,
+        byteorder=order,
+        compression=compression,
+    )
+    for order in "<>"
+    for photometric in ("minisblack", "miniswhite")
+    for compression in (None, "deflate")
+}
+SIXTEEN |= {kind: saved(Image.fromarray(GREY), kind) for kind in ("PNG", "PPM", "TIFF")}
+SIXTEEN |= {
+    f"Pillow's {mode}": Image.frombytes(mode, (20, 16), GREY.astype(order).tobytes())
+    for mode, order in {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2", "I;16N": "=u2"}.items()
+}
+SIXTEEN |= {
+    "numpy's": GREY.astype(">u2"),
+    "torchvision's": torchvision.io.decode_image(
+        torch.frombuffer(bytearray(SIXTEEN["PNG"]), dtype=torch.uint8), "UNCHANGED"
+    ),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("content", SIXTEEN.values(), ids=SIXTEEN)
+def test_sixteen_bits_of_grey_are_the_same_from_everywhere(content: Any, channels: int) -> None:
+    """From the bytes of a file, and opened by a Dataset."""
+    pixels = PixelSettings(channels=channels)
+    given = [content]
+    if isinstance(content, bytes):
+        with suppress(UnidentifiedImageError):  # white is zero, big-endian
+            given.append(Image.open(io.BytesIO(content)))
+    wanted = torch.from_numpy(GREY / np.float32(65535)).expand(channels, 16, 20)
+    for each in given:
+        torch.testing.assert_close(decode(each, "image", pixels), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_white_is_zero_with_eight_bits_as_with_sixteen(order: str) -> None:
+    """Pillow inverts the former by itself."""
+    values = np.arange(256, dtype="u1").reshape(16, 16)
+    images = [
+        tiff(each.astype(each.dtype.newbyteorder(order)), photometric="miniswhite", byteorder=order)
+        for each in (values, values.astype("u2") * 257)
+    ]
+    eight, sixteen = (decode(content, "image").double() for content in images)
+    torch.testing.assert_close(eight / 255, sixteen, rtol=0, atol=1e-7)
+    assert eight[0, 0, 0] == 255
+
+
 def png_16() -> bytes:
     """RGB of 16 bits, which Pillow does not write."""
 
@@ -206,6 +277,12 @@ UNFIT: dict[str, tuple[bytes, dict[str, Any], str]] = {
     "no alpha": (RGB, {"channels": 4}, "3 channels, but --channels is 4"),
     "one dimension": (npy(RAMP[0]), {}, r"expected an image of .* got \(20,\)"),
     "words": (npy(np.array([["a", "b"]])), {}, "expected an array of numbers"),
+    "white is zero, of floats": (
+        tiff(RAMP.astype("f4"), photometric="miniswhite"),
+        {},
+        r"white is zero.*photometric 1",
+    ),
+    "white is zero, of doubles": (tiff(RAMP, photometric="miniswhite"), {}, "white is zero"),
     "what Pillow cuts off": (png_16(), {"value_range": (0, 4095)}, "TIFF or .npy"),
 }
 

@@ -1,6 +1,8 @@
 """What users bring to --data: folders of any shape, lists, data sets; nothing is lost without a word."""
 
+import io
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sources import fill, load, npy, tensors, tiff
+from sources import fill, load, npy, same, tensors, tiff
 from torch.utils.data import Dataset
 
 from barlow_recipes.command_line import read
@@ -217,6 +219,45 @@ def test_images_of_many_bands_become_views(augment_on: str, tmp_path: Path) -> N
     view, *_ = tensors(next(iter(data.pairs.batches(0))))
     assert view.shape == (4, 13, 16, 16)
     assert data.pixels.channels == 13
+
+
+def in_folder(files: dict[str, bytes], root: Path) -> Path:
+    for name, content in files.items():
+        put(name, content)(root)
+    return root
+
+
+def in_shard(files: dict[str, bytes], root: Path) -> Path:
+    root.mkdir()
+    with tarfile.open(root / "0.tar", "w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return root
+
+
+@pytest.mark.parametrize("lay_out", [in_folder, in_shard])
+def test_how_sixteen_bits_were_written_changes_no_view(
+    lay_out: Callable[[dict[str, bytes], Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In either order of bytes, and with white or black as zero: the same views, and the same description."""
+    from describe_images import main
+
+    random, told, views = np.random.default_rng(0), list[list[str]](), list[Any]()
+    images = [random.integers(0, 2**16, (12, 10), "u2") for _ in range(8)]
+    for order in "<>":
+        for photometric in ("minisblack", "miniswhite"):
+            values = [image if photometric == "minisblack" else ~image for image in images]
+            options = {"photometric": photometric, "byteorder": order}
+            files = {f"{n}.tif": tiff(each.astype(f"{order}u2"), **options) for n, each in enumerate(values)}
+            source = lay_out(files, tmp_path / f"{len(told)}")
+            views.append([batch.views for batch in load(source).pairs.batches(0)])
+            assert main(["--data", str(source)]) == 0
+            told.append(capsys.readouterr().out.splitlines()[1:])
+    assert all(same(views[0], other) for other in views)
+    assert all(told[0] == other for other in told)
+    assert "type: uint16 (8)" in told[0]
 
 
 def test_the_first_unreadable_file_is_named(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:

@@ -28,7 +28,8 @@ class PixelSettings:
 
     # of an image; files with another number are converted where that is usual (grey, palette, CMYK), else refused
     channels: Positive = 3
-    # the values that become 0 and 1; without it those of the files' type: 0 and 255, 65535, or 1 of floats
+    # the values that become 0 and 1; without it those of the files' type: 0 and 255, 65535, or 1 of floats. Signed
+    # integers and those of 32 bits have none
     value_range: tuple[float, float] | None = None
     # of each channel, to be subtracted; without it ImageNet's, or 0.5 for other than three channels
     mean: tuple[float, ...] = ()
@@ -77,20 +78,24 @@ def decode(content: Any, name: str, pixels: PixelSettings = USUAL) -> Tensor:
     image = raw(content, name, pixels)
     if image.dtype == torch.uint8 and pixels.value_range in (None, (0, 255)):
         return image
-    low, high = pixels.value_range or (0.0, white(image.dtype))
     values = image.float()
     least, most = (value.item() for value in values.aminmax())
+    found = f"{name}: values from {least:g} to {most:g}"
+    low, high = pixels.value_range or (0.0, white(image.dtype))
     if least != least:
         raise UnfitError(f"{name}: has pixels that are not a number: give them a value within the range")
+    if high is None:
+        kind = str(image.dtype).removeprefix("torch.")
+        raise UnfitError(f"{found} of {kind}, a type without a value for white: give --value-range LOW HIGH")
     if not (low <= least and most <= high):
-        found = f"values from {least:g} to {most:g}, expected {low:g} to {high:g}"
-        raise UnfitError(f"{name}: {found}: give --value-range LOW HIGH")
+        raise UnfitError(f"{found}, expected {low:g} to {high:g}: give --value-range LOW HIGH")
     return (values - low) / (high - low)
 
 
-def white(kind: torch.dtype) -> float:
-    """The value that becomes 1 where no range is declared."""
-    return {torch.uint8: 255.0, torch.bool: 1.0}.get(kind, 1.0 if kind.is_floating_point else SIXTEEN_BITS)
+def white(kind: torch.dtype) -> float | None:
+    """The value that becomes 1 where no range is declared: none of a type whose largest value is not white."""
+    whites: dict[torch.dtype, float] = {torch.uint8: 255, torch.uint16: SIXTEEN_BITS, torch.bool: 1}
+    return 1.0 if kind.is_floating_point else whites.get(kind)
 
 
 def raw(content: Any, name: str, pixels: PixelSettings) -> Tensor:
@@ -155,7 +160,10 @@ def _black_is_zero(values: Any, name: str, photometric: int | None) -> Any:
 def _of_pillow(image: Image.Image, name: str, channels: int) -> Any:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):  # one plane of more than 8 bits
-        return _black_is_zero(np.asarray(image), name, getattr(image, "tag_v2", {}).get(PHOTOMETRIC))
+        values = np.asarray(image)
+        if image.mode == "I" and image.format in ("PNG", "PPM"):  # 32 bits for their 16
+            values = values.astype("u2")
+        return _black_is_zero(values, name, getattr(image, "tag_v2", {}).get(PHOTOMETRIC))
     if channels not in (1, 3) and len(image.getbands()) != channels:
         raise UnfitError(f"{name}: {len(image.getbands())} channels, but --channels is {channels}")
     values = np.array(image.convert({1: "L", 3: "RGB"}.get(channels, image.mode)))

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,12 @@ def png_16() -> bytes:
 
 RGB = saved(Image.new("RGB", (8, 6)))
 UNFIT: dict[str, tuple[bytes, dict[str, Any], str]] = {
-    "negative": (tiff((RAMP * 9 - 5).astype("i2")), {}, "values from -5 to 4, expected 0 to 65535: give --value-range"),
+    "negative": (tiff((RAMP * 9 - 5).astype("i2")), {}, "values from -5 to 4 of int32, .* white: give --value-range"),
+    "beyond what is declared": (
+        tiff((RAMP * 9 - 5).astype("i2")),
+        {"value_range": (0, 9)},
+        "-5 to 4, expected 0 to 9:",
+    ),
     "above": (tiff((RAMP * 300).astype("f4")), {}, "values from 0 to 300, expected 0 to 1: give --value-range"),
     "not a number": (tiff(np.where(RAMP > 0.5, np.nan, RAMP).astype("f4")), {}, "has pixels that are not a number"),
     "beyond what was declared": (npy(RAMP * 5000), {"value_range": (0, 4095)}, "values from 0 to 5000"),
@@ -285,6 +291,30 @@ UNFIT: dict[str, tuple[bytes, dict[str, Any], str]] = {
     "white is zero, of doubles": (tiff(RAMP, photometric="miniswhite"), {}, "white is zero"),
     "what Pillow cuts off": (png_16(), {"value_range": (0, 4095)}, "TIFF or .npy"),
 }
+
+
+WITHOUT_WHITE = {"int8": 100, "int16": 4095, "int32": 65535, "uint32": 65535, "int64": 255}
+
+
+@pytest.mark.parametrize("channels", [1, 3, 13])
+@pytest.mark.parametrize(("kind", "most"), WITHOUT_WHITE.items())
+def test_a_type_without_a_white_wants_a_range(kind: str, most: int, channels: int) -> None:
+    """Its values may look like 8 or 16 bits: they would be scaled by a guess."""
+    values = (most * BANDS[:channels]).astype(kind)
+    grey = values[0] if channels == 1 else values
+    given: list[Any] = [npy(grey), torch.from_numpy(grey), grey]
+    if kind != "int64":  # photometric is that of grey pages
+        given += [tiff(grey, byteorder=order) for order in "<>"]
+    if (kind, channels) == ("int32", 1):
+        given.append(Image.fromarray(grey))
+    pixels, names = PixelSettings(channels=channels), "(int16|int32)" if kind == "int16" else kind  # Pillow widens it
+    for content in given:
+        with pytest.raises(
+            UnfitError, match=rf"image: values from 0 to \d+ of {names}, .*: give --value-range LOW HIGH"
+        ):
+            decode(content, "image", pixels)
+        decoded = decode(content, "image", replace(pixels, value_range=(0, most)))
+        torch.testing.assert_close(decoded.double(), torch.from_numpy(values / most), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("content", "flags", "message"), UNFIT.values(), ids=UNFIT)

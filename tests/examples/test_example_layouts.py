@@ -201,6 +201,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         put("{}.tif", tiff(np.full((8, 8), -300, "i2")), 9),
         r"0\.tif: values from -300 to -300.*--value-range",
     ),
+    "signed, 12 bits": (
+        put("{}.tif", tiff(np.arange(64, dtype="i2").reshape(8, 8) * 65), 9),
+        r"0\.tif: values from 0 to 4095 of int32, a type without a value for white: give --value-range LOW HIGH",
+    ),
+    "dark floats": (
+        put("{}.tif", tiff(np.full((8, 8), 0.01, "f4")), 9),
+        r"nearly black, the largest value is 0\.01 of 1.*--value-range LOW HIGH",
+    ),
     "13 bands": (BANDS, r"0\.tif: 13 channels, but --channels is 3"),
 }
 
@@ -306,5 +314,10 @@ def test_a_command_describes_the_images(tmp_path: Path, capsys: pytest.CaptureFi
     assert any("00.npy has pixels that are not finite" in line for line in told)
     pixels = read(PixelSettings, flags.split(), "")  # the extreme values are within the range, to the last digit
     assert all(decode((tmp_path / "floats" / f"{n:02}.npy").read_bytes(), "", pixels).max() <= 1 for n in range(1, 12))
+    (tmp_path / "signed").mkdir()
+    np.save(tmp_path / "signed" / "0.npy", (4095 * random.random((12, 10))).astype("i2"))
+    np.save(tmp_path / "signed" / "1.npy", np.array([[0, 4095]], "i2"))  # as 16 bits it would be a sixteenth
+    assert main(["--data", str(tmp_path / "signed")]) == 0
+    assert capsys.readouterr().out.endswith("--value-range 0 4095\n")
     assert main(["--data", str(fill(tmp_path / "png", 200))]) == 0
     assert "--value-range" not in capsys.readouterr().out

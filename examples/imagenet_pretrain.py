@@ -35,7 +35,7 @@ from barlow_recipes.encoders import freeze
 from barlow_recipes.errors import Aborted, Interrupted, Stopped, first_line, require
 from barlow_recipes.fashion_mnist import is_fashion_mnist, load_fashion_mnist
 from barlow_recipes.images import load_images
-from barlow_recipes.metrics import BAR, TensorBoard, WeightsAndBiases, accuracy_cells, aligned, epoch_line
+from barlow_recipes.metrics import BAR, TensorBoard, WeightsAndBiases, accuracy_table, aligned, epoch_line
 from barlow_recipes.models import BarlowTwins, build_model
 from barlow_recipes.official import initialize, read_official, resume_official
 from barlow_recipes.optimization import build_optimizer, build_schedule
@@ -270,7 +270,7 @@ def evaluate(run: Run) -> None:
         run.accuracies = run.final_baselines | {"pretrained encoder": reporting.accuracies(run, run.data.final)}
         for name, accuracies in run.accuracies.items():
             run.metrics.add("evaluation", {"step": step, "representation": name, **accuracies})
-        print(aligned(accuracy_cells(run.accuracies)), end="\n\n")
+        print(accuracy_table(run.accuracies), end="\n\n")
     reporting.write_report(run, "done")
 
 

@@ -131,6 +131,8 @@ def finish(run: Run) -> None:
     """Test, write the results and the model, and print the table."""
     prepare_test(run.state.model, run.images, run.settings, run.state.device)
     scores, unreadable = evaluate(run.state.model, run.images, run.state.device)
+    if unreadable == len(run.data.test.examples):
+        raise Aborted("no image of the test can be read: is --data damaged? After a repair, continue with --resume")
     if not is_rank_zero():
         return
     data, built = run.data, {"arch": run.encoder.arch, "stem": run.encoder.stem, "classes": run.data.classes}

@@ -18,6 +18,7 @@ from barlow_recipes.command_line import read
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.errors import UsageError
 from barlow_recipes.files import find_images, index_folder
+from barlow_recipes.metrics import NO_ACCURACY
 from barlow_recipes.pixels import PixelSettings, decode
 
 
@@ -280,6 +281,26 @@ def test_the_first_unreadable_file_is_named(tmp_path: Path, run: Callable[..., t
     assert "images of epoch 1 could not be read, 5 are tolerated: " in errors
     assert "0" in errors.partition(".png is not a readable image: in no format that is known")[0][-3:]
     assert int(errors.split(" images of epoch")[0].split()[-1]) <= 12
+
+
+@pytest.mark.usefixtures("few_looks")
+def test_a_run_whose_held_out_images_cannot_be_read_says_so(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    """It trains; there is nothing to say of the accuracy, and that is said."""
+    for name in ("a", "b"):
+        fill(tmp_path / "photos" / name, 20)
+    found = load(tmp_path / "photos").final
+    assert found
+    held_out = found.queries.dataset.images  # type: ignore[attr-defined]
+    for number in range(len(held_out)):
+        Path(held_out.read(number)[1]).write_text("<html>")
+    small = ("--arch", "small-cnn", "--projector", "64-64", "--image-size", 28, "--batch-size", 8, "--epochs", 1)
+    flags = (*small, "--probe-every", 1, "--workers", 0, "--device", "cpu", "--out", "out")
+    status, output, errors = run("--data", tmp_path / "photos", *flags)
+    assert status == 0, errors
+    assert output.count(NO_ACCURACY) + errors.count(NO_ACCURACY) == 2  # of the epoch and of the end
+    assert NO_ACCURACY in Path("out/report.html").read_text()
 
 
 def test_a_command_describes_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

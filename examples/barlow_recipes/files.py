@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,14 @@ CAN_READ = (
     "folder of datasets' save_to_disk, and module:callable"
 )
 KEY = re.compile(r"((?:.*/)?[^./]+)\.(?:[^/]*\.)?([^./]+)")  # webdataset's key, and the last extension
+
+
+class Member(NamedTuple):
+    """A file in a tar archive."""
+
+    name: str
+    offset: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -227,6 +235,9 @@ def choose_shards(root: Path, files: Iterable[str], ending: str) -> list[Path]:
 def index_shards(root: Path, shards: Sequence[Path]) -> ImageIndex:
     """The images of webdataset's shards: tar archives in which ``KEY.jpg`` and ``KEY.cls`` make up a labelled image.
 
+    As there, what precedes the first dot of a file's name is the key of its sample, and a sample has one image: that of
+    ``KEY.jpg``, not of ``KEY.seg.png`` beside it.
+
     Their headers are read at every start, a million in a minute. An image is then read from its place, like a file.
     """
     entries = sorted(entry for number, shard in enumerate(shards) for entry in _index(number, shard))
@@ -241,8 +252,8 @@ def index_shards(root: Path, shards: Sequence[Path]) -> ImageIndex:
 
 def _index(number: int, shard: Path) -> list[tuple[int, str, int, int, int]]:
     """Label, name, number of the shard, offset and size of each image."""
-    images: list[tuple[str, str, int, int]] = []
-    labels: dict[str, int] = {}
+    images: dict[str, list[Member]] = {}  # by key
+    labels: dict[str, int] = {}  # by name without extension
     try:
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
@@ -251,10 +262,10 @@ def _index(number: int, shard: Path) -> list[tuple[int, str, int, int, int]]:
                     continue
                 key, extension = match[1], match[2].lower()
                 if f".{extension}" in SUFFIXES:
-                    images.append((key, member.name, member.offset_data, member.size))
+                    images.setdefault(key, []).append(Member(member.name, member.offset_data, member.size))
                 elif extension == "cls" and (content := archive.extractfile(member)):
                     number_read = re.fullmatch(rb"\s*(\d{1,18})\s*", content.read())
-                    labels[key] = int(number_read[1]) if number_read else NO_LABEL
+                    labels[stem_of(member.name)] = int(number_read[1]) if number_read else NO_LABEL
             file.seek(archive.offset)  # a damaged header is for tarfile as good as the end, which is a block of zeros
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset}")
@@ -262,7 +273,30 @@ def _index(number: int, shard: Path) -> list[tuple[int, str, int, int, int]]:
         raise UsageError(f"--data {shard}: not a whole tar archive, uncompressed ({first_line(error)})") from None
     if not images:
         raise UsageError(f"--data {shard}: no image in it. Expected files KEY{', KEY'.join(SUFFIXES)}")
-    return [(labels.get(key, NO_LABEL), name, number, offset, size) for key, name, offset, size in images]
+    chosen = {key: choose_image(shard, key, members) for key, members in images.items()}
+    return [
+        (labels.get(stem_of(image.name), labels.get(key, NO_LABEL)), image.name, number, image.offset, image.size)
+        for key, image in chosen.items()
+    ]
+
+
+def choose_image(shard: Path, key: str, images: Sequence[Member]) -> Member:
+    """``KEY.jpg`` before ``KEY.seg.png``, a picture before an array; UsageError: two would be the sample's image."""
+
+    def rank(image: Member) -> tuple[bool, bool]:
+        return stem_of(image.name) != key, image.name.lower().endswith(".npy")
+
+    best = min(map(rank, images))
+    first, *others = (image for image in images if rank(image) == best)
+    if others:
+        remedy = "Give each image a name of its own before the first dot, or leave one of them"
+        found = f"{first.name} and {others[0].name}"
+        raise UsageError(f"--data {shard}: {found} are images of one sample, which webdataset calls {key}. {remedy}")
+    return first
+
+
+def stem_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def from_hugging_face(path: Path, parquet: Sequence[Path] = ()) -> Items:

@@ -1,6 +1,7 @@
 """What users bring to --data: folders of any shape, lists, data sets; nothing is lost without a word."""
 
 import io
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from barlow_recipes.command_line import read
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.errors import UsageError
 from barlow_recipes.files import find_images, index_folder
+from barlow_recipes.labelled import load_tree
 from barlow_recipes.metrics import NO_ACCURACY
 from barlow_recipes.pixels import PixelSettings, decode
 
@@ -47,22 +49,50 @@ def test_images_beside_class_folders_are_counted_and_other_files_told(tmp_path: 
     assert "1 .json, 1 .txt" in data.notes[0]
 
 
-LITTER: dict[str, Callable[[Path], object]] = {
-    "a hidden folder": lambda root: (root / ".ipynb_checkpoints").mkdir(),
-    "hidden folders with images": lambda root: [fill(root / part / ".ipynb_checkpoints", 5) for part in ("", "a")],
-    "macOS's": lambda root: [(fill(root / "__MACOSX" / "a", 5), (root / "a" / "._000.png").write_bytes(bytes(100)))],
-    "a link in a circle": lambda root: (root / "a" / "up").symlink_to(root),
+LITTER: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a hidden folder": (lambda root: (root / ".ipynb_checkpoints").mkdir(), "1 hidden files and folders (.ipynb_"),
+    "hidden folders with images": (
+        lambda root: [fill(root / part / ".ipynb_checkpoints", 5) for part in ("", "a")],
+        "2 hidden files and folders (.ipynb_checkpoints)",
+    ),
+    "macOS's": (
+        lambda root: [
+            (fill(root / "__MACOSX" / "a", 5), (root / "a" / "._000.png").write_bytes(bytes(100))),
+            [(root / part / ".DS_Store").touch() for part in ("", "a", "b")],
+        ],
+        "5 hidden files and folders (.DS_Store, ._000.png, __MACOSX)",
+    ),
+    "of a network's disk": (
+        lambda root: [fill(root / part / "@eaDir" / "000.png", 2) for part in ("", "a", "b")],
+        "3 hidden files and folders (@eaDir)",
+    ),
+    "Windows'": (
+        lambda root: [fill(root / "$RECYCLE.BIN", 3), (root / "a" / "Thumbs.db").touch()],
+        "2 hidden files and folders ($RECYCLE.BIN, Thumbs.db)",
+    ),
+    "a link in a circle": (lambda root: (root / "a" / "up").symlink_to(".."), ""),
 }
 
 
-@pytest.mark.parametrize("litter", LITTER.values(), ids=LITTER)
-def test_what_a_system_has_left_is_left_out(litter: Callable[[Path], object], tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        fill(tmp_path / name, 20)
-    litter(tmp_path)
-    assert torch.bincount(index_folder(tmp_path).labels).tolist() == [20, 20]
-    data = load(tmp_path)
-    assert (data.images, seen(data), data.notes) == (36, 36, ())
+@pytest.mark.parametrize("name", ["photos", ".photos"])
+@pytest.mark.parametrize(("litter", "told"), LITTER.values(), ids=LITTER)
+def test_what_a_system_has_left_is_left_out(
+    litter: Callable[[Path], object], told: str, name: str, tmp_path: Path
+) -> None:
+    """Counted and told once; the folder itself may be hidden, since it is asked for."""
+    root = tmp_path / name
+    for part in ("a", "b"):
+        fill(root / part, 20)
+    litter(root)
+    assert torch.bincount(index_folder(root).labels).tolist() == [20, 20]
+    data = load(root)
+    assert (data.images, seen(data), len(data.notes)) == (36, 36, bool(told))
+    assert not told or data.notes[0].startswith(f"left out of {root}: {told}")
+    copy = shutil.copytree(root, tmp_path / "tree" / "val", symlinks=True)
+    shutil.copytree(root, copy.with_name("train"), symlinks=True)
+    tree = load_tree(copy.parent)
+    assert (tree.classes, len(tree.train), len(tree.validation)) == (["a", "b"], 40, 40)
+    assert len(tree.notes) == bool(told)
 
 
 def test_a_folder_with_the_name_of_an_image_is_a_folder(tmp_path: Path) -> None:

@@ -173,6 +173,15 @@ AMBIGUOUS = {
 }
 
 
+@pytest.mark.parametrize("given", ["shard", "folder"])
+def test_hidden_files_of_a_shard_are_counted_and_told(given: str, tmp_path: Path) -> None:
+    names = ["a.png", "._a.png", "b.png", "@eaDir/b.png", "c.png", "d.png"]
+    path = pack(((name, png()) for name in names), tmp_path / "0.tar")
+    data = load(path if given == "shard" else tmp_path)
+    assert data.images == 4
+    assert data.notes[0].endswith(": 2 hidden files and folders (._a.png, @eaDir/b.png)")
+
+
 @pytest.mark.parametrize("names", AMBIGUOUS.values(), ids=AMBIGUOUS)
 def test_two_images_of_a_sample_are_refused(names: list[str], tmp_path: Path) -> None:
     """Which label is whose would be a guess."""

@@ -39,6 +39,7 @@ from barlow_recipes.distributed import is_rank_zero, on_rank_zero
 from barlow_recipes.encoders import Encoder
 from barlow_recipes.errors import Aborted, Stopped, require
 from barlow_recipes.metrics import BAR, Metrics, aligned
+from barlow_recipes.optimization import require_all
 from barlow_recipes.program import StopRequests, arrived, exit_status, start
 from barlow_recipes.weights import digest, find_encoder
 
@@ -170,6 +171,7 @@ def build_optimizer(model: nn.Module, settings: Settings) -> optim.SGD:
         {"params": [parameter for parameter in learning if parameter not in norms]},
         {"params": [parameter for parameter in learning if parameter in norms], "weight_decay": 0.0},
     ]
+    require_all(model, groups)
     return optim.SGD(groups, settings.learning_rate, momentum=0.9, weight_decay=settings.weight_decay)
 
 

@@ -217,7 +217,10 @@ class Run:
         now |= {"value_range": settings.value_range or ()}
         other = {name: values for name, values in self.encoder.pixels.items() if tuple(values) != tuple(now[name])}
         lines = [
-            *tree.notes,
+            *(
+                f"note: {note}"
+                for note in (*tree.notes, *command_line.precision_notes(self.device, settings.precision))
+            ),
             f"{tree.name}: {len(tree.classes):,} classes, {len(tree.train):,} images to train on and "
             f"{len(tree.validation):,} to validate on",
             f"{self.encoder.arch}, {self.encoder.source}: {settings.precision} on {devices}; results go to {self.out}",

@@ -28,6 +28,7 @@ import torch
 from barlow_loss import collapse_report
 from barlow_recipes import checkpoint, distributed, folders, reporting
 from barlow_recipes.checkpoint import TrainingState
+from barlow_recipes.command_line import precision_notes
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.digits import load_digits
 from barlow_recipes.distributed import is_rank_zero, on_rank_zero
@@ -154,7 +155,8 @@ def introduce(run: Run) -> None:
     how = f"{parameters:.2f} M parameters, {settings.optimizer}, {settings.precision} on {devices}"
     print(f"{data.name}: {data.images:,} images, {steps}")
     print(f"{settings.arch}, projector {settings.projector}: {how}; results go to {run.out}")
-    for note in filter(None, [run.begun, *data.notes]):
+    notes = *data.notes, *precision_notes(run.state.device, settings.precision)
+    for note in filter(None, [run.begun, *notes]):
         print(f"note: {note}")
 
 

@@ -30,7 +30,7 @@ from torchvision.models.detection import FasterRCNN
 
 from barlow_recipes import checkpoint, distributed, folders, outputs
 from barlow_recipes.checkpoint import TrainingState
-from barlow_recipes.command_line import find_device
+from barlow_recipes.command_line import find_device, precision_notes
 from barlow_recipes.data import seed_of
 from barlow_recipes.detection.data import Batch, DetectionData, Images, load_data
 from barlow_recipes.detection.models import build_detector
@@ -99,6 +99,8 @@ def launch(settings: Settings) -> None:
         if saved:
             state.load_state_dict(saved.content)
         print(f"{data}\n{encoder.arch}-C4, {encoder.source}, {settings.precision}; results go to {out}")
+        for note in precision_notes(device, settings.precision):
+            print(f"note: {note}")
         print(f"{device.type} in {distributed.world_size()} processes, learning rate {settings.learning_rate:g}")
         train_detector(run, requests)
         finish(run)

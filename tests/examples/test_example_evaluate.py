@@ -60,6 +60,14 @@ def last_epoch(folder: str) -> dict[str, Any]:
     return checkpoint.read(Path(folder) / "checkpoint.previous.pt")
 
 
+def test_a_slow_precision_is_told_first(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    tree = make_tree(tmp_path / "flowers", train=2, validation=2)
+    status, output, _ = call("--data", tree, *SMALL, "--protocols", "knn", "--precision", "bf16")
+    assert status == 0
+    assert output.startswith("note: --precision bf16 can be several times slower than fp32 here")
+
+
 def test_neighbours_of_no_readable_image_are_no_accuracy(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

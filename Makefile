@@ -32,7 +32,7 @@ both = @$(1); first=$$?; $(2); case "$$first $$?" in "0 0" | "0 5" | "5 0") ;; *
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo evaluate check test test-slow test-all test-gpu test-minimal test-pythons mutants faults figures lint format bench bench-check gpu docs-check wheel clean
+.PHONY: help demo evaluate check test test-slow test-all test-gpu test-minimal test-pythons mutants faults figures lint format bench bench-check gpu docs docs-check wheel clean
 
 # Small batches on few cores: two OpenMP threads that wait for each other cost more than they bring.
 demo evaluate check test test-slow test-minimal mutants faults figures: export OMP_NUM_THREADS = 1
@@ -103,12 +103,13 @@ bench-check: $(VENV)/.has-bench  ## measure again, and name the ratios that are 
 gpu:  ## test and time the loss on this machine's GPU, with the torch of PYTHON (under eight minutes)
 	@PYTHONPATH="$(CURDIR)" $(PYTHON) benches/gpu_steps.py $(GPU_FLAGS)
 
+docs: $(VENV)/.has-docs  ## build the documentation as a site into build/docs: warnings are errors (half a minute)
+	$(RUN) -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "Open build/docs/index.html."
+
 docs-check: $(VENV)/.has-test  ## the examples in the docstrings, and README's numbers against the results (half a minute)
 	$(RUN) -m pytest barlow_loss
-	$(RUN) benches/table.py --check
-	$(RUN) benches/gpu.py --check
-	$(RUN) benches/relatives.py --check
-	$(RUN) benches/views.py --check
+	$(RUN) benches/render.py --check
 	$(RUN) examples/evaluate_small.py --check
 
 wheel: $(VENV)/.has-dev  ## build the wheel and the source distribution into dist/ (half a minute)
@@ -121,9 +122,10 @@ clean:  ## remove the environments, what was built and the caches; runs/ stays (
 
 # A stamp is the last thing its recipe writes, so a half-finished installation is taken up again the next time.
 $(VENV)/.has-examples: EXTRAS = examples
-$(VENV)/.has-test: EXTRAS = examples,scale,transfer,test
+$(VENV)/.has-test: EXTRAS = examples,integrations,scale,transfer,test
 $(VENV)/.has-check: EXTRAS = test
-$(VENV)/.has-dev: EXTRAS = examples,scale,transfer,test,dev
+$(VENV)/.has-dev: EXTRAS = examples,integrations,scale,transfer,test,dev
+$(VENV)/.has-docs: EXTRAS = docs
 $(VENV)/.has-bench: EXTRAS = examples,bench
 
 $(VENV)/.has-%: $(VENV)/.made pyproject.toml

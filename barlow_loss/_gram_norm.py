@@ -1,4 +1,4 @@
-r"""The squared norm of a product over the rows of all processes, without the product where the rows are few.
+"""The squared norm of a product over the rows of all processes, without the product where the rows are few.
 
     C = XᵀY,    ‖C‖² = Σ_ij C_ij² = ⟨XXᵀ, YYᵀ⟩
 

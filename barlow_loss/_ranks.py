@@ -25,10 +25,11 @@ _linalg: Any = torch.linalg  # its functions have no complete types
 def effective_rank(
     z: Tensor, *, center: bool = False, process_group: ProcessGroup | None = None, synchronize: bool = True
 ) -> float:
-    r"""RankMe: how many directions the embeddings really use, a smooth rank.
+    """RankMe: how many directions the embeddings really use, a smooth rank.
 
-    .. math::
-        p_k = \sigma_k / \sum_j \sigma_j, \qquad \text{rank} = \exp\Big(-\sum_k p_k \log p_k\Big)
+    ::
+
+        p_k = σ_k / Σ_j σ_j,    rank = exp(−Σ_k p_k log p_k)
 
     with the singular values σ of the N×D matrix z. The paper adds 1e-7 to p against log 0; here 0·log 0 = 0, and
     singular values that float64 cannot tell from 0 are 0. The smaller of the two Gram matrices is decomposed, in
@@ -80,10 +81,11 @@ def effective_rank(
 def lidar(
     *views: Tensor, delta: float = 1e-4, process_group: ProcessGroup | None = None, synchronize: bool = True
 ) -> float:
-    r"""LiDAR: how many directions tell the samples apart, measured by how much the views of one sample differ.
+    """LiDAR: how many directions tell the samples apart, measured by how much the views of one sample differ.
 
-    .. math::
-        p_k = \lambda_k / \sum_j \lambda_j, \qquad \text{LiDAR} = \exp\Big(-\sum_k p_k \log p_k\Big)
+    ::
+
+        p_k = λ_k / Σ_j λ_j,    LiDAR = exp(−Σ_k p_k log p_k)
 
     with the eigenvalues λ of S_w^{-1/2} S_b S_w^{-1/2}. Each sample is a class of its q views: with μ_i their mean and
     μ the mean of all, S_b = Σ_i (μ_i − μ)(μ_i − μ)ᵀ/(N − 1) and S_w = Σ_iv (z_iv − μ_i)(z_iv − μ_i)ᵀ/(N (q − 1)) + δ I.
@@ -154,7 +156,7 @@ def alpha_req(
     process_group: ProcessGroup | None = None,
     synchronize: bool = True,
 ) -> float:
-    r"""α-ReQ: how fast the spectrum of the embeddings decays, λ_k ∝ k^(−α).
+    """α-ReQ: how fast the spectrum of the embeddings decays, λ_k ∝ k^(−α).
 
     α is the negative slope of log λ_k over log k, fitted for ``first`` ≤ k ≤ ``last`` to the eigenvalues
     λ_1 ≥ λ_2 ≥ … of the covariance by least squares with the weights 1/k. White embeddings have α = 0, few directions a

@@ -45,7 +45,7 @@ class CollapseReport:
         std_max: the largest.
         effective_rank_1: :func:`~barlow_loss.diagnostics.effective_rank` of the centred z1, at most min(N − 1, D).
         effective_rank_2: the same of z2.
-        alignment: mean of |z1/|z1| − z2/|z2||² over the pairs, in [0, 4]: 0 for equal directions, 2 for unrelated ones.
+        alignment: mean of ‖z1/‖z1‖ − z2/‖z2‖‖² over the pairs, in [0, 4]: 0 for equal directions, 2 for unrelated ones.
             1 − alignment/2 is the mean cosine. Small alignment alone proves nothing: collapse has it too.
     """
 

@@ -1,4 +1,4 @@
-r"""The three terms of VICReg as one differentiable operation, with the gradient written by hand.
+"""The three terms of VICReg as one differentiable operation, with the gradient written by hand.
 
 Notation: z_1 … z_V the views, (N, D); x = z − μ of each view; var = Σ_n x²/(N − 1); σ = √(var + ε);
 Cov = xᵀx/(N − 1); e_i = z_i − (z_1 + … + z_V)/V, a view's deviation from the mean of the views.

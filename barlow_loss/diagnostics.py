@@ -69,7 +69,7 @@ def cross_correlation(
     process_group: ProcessGroup | None = None,
     synchronize: bool = True,
 ) -> Tensor | dict[tuple[int, int], Tensor]:
-    r"""The cross-correlation matrix of two views: C = ẑ1ᵀ ẑ2 / N with ẑ = (z − μ)/√(v + ε), v the biased variance.
+    """The cross-correlation matrix of two views: C = ẑ1ᵀ ẑ2 / N with ẑ = (z − μ)/√(v + ε), v the biased variance.
 
     The matrix that the loss draws to the identity, for looking at; of more views that of every pair. It costs 2 N D²
     FLOPs and D² numbers, which the loss itself avoids where N ≤ D/2.

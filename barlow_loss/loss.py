@@ -1,4 +1,4 @@
-r"""Public API: :func:`barlow_twins_loss` and its module :class:`BarlowTwinsLoss`."""
+"""Public API: :func:`barlow_twins_loss` and its module :class:`BarlowTwinsLoss`."""
 
 from __future__ import annotations
 
@@ -94,12 +94,11 @@ def barlow_twins_loss(
     z1: Tensor | None = None,
     z2: Tensor | None = None,
 ) -> Tensor | BarlowTwinsTerms:
-    r"""The Barlow Twins loss of two or more views, exact on any number of processes, linear in D for N ≤ D/2.
+    """The Barlow Twins loss of two or more views, exact on any number of processes, linear in D for N ≤ D/2.
 
-    .. math::
-        \hat z = \frac{z - \mu}{\sqrt{v + \varepsilon}}, \qquad
-        C = \hat z_1^\top \hat z_2 / N, \qquad
-        L = \sum_i (C_{ii} - 1)^2 + \lambda \sum_i \sum_{j \ne i} C_{ij}^2
+    ::
+
+        ẑ = (z − μ)/√(v + ε),    C = ẑ1ᵀ ẑ2/N,    L = Σ_i (C_ii − 1)² + λ Σ_{i≠j} C_ij²
 
     N counts the rows of all processes in the group; μ and v are the mean and the biased
     variance of each feature over it, of each view by itself. The sums are sums, not means, as in the paper: the value
@@ -143,7 +142,7 @@ def barlow_twins_loss(
         z2: the second view by its name.
 
     Returns:
-        The loss, 0-d: float32, also for 16-bit views and under autocast; float64 for float64 views. Gradients come in
+        The loss, 0-d, in float32 for 16-bit views and under autocast too; float64 for float64 views. Gradients come in
         the dtype of the views. At D = 2048 most of them are below float16's smallest normal number: train float16
         with ``torch.amp.GradScaler``. NaN or infinity anywhere in a view makes the loss NaN. Views that need
         a gradient are kept until the backward, for a second derivative.
@@ -327,7 +326,7 @@ def _check_settings(
 
 
 class BarlowTwinsLoss(LossModule):
-    r"""The Barlow Twins loss Σ_i (C_ii − 1)² + λ Σ_{i≠j} C_ij², C = ẑ1ᵀ ẑ2/N, of two views or more.
+    """The Barlow Twins loss Σ_i (C_ii − 1)² + λ Σ_{i≠j} C_ij², C = ẑ1ᵀ ẑ2/N, of two views or more.
 
     Views are the embeddings of the same N samples in the same order, (N, D) with N ≥ 2; the loss is 0-d. It is the
     module of :func:`barlow_twins_loss`, where all is said. It gives the same loss in ``train()`` and ``eval()``:

@@ -1,4 +1,4 @@
-r"""Barlow Twins with mixed samples: :func:`mixed_barlow_twins_loss` and its module :class:`MixedBarlowTwinsLoss`."""
+"""Barlow Twins with mixed samples: :func:`mixed_barlow_twins_loss` and its module :class:`MixedBarlowTwinsLoss`."""
 
 from __future__ import annotations
 
@@ -118,15 +118,14 @@ def mixed_barlow_twins_loss(
     grad_reduction: _GradReduction = "mean",
     return_terms: bool = False,
 ) -> Tensor | MixedBarlowTwinsTerms:
-    r"""Mixed Barlow Twins: the loss of two views, and how far mixed samples are from mixed embeddings.
+    """Mixed Barlow Twins: the loss of two views, and how far mixed samples are from mixed embeddings.
 
     The encoder sees a third batch, x_m = α x_1 + (1 − α) x_2[π], with samples of the first view mixed with those of
     the second in another order. Its embeddings should have the cross-correlations that the mixed embeddings have:
 
-    .. math::
-        R &= \sum_{v = 1, 2} \Big\lVert \tfrac1N \hat z_m^\top \hat z_v - \tfrac1N
-            \big(\alpha \hat z_1 + (1 - \alpha) \hat z_2[\pi]\big)^\top \hat z_v \Big\rVert^2, \qquad
-        L = L_{BT} + \lambda \cdot \text{mix\_scale} \cdot R
+    ::
+
+        R = Σ_{v=1,2} ‖ ẑ_mᵀ ẑ_v/N − (α ẑ_1 + (1 − α) ẑ_2[π])ᵀ ẑ_v/N ‖²,    L = L_BT + λ · mix_scale · R
 
     with ẑ and L_BT of :func:`barlow_loss.barlow_twins_loss`. The two differences are one product with
     E = ẑ_m − α ẑ_1 − (1 − α) ẑ_2[π], so R = ⟨EEᵀ, ẑ_1ẑ_1ᵀ + ẑ_2ẑ_2ᵀ⟩/N² needs no D×D matrix.
@@ -155,7 +154,7 @@ def mixed_barlow_twins_loss(
         return_terms: return :class:`MixedBarlowTwinsTerms` in place of the loss.
 
     Returns:
-        The loss, 0-d: float32, also for 16-bit views and under autocast; float64 for float64 views. Gradients come in
+        The loss, 0-d, in float32 for 16-bit views and under autocast too; float64 for float64 views. Gradients come in
         the dtype of the views. NaN or infinity anywhere in a view makes the loss NaN.
 
     Raises:
@@ -289,7 +288,7 @@ def _check_settings(
 
 
 class MixedBarlowTwinsLoss(LossModule):
-    r"""The module of :func:`mixed_barlow_twins_loss`: stores its settings, has no parameters and an empty state_dict.
+    """The module of :func:`mixed_barlow_twins_loss`: stores its settings, has no parameters and an empty state_dict.
 
     Args:
         lambd: weight of the off-diagonal sum and of R, ≥ 0.

@@ -84,7 +84,7 @@ def standardize(
 
 
 class DistributedBatchNorm(OfGroup, _BatchNorm):
-    """Batch normalisation over the batch of a whole process group, on every device: (N, C) and (N, C, *).
+    """Batch normalisation over the batch of a whole process group, on every device: (N, C) and (N, C, …).
 
     A drop-in for ``nn.BatchNorm1d/2d/3d`` and ``nn.SyncBatchNorm``: the same constructor, state_dict, running
     statistics (unbiased variance) and behaviour in train() and eval(). Different: it takes every number of dimensions
@@ -110,7 +110,7 @@ class DistributedBatchNorm(OfGroup, _BatchNorm):
         bias: False, of an affine layer: learn the scale alone.
 
     Shape:
-        (N, C) or (N, C, *) → the same shape, memory format and dtype; float64 is computed in float64, everything else
+        (N, C) or (N, C, …) → the same shape, memory format and dtype; float64 is computed in float64, everything else
         in float32, with autocast or without. In training, each channel of the global batch needs two values or more.
 
     Raises:
@@ -160,7 +160,7 @@ class DistributedBatchNorm(OfGroup, _BatchNorm):
             self.register_parameter("bias", None)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that every nn module has
-        """Normalise (N, C) or (N, C, *), with the statistics of the batch in training."""
+        """Normalise (N, C) or (N, C, …), with the statistics of the batch in training."""
         group = group_of("DistributedBatchNorm", self.process_group) if self.training else ALONE
         values = self._values_per_channel(input, group)
         given = self._given_statistics(input, values)

@@ -1,4 +1,4 @@
-r"""The oracle: the Barlow Twins equation as the paper writes it, differentiated by autograd; and its relatives.
+"""The oracle: the Barlow Twins equation as the paper writes it, differentiated by autograd; and its relatives.
 
 Every optimised path is judged by this file, run in float64, and nothing in the package imports it.
 It costs O(N D²) time and several D×D matrices; use :func:`barlow_loss.barlow_twins_loss` for training.
@@ -47,11 +47,11 @@ def barlow_twins_loss(
     off_diagonal_target: float = 0.0,
     correction: int = 0,
 ) -> ReferenceTerms:
-    r"""The loss of Zbontar et al. (2021), equations 1 and 2, term by term, in the dtype of its inputs.
+    """The loss of Zbontar et al. (2021), equations 1 and 2, term by term, in the dtype of its inputs.
 
-    .. math::
-        C = \hat z_1^\top \hat z_2 / N, \qquad
-        L = \sum_i (C_{ii} - 1)^2 + \lambda \sum_i \sum_{j \ne i} (C_{ij} - t)^2
+    ::
+
+        C = ẑ1ᵀ ẑ2/N,    L = Σ_i (C_ii − 1)² + λ Σ_{i≠j} (C_ij − t)²
 
     Args:
         z1: the first view's embeddings, (N, D), any floating dtype.
@@ -93,12 +93,11 @@ def vicreg_loss(
     covariance: float | Tensor = 1.0,
     eps: float = 1e-4,
 ) -> VICRegReferenceTerms:
-    r"""The loss of Bardes et al. (2022) as their program has it, term by term, in the dtype of its inputs.
+    """The loss of Bardes et al. (2022) as their program has it, term by term, in the dtype of its inputs.
 
-    .. math::
-        s = \frac{1}{N D} \lVert Z - Z' \rVert^2, \quad
-        v(Z) = \frac{1}{D} \sum_d \max\Big(0,\; 1 - \sqrt{\mathrm{Var}(z^d) + \varepsilon}\Big), \quad
-        c(Z) = \frac{1}{D} \sum_i \sum_{j \ne i} \mathrm{Cov}(Z)_{ij}^2
+    ::
+
+        s = ‖Z − Z'‖²/(N D),    v(Z) = 1/D Σ_d max(0, 1 − √(Var_d + ε)),    c(Z) = 1/D Σ_{i≠j} Cov(Z)_ij²
 
     Args:
         *views: two or more views' embeddings, (N, D), any floating dtype.
@@ -148,12 +147,11 @@ def mixed_barlow_twins_loss(
     mix_scale: float | Tensor = 5.0,
     eps: float = 1e-5,
 ) -> MixedReferenceTerms:
-    r"""The loss of Bandara et al. (2023), term by term, in the dtype of its inputs.
+    """The loss of Bandara et al. (2023), term by term, in the dtype of its inputs.
 
-    .. math::
-        R = \sum_{v = 1, 2} \Big\lVert \tfrac1N \hat z_m^\top \hat z_v - \tfrac1N
-            \big(\alpha \hat z_1 + (1 - \alpha) \hat z_2[\pi]\big)^\top \hat z_v \Big\rVert^2, \qquad
-        L = L_{BT} + \lambda \cdot \text{mix\_scale} \cdot R
+    ::
+
+        R = Σ_{v=1,2} ‖ ẑ_mᵀ ẑ_v/N − (α ẑ_1 + (1 − α) ẑ_2[π])ᵀ ẑ_v/N ‖²,    L = L_BT + λ · mix_scale · R
 
     Args:
         z1: the first view's embeddings, (N, D), any floating dtype.

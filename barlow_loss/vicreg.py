@@ -1,4 +1,4 @@
-r"""VICReg, exact and in time linear in D: :func:`vicreg_loss` and its module :class:`VICRegLoss`."""
+"""VICReg, exact and in time linear in D: :func:`vicreg_loss` and its module :class:`VICRegLoss`."""
 
 from __future__ import annotations
 
@@ -74,16 +74,14 @@ def vicreg_loss(
     grad_reduction: _GradReduction = "mean",
     return_terms: bool = False,
 ) -> Tensor | VICRegTerms:
-    r"""The VICReg loss of two views or more, exact on any number of processes, in time linear in D for N ≤ D/2.
+    """The VICReg loss of two views or more, exact on any number of processes, in time linear in D for N ≤ D/2.
 
-    .. math::
-        s &= \frac{1}{N D} \lVert Z - Z' \rVert^2, \qquad
-        v(Z) = \frac{1}{D} \sum_d \max\Big(0,\; 1 - \sqrt{\mathrm{Var}(z^d) + \varepsilon}\Big), \\
-        c(Z) &= \frac{1}{D} \sum_i \sum_{j \ne i} \mathrm{Cov}(Z)_{ij}^2, \qquad
-        \mathrm{Cov}(Z) = \frac{1}{N - 1} \sum_n (z_n - \bar z)(z_n - \bar z)^\top, \\
-        L &= \lambda\, s + \mu\, \frac{v(Z) + v(Z')}{2} + \nu\, (c(Z) + c(Z'))
+    ::
 
-    N is the batch of all processes of the group, this one's rows and theirs; means, variances (unbiased) and
+        s = ‖Z − Z'‖²/(N D),    v(Z) = 1/D Σ_d max(0, 1 − √(Var_d + ε)),    c(Z) = 1/D Σ_{i≠j} Cov(Z)_ij²
+        Cov(Z) = Σ_n (z_n − z̄)(z_n − z̄)ᵀ/(N − 1),    L = λ s + μ (v(Z) + v(Z'))/2 + ν (c(Z) + c(Z'))
+
+    N counts the rows of all processes in the group; means, variances (unbiased) and
     covariances are over it. These are the definitions of the official program, for which 25, 25 and 1 are. Equations 5
     and 6 of the paper neither divide s by D nor halve v.
 
@@ -110,7 +108,7 @@ def vicreg_loss(
         return_terms: return :class:`VICRegTerms` in place of the loss.
 
     Returns:
-        The loss, 0-d: float32, also for 16-bit views and under autocast, which is switched off inside; float64 for
+        The loss, 0-d, in float32 for 16-bit views and under autocast, which is switched off inside; float64 for
         float64 views. Gradients come in the dtype of the views. NaN anywhere in a view makes the loss NaN; infinity
         makes it infinite or NaN.
 
@@ -122,7 +120,7 @@ def vicreg_loss(
         RuntimeError: in backward, where a second derivative is asked for; in a compiled graph, where the processes have
             different numbers of rows.
 
-        What is wrong on one process raises the same error on all of them, except in a compiled graph, which compares
+        An invalid argument on one rank raises the same error on every rank, except in a compiled graph, which compares
         the numbers of rows alone.
 
     Several processes:
@@ -206,7 +204,7 @@ def _check_settings(caller: str, weights: dict[str, _Weight], eps: Any, algorith
 
 
 class VICRegLoss(LossModule):
-    r"""The module of :func:`vicreg_loss`: stores its settings, has no parameters and an empty state_dict.
+    """The module of :func:`vicreg_loss`: stores its settings, has no parameters and an empty state_dict.
 
     Args:
         invariance: λ, weight of the mean squared error, ≥ 0.

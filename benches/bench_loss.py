@@ -1,9 +1,9 @@
 """Forward + backward of the loss, float32, under pytest-benchmark; the answer of each contender is checked first.
 
-FLOP and byte models: compare.py.
+FLOP and byte models: sections.py.
 
     pytest benches/bench_loss.py                                        the whole grid
-    pytest benches/bench_loss.py -k "256x8192" --threads 2              one cell
+    OMP_NUM_THREADS=2 pytest benches/bench_loss.py -k "256x8192"        one cell; else on one thread
     pytest benches/bench_loss.py --benchmark-disable                    answers only
 
 Contenders run one after the other here, so a busy machine shifts them against each other: quote the ratios of
@@ -12,13 +12,15 @@ bench.py, which lets them take turns.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from baselines import build, contenders
-from workload import GRID, SEED, Answer, Cell, check, error_of_own, present, step, truth
+from contenders import build, contenders
+from measure import SEED, Answer, Cell, check, error_of_own, step, truth
+from sections import GRID, present
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -29,6 +31,11 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def threads() -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
 @pytest.fixture(scope="module", params=GRID, ids=lambda cell: f"{cell.n}x{cell.d}")
 def cell(request: pytest.FixtureRequest) -> Cell:
     chosen: Cell = request.param
@@ -36,18 +43,18 @@ def cell(request: pytest.FixtureRequest) -> Cell:
 
 
 @pytest.fixture(scope="module")
-def views(cell: Cell) -> tuple[torch.Tensor, torch.Tensor]:
+def views(cell: Cell) -> tuple[torch.Tensor, ...]:
     return cell.views()
 
 
 @pytest.fixture(scope="module")
-def right(views: tuple[torch.Tensor, torch.Tensor]) -> Answer:
+def right(views: tuple[torch.Tensor, ...]) -> Answer:
     return truth(*views)
 
 
 @pytest.mark.parametrize("name", contenders())
 def test_step(
-    benchmark: BenchmarkFixture, name: str, cell: Cell, views: tuple[torch.Tensor, torch.Tensor], right: Answer
+    benchmark: BenchmarkFixture, name: str, cell: Cell, views: tuple[torch.Tensor, ...], right: Answer
 ) -> None:
     if name not in present(cell, (name,)):
         pytest.skip(f"{name} takes too long at {cell}")

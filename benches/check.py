@@ -17,18 +17,16 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from baselines import OURS, TEXTBOOK, entry
-from committed import baseline, load, newest
-from table_format import counted, listed
+from contenders import OURS, TEXTBOOK, entry
+from machine import baseline, load, newest
+from tables import counted, grid, listed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
-    Record = dict[str, Any]
+    from machine import Record
 
 BENCH = Path(__file__).with_name("bench.py")
 ROWS = 12  # of the table at least, if there are as many
@@ -69,6 +67,9 @@ class Figure(NamedTuple):
             return growth - 1
         return self.value / now.value - 1 if self.larger_is_better else now.value / self.value - 1
 
+    def __str__(self) -> str:
+        return f"{self.value:,.0f}" if self.larger_is_better or self.exact else f"{self.value:.3g}"
+
 
 Figures = dict[Key, Figure]
 
@@ -93,76 +94,76 @@ class Change(NamedTuple):
 
 def figures(results: Record) -> Figures:
     """All ratios that are compared; the larger the worse, but for the largest D."""
-    found = (ratios(results[section]) for section, ratios in SECTIONS.items() if results.get(section))
-    return dict(chain.from_iterable(found))
+    return {
+        Key(section, place, what): figure
+        for section, ratios in SECTIONS.items()
+        if results.get(section)
+        for place, what, figure in ratios(results[section])
+    }
 
 
-def _places(cells: list[Record]) -> Iterator[tuple[str, Record]]:
-    """Each cell and its name."""
+Ratios = Iterator[tuple[str, str, Figure]]  # place, what, and how large
+
+
+def _place(cell: Record) -> str:
+    return f"{cell['n']}×{cell['d']} on {counted(cell['threads'], 'thread')}"
+
+
+def _of_cells(cells: list[Record]) -> Ratios:
     for cell in cells:
-        yield f"{cell['n']}×{cell['d']} on {counted(cell['threads'], 'thread')}", cell
-
-
-def _of_cells(cells: list[Record]) -> Iterator[tuple[Key, Figure]]:
-    for place, cell in _places(cells):
-        contenders = cell["contenders"]
+        place, contenders = _place(cell), cell["contenders"]
+        textbook = contenders.get(TEXTBOOK)
         for name, found in contenders.items():
+            ratio = found["times_ours"]["median"]
             if name != OURS and not entry(name).ours:
-                yield Key("cells", place, f"time over {name}"), Figure(1 / found["times_ours"]["median"])
-            elif name != OURS and TEXTBOOK in contenders:
-                over = found["times_ours"]["median"] / contenders[TEXTBOOK]["times_ours"]["median"]
-                yield Key("cells", place, f"time of {name} over {TEXTBOOK}"), Figure(over)
+                yield place, f"time over {name}", Figure(1 / ratio)
+            elif name != OURS and textbook:
+                yield place, f"time of {name} over {TEXTBOOK}", Figure(ratio / textbook["times_ours"]["median"])
         working = contenders[OURS]["working_bytes"]
-        inputs = 2 * FLOAT32 * cell["n"] * cell["d"]
-        yield Key("cells", place, "working memory over the inputs"), Figure(working / inputs)
-        if TEXTBOOK in contenders:
-            over = working / contenders[TEXTBOOK]["working_bytes"]
-            yield Key("cells", place, f"working memory over {TEXTBOOK}"), Figure(over)
+        yield place, "working memory over the inputs", Figure(working / (2 * FLOAT32 * cell["n"] * cell["d"]))
+        if textbook:
+            yield place, f"working memory over {TEXTBOOK}", Figure(working / textbook["working_bytes"])
 
 
-def _of_growth(growth: Record) -> Iterator[tuple[Key, Figure]]:
+def _of_growth(growth: Record) -> Ratios:
     for line, axis, fixed in (("features", "d", "n"), ("samples", "n", "d")):
-        fit = growth.get(line, {}).get("contenders", {}).get(OURS)
-        if fit:
-            place = f"{fixed.upper()} = {growth[line][fixed]}"
-            span = max(fit[axis]) / min(fit[axis])
-            yield Key("growth", place, f"exponent of time in {axis.upper()}"), Figure(fit["exponent"], span)
+        if fit := growth.get(line, {}).get("contenders", {}).get(OURS):
+            place, span = f"{fixed.upper()} = {growth[line][fixed]}", max(fit[axis]) / min(fit[axis])
+            yield place, f"exponent of time in {axis.upper()}", Figure(fit["exponent"], span)
     budget = growth.get("budget", {})
     if largest := budget.get("contenders", {}).get(OURS):
         what = f"largest D in {budget['bytes'] / 1e9:g} GB"
-        yield Key("growth", f"N = {budget['n']}", what), Figure(largest["features"], larger_is_better=True)
+        yield f"N = {budget['n']}", what, Figure(largest["features"], larger_is_better=True)
 
 
-def _of_limits(cells: list[Record]) -> Iterator[tuple[Key, Figure]]:
-    for place, cell in _places(cells):
-        yield Key("limits", place, "time over its GEMMs alone"), Figure(cell["ours_over_gemms"]["median"])
+def _of_limits(cells: list[Record]) -> Ratios:
+    for cell in cells:
+        yield _place(cell), "time over its GEMMs alone", Figure(cell["ours_over_gemms"]["median"])
 
 
-def _of_host(section: Record) -> Iterator[tuple[Key, Figure]]:
+def _of_host(section: Record) -> Ratios:
     for found in section["steps"]:
-        place = f"{found['n']}×{found['d']}, {found['what']}"
-        yield Key("host", place, f"host time over {found['reference']}"), Figure(found["over_reference"]["median"])
+        place, what = f"{found['n']}×{found['d']}, {found['what']}", f"host time over {found['reference']}"
+        yield place, what, Figure(found["over_reference"]["median"])
     for found in section["operations"]:
-        place = f"{found['n']}×{found['d']}, eager"
-        yield Key("host", place, "operations of a step"), Figure(found["operations"], exact=True)
+        yield f"{found['n']}×{found['d']}, eager", "operations of a step", Figure(found["operations"], exact=True)
 
 
-def _of_distributed(section: Record) -> Iterator[tuple[Key, Figure]]:
+def _of_distributed(section: Record) -> Ratios:
     for cell in section.get("cells", []):
         place = f"{cell['n']}×{cell['d']} on {cell['processes']} processes"
         ours, textbook = (cell["contenders"][name] for name in (OURS, TEXTBOOK))
         sent = ours["sent"]["collectives"] / textbook["sent"]["collectives"]
-        yield Key("distributed", place, f"time over {TEXTBOOK}"), Figure(1 / textbook["times_ours"]["median"])
-        yield Key("distributed", place, f"bytes sent over {TEXTBOOK}"), Figure(sent)
+        yield place, f"time over {TEXTBOOK}", Figure(1 / textbook["times_ours"]["median"])
+        yield place, f"bytes sent over {TEXTBOOK}", Figure(sent)
 
 
-def _of_training(records: list[Record]) -> Iterator[tuple[Key, Figure]]:
+def _of_training(records: list[Record]) -> Ratios:
     for record in records:
-        place = f"{record['what']}, batch {record['batch_size']}"
-        yield Key("training", place, "share of the loss"), Figure(record["shares"][OURS])
+        yield f"{record['what']}, batch {record['batch_size']}", "share of the loss", Figure(record["shares"][OURS])
 
 
-SECTIONS: dict[str, Callable[[Any], Iterator[tuple[Key, Figure]]]] = {
+SECTIONS: dict[str, Callable[[Any], Ratios]] = {
     "cells": _of_cells,
     "growth": _of_growth,
     "limits": _of_limits,
@@ -174,21 +175,16 @@ SECTIONS: dict[str, Callable[[Any], Iterator[tuple[Key, Figure]]]] = {
 
 def absent(here: Figures, there: Figures) -> list[str]:
     """What ``here`` has and ``there`` lacks, as briefly as it can be said: sections, places, then single ratios."""
-    gone = [key for key in here if key not in there]
     sections, places = {key.section for key in there}, {key[:2] for key in there}
-    said = [f"all of {section}" for section in _once(key.section for key in gone) if section not in sections]
-    gone = [key for key in gone if key.section in sections]
-    for section in _once(key.section for key in gone):
-        whole = _once(key.place for key in gone if key.section == section and key[:2] not in places)
-        said += [f"{section} at {listed(whole)}"] if whole else []
-    gone = [key for key in gone if key[:2] in places]
-    for what in _once(key.what for key in gone):
-        said.append(f"{what} at {listed(key.place for key in gone if key.what == what)}")
-    return said
-
-
-def _once(items: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(items))
+    said: dict[str, list[str]] = {}
+    for key in here.keys() - there.keys():
+        if key.section not in sections:
+            said[f"all of {key.section}"] = []
+        elif key[:2] not in places:
+            said.setdefault(f"{key.section} at", []).append(key.place)
+        else:
+            said.setdefault(f"{key.what} at", []).append(key.place)
+    return sorted(f"{what} {listed(sorted(set(where)))}" if where else what for what, where in said.items())
 
 
 def differences(old: Record, new: Record) -> str:
@@ -233,15 +229,10 @@ def once_more(changes: list[Change], tolerance: float, measure: Callable[[list[s
     worse = {change.key for change in changes if change.is_worse(tolerance)}
     if not worse:
         return changes
-    again = figures(measure(_measured_by(worse)))
+    named = {key.section for key in worse}
+    again = figures(measure([s for s in SECTIONS if s in named or (s == "cells" and "growth" in named)]))
     added = [change._replace(again=again.get(change.key)) if change.key in worse else change for change in changes]
     return sorted(added, key=lambda change: -change.worse_by)
-
-
-def _measured_by(keys: Iterable[Key]) -> list[str]:
-    """The sections that these are measured in, in the order of a run; growth follows from the cells."""
-    named = {key.section for key in keys}
-    return [section for section in SECTIONS if section in named or (section == "cells" and "growth" in named)]
 
 
 def report(old: Record, new: Record, changes: list[Change], tolerance: float) -> str:
@@ -249,47 +240,21 @@ def report(old: Record, new: Record, changes: list[Change], tolerance: float) ->
     changes = sorted(changes, key=lambda change: not change.is_worse(tolerance))
     worse = [change for change in changes if change.is_worse(tolerance)]
     shown = changes[: max(len(worse), ROWS)]
-    lines = [differences(old, new), _table(shown)]
+    rows = [[str(c.key), str(c.committed), str(c.now), str(c.again or ""), f"{100 * c.worse_by:+.1f} %"] for c in shown]
+    lines = [differences(old, new), grid(["what", "committed", "now", "again", "worse by"], rows)]
     if rest := changes[len(shown) :]:
-        lines.append(f"… and {counted(len(rest), 'ratio')} more, none worse by more than {_percent(rest[0].worse_by)}.")
+        lines.append(
+            f"… and {counted(len(rest), 'ratio')} more, none worse by more than {100 * rest[0].worse_by:+.1f} %."
+        )
     before, after = figures(old), figures(new)
     lines += [f"Committed, but not measured now: {what}." for what in absent(before, after)]
     lines += [f"Measured now, but not committed: {what}." for what in absent(after, before)]
-    return "\n".join(filter(None, [*lines, *_verdict(changes, worse, tolerance)]))
-
-
-def _verdict(changes: list[Change], worse: list[Change], tolerance: float) -> list[str]:
-    """A line on the ratios, and one on the counts if one is larger."""
-    named = "; ".join(f"{change.key} ({_percent(change.worse_by)})" for change in worse if not change.committed.exact)
-    more = "; ".join(
-        f"{change.key} ({_value(change.committed)} → {_value(change.now)})"
-        for change in worse
-        if change.committed.exact
-    )
-    return [
-        f"WORSE by more than {100 * tolerance:g} %: {named}."
-        if named
-        else f"None of {counted(len(changes), 'ratio')} is worse by more than {100 * tolerance:g} %.",
-        f"MORE than committed: {more}." if more else "",
-    ]
-
-
-def _table(changes: list[Change]) -> str:
-    twice = any(change.again for change in changes)
-    rows = [["what", "committed", "now", *(["again"] if twice else []), "worse by"]]
-    for change in changes:
-        again = [_value(change.again) if change.again else ""] if twice else []
-        rows.append([str(change.key), _value(change.committed), _value(change.now), *again, _percent(change.worse_by)])
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return "\n".join("  ".join((f"{row[0]:<{first}}", *map(str.rjust, row[1:], others))) for row in rows)
-
-
-def _value(figure: Figure) -> str:
-    return f"{figure.value:,.0f}" if figure.larger_is_better or figure.exact else f"{figure.value:.3g}"
-
-
-def _percent(part: float) -> str:
-    return f"{100 * part:+.1f} %"
+    ratios = [f"{c.key} ({100 * c.worse_by:+.1f} %)" for c in worse if not c.committed.exact]
+    verdict = "WORSE" if ratios else f"None of {counted(len(changes), 'ratio')} is worse"
+    lines.append(f"{verdict} by more than {100 * tolerance:g} %{': ' if ratios else ''}{'; '.join(ratios)}.")
+    if counts := [f"{c.key} ({c.committed} → {c.now})" for c in worse if c.committed.exact]:
+        lines.append(f"MORE than committed: {'; '.join(counts)}.")
+    return "\n".join(filter(None, lines))
 
 
 def measured(sections: list[str], bench: Path = BENCH) -> Record:

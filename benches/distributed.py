@@ -2,7 +2,7 @@
 
 W processes of one thread each form a gloo group over the loopback; each holds rows of its own of both views.
 
-``cells``: ours against the published program, in turns as in compare.py. All ranks start a turn together and it lasts
+``cells``: ours against the published program, in turns as in the cells. All ranks start a turn together and it lasts
 as long as on the slowest of them; ratios are taken within a round. What is timed is forward and backward, down to the
 gradients of the rank's rows. ``floor`` is the published program's three products and its all-reduce of C alone, all
 else free; ``header`` the exchange of shapes and settings that precedes a step of ours.
@@ -12,17 +12,14 @@ rows and for uneven ones. The gradient is what DDP's mean over the ranks makes o
 rows. The cosine tells a wrong direction from a wrong length.
 
 FLOP model, each rank: ours 8·N²·D/W, the published program 6·N·D²/W, and it passes 39 times over D×D matrices besides,
-whatever W is. Byte model: traffic.py. Three counts of the bytes are made: the model, what the collectives called send
+whatever W is. Byte model: model.py. Three counts of the bytes are made: the model, what the collectives called send
 by it, which must be the same, and the loopback's counter, which sees the headers of TCP as well, and other programs.
 
-    python benches/distributed.py                                     under a minute on two cores
-    python benches/distributed.py --processes 2 --grid 1024x4096 --rounds 9 --seconds 15
+    python benches/bench.py --only distributed        under a minute on two cores
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import pickle
 import tempfile
@@ -32,19 +29,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
-import traffic
+import model
 from barlow_loss._collectives import group_of
 from barlow_loss._header import check_on_all_ranks
-from baselines import (
+from contenders import (
     FFT,
     LIGHTLY,
     LIGHTLY_GATHERING,
@@ -56,17 +53,16 @@ from baselines import (
     build,
     distributed_textbook,
     entry,
+    installed,
 )
-from timing import interleave, ratios, spread, time_calls
-from workload import Answer, Cell, Errors, check, errors, step, truth
+from measure import SEED, Answer, Cell, Errors, check, errors, interleave, ratios, spread, step, truth, wall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from baselines import Contender
-    from timing import Turn
-
-    Record = dict[str, Any]
+    from contenders import Contender
+    from machine import Record
+    from measure import Turn
 
 GRID = {2: [Cell(256, 4096)], 4: [Cell(256, 4096)]}
 FULL = {2: [*GRID[2], Cell(1024, 4096), Cell(256, 8192)], 4: GRID[4]}
@@ -108,10 +104,6 @@ class Shards(Cell):
         start = sum(self.rows[:rank])
         own = slice(start, start + self.rows[rank])
         return [z.detach()[own].clone().requires_grad_() for z in self.views()]
-
-
-class Refused(Exception):
-    """A contender raised where it was to answer."""
 
 
 class Refusal(NamedTuple):
@@ -166,15 +158,11 @@ def together(job: Callable[..., Any], processes: int, *args: Any, limit: float =
         deadline = time.monotonic() + limit
         while not ranks.join(max(0.0, deadline - time.monotonic())):
             if time.monotonic() > deadline:
-                _kill(ranks.processes)
+                for process in ranks.processes:
+                    process.kill()
+                    process.join()
                 raise TimeoutError(f"{job.__name__}{args}: expected an end within {limit:g} s")
         return [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(processes)]
-
-
-def _kill(processes: list[Any]) -> None:
-    for process in processes:
-        process.kill()
-        process.join()
 
 
 def _on_rank(rank: int, processes: int, folder: str, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -188,31 +176,23 @@ def _result(folder: str, rank: int) -> Path:
     return Path(folder, f"rank-{rank}")
 
 
-def present(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``names`` that this environment has."""
-    return tuple(name for name in names if (package := entry(name).package) is None or find_spec(package))
-
-
 def answers(place: Place, shards: Shards, names: tuple[str, ...]) -> dict[str, Answer | Refusal]:
     """A job: loss and gradients of the rank's rows by each contender, or what it says where it refuses.
 
     Each has a group of its own, so that one that gave up in the middle of a collective leaves nothing behind.
     """
     views = shards.of(place.rank)
-    found = {}
+    found: dict[str, Answer | Refusal] = {}
     for number, name in enumerate(names):
         contender = _contender(name, shards.d)
+        torch.manual_seed(SEED)
         with place.group(f"group-{number}"):
-            found[name] = _answer(contender, views)
+            try:
+                found[name] = step(contender, *views)
+            except Exception as error:  # whatever a contender raises is its answer
+                why = str(error).strip().partition("\n")[0] or type(error).__name__
+                found[name] = Refusal(time.monotonic(), why)
     return found
-
-
-def _answer(contender: Contender, views: list[Tensor]) -> Answer | Refusal:
-    torch.manual_seed(0)
-    try:
-        return Answer(*(tensor.detach() for tensor in step(contender, *views)))
-    except Exception as error:  # whatever a contender raises is its answer
-        return Refusal(time.monotonic(), str(error).strip().partition("\n")[0] or type(error).__name__)
 
 
 def _contender(name: str, features: int) -> Contender:
@@ -225,70 +205,57 @@ def distance(parts: list[Answer], right: Answer, factor: float = 1.0) -> tuple[E
     The gradient is that of DDP's mean over the ranks, divided by ``factor``.
     """
     gradients = [torch.cat(rows) / (len(parts) * factor) for rows in zip(*(part[1:] for part in parts), strict=True)]
-    found = [errors(Answer(part.loss, *gradients), right) for part in parts]
+    found = [errors((part[0], *gradients), right) for part in parts]
     flat, right_flat = (torch.cat(list(both)).double().flatten() for both in (gradients, right[1:]))
     cosine = torch.cosine_similarity(flat, right_flat, dim=0).item()
     return Errors(max(each.loss for each in found), found[0].gradient), cosine
 
 
 def exactness(shards: Shards, names: tuple[str, ...] = COMPARED) -> Record:
-    """How far each contender is from the whole batch's loss and gradient.
-
-    Raises:
-        AssertionError: ours is further than it promises.
-        Refused: ours raised.
-    """
-    names = present(names)
+    """How far each contender is from the whole batch's loss and gradient; raises where ours is too far."""
+    names = tuple(filter(installed, names))
     right = truth(*shards.views())
     by_rank = together(answers, len(shards.rows), shards, names)
     contenders = {name: judged(name, shards, by_rank, right) for name in names}
     return {"processes": len(shards.rows), "rows": list(shards.rows), "d": shards.d, "contenders": contenders}
 
 
-def judged(name: str, shards: Shards, by_rank: list[dict[str, Answer | Refusal]], right: Answer) -> Record:
-    """How far the contender ``name`` is; raises as ``exactness`` does."""
-    try:
-        found, cosine = distance(_parts(name, by_rank), right)
-    except Refused as refusal:
+def judged(
+    name: str, shards: Shards, by_rank: list[dict[str, Answer | Refusal]], right: Answer, factor: float | None = None
+) -> Record:
+    """How far a contender is; of one whose gradient is known to be ``factor`` times the right one, from that.
+
+    Raises:
+        AssertionError: ours, or one with a factor, is further than it may be.
+        RuntimeError: ours raised.
+    """
+    parts = [own[name] for own in by_rank]
+    if refusals := [part for part in parts if isinstance(part, Refusal)]:
         if entry(name).ours:
-            raise
-        return {"refused": str(refusal)}
-    if entry(name).ours:
+            raise RuntimeError(min(refusals).why)
+        return {"refused": min(refusals).why}
+    found, cosine = distance([part for part in parts if not isinstance(part, Refusal)], right, factor or 1.0)
+    if entry(name).ours or factor:
         check(name, shards, found)
     return {"loss_error": found.loss, "gradient_error": found.gradient, "gradient_cosine": cosine}
 
 
-def _parts(name: str, by_rank: list[dict[str, Answer | Refusal]]) -> list[Answer]:
-    """The ranks' answers; raises Refused where one is none, with what was said first."""
-    parts = [own[name] for own in by_rank]
-    if refusals := [part for part in parts if isinstance(part, Refusal)]:
-        raise Refused(min(refusals).why)
-    return [part for part in parts if isinstance(part, Answer)]
-
-
 def measure(shards: Shards, rounds: int, seconds: float) -> Record:
     """The record of one cell: answers first, then bytes and times. Raises where an answer or the bytes are wrong."""
-    processes = len(shards.rows)
-    contenders = _answered(shards)
+    processes, right = len(shards.rows), truth(*shards.views())
+    factors = {OURS: 1.0, TEXTBOOK: 1 / processes}
+    by_rank = together(answers, processes, shards, tuple(factors))
+    contenders = {
+        name: judged(name, shards, by_rank, right, factor) | {"gradient_factor": factor}
+        for name, factor in factors.items()
+    }
     timed = together(costs, processes, shards, rounds, seconds)[0]
-    called, model = timed["contenders"][OURS]["sent"]["collectives"], traffic.dual(shards, processes).sent
-    if abs(called - model) > 0.5:
-        raise AssertionError(f"{OURS} at {shards}: expected {model:,.0f} bytes sent, counted {called:,.0f}")
+    called, sent = timed["contenders"][OURS]["sent"]["collectives"], model.sent_by_dual(shards, processes).sent
+    if abs(called - sent) > 0.5:
+        raise AssertionError(f"{OURS} at {shards}: expected {sent:,.0f} bytes sent, counted {called:,.0f}")
     for name, found in contenders.items():
         found.update(timed["contenders"][name])
     return {"n": shards.n, "d": shards.d, "processes": processes, **timed, "contenders": contenders}
-
-
-def _answered(shards: Shards) -> Record:
-    """Errors of ours, and of the published program, whose gradient is held to 1/W of the loss's."""
-    right = truth(*shards.views())
-    by_rank = together(answers, len(shards.rows), shards, (OURS, TEXTBOOK))
-    records = {}
-    for name, factor in ((OURS, 1.0), (TEXTBOOK, 1 / len(shards.rows))):
-        found, _ = distance(_parts(name, by_rank), right, factor)
-        check(name, shards, found)
-        records[name] = {"loss_error": found.loss, "gradient_error": found.gradient, "gradient_factor": factor}
-    return records
 
 
 def costs(place: Place, shards: Shards, rounds: int, seconds: float) -> Record:
@@ -325,7 +292,7 @@ def _floor(shards: Shards) -> Turn:
 
 
 def _header(z1: Tensor, z2: Tensor) -> Turn:
-    """The exchange that precedes each step, with as many claims as the loss makes."""
+    """The exchange that precedes each step, with as much to compare as the loss has."""
     group = group_of("header", None)
     must_match = {f"claim {i}": (z1.dtype, z2.shape[1]) for i in range(10)}
     return lambda: check_on_all_ranks("header", group, z1, lambda: (z1.shape[0], must_match))
@@ -334,7 +301,7 @@ def _header(z1: Tensor, z2: Tensor) -> Turn:
 def _time_together(turn: Turn, calls: int) -> float:
     """Seconds per call on the slowest rank, the same figure on all of them."""
     dist.barrier()
-    slowest = torch.tensor(time_calls(turn, calls), dtype=torch.float64)
+    slowest = torch.tensor(wall(turn, calls), dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return slowest.item()
 
@@ -344,7 +311,7 @@ def _sent(turn: Turn) -> Record:
 
     From the counter is taken what passes in as much time of idleness.
     """
-    called = traffic.Collectives()
+    called = model.Collectives()
 
     def steps() -> None:
         with called:
@@ -358,16 +325,22 @@ def _sent(turn: Turn) -> Record:
     by_counter = (busy - others) / COUNTED_STEPS / dist.get_world_size()
     return {
         "collectives": called.sent / COUNTED_STEPS,
-        "loopback": None if traffic.loopback_bytes() is None else by_counter,
+        "loopback": None if _loopback_bytes() is None else by_counter,
     }
 
 
 def _bytes_meanwhile(turn: Turn) -> int:
     dist.barrier()
-    before = traffic.loopback_bytes() or 0
+    before = _loopback_bytes() or 0
     turn()
     dist.barrier()
-    return (traffic.loopback_bytes() or 0) - before
+    return (_loopback_bytes() or 0) - before
+
+
+def _loopback_bytes() -> int | None:
+    """What the loopback interface has carried since the machine started; None where there is none of that name."""
+    counters = psutil.net_io_counters(pernic=True).get("lo")
+    return counters.bytes_recv if counters else None
 
 
 def section(grid: dict[int, list[Cell]], rounds: int, seconds: float) -> Record:
@@ -379,18 +352,3 @@ def section(grid: dict[int, list[Cell]], rounds: int, seconds: float) -> Record:
         "cells": [measure(shards, rounds, seconds) for shards in cells],
         "exactness": [exactness(shards) for shards in shares],
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the loss over several processes; see the head of this file.")
-    parser.add_argument("--processes", nargs="+", type=int, choices=GRID, default=list(GRID))
-    parser.add_argument("--grid", nargs="+", type=Cell.parse, metavar="NxD", help="cells (default: 256x4096)")
-    parser.add_argument("--rounds", type=int, default=9, help="at most so many rounds for a cell (default: 9)")
-    parser.add_argument("--seconds", type=float, default=5, help="after that, stop at three rounds (default: 5)")
-    flags = parser.parse_args()
-    grid = {processes: flags.grid or GRID[processes] for processes in flags.processes}
-    print(json.dumps(section(grid, flags.rounds, flags.seconds), indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,15 @@
-"""Times the loss on a GPU against the textbook formula and lightly, beside the model of gpu_model.py.
+"""Times the loss on a GPU against the textbook formula and lightly, beside the model of model.py.
 
-Six contenders take turns, round by round, each step timed by events around it with the L2 cache overwritten before
-(gpu_clock.py); a ratio is taken within a round, and medians over the rounds are reported with their quartiles. The
-answers of all are compared with float64 on the same views in the same run, before anything is timed; an answer further
-away than gpu_contenders.py allows is reported and not timed. So is what ran out of memory, or is not installed.
+Six contenders take turns, each step timed by events around it with the L2 cache overwritten before (measure.py). What
+is timed is forward and backward, down to the gradients of both views. An answer further from float64 of the same views
+than ``allowed`` says is reported and not timed; so is what ran out of memory, or is not installed.
 
-What is timed is forward and backward, down to the gradients of both views. Settings: "fp32" (views and products in
-float32, precision "highest") and "bf16 autocast" (bfloat16 views, as a linear layer under autocast gives them, and the
-loss under ``torch.autocast``). Working memory is the rise of the allocated memory during a step, beyond the views.
+Settings: "fp32" (views and products in float32, precision "highest") and "bf16 autocast" (bfloat16 views, as a linear
+layer under autocast gives them, and the loss under ``torch.autocast``). The ceilings (copy, 8192³ products, launches)
+are measured in the same run, and the algorithm's own products alone in the same rounds.
 
-FLOP and byte model, the floor and the predictions: gpu_model.py. The ceilings (copy, 8192³ products, launches) are
-measured in the same run, and the algorithm's own products alone in the same rounds.
-
-    python benches/gpu.py                      the whole grid into results/gpu.json, gpu.md and gpu.png
+    python benches/gpu.py                      the whole grid into results/gpu.json and gpu.md
     python benches/gpu.py --grid 256x8192 --settings "bf16 autocast" --out /tmp/gpu
-    python benches/gpu.py --model-only         no GPU: results/gpu.md with the predictions, its measured columns empty
-    python benches/gpu.py --check              fails if results/gpu.md is not what the figures, or the model, say
     python benches/gpu.py --smoke              no GPU: runs this program on tiny CPU tensors; its figures mean nothing
 """
 
@@ -23,184 +17,304 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from importlib import metadata
+from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-import barlow_loss
-import gpu_table
-from gpu_clock import Clock, Gpu, Host
-from gpu_contenders import OURS, allowed, build, missing, truth, views
-from gpu_model import AUTOCAST, COMPILED, CONTENDERS, EAGER, GRAPH, SETTINGS, TRITON, Setting
-from machine import RESULTS
-from timing import interleave, ratios, spread
-from workload import Answer, Cell, errors
+import contenders
+import model
+from barlow_loss import BarlowTwinsLoss
+from contenders import EPS, LAMBD, Textbook
+from machine import RESULTS, environment, store
+from measure import (
+    OTHERS_ALLOWED,
+    OURS_ALLOWED,
+    Answer,
+    Cell,
+    Errors,
+    Events,
+    cells,
+    errors,
+    gemms,
+    interleave,
+    ratios,
+    spread,
+    step,
+    truth,
+    wall,
+)
+from model import (
+    AUTOCAST,
+    COMPILED,
+    CONTENDERS,
+    EAGER,
+    FLOAT32,
+    GRAPH,
+    LIGHTLY,
+    MODELS,
+    SETTINGS,
+    TEXTBOOK,
+    TRITON,
+    floor,
+    predicted,
+)
+from tables import details, grid, paragraphs, plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gpu_contenders import Turn
+    from torch import Tensor
 
-    Record = dict[str, Any]
+    from machine import Record
+    from measure import Clock
+    from model import Chip, Setting
 
+    Step = Callable[[], Answer]
+
+OURS = (EAGER, TRITON, GRAPH)
 # The cells of the stated goals first, in case the budget does not last.
-ORDER = tuple(map(Cell.parse, ["2048x8192", "256x8192", "256x2048", "1024x8192", "4096x8192", "2048x32768"]))
-SMOKE_GRID = (Cell(16, 64), Cell(24, 96))
+SMALL, LARGE = cells("256x8192", "2048x8192")
+ORDER = (LARGE, SMALL, *cells("256x2048", "1024x8192", "4096x8192", "2048x32768"))
+SMOKE_GRID = cells("16x64", "24x96")
 COMPILE_SECONDS = 20  # kept in reserve for a compilation; without it the compiled contender is left out
 CELL_SECONDS = 4
+WARM_UPS = 3
+SQUARE, COPIED_BYTES, LAUNCHES = 8192, 2**30, 500
+
+PRODUCTS = "products of the dual alone"
+# Over the floor or in µs, how many times as fast as others, and MB.
+GOALS: tuple[tuple[Cell, str, float, dict[str, int], int], ...] = (
+    (LARGE, TRITON, 1.35, {TEXTBOOK: 5, COMPILED: 3}, 220),
+    (SMALL, GRAPH, 60, {TEXTBOOK: 20, COMPILED: 6}, 25),
+)
+NOTES = """\
+Time: forward and backward to the gradients of both views, by events, the L2 cache overwritten before each step; median
+and quartiles over rounds in which the contenders take turns; ratios are taken within a round. *Back to back*: steps in
+a row, the host's share included. A predicted range is without and with a second pass over operands just read, which
+the L2 cache serves where they fit there. *Floor*: the larger of FLOPs of the dual over the rate of a large product and
+of views read once and gradients written once over the rate of a copy. *Held*: the rise of the memory during a step,
+beyond the views and the returned gradients. Errors: relative distance to float64 on the same views, of the loss and of
+both gradients by norm. What was measured is the code of that day; predictions are those of the model as it is now."""
 
 
-def measure(cell: Cell, setting: Setting, clock: Clock, rounds: int, deadline: float) -> Record:
+class Device(NamedTuple):
+    """Where steps run, and its clocks: with the cache overwritten before each step, and steps in a row."""
+
+    device: torch.device
+    cold: Clock
+    in_a_row: Clock
+
+    @classmethod
+    def of(cls, device: torch.device) -> Device:
+        """On the CPU, where the program is tried out, both clocks are the wall's."""
+        if device.type == "cpu":
+            return cls(device, wall, wall)
+        events = Events(device)
+        return cls(device, events, events.in_a_row)
+
+
+class Graphed:
+    """Forward and backward captured once on static views and replayed: one launch for the host.
+
+    Warmed up and captured on one side stream, whose cuBLAS workspace then exists before the capture, so that ``peak``,
+    the rise of the allocated memory during it, holds what the step needs. The graph keeps that memory until it dies.
+    """
+
+    def __init__(self, turn: Step) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                turn()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            self._answer = turn()
+        self.peak: int = torch.cuda.max_memory_allocated() - before
+
+    def __call__(self) -> Answer:
+        self._graph.replay()
+        return self._answer
+
+
+def missing(name: str, where: Device) -> str | None:
+    """Why a contender cannot run here, or None."""
+    if name == LIGHTLY and not contenders.installed(contenders.LIGHTLY):
+        return "not installed"
+    if name in (TRITON, GRAPH) and where.device.type == "cpu":
+        return "needs a GPU"
+    if name in (TRITON, GRAPH, COMPILED) and find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def build(name: str, cell: Cell, setting: Setting, where: Device, *views: Tensor) -> Step:
+    """A step of the contender ``name``: forward under the setting's autocast, backward outside of it."""
+    if name in OURS:
+        loss: Any = BarlowTwinsLoss(LAMBD, eps=EPS, backend="eager" if name == EAGER else "triton")
+    else:
+        loss = contenders.build(contenders.LIGHTLY, cell.d) if name == LIGHTLY else Textbook(cell.d)
+    loss = loss.to(where.device)
+    if name == COMPILED:
+        loss = torch.compile(loss, fullgraph=True, dynamic=False)
+
+    def forward(*z: Tensor) -> Tensor:
+        with torch.autocast(where.device.type, torch.bfloat16) if setting == AUTOCAST else nullcontext():
+            value: Tensor = loss(*z)
+            return value
+
+    def turn() -> Answer:
+        return step(forward, *views)
+
+    return Graphed(turn) if name == GRAPH else turn
+
+
+def allowed(name: str, setting: Setting) -> Errors:
+    """Errors above which a time means nothing: ours to its promise, the others to what D×D matrices in 16 bits give.
+
+    16 bits, ours: float16 operands, 2⁻¹⁰, in the loss, and two of them and the rounding to bfloat16, 2⁻⁸, in the
+    gradient.
+    """
+    if name in OURS:
+        return OURS_ALLOWED if setting == FLOAT32 else Errors(2**-10, 2**-9 + 2**-8)
+    return OTHERS_ALLOWED if setting == FLOAT32 else Errors(0.05, 0.5)
+
+
+def measure(cell: Cell, setting: Setting, where: Device, rounds: int, deadline: float) -> Record:
     """The record of one cell under one setting."""
     torch.compiler.reset()  # generated code is for one shape and dtype
-    z1, z2 = views(cell, setting, clock.device)
-    right = truth(z1, z2)
+    views = cell.views(device=where.device, dtype=setting.dtype)
+    right = truth(*views)
     records: dict[str, Record] = {}
-    turns: dict[str, Turn] = {}
+    turns: dict[str, Step] = {}
     for name in CONTENDERS:
+        reason = missing(name, where)
         if name == COMPILED and time.monotonic() + COMPILE_SECONDS > deadline:
-            records[name] = {"left_out": "the budget was spent"}
-            continue
-        records[name], turn = _prepare(name, cell, setting, clock, right, z1, z2)
+            reason = "the budget was spent"
+        records[name], turn = ({"left_out": reason}, None) if reason else _try(name, cell, setting, where, right, views)
         if turn is not None:
             turns[name] = turn
     del right
-    timed: dict[str, Callable[[], object]] = {**turns, "products": _products(cell, setting, clock)}
+    half = setting == AUTOCAST and where.device.type != "cpu"  # the dtype that ours takes
+    _, products = gemms(cell, where.device, torch.float16 if half else torch.float32)
+    timed: dict[str, Callable[[], object]] = {**turns, "products": products}
     for again in timed.values():
         again()
-    times = interleave(timed, rounds, CELL_SECONDS, clock.cold)
-    for over in {TRITON, GRAPH, EAGER} & set(turns):
+    times = interleave(timed, rounds, CELL_SECONDS, where.cold)
+    for over in filter(turns.__contains__, OURS):
         for name, ratio in ratios({name: times[name] for name in turns}, over).items():
             records[name].setdefault("times", {})[over] = ratio
     for name, turn in turns.items():
         records[name]["seconds"] = spread(times[name])
         calls = max(3, math.ceil(0.02 / records[name]["seconds"]["median"]))
-        records[name]["back_to_back"] = statistics.median(clock.back_to_back(turn, calls) for _ in range(3))
-    return {
-        "n": cell.n,
-        "d": cell.d,
-        "setting": setting.name,
-        "rounds": len(times["products"]),
-        "contenders": records,
-        "products": spread(times["products"]),
-    }
+        records[name]["back_to_back"] = statistics.median(where.in_a_row(turn, calls) for _ in range(3))
+    found = {"rounds": len(times["products"]), "contenders": records, "products": spread(times["products"])}
+    return {"n": cell.n, "d": cell.d, "setting": setting.name, **found}
 
 
-def _prepare(
-    name: str, cell: Cell, setting: Setting, clock: Clock, right: Answer, *z: torch.Tensor
-) -> tuple[Record, Turn | None]:
+def _try(
+    name: str, cell: Cell, setting: Setting, where: Device, right: Answer, views: tuple[Tensor, ...]
+) -> tuple[Record, Step | None]:
     """What is known of a contender before it is timed, and its turn if it is to be."""
-    reason = missing(name, clock.device)
-    if reason is not None:
-        return {"left_out": reason}, None
     try:
-        turn = build(name, cell, setting, z[0], z[1])
+        turn = build(name, cell, setting, where, *views)
         found = errors(turn(), right)
-        peak, gradients = clock.peak(turn)
+        peak, gradients = _peak(turn, where)
     except torch.OutOfMemoryError:
-        _release(clock.device)
+        _release(where)
         return {"failed": "out of memory"}, None
     except Exception as error:  # a contender that breaks must not take the others with it
-        return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}, None
-    record: Record = {
-        "loss_error": found.loss,
-        "gradient_error": found.gradient,
-        "peak_bytes": peak,
-        "gradient_bytes": gradients,
-    }
+        return {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}, None
+    record: Record = {"loss_error": found.loss, "gradient_error": found.gradient}
+    record |= {"peak_bytes": peak, "gradient_bytes": gradients}
     limit = allowed(name, setting)
     if not (found.loss <= limit.loss and found.gradient <= limit.gradient):
         return record | {"failed": f"wrong: errors of at most {limit.loss:.1e} and {limit.gradient:.1e} expected"}, None
     return record, turn
 
 
-def _products(cell: Cell, setting: Setting, clock: Clock) -> Callable[[], object]:
-    """The four products of the dual alone, in the dtype that ours takes."""
-    dtype = torch.float16 if setting == AUTOCAST and clock.device.type != "cpu" else torch.float32
-    u1, u2 = (torch.randn(cell.n, cell.d, device=clock.device).mul_(cell.n**-0.5).to(dtype) for _ in range(2))
-    k1, k2 = torch.mm(u1, u1.T), torch.mm(u2, u2.T)
-    return lambda: [torch.mm(u1, u1.T), torch.mm(u2, u2.T), torch.mm(k2, u1), torch.mm(k1, u2)]
+def _peak(turn: Step, where: Device) -> tuple[int | None, int]:
+    """Bytes by which the allocated memory rises during a step; those of the gradients that it returns."""
+    gc.collect()
+    if where.device.type == "cpu":
+        return None, sum(gradient.nbytes for gradient in turn()[1:])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    answer = turn()
+    torch.cuda.synchronize()
+    rise: int = turn.peak if isinstance(turn, Graphed) else torch.cuda.max_memory_allocated() - before
+    return rise, sum(gradient.nbytes for gradient in answer[1:])
 
 
-def environment(clock: Clock) -> Record:
-    """The machine and the versions that the figures belong to."""
-    packages = ("torch", "triton", "lightly", "matplotlib")
-    return {
-        "device": _device_name(clock.device),
-        "driver": _driver(clock.device),
-        "runtime": torch.version.hip or torch.version.cuda,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "versions": {"barlow-loss": barlow_loss.__version__, **{name: _version(name) for name in packages}},
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
+def ceilings(where: Device) -> dict[str, float]:
+    """Bandwidth of a copy, rates of large products, seconds per tiny kernel: issued by the host, and from a graph."""
+    if where.device.type == "cpu":
+        rates = dict.fromkeys(("copy_bytes_per_second", "float16_flops", "bfloat16_flops", "float32_flops"), 1e10)
+        return rates | {"host_seconds": 1e-5, "launch_seconds": 1e-5}
+
+    def median(turn: Callable[[], object]) -> float:
+        where.in_a_row(turn, 2)
+        return statistics.median(where.in_a_row(turn, 1) for _ in range(11))
+
+    source = torch.randn(COPIED_BYTES // 4, device=where.device)
+    target = torch.empty_like(source)
+    found = {"copy_bytes_per_second": 2 * COPIED_BYTES / median(partial(target.copy_, source))}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        factors = torch.randn(2, SQUARE, SQUARE, device=where.device).to(dtype)
+        found[f"{str(dtype).removeprefix('torch.')}_flops"] = 2 * SQUARE**3 / median(partial(torch.mm, *factors))
+    one = torch.zeros(1, device=where.device)
+
+    def many() -> None:
+        for _ in range(LAUNCHES):
+            one.add_(1)
+
+    found["host_seconds"] = median(many) / LAUNCHES
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        many()
+    return found | {"launch_seconds": median(graph.replay) / LAUNCHES}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _device_name(device: torch.device) -> str:
-    return "CPU" if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))
-
-
-def _driver(device: torch.device) -> str | None:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().splitlines()[0]
-
-
-def run(clock: Clock, arguments: argparse.Namespace) -> Record:
+def run(where: Device, flags: argparse.Namespace) -> Record:
     """All cells, written after each, so that what was measured is kept whatever comes next."""
-    deadline = time.monotonic() + arguments.budget
-    results: Record = {"environment": environment(clock), "ceilings": clock.ceilings(), "smoke": arguments.smoke}
+    deadline = time.monotonic() + flags.budget
+    versions = environment("triton", "lightly", device=where.device)
+    results: Record = {"environment": versions, "ceilings": ceilings(where), "smoke": flags.smoke}
     results |= {"cells": [], "left_out": []}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for setting in arguments.settings:
-        for cell in arguments.grid:
-            reason = _measure_into(results, cell, setting, clock, arguments.rounds, deadline)
-            if reason is not None:
-                results["left_out"].append(f"{cell}, {setting.name}: {reason}")
-            print(results["left_out"][-1] if reason else gpu_table.line(results["cells"][-1]), flush=True)
-            (arguments.out / "gpu.json").write_text(json.dumps(results, indent=2) + "\n")
-            _release(clock.device)
+    for setting, cell in product(flags.settings, flags.grid):
+        reason = "the budget was spent" if time.monotonic() > deadline else ""
+        try:
+            if not reason:
+                results["cells"].append(measure(cell, setting, where, flags.rounds, deadline))
+        except torch.OutOfMemoryError:
+            reason = "the memory does not hold the views and their float64 answer"
+        if reason:
+            results["left_out"].append(f"{cell}, {setting.name}: left out, {reason}")
+        print(results["left_out"][-1] if reason else line(results["cells"][-1]), flush=True)
+        store(results, flags.out / "gpu.json")
+        _release(where)
     return results
 
 
-def _measure_into(results: Record, cell: Cell, setting: Setting, clock: Clock, rounds: int, end: float) -> str | None:
-    """Why there is no record of this cell, or None."""
-    if time.monotonic() > end:
-        return "left out, the budget was spent"
-    try:
-        results["cells"].append(measure(cell, setting, clock, rounds, end))
-    except torch.OutOfMemoryError:
-        return "left out, the memory does not hold the views and their float64 answer"
-    return None
-
-
-def _release(device: torch.device) -> None:
+def _release(where: Device) -> None:
     gc.collect()
-    if device.type != "cpu":
-        torch.get_device_module(device).empty_cache()
+    if where.device.type != "cpu":
+        torch.cuda.empty_cache()
 
 
 def failures(results: Record) -> list[str]:
@@ -213,73 +327,152 @@ def failures(results: Record) -> list[str]:
     ]
 
 
-def accelerator() -> torch.device | None:
-    """The GPU, if there is one."""
-    for kind in ("cuda", "xpu"):
-        if getattr(torch, kind).is_available():
-            return torch.device(kind, 0)
-    return None
+def expected(name: str, cell: Cell, setting: Setting, card: Chip) -> Record:
+    """What the model says of a contender, nothing where it has none: ranges without and with a second pass."""
+    if name not in MODELS:
+        return {}
+    cost = MODELS[name](cell, setting)
+    low, high = predicted(cost, name, setting, card)
+    least = floor(cell, setting, card)
+    return {
+        "predicted, ms": _range(1e3 * low, 1e3 * high),
+        "predicted, × floor": _range(low / least, high / least),
+        "predicted, MB held": plain(cost.working / 1e6),
+        "GFLOP": plain(cost.flops / 1e9),
+        "GB moved": plain(cost.moved / 1e9),
+    }
 
 
-def _arguments() -> argparse.Namespace:
+def _range(low: float, high: float) -> str:
+    return "–".join(dict.fromkeys(map(plain, sorted((low, high)))))
+
+
+def measured(found: Record, least: float) -> Record:
+    """What was measured of a contender, over the floor too; or why nothing was."""
+    errors = {key.replace("_", " "): f"{found[key]:.1e}" for key in ("loss_error", "gradient_error") if key in found}
+    if "seconds" not in found:
+        return {"instead of a time": _instead(found), **errors}
+    held = {"MB held": plain((found["peak_bytes"] - found["gradient_bytes"]) / 1e6)} if found["peak_bytes"] else {}
+    scaled = {key: 1e3 * value for key, value in found["seconds"].items()}
+    return {
+        "ms": scaled,
+        "ms back to back": 1e3 * found["back_to_back"],
+        "× floor": plain(found["seconds"]["median"] / least),
+        **{f"× {over}": ratio for over, ratio in found["times"].items()},
+        **held,
+        **errors,
+    }
+
+
+def _instead(found: Record) -> str:
+    return str(found.get("failed") or found.get("left_out")).replace("|", "/")
+
+
+def line(record: Record) -> str:
+    """One cell for the terminal."""
+    told = {
+        name: f"{1e3 * found['seconds']['median']:.3g} ms" if "seconds" in found else _instead(found)
+        for name, found in record["contenders"].items()
+    }
+    said = "; ".join(f"{name}: {what}" for name, what in told.items())
+    return f"{record['n']}×{record['d']}, {record['setting']}: {said}; {record['rounds']} rounds"
+
+
+def markdown(results: Record) -> str:
+    """The page: what it stands on, the goals, and a table for each setting."""
+    card = model.chip(results["environment"]["device"], results["ceilings"])
+    found = sorted(results["cells"], key=lambda record: (record["n"], record["d"]))
+    parts = [*_head(results, card), "## Goals, bf16 autocast on an H100", _goals(card, found)]
+    for setting in SETTINGS:
+        records = [_with_model(record, setting, card) for record in found if record["setting"] == setting.name]
+        parts += [f"## {setting.name}", details(records)] if records else []
+    parts += [f"- {reason}" for reason in results["left_out"]]
+    former = dict.fromkeys(name for record in found for name in record["contenders"] if name not in CONTENDERS)
+    parts += [f"- {name}: as it was measured; it is no contender any more" for name in former]
+    return paragraphs(*parts, NOTES) + "\n"
+
+
+def _with_model(record: Record, setting: Setting, card: Chip) -> Record:
+    """A cell with what the model says beside what was measured."""
+    cell = Cell(record["n"], record["d"])
+    least = floor(cell, setting, card)
+    alone: Record = {"ms": {key: 1e3 * value for key, value in record["products"].items()}}
+    alone |= {"predicted, ms": plain(8e3 * cell.n**2 * cell.d / card.rate(setting))}
+    rows = {
+        name: expected(name, cell, setting, card) | measured(found, least)
+        for name, found in record["contenders"].items()
+    }
+    return {"N": cell.n, "D": cell.d, "contenders": rows | {PRODUCTS: alone}}
+
+
+def _head(results: Record, card: Chip) -> list[str]:
+    machine = results["environment"]
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine["versions"].items())
+    return [
+        "# CPU smoke: these figures mean nothing" if results["smoke"] else "# The loss on a GPU",
+        f"Measured on {machine['device']}, driver {machine['driver']}, CUDA or ROCm {machine['runtime']}, "
+        f"{machine['system']}, Python {machine['python']}, {versions}.",
+        f"Ceilings measured in the same run: copy {card.bandwidth / 1e12:.2f} TB/s (read and written), products in 16 "
+        f"bits {card.half / 1e12:.0f} TFLOP/s, in fp32 {card.single / 1e12:.1f} TFLOP/s, {1e6 * card.launch:.1f} µs a "
+        f"launch on the device, {1e6 * card.host:.1f} µs an operation on the host.",
+    ]
+
+
+def _goals(card: Chip, found: list[Record]) -> str:
+    """The figures to reach, beside what the model expects and what was measured."""
+    rows = []
+    for cell, ours, most, factors, megabytes in GOALS:
+        cells = [r for r in found if (r["n"], r["d"], r["setting"]) == (cell.n, cell.d, AUTOCAST.name)]
+        record: Record = cells[0]["contenders"] if cells else {}
+        where, (low, high) = f"{cell.n} × {cell.d}", predicted(MODELS[ours](cell, AUTOCAST), ours, AUTOCAST, card)
+        unit, label = (floor(cell, AUTOCAST, card), "× floor") if ours == TRITON else (1e-6, "µs")
+        taken = record.get(ours, {}).get("seconds", {}).get("median", math.nan) / unit
+        rows.append([f"{where}: {ours}", f"≤ {most} {label}", _range(low / unit, high / unit), _known(taken)])
+        for name, least in factors.items():
+            other = predicted(MODELS[name](cell, AUTOCAST), name, AUTOCAST, card)
+            over = record.get(name, {}).get("times", {}).get(ours, {}).get("median", math.nan)
+            ratio = _range(other[0] / low, other[1] / high)
+            rows.append([f"{where}: {name} over {ours}", f"≥ {least}×", ratio, _known(over)])
+        peak = MODELS[TRITON](cell, AUTOCAST).working + 2 * cell.n * cell.d * AUTOCAST.view
+        held = record.get(TRITON, {}).get("peak_bytes") or math.nan
+        title = f"{where}: {TRITON}, peak memory with the gradients"
+        rows.append([title, f"≤ {megabytes} MB", plain(peak / 1e6), _known(held / 1e6)])
+    return grid(["what", "goal", "predicted", "measured"], rows)
+
+
+def _known(value: float) -> str:
+    return "—" if math.isnan(value) else plain(value)
+
+
+def arguments() -> argparse.Namespace:
+    """The flags of the command line."""
     parser = argparse.ArgumentParser(description="Time the loss on a GPU; see the head of this file.")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--model-only", action="store_true", help="write gpu.md with predictions; measure nothing")
-    mode.add_argument("--check", action="store_true", help="write nothing; fail if gpu.md is out of date")
-    mode.add_argument("--smoke", action="store_true", help="run on tiny CPU tensors; the figures mean nothing")
+    parser.add_argument("--smoke", action="store_true", help="run on tiny CPU tensors; the figures mean nothing")
     parser.add_argument("--grid", nargs="+", type=Cell.parse, metavar="NxD", help="cells (default: all of them)")
     names = {setting.name: setting for setting in SETTINGS}
     parser.add_argument("--settings", nargs="+", choices=names, default=list(names))
     parser.add_argument("--rounds", type=int, default=7, help="at most so many rounds for a cell (default: 7)")
     parser.add_argument("--budget", type=float, default=230, help="seconds; then no further cell (default: 230)")
-    parser.add_argument("--out", type=Path, help=f"folder for gpu.json, gpu.md and gpu.png (default: {RESULTS.name}/)")
-    arguments = parser.parse_args()
-    arguments.settings = [names[name] for name in arguments.settings]
-    arguments.grid = arguments.grid or (SMOKE_GRID if arguments.smoke else ORDER)
-    if arguments.smoke and arguments.out is not None and arguments.out.resolve() == RESULTS.resolve():
+    parser.add_argument("--out", type=Path, help="folder (default: benches/results; of --smoke, a temporary one)")
+    flags = parser.parse_args()
+    flags.settings = [names[name] for name in flags.settings]
+    flags.grid = flags.grid or (SMOKE_GRID if flags.smoke else ORDER)
+    if flags.smoke and flags.out is not None and flags.out.resolve() == RESULTS.resolve():
         parser.error(f"--smoke: its figures mean nothing and do not belong into {RESULTS}")
-    arguments.out = arguments.out or (Path(tempfile.mkdtemp(prefix="barlow-loss-")) if arguments.smoke else RESULTS)
-    return arguments
-
-
-def _check(folder: Path) -> None:
-    page = folder / "gpu.md"
-    if not page.exists() or page.read_text(encoding="utf-8") != gpu_table.markdown(stored(folder)):
-        sys.exit(
-            f"{page} is not what the figures or the model say: run python benches/gpu.py --model-only, or make gpu"
-        )
-
-
-def stored(folder: Path) -> Record | None:
-    """The figures of a run, if one has been made."""
-    path = folder / "gpu.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    flags.out = flags.out or (Path(tempfile.mkdtemp(prefix="barlow-loss-")) if flags.smoke else RESULTS)
+    return flags
 
 
 def main() -> None:
-    arguments = _arguments()
-    if arguments.check:
-        _check(arguments.out)
-        return
-    if arguments.model_only:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "gpu.md").write_text(gpu_table.markdown(stored(arguments.out)), encoding="utf-8")
-        print(f"Written to {arguments.out / 'gpu.md'}")
-        return
-    device = accelerator()
-    if device is None and not arguments.smoke:
-        sys.exit("No GPU here that torch can use, so nothing can be measured. The predictions: gpu.py --model-only")
+    """Measures, and writes the page; fails where ours did."""
+    flags = arguments()
+    if not flags.smoke and not torch.cuda.is_available():
+        sys.exit("No GPU here that torch can use, so nothing can be measured. The predictions: benches/model.py")
     warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
-    clock: Clock = Host() if arguments.smoke or device is None else Gpu(device)
-    results = run(clock, arguments)
-    text = gpu_table.markdown(results)
-    (arguments.out / "gpu.md").write_text(text, encoding="utf-8")
-    drawn = gpu_table.plot(results, arguments.out / "gpu.png")
-    print(f"\n{text}\nWritten to {arguments.out / 'gpu.json'}, gpu.md{' and gpu.png' if drawn else ''}")
-    if not drawn:
-        print("No plot: matplotlib is not installed.")
-    wrong = failures(results)
-    if wrong:
+    results = run(Device.of(torch.device("cpu" if flags.smoke else "cuda")), flags)
+    (flags.out / "gpu.md").write_text(markdown(results), encoding="utf-8")
+    print(f"\n{markdown(results)}\nWritten to {flags.out}")
+    if wrong := failures(results):
         sys.exit("Ours failed:\n  " + "\n  ".join(wrong))
 
 

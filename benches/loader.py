@@ -1,8 +1,7 @@
 """Times what a loader's worker does to an image: decode it, make two random views of it. One thread.
 
 The official pipeline is that of facebookresearch/barlowtwins: Pillow decodes, torchvision's transforms work on Pillow's
-images. Ours is ``examples/barlow_recipes``. They take turns, round by round; each ratio is taken within a round, and
-the median over the rounds is reported with its quartiles. The time is the thread's CPU time. Before anything is timed,
+images. Ours is ``examples/barlow_recipes``. They take turns; the clock is the thread's own. Before anything is timed,
 both must agree: pixel by pixel after the same decisions, and in the statistics of the views where each draws its own.
 
 The images are made here, 500×375 like ImageNet's usual ones: noise with a spectrum that falls as that of photographs
@@ -16,11 +15,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import statistics
-import tempfile
-import time
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -37,14 +33,15 @@ from torchvision.transforms import functional as F
 
 from barlow_recipes.pixels import MEAN, STD, as_float, decode
 from barlow_recipes.views import ORDERS, PAPER, Decisions, View, ViewRecipe, colored, draw
-from machine import RESULTS, environment
-from timing import interleave, ratios, spread
+from machine import RESULTS, environment, store
+from measure import Turn, interleave, processor, ratios, spread
+from tables import details, grid, paragraphs
+from tables import spread as told
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    Turn = Callable[[], object]
-    Record = dict[str, Any]
+    from machine import Record
 
 OFFICIAL, OURS = "official", "ours"
 SIZE = 224
@@ -74,37 +71,31 @@ def official_decode(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content)).convert("RGB")
 
 
-def official_crop() -> list[Any]:
-    crop = transforms.RandomResizedCrop(SIZE, interpolation=F.InterpolationMode.BICUBIC)
-    return [crop, transforms.RandomHorizontalFlip(0.5)]
-
-
 def official_blur(image: Image.Image) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(torch.empty(1).uniform_(0.1, 2).item()))
-
-
-def official_tensor() -> list[Any]:
-    return [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
 
 
 def official_view(recipe: ViewRecipe) -> transforms.Compose:
     """The recipe, as the authors' program composes it."""
     return transforms.Compose(
         [
-            *official_crop(),
+            transforms.RandomResizedCrop(SIZE, interpolation=F.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(0.5),
             transforms.RandomApply([transforms.ColorJitter(*recipe.color_jitter)], p=recipe.jitter),
             transforms.RandomGrayscale(recipe.grayscale),
             transforms.RandomApply([official_blur], p=recipe.blur),
             transforms.RandomApply([partial(ImageOps.solarize, threshold=128)], p=recipe.solarize),
-            *official_tensor(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
         ]
     )
 
 
-def both_views(read: Callable[[bytes], Any], views: list[Callable[[Any], Tensor]], content: bytes) -> list[Tensor]:
-    """What a worker does with a file."""
-    image = read(content)
-    return [view(image) for view in views]
+def both_views(read: Callable[[bytes], Any], views: list[Callable[[Any], Tensor]], photos: Iterator[bytes]) -> None:
+    """What a worker does with the next file."""
+    image = read(next(photos))
+    for view in views:
+        view(image)
 
 
 def same_decisions(content: bytes, recipe: ViewRecipe) -> tuple[float, float, float]:
@@ -150,13 +141,6 @@ def measures(view: Tensor) -> list[float]:
 MEASURES = ("brightness", "colourfulness", "log of the sharpness")
 
 
-def moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance, (2, measures), and the square of the standard error of each."""
-    centred = (values - values.mean(0)).square()
-    variance = centred.mean(0)
-    return torch.stack([values.mean(0), variance]), torch.stack([variance, centred.var(0)]) / len(values)
-
-
 def agreement(photos: list[bytes]) -> Record:
     """How far the two pipelines are from each other.
 
@@ -165,105 +149,73 @@ def agreement(photos: list[bytes]) -> Record:
     """
     torch.manual_seed(0)
     record: Record = {"same_decisions": [], "statistics": []}
+    images = [(official_decode(content), decode(content, "photo")) for content in photos]
     for number, recipe in enumerate(PAPER, start=1):
         found = [same_decisions(content, recipe) for content in photos for _ in range(SAME_DRAWS)]
         apart, theirs, ours = zip(*found, strict=True)
-        row: Record = {"view": number, "distance": statistics.mean(apart), "largest_distance": max(apart)}
-        row["sharpness"] = {OFFICIAL: statistics.mean(theirs), OURS: statistics.mean(ours)}
+        sharp = {OFFICIAL: statistics.mean(theirs), OURS: statistics.mean(ours)}
+        row = {"view": number, "distance": statistics.mean(apart), "largest_distance": max(apart), "sharpness": sharp}
         record["same_decisions"].append(row)
-        if row["distance"] > MOST_DISTANCE:
+        if statistics.mean(apart) > MOST_DISTANCE:
             raise AssertionError(f"expected at most {MOST_DISTANCE} grey levels between the pipelines: {row}")
-    images = [(official_decode(content), decode(content, "photo")) for content in photos]
-    for number, recipe in enumerate(PAPER, start=1):
-        makers = official_view(recipe), View(recipe, SIZE)
-        drawn = [
-            [measures(make(pair[which])) for pair in images for _ in range(OWN_DRAWS)]
-            for which, make in enumerate(makers)
-        ]
-        (their_moments, their_error), (our_moments, our_error) = map(moments, torch.tensor(drawn, dtype=torch.float64))
-        deviation = (our_moments - their_moments) / (our_error + their_error).sqrt()
-        for i, measure in enumerate(MEASURES):
-            row = {"view": number, "measure": measure, "views": len(drawn[0])}
-            for j, moment in enumerate(("mean", "variance")):
-                row[moment] = {OFFICIAL: their_moments[j, i].item(), OURS: our_moments[j, i].item()}
-                row[moment]["standard_errors_apart"] = deviation[j, i].item()
-            record["statistics"].append(row)
-        if deviation.abs().max() > MOST_DEVIATION:
-            raise AssertionError(f"expected at most {MOST_DEVIATION} standard errors: {record['statistics']}")
+        their_view, our_view = official_view(recipe), View(recipe, SIZE)
+        drawn = [(measures(their_view(a)), measures(our_view(b))) for a, b in images for _ in range(OWN_DRAWS)]
+        rows = [{"view": number, **moments} for moments in compared(torch.tensor(drawn, dtype=torch.float64))]
+        record["statistics"] += rows
+        deviations = [abs(row[moment]["standard_errors_apart"]) for row in rows for moment in ("mean", "variance")]
+        if max(deviations) > MOST_DEVIATION:
+            raise AssertionError(f"expected at most {MOST_DEVIATION} standard errors: {rows}")
     return record
 
 
-def cpu_time_calls(turn: Turn, calls: int) -> float:
-    """Seconds of this thread per call: whatever else runs on the core does not count."""
-    start = time.thread_time()
-    for _ in range(calls):
-        turn()
-    return (time.thread_time() - start) / calls
-
-
-def timed(turns: dict[str, Turn], rounds: int) -> Record:
-    for turn in turns.values():
-        turn()
-    times = interleave(turns, rounds, math.inf, cpu_time_calls)
-    return {
-        "seconds": {name: spread(own) for name, own in times.items()},
-        "official_over_ours": ratios(times, OURS).get(OFFICIAL),
-    }
+def compared(drawn: Tensor) -> list[Record]:
+    """Mean and variance of each measure of (views, pipelines, measures), and how far apart in standard errors."""
+    centred = (drawn - drawn.mean(0)).square()
+    moments = {"mean": (drawn.mean(0), centred.mean(0)), "variance": (centred.mean(0), centred.var(0))}
+    rows: list[Record] = [{"measure": measure, "views": len(drawn)} for measure in MEASURES]
+    for moment, ((theirs, ours), variances) in moments.items():
+        apart = (ours - theirs) / (variances.sum(0) / len(drawn)).sqrt()
+        for row, *values in zip(rows, theirs.tolist(), ours.tolist(), apart.tolist(), strict=True):
+            row[moment] = dict(zip((OFFICIAL, OURS, "standard_errors_apart"), values, strict=True))
+    return rows
 
 
 def measure(photos: list[bytes], rounds: int) -> Record:
     """Both views of an image, from its bytes."""
-    theirs = partial(both_views, official_decode, [official_view(recipe) for recipe in PAPER])
-    ours = partial(both_views, partial(decode, name="photo"), [View(recipe, SIZE) for recipe in PAPER])
-    their_photos, our_photos = cycle(photos), cycle(photos)
-    turns: dict[str, Turn] = {OFFICIAL: lambda: theirs(next(their_photos)), OURS: lambda: ours(next(our_photos))}
+    theirs, ours = ([make(recipe) for recipe in PAPER] for make in (official_view, partial(View, size=SIZE)))
+    turns: dict[str, Turn] = {
+        OFFICIAL: partial(both_views, official_decode, theirs, cycle(photos)),
+        OURS: partial(both_views, partial(decode, name="photo"), ours, cycle(photos)),
+    }
+    for turn in turns.values():
+        turn()
+    times = interleave(turns, rounds, math.inf, processor)
+    whole: Record = {"seconds": {name: spread(own) for name, own in times.items()}}
+    whole["official_over_ours"] = ratios(times, OURS)[OFFICIAL]
     size = statistics.mean(map(len, photos))
-    return {"rounds": rounds, "images": len(photos), "mean_bytes": size, "whole": timed(turns, rounds)}
+    return {"rounds": rounds, "images": len(photos), "mean_bytes": size, "whole": whole}
 
 
 def markdown(results: Record) -> str:
-    """Two tables and what they rest on."""
+    """The tables and what they rest on."""
     machine, whole, found = results["environment"], results["whole"], results["agreement"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    ratio = whole["official_over_ours"]
-    views_per_second = {name: 2 / seconds["median"] for name, seconds in whole["seconds"].items()}
-    lines = [
+    rates = {name: f"{2 / seconds['median']:,.0f}" for name, seconds in whole["seconds"].items()}
+    over = {OFFICIAL: told(whole["official_over_ours"]), OURS: "1"}
+    head = ["both views of an image, decoded once", "views/s of a core", "CPU time, × ours (quartiles)"]
+    return paragraphs(
         "# The views of the loader, one thread",
-        "",
         f"{machine['cpu']}, {machine['system']}, Python {machine['python']}, {versions}. {results['images']} made JPEG "
-        f"files of 500×375 pixels and {results['mean_bytes'] / 1e3:.0f} kB on average, {results['rounds']} rounds.",
-        "",
-        "| both views of an image, decoded once | views/s of a core | CPU time, × ours (quartiles) |",
-        "| --- | ---: | ---: |",
-        f"| official: torchvision's transforms on Pillow | {views_per_second[OFFICIAL]:,.0f} | {_spread(ratio)} |",
-        f"| ours | {views_per_second[OURS]:,.0f} | 1 |",
-        "",
-        "The same decisions, in grey levels. Pillow cuts to 8 bits after every operation, six times within a blur, "
-        "which leaves noise and undoes much of a weak blur.",
-        "",
-        "| view | mean distance of pixels | of the worst view | RMS of the Laplacian, official | ours |",
-        "| ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in found["same_decisions"]:
-        sharp = " | ".join(f"{value:.2f}" for value in row["sharpness"].values())
-        lines.append(f"| {row['view']} | {row['distance']:.2f} | {row['largest_distance']:.2f} | {sharp} |")
-    lines += [
-        "",
-        f"Where each draws its own decisions, {found['statistics'][0]['views']:,} views of either; the sharpness is "
-        "the RMS of the Laplacian, here of means of 4×4 pixels:",
-        "",
-        "| view | of each view | mean, official | ours | standard errors apart | variance, official | ours "
-        "| standard errors apart |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in found["statistics"]:
-        cells = [f"{value:.4g}" for moment in ("mean", "variance") for value in row[moment].values()]
-        lines.append(f"| {row['view']} | {row['measure']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _spread(values: dict[str, float]) -> str:
-    return f"{values['median']:.2f} ({values['q1']:.2f}–{values['q3']:.2f})"
+        f"files of 500×375 pixels and {results['mean_bytes'] / 1e3:.0f} kB on average, {results['rounds']} rounds. "
+        "Official: torchvision's transforms on Pillow.",
+        grid(head, [[name, rates[name], over[name]] for name in (OFFICIAL, OURS)]),
+        "After the same decisions: distances of pixels in grey levels, and the sharpness, the RMS of the Laplacian. "
+        "Pillow cuts to 8 bits after every operation, six times within a blur, which leaves noise and undoes much of a "
+        "weak blur.",
+        details(found["same_decisions"]),
+        "Where each draws its own decisions; the sharpness here is of means of 4×4 pixels:",
+        f"{details(found['statistics'])}\n",
+    )
 
 
 def main() -> None:
@@ -275,14 +227,9 @@ def main() -> None:
     torch.set_num_threads(1)
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "Pillow": PIL.__version__}
     machine = environment() | {"versions": versions}
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{number:03}.jpg" for number in range(arguments.images)]
-        for number, path in enumerate(paths):
-            path.write_bytes(photo(number))
-        photos = [path.read_bytes() for path in paths]
+    photos = list(map(photo, range(arguments.images)))
     results = {"environment": machine, "agreement": agreement(photos), **measure(photos, arguments.rounds)}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "loader.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    store(results, arguments.out / "loader.json")
     text = markdown(results)
     (arguments.out / "loader.md").write_text(text, encoding="utf-8")
     print(f"{text}\nWritten to {arguments.out / 'loader.json'} and .md")

@@ -1,57 +1,77 @@
-"""The relatives of the loss, VICReg and Barlow Twins with mixed samples, against their published formulas.
+"""What the relatives of the loss cost: VICReg, Barlow Twins with mixed samples, and more than two views.
 
-A step is the value and the gradient of both views, in float32, on one thread. Ours and the published formula take turns
-in one process, one of ours right before each of the other, and what is told is the median of the ratios of these pairs.
-What is counted is the thread's processor time, so that other programs on the machine are not in it.
-Each is held to float64 of what it computes before it is timed. Working memory is counted as in ``memory.py``.
+A step is the value and the gradient of all views, in float32, on one thread. Each is held to float64 of what it
+computes before it is timed. Contenders take turns in one process; what is told is the median of the ratios of
+neighbouring turns, of the thread's processor time, each after a call that is not timed: the turn before has left other
+data in the cache.
 
-FLOP model, forward and backward: VICReg takes 12·N·D² as published and 8·N²·D here, less what the symmetry of the Gram
-matrices saves. Byte model: as published a D×D matrix takes 4·D² bytes, and several are alive at once.
+*relatives*: ours against the published formula. FLOP model, forward and backward: VICReg takes 12·N·D² as published and
+8·N²·D here, less what the symmetry of the Gram matrices saves. As published a D×D matrix takes 4·D² bytes, and several
+are alive at once.
 
-Writes ``docs/relatives.json`` and the table of it in ``docs/relatives.md``.
+*views*: two, four, eight, and the mean over the 28 pairs of eight by our own loss of two. FLOP model: 8·N²·D for two
+views, 4·V·N²·D for V, 8·N²·D·V(V − 1)/2 for the loop; the symmetry of the Gram matrices saves a quarter of each.
+Byte model: (V + 3)·N·D + (V + 4)·N² elements beyond the views and their gradients.
 
-    python benches/relatives.py                       # under three minutes
-    python benches/relatives.py --rounds 3 --dry-run  # measure and print alone
-    python benches/relatives.py --check               # does the page say what was measured?
+Writes ``docs/relatives.json``, ``docs/views.json``, and the table of each in the page of that name.
+
+    python benches/relatives.py                         # both, five minutes
+    python benches/relatives.py --only views --dry-run  # measure and print alone
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime as dt
-import json
-import re
 from functools import partial
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-import machine
-from barlow_loss import mixed_barlow_twins_loss, vicreg_loss
-from memory import watched_step
-from timing import interleave, processor_time, ratios, spread
-from workload import Cell, errors, step
+from barlow_loss import barlow_twins_loss, mixed_barlow_twins_loss, vicreg_loss
+from contenders import off_diagonal_of
+from machine import environment, store
+from measure import (
+    Cell,
+    Errors,
+    cells,
+    check,
+    errors,
+    gram_form,
+    in_float64,
+    interleave,
+    processor,
+    ratios,
+    spread,
+    step,
+    watched,
+)
+from tables import insert, tabulated
 
 if TYPE_CHECKING:
-    from baselines import Contender
+    from collections.abc import Callable
 
-    Record = dict[str, Any]
+    from machine import Record
+    from measure import Turn
 
 DOCS = Path(__file__).parents[1] / "docs"
 OURS, PUBLISHED = "barlow_loss", "published"
 ALPHA, LAMBD, MIX_SCALE = 0.3, 0.0051, 5.0
-LARGEST_ERRORS = {OURS: 1e-5, PUBLISHED: 1e-3}
+TWO, FOUR, EIGHT, LOOP = "2 views", "4 views", "8 views", "28 pairs of 8 views"
+VIEWS_CELL = Cell(256, 8192)
 
 
-class Relative(NamedTuple):
-    """A loss, where it is measured, and the oracle that holds ours and the published one."""
+class Contender(NamedTuple):
+    """A loss of so many views, what it computes, for float64, and the largest errors at which it is timed."""
 
-    cells: tuple[Cell, ...]
-    contenders: dict[str, Contender]
-    oracles: dict[str, Contender]
+    loss: Callable[..., Tensor]
+    oracle: Callable[..., Tensor]
+    allowed: Errors
+    views: int = 2
 
 
 def published_vicreg(z1: Tensor, z2: Tensor) -> Tensor:
@@ -64,7 +84,7 @@ def published_vicreg(z1: Tensor, z2: Tensor) -> Tensor:
     x, y = z1 - z1.mean(dim=0), z2 - z2.mean(dim=0)
     hinges = [torch.mean(functional.relu(1 - torch.sqrt(t.var(dim=0) + 0.0001))) / 2 for t in (x, y)]
     covariances = [t.T @ t / (n - 1) for t in (x, y)]
-    cov_loss = sum(_off_diagonal(c).pow_(2).sum().div(d) for c in covariances)
+    cov_loss = sum(off_diagonal_of(c).pow_(2).sum().div(d) for c in covariances)
     loss: Tensor = 25 * repr_loss + 25 * (hinges[0] + hinges[1]) + cov_loss
     return loss
 
@@ -79,7 +99,7 @@ def published_mixed(z1: Tensor, z2: Tensor) -> Tensor:
     u1, u2, um = ((z - z.mean(dim=0)) / z.std(dim=0) for z in (z1, z2, z_mixed))
     c = u1.T @ u2 / n
     on_diagonal = torch.diagonal(c).add_(-1).pow_(2).sum()
-    off_diagonal = _off_diagonal(c).pow_(2).sum()
+    off_diagonal = off_diagonal_of(c).pow_(2).sum()
     mixture = torch.zeros(())
     for u in (u1, u2):
         target = ALPHA * (u1.T @ u) / n + (1 - ALPHA) * (u2[index].T @ u) / n
@@ -121,116 +141,166 @@ def _vicreg_oracle(z1: Tensor, z2: Tensor) -> Tensor:
     return 25 * (z1 - z2).square().mean() + 25 * hinge + (norms - variances.square().sum()) / d
 
 
-def _off_diagonal(c: Tensor) -> Tensor:
-    d = c.shape[0]
-    return c.flatten()[:-1].view(d - 1, d + 1)[:, 1:].flatten()
+def loop_over_pairs(*views: Tensor) -> Tensor:
+    """What everybody with more than two views does."""
+    return torch.stack([barlow_twins_loss(*pair) for pair in combinations(views, 2)]).mean()
 
 
+ALLOWED = {OURS: Errors(1e-5, 1e-5), PUBLISHED: Errors(1e-3, 1e-3)}
 RELATIVES = {
-    "VICReg": Relative(
-        (Cell(256, 2048), Cell(256, 8192)),
-        {OURS: vicreg_loss, PUBLISHED: published_vicreg},
-        {OURS: _vicreg_oracle, PUBLISHED: _vicreg_oracle},
+    "VICReg": (
+        cells("256x2048", "256x8192"),
+        {
+            OURS: Contender(vicreg_loss, _vicreg_oracle, ALLOWED[OURS]),
+            PUBLISHED: Contender(published_vicreg, _vicreg_oracle, ALLOWED[PUBLISHED]),
+        },
     ),
-    "Mixed Barlow Twins": Relative(
-        (Cell(256, 2048), Cell(256, 4096)),
-        {OURS: our_mixed, PUBLISHED: published_mixed},
-        {OURS: _mixed_oracle, PUBLISHED: partial(_mixed_oracle, eps=0.0, correction=1)},
+    "Mixed Barlow Twins": (
+        cells("256x2048", "256x4096"),
+        {
+            OURS: Contender(our_mixed, _mixed_oracle, ALLOWED[OURS]),
+            PUBLISHED: Contender(published_mixed, partial(_mixed_oracle, eps=0.0, correction=1), ALLOWED[PUBLISHED]),
+        },
     ),
 }
+PAIRS_ALLOWED = Errors(3e-7, 3e-6)
+VIEWS = {
+    name: Contender(barlow_twins_loss, gram_form, PAIRS_ALLOWED, n) for name, n in ((TWO, 2), (FOUR, 4), (EIGHT, 8))
+}
+VIEWS[LOOP] = Contender(loop_over_pairs, gram_form, PAIRS_ALLOWED, 8)
 
 
-def measure(name: str, cell: Cell, rounds: int, seconds: float) -> Record:
-    """Times, their ratios, working memory and errors of a relative at a cell, ours and published."""
+def measure(
+    contenders: dict[str, Contender], cell: Cell, rounds: int, seconds: float
+) -> tuple[dict[str, Record], dict[str, list[float]]]:
+    """Errors and working memory of each, and the seconds of their turns.
+
+    Raises:
+        AssertionError: an answer is wrong.
+    """
     torch.set_num_threads(1)
-    relative, views = RELATIVES[name], cell.views()
-    found = {who: _error(relative, who, views) for who in relative.contenders}
-    memory = {who: watched_step(contender, *views)[1] for who, contender in relative.contenders.items()}
-    turns = {who: _turn(contender, views) for who, contender in relative.contenders.items()}
-    times = interleave(turns, rounds, seconds, processor_time)
+    views = cell.views(max(each.views for each in contenders.values()))
+    records: dict[str, Record] = {}
+    turns: dict[str, Turn] = {}
+    for name, contender in contenders.items():
+        own = views[: contender.views]
+        turn = partial(step, contender.loss, *own)
+        answer, size = watched(turn)
+        found = errors(answer, in_float64(contender.oracle, *own))
+        check(name, cell, found, contender.allowed)
+        records[name], turns[name] = {"errors": found, "working_bytes": size}, turn
+    return records, interleave(turns, rounds, seconds, _warm)
+
+
+def _warm(turn: Turn, calls: int) -> float:
+    turn()
+    return processor(turn, calls)
+
+
+def measure_relative(name: str, cell: Cell, rounds: int, seconds: float) -> Record:
+    """A relative at a cell, ours and published."""
+    records, times = measure(RELATIVES[name][1], cell, rounds, seconds)
     return {
         "loss": name,
         "cell": str(cell),
         "seconds": {who: spread(own) for who, own in times.items()},
         "times_ours": ratios(times, OURS)[PUBLISHED],
         "rounds": len(times[OURS]),
-        "working_bytes": memory,
-        "errors": {who: error._asdict() for who, error in found.items()},
+        "working_bytes": {who: record["working_bytes"] for who, record in records.items()},
+        "errors": {who: record["errors"]._asdict() for who, record in records.items()},
     }
 
 
-def _turn(contender: Contender, views: tuple[Tensor, Tensor]) -> Any:
-    return lambda: step(contender, *views)
+def measure_views(cell: Cell, rounds: int, seconds: float) -> Record:
+    """All numbers of views at a cell."""
+    records, times = measure(VIEWS, cell, rounds, seconds)
+    of_two = ratios(times, TWO)
+    for name, record in records.items():
+        count = VIEWS[name].views
+        record["model_bytes"] = 4 * ((count + 3) * cell.n * cell.d + (count + 4) * cell.n**2)
+        record |= {"seconds": spread(times[name]), "times_two": of_two[name] if name != TWO else None}
+    loop = ratios(times, EIGHT)[LOOP]
+    return {"cell": str(cell), "rounds": len(times[TWO]), "contenders": records, "loop_over_eight": loop}
 
 
-def _error(relative: Relative, who: str, views: tuple[Tensor, Tensor]) -> Any:
-    """From float64 of what it computes; a wrong answer is not timed."""
-    doubles = [z.detach().double().requires_grad_() for z in views]
-    with machine.all_cores():
-        right = step(relative.oracles[who], *doubles)
-    found = errors(step(relative.contenders[who], *views), right)
-    if not max(found) <= LARGEST_ERRORS[who]:
-        raise AssertionError(f"{who}: expected errors of at most {LARGEST_ERRORS[who]}, found {found}")
-    return found
-
-
-def table(report: Record) -> str:
+def relatives_table(report: Record) -> str:
     """What stands in the page between its marks."""
-    environment = report["environment"]
-    lines = [
-        f"Forward and backward, float32, 1 thread, on {environment['cpu']} ({environment['instructions']}), "
-        f"torch {environment['versions']['torch']}; {report['date']}. Processor time; medians, quartiles in brackets.",
-        "",
-        "| loss | N × D | ours, ms | published, × ours | working memory, MB: ours | published | error of the "
-        "gradient: ours | published |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for record in report["records"]:
-        ratio, memory, found = record["times_ours"], record["working_bytes"], record["errors"]
-        lines.append(
-            f"| {record['loss']} | {record['cell'].replace('×', ' × ')} "
-            f"| {1e3 * record['seconds'][OURS]['median']:.1f} "
-            f"| {ratio['median']:.1f}× ({ratio['q1']:.1f} to {ratio['q3']:.1f}) "
-            f"| {memory[OURS] / 1e6:.1f} | {memory[PUBLISHED] / 1e6:,.0f} "
-            f"| {found[OURS]['gradient']:.1e} | {found[PUBLISHED]['gradient']:.1e} |"
-        )
-    return "\n".join(lines)
+    columns: dict[str, Callable[[Record], str]] = {
+        "loss": lambda record: record["loss"],
+        "N × D": lambda record: record["cell"].replace("×", " × "),
+        "ours, ms": lambda record: f"{1e3 * record['seconds'][OURS]['median']:.1f}",
+        "published, × ours": lambda record: _ratio(record["times_ours"], 1, "×"),
+        "working memory, MB: ours": lambda record: f"{record['working_bytes'][OURS] / 1e6:.1f}",
+        "published": lambda record: f"{record['working_bytes'][PUBLISHED] / 1e6:,.0f}",
+        "error of the gradient: ours": lambda record: f"{record['errors'][OURS]['gradient']:.1e}",
+        "of the published": lambda record: f"{record['errors'][PUBLISHED]['gradient']:.1e}",
+    }
+    return f"{_setting(report)}\n\n{tabulated(report['records'], columns)}"
 
 
-def page_with(report: Record) -> str:
-    """The page with the table of a report."""
-    page = (DOCS / "relatives.md").read_text(encoding="utf-8")
-    block = f"<!-- relatives:begin -->\n{table(report)}\n<!-- relatives:end -->"
-    page, count = re.subn(r"<!-- relatives:begin -->.*<!-- relatives:end -->", lambda _: block, page, flags=re.DOTALL)
-    if count != 1:
-        raise ValueError("relatives.md: expected the marks relatives:begin and relatives:end, once each")
-    return page
+def views_table(report: Record) -> str:
+    """The same of the views."""
+    columns: dict[str, Callable[[tuple[str, Record]], str]] = {
+        "": lambda row: row[0],
+        "ms": lambda row: f"{1e3 * row[1]['seconds']['median']:.0f}",
+        "× two views": lambda row: _ratio(row[1]["times_two"], 2) if row[1]["times_two"] else "1",
+        "working memory, MB": lambda row: f"{row[1]['working_bytes'] / 1e6:.0f}",
+        "over (V + 3)·N·D + (V + 4)·N²": lambda row: f"{row[1]['working_bytes'] / row[1]['model_bytes']:.2f}",
+        "error of the loss": lambda row: f"{row[1]['errors'][0]:.1e}",
+        "gradients": lambda row: f"{row[1]['errors'][1]:.1e}",
+    }
+    record = report["record"]
+    where, loop = record["cell"].replace("×", " × "), record["loop_over_eight"]
+    table = tabulated(record["contenders"].items(), columns)
+    return (
+        f"N × D = {where}. {_setting(report)}\n\n{table}\n\n"
+        f"The loop takes {loop['median']:.1f} times ({loop['q1']:.1f} to {loop['q3']:.1f}) the one call."
+    )
+
+
+def _setting(report: Record) -> str:
+    machine = report["environment"]
+    return (
+        f"Forward and backward, float32, 1 thread, on {machine['cpu']} ({machine['instructions']}), torch "
+        f"{machine['versions']['torch']}; {report['date']}. Processor time; medians, quartiles in brackets."
+    )
+
+
+def _ratio(values: Record, digits: int, sign: str = "") -> str:
+    median, q1, q3 = (f"{values[key]:.{digits}f}" for key in ("median", "q1", "q3"))
+    return f"{median}{sign} ({q1} to {q3})"
+
+
+TABLES = {"relatives": relatives_table, "views": views_table}
+
+
+def page_with(name: str, report: Record) -> str:
+    """The page ``name`` with the table of a report."""
+    return insert((DOCS / f"{name}.md").read_text(encoding="utf-8"), name, TABLES[name](report))
+
+
+def _report(name: str, rounds: int | None, seconds: float) -> Record:
+    date = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
+    report: Record = {"date": date, "environment": environment("lightly", "stable-pretraining")}
+    if name == "views":
+        return report | {"record": measure_views(VIEWS_CELL, rounds or 15, seconds)}
+    pairs = [(relative, cell) for relative, (where, _) in RELATIVES.items() for cell in where]
+    return report | {"records": [measure_relative(*pair, rounds or 9, seconds) for pair in pairs]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="pages (default: both)")
+    parser.add_argument("--rounds", type=int, help="default: nine for the relatives, fifteen for the views")
     parser.add_argument("--seconds", type=float, default=90.0, help="of a cell; after them only three rounds")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
-    parser.add_argument("--check", action="store_true", help="compare the page with the committed figures")
     options = parser.parse_args()
-    results = DOCS / "relatives.json"
-    if options.check:
-        current = (DOCS / "relatives.md").read_text(encoding="utf-8")
-        if page_with(json.loads(results.read_text(encoding="utf-8"))) != current:
-            raise SystemExit("docs/relatives.md does not say what docs/relatives.json does")
-        return
-    records = [
-        measure(name, cell, options.rounds, options.seconds)
-        for name, relative in RELATIVES.items()
-        for cell in relative.cells
-    ]
-    date = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
-    report = {"date": date, "environment": machine.environment(), "records": records}
-    print(table(report))
-    if not options.dry_run:
-        results.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (DOCS / "relatives.md").write_text(page_with(report), encoding="utf-8")
+    for name in options.only:
+        report = _report(name, options.rounds, options.seconds)
+        print(TABLES[name](report))
+        if not options.dry_run:
+            store(report, DOCS / f"{name}.json")
+            (DOCS / f"{name}.md").write_text(page_with(name, report), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ EPOCHS = {
     DIGITS: {PRETRAINED: 25, FOUR_VIEWS: 13, LOCAL_CROPS: 11},
     FASHION: {PRETRAINED: 2, FOUR_VIEWS: 1, LOCAL_CROPS: 1},
 }
-BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"  # of the table in README.md
+BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"  # of the table in docs/evaluation.md
 File = Annotated[Path | None, optional_value(Path, Path("docs/evaluation.json"))]
 Result = dict[str, Any]
 
@@ -63,9 +63,9 @@ class Settings:
     out: Path | None = None  # folder for the results; without it runs/evaluation, numbered if taken
     quick: bool = False  # the digits alone, two seeds, a few epochs and steps, under a minute: to see that it works
     overwrite: bool = False  # replace the results in that folder
-    update: File = None  # run nothing: put the table of these results, docs/evaluation.json if none, into README.md
-    check: File = None  # run nothing: fail if README.md has not the table of these results
-    readme: Path = Path("README.md")  # where the table goes
+    update: File = None  # run nothing: put the table of these results, docs/evaluation.json if none, into the page
+    check: File = None  # run nothing: fail if the page has not the table of these results
+    page: Path = Path("docs/evaluation.md")  # where the table goes
 
     def must_match(self) -> dict[str, Any]:
         """What decides about the numbers."""
@@ -90,7 +90,7 @@ def run(argv: list[str]) -> None:
     """Check what can be checked before the work, and do it."""
     settings = command_line.read(Settings, argv, __doc__ or "", QUICK if "--quick" in argv else None)
     if path := settings.update or settings.check:
-        put_into_readme(path, settings.readme, check=settings.update is None)
+        put_into_page(path, settings.page, check=settings.update is None)
         return
     for module, reason in (("sklearn", "the digits"), ("tqdm", "the progress bar")):
         require(module, reason)
@@ -164,20 +164,20 @@ def pretrain(name: str, seed: int, method: str, settings: Settings, device: torc
     return {"task": name, "seed": seed, "method": method, "folder": folder, "epochs": epochs, "seconds": seconds}
 
 
-def put_into_readme(path: Path, readme: Path, *, check: bool) -> None:
-    """Put the table into README.md, or see that it is there (UsageError)."""
+def put_into_page(path: Path, page: Path, *, check: bool) -> None:
+    """Put the table into the page, or see that it is there (UsageError)."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        now = readme.read_text(encoding="utf-8")
+        now = page.read_text(encoding="utf-8")
     except (OSError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path}, {readme}: cannot be read ({error})") from None
+        raise UsageError(f"{path}, {page}: cannot be read ({error})") from None
     wanted, found = re.subn(f"(?s)(?<={BEGIN}\n).*?(?=\n{END})", lambda _: small.markdown(results), now)
     if not found:
-        raise UsageError(f"--readme {readme}: expected the markers {BEGIN} and {END}, one after the other")
+        raise UsageError(f"--page {page}: expected the markers {BEGIN} and {END}, one after the other")
     if not check:
-        readme.write_text(wanted, encoding="utf-8")
+        page.write_text(wanted, encoding="utf-8")
     elif now != wanted:
-        raise UsageError(f"{readme} has not the table of {path}: run python examples/evaluate_small.py --update {path}")
+        raise UsageError(f"{page} has not the table of {path}: run python examples/evaluate_small.py --update {path}")
 
 
 if __name__ == "__main__":

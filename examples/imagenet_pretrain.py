@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from barlow_loss import collapse_report
 from barlow_recipes import checkpoint, distributed, folders, reporting
 from barlow_recipes.checkpoint import TrainingState
-from barlow_recipes.command_line import precision_notes
+from barlow_recipes.command_line import plain, precision_notes
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.digits import load_digits
 from barlow_recipes.distributed import is_rank_zero, on_rank_zero
@@ -53,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def launch(settings: Settings) -> None:
     """Prepare, measure the baselines, pretrain, evaluate, draw."""
+    if settings.show_settings:
+        print(yaml.safe_dump(plain(settings, without=folders.FOR_THIS_START), sort_keys=False), end="")
+        return
     started = time.perf_counter()
     require("matplotlib", "the curves")  # now, not hours later
     model = prepare_model(settings)

@@ -31,6 +31,7 @@ LOCK = ".lock"
 OWN = (*CHECKPOINTS, outputs.DAMAGED, outputs.METRICS, outputs.REPORT, *outputs.PICTURES, outputs.WANDB_ID, SETTINGS)
 OWN += (BACKBONE, RESULTS, "model.pt")  # by which a run has ended
 OWN_PATTERNS = (f"{outputs.TENSORBOARD}/events.out.tfevents.*", "classifier-*.safetensors")
+FOR_THIS_START = ("device", "out", "overwrite", "resume", "show_settings")  # no part of settings.yaml
 
 
 def find(settings: RunSettings, default: Path) -> Path | None:
@@ -78,7 +79,7 @@ def opened(
     if saved and resumed:
         checkpoint.check_settings(resumed, saved.content["settings"], dict(must_match))
     del saved  # the caller may let go of the memory while the run goes on
-    flags = plain(settings, without=("device", "out", "overwrite", "resume"))
+    flags = plain(settings, without=FOR_THIS_START)
 
     def choose() -> Path:
         wanted = settings.out or default

@@ -19,8 +19,13 @@ from barlow_recipes.views import PAPER, ViewRecipe
 MAY_CHANGE = {
     "preset", "data", "device", "backend", "workers", "loader_timeout", "channels_last", "compile", "tensorboard",
     "wandb", "deterministic", "probe_every", "log_every", "save_every",
-    "profile", "out", "overwrite", "resume", "limit_steps", "evaluation",
+    "profile", "out", "overwrite", "resume", "limit_steps", "evaluation", "show_settings",
 }  # fmt: skip
+# What the digits do without: they are grey, 8 pixels wide, and have changes of their own.
+OF_LARGER_IMAGES = (
+    "image_size", "stem", "channels", "value_range", "mean", "std", "crop_scale", "color_jitter", "grayscale", "blur",
+    "solarize", "local_crop_scale", "augment_on",
+)  # fmt: skip
 BEFORE_MORE_VIEWS = {"views": 2, "local_crops": 0}  # what older checkpoints lack
 WORLD_SIZE_OF_THE_OFFICIAL_RUN = 16  # V100s, says its README; the paper says 32
 
@@ -132,6 +137,7 @@ class Settings(RunSettings, PixelSettings):
     wandb: bool = False  # log to Weights & Biases, too
     profile: bool = False  # time the parts of the steps, and wait for the device to do so
     limit_steps: Positive | None = None  # stop after so many steps of the run
+    show_settings: bool = False  # print all settings, as --settings FILE takes them, and stop
 
     @property
     def micro_batch_size(self) -> int:
@@ -156,6 +162,17 @@ class Settings(RunSettings, PixelSettings):
         """The settings that a continued run must share with its checkpoint."""
         unused = {} if self.local_crops else {"local_size": None, "local_crop_scale": None}
         return command_line.plain(self, without=MAY_CHANGE) | unused
+
+    def without_effect(self) -> dict[str, str]:
+        """The fields that change nothing beside the others, and why."""
+        found: dict[str, str] = {}
+        if not self.local_crops:
+            found |= dict.fromkeys(("local_size", "local_crop_scale"), "without --local-crops")
+        if self.optimizer != "lars":
+            found |= dict.fromkeys(("trust_coefficient", "clip_trust"), f"with --optimizer {self.optimizer}")
+        if self.data is None:
+            found |= dict.fromkeys(OF_LARGER_IMAGES, "on the digits; give --data")
+        return found
 
     def check(self) -> None:
         self.check_pixels()
@@ -204,5 +221,8 @@ def read_settings(argv: Sequence[str] | None, description: str) -> Settings:
     default = replace(default, warmup_epochs=min(default.warmup_epochs, default.epochs / 10))
     settings = command_line.read(Settings, argv, description, default)
     settings.check()
+    for field, reason in settings.without_effect().items():
+        if getattr(settings, field) != getattr(default, field):
+            raise UsageError(f"{command_line.flag(field)}: expected it to be left out, it changes nothing {reason}")
     mean, std = settings.statistics()
     return replace(settings, device=device, mean=mean, std=std)

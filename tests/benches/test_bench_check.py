@@ -10,7 +10,7 @@ import pytest
 from fictitious import Record
 
 import check
-import committed
+import machine
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_one_operation_more_is_named_whatever_the_tolerance(old: Record, new: Re
     for ratio in (cell["contenders"]["lightly"]["times_ours"] for cell in new["cells"][:3]):
         ratio["median"] /= 1.1  # a larger part, within the tolerance
     lines = compared(old, new).splitlines()
-    assert lines[1].split() == ["operations", "of", "a", "step,", "64×2048,", "eager", "60", "61", "+1.7", "%"]
+    assert lines[2] == "| operations of a step, 64×2048, eager | 60 | 61 |  | +1.7 % |"
     assert lines[-2].startswith("None of")
     assert lines[-1] == "MORE than committed: operations of a step, 64×2048, eager (60 → 61)."
     assert verdict(new, old).startswith("None of")
@@ -165,12 +165,12 @@ def test_the_worst_stands_first_and_the_table_is_short(old: Record, new: Record)
     slower(new, 1.25)
     new["limits"][0]["ours_over_gemms"]["median"] *= 1.5
     lines = compared(old, new).splitlines()
-    assert [line.split("  ")[0] for line in lines[1:3]] == [
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:4]] == [
         "time over its GEMMs alone, 100×1000 on 1 thread",
         "time over lightly, 100×2000 on 1 thread",
     ]
-    assert lines[1].endswith("+50.0 %")
-    assert len(lines) == 1 + check.ROWS + 2
+    assert lines[2].endswith("| +50.0 % |")
+    assert len(lines) == 2 + check.ROWS + 2
     assert lines[-2] == f"… and {len(check.figures(old)) - check.ROWS} ratios more, none worse by more than +0.0 %."
 
 
@@ -245,9 +245,9 @@ def test_the_baseline_is_the_committed_one_whatever_lies_there_now(tmp_path: Pat
     git("commit", "-m", "results")
     (tmp_path / "2001-01-02-here.json").write_text('{"committed": false}')
     (tmp_path / "2001-01-03-here.json").write_text('{"committed": false}')
-    assert committed.baseline(tmp_path) == ("2001-01-02-here.json", {"committed": True})
-    assert committed.tracked(tmp_path).name == "2001-01-02-here.json"
-    assert committed.newest(tmp_path).name == "2001-01-03-here.json"
+    assert machine.baseline(tmp_path) == ("2001-01-02-here.json", {"committed": True})
+    assert machine.tracked(tmp_path).name == "2001-01-02-here.json"
+    assert machine.newest(tmp_path).name == "2001-01-03-here.json"
 
 
 def test_what_is_worse_is_measured_again_and_named_only_if_it_is_again(old: Record, new: Record) -> None:
@@ -265,7 +265,8 @@ def test_what_is_worse_is_measured_again_and_named_only_if_it_is_again(old: Reco
     assert asked == [["cells", "growth"]]
     text = check.report(old, new, changes, 0.2)
     assert text.splitlines()[-1] == "WORSE by more than 20 %: time over lightly, 100×2000 on 1 thread (+30.0 %)."
-    assert text.splitlines()[0].split() == ["what", "committed", "now", "again", "worse", "by"]
+    assert text.splitlines()[0] == "| what | committed | now | again | worse by |"
+    assert text.splitlines()[2].endswith("| +30.0 % |")
 
 
 def test_what_cannot_be_measured_again_stays_worse(old: Record, new: Record) -> None:

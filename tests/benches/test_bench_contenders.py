@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from barlow_loss import reference
-from baselines import EPS, FFT, JOINT, LAMBD, OURS, PAPER, SOLO, TEXTBOOK, VISSL, build, contenders, entry
-from workload import LARGEST_ORACLE, Cell, Errors, check, error_of_own, errors, gram_form, present, step, truth
+from contenders import EPS, FFT, JOINT, LAMBD, OURS, PAPER, SOLO, TEXTBOOK, VISSL, build, contenders, entry
+from measure import LARGEST_ORACLE, Cell, Errors, check, error_of_own, errors, gram_form, step, truth
+from sections import present
 
 CELL = Cell(24, 40)
 EAGER = [name for name in contenders() if not entry(name).compiled]

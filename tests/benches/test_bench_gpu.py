@@ -1,16 +1,20 @@
 """The model of a step on a GPU against what PyTorch is asked to do, and the page of what was measured on one."""
 
-import copy
+import itertools
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 import gpu
-import gpu_table
-from gpu_model import CONTENDERS, EAGER, MODELS, SETTINGS, TEXTBOOK, TRITON, Setting, counted
-from machine import RESULTS
-from workload import Cell
+from machine import RESULTS, load
+from measure import Cell, Errors, Events, wall
+from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, MODELS, SETTINGS, TEXTBOOK, TRITON, Setting, chip, counted
 
 CELL = Cell(64, 512)
 
@@ -27,23 +31,126 @@ def test_the_model_is_what_pytorch_is_asked_to_do(name: str, setting: Setting) -
 
 @pytest.fixture
 def stored() -> dict[str, Any]:
-    found = gpu.stored(RESULTS)
-    assert found is not None
-    return copy.deepcopy(found)
-
-
-def test_the_page_is_what_the_figures_and_the_model_say(stored: dict[str, Any]) -> None:
-    assert (RESULTS / "gpu.md").read_text(encoding="utf-8") == gpu_table.markdown(stored)
+    return load(RESULTS / "gpu.json")
 
 
 def test_one_that_is_no_contender_any_more_keeps_what_was_measured(stored: dict[str, Any]) -> None:
     record = stored["cells"][0]
     found = record["contenders"][CONTENDERS[0]]
     record["contenders"]["a former one"] = found
-    page = gpu_table.markdown(stored)
+    page = gpu.markdown(stored)
     assert "- a former one: as it was measured; it is no contender any more" in page
-    times, memory = (line.split(" | ") for line in page.splitlines() if "| a former one |" in line)
-    assert times[2] == ""  # no prediction
-    assert times[3].startswith(f"{1e3 * found['seconds']['median']:.3g} (")
-    assert memory[-2:] == [f"{found['loss_error']:.1e}", f"{found['gradient_error']:.1e} |"]
+    (row,) = (line for line in page.splitlines() if "| a former one |" in line)
+    head = next(line for line in page.splitlines() if line.startswith("| N | D | contender |"))
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert cells["predicted, ms"] == ""
+    assert cells["ms"].startswith(f"{1e3 * found['seconds']['median']:.4g} (")
+    assert cells["loss error"] == f"{found['loss_error']:.1e}"
     assert gpu.failures(stored) == []
+
+
+def test_a_measurement_becomes_the_rows_of_the_page(stored: dict[str, Any]) -> None:
+    """On the CPU, where the two that need a GPU are left out, and without time for what is compiled."""
+    where = gpu.Device.of(torch.device("cpu"))
+    record = gpu.measure(Cell(16, 64), AUTOCAST, where, rounds=2, deadline=0.0)
+    timed = {name: found for name, found in record["contenders"].items() if "seconds" in found}
+    assert timed.keys() >= {TEXTBOOK, EAGER}
+    assert record["contenders"][TRITON] == {"left_out": "needs a GPU"}
+    assert record["contenders"][COMPILED] == {"left_out": "the budget was spent"}
+    assert timed[TEXTBOOK]["times"][EAGER]["median"] > 0
+    page = gpu.markdown({**stored, "cells": [record], "left_out": ["the rest: left out, the budget was spent"]})
+    assert f"| 16 | 64 | {EAGER} | " in page
+    assert "- the rest: left out" in page
+
+
+def test_a_wrong_answer_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any]) -> None:
+    monkeypatch.setattr(gpu, "allowed", lambda name, setting: Errors(0.0, 0.0))
+    record = gpu.measure(Cell(16, 64), AUTOCAST, gpu.Device.of(torch.device("cpu")), rounds=1, deadline=0.0)
+    assert record["contenders"][EAGER]["failed"].startswith("wrong: errors of at most")
+    assert "seconds" not in record["contenders"][EAGER]
+    assert len(gpu.failures({"cells": [record]})) == 1
+    (row,) = (r for r in gpu.markdown({**stored, "cells": [record]}).splitlines() if f"| {EAGER} | " in r)
+    assert f"{record['contenders'][EAGER]['loss_error']:.1e}" in row
+    assert "wrong: errors of at most" in row
+    assert "wrong" in gpu.line(record)
+
+
+def test_it_needs_nothing_that_a_bare_machine_lacks() -> None:
+    """A machine with a GPU has torch and triton, and often neither a network nor a package that draws."""
+    program = "import sys, gpu; print(*sys.modules)"
+    path = os.pathsep.join([str(RESULTS.parent), str(RESULTS.parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert loaded.isdisjoint({"PIL", "lightly", "matplotlib", "pandas", "stable_pretraining", "torchvision"})
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> mock.MagicMock:
+    """torch.cuda of a GPU that is not there: its clock ticks at every event, and a step takes 250 bytes."""
+    pretended, clock = mock.MagicMock(), itertools.count()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.tick = next(clock)
+
+        def elapsed_time(self, end: "Event") -> float:
+            return float(end.tick - self.tick)
+
+    pretended.Event = Event
+    pretended.get_device_properties.return_value.L2_cache_size = 8
+    pretended.memory_allocated.return_value, pretended.max_memory_allocated.return_value = 100, 350
+    monkeypatch.setattr(torch, "cuda", pretended)
+    monkeypatch.setattr(Events, "LEAST_FLUSH", 16)
+    return pretended
+
+
+def test_a_gpu_is_timed_by_events_with_its_cache_overwritten(cuda: mock.MagicMock) -> None:
+    events, calls = Events(torch.device("cpu")), []
+    events._other.fill_(1)
+    assert len(events._other) == 32  # four times the cache
+    assert events(lambda: calls.append(int(events._other.sum())), 1000) == 1e-3  # a tick is a millisecond
+    assert calls == [0] * Events.MOST_CALLS
+    assert events.in_a_row(lambda: calls.append(1), 4) == 0.25e-3
+    assert cuda.synchronize.called
+
+
+def test_a_graph_is_captured_once_and_replayed(cuda: mock.MagicMock) -> None:
+    steps: list[int] = []
+    answer = (torch.ones(()), torch.ones(2), torch.ones(2))
+
+    def turn() -> tuple[torch.Tensor, ...]:
+        steps.append(1)
+        return answer
+
+    graphed = gpu.Graphed(turn)
+    assert len(steps) == gpu.WARM_UPS + 1
+    assert graphed() is answer
+    assert len(steps) == gpu.WARM_UPS + 1
+    assert cuda.CUDAGraph.return_value.replay.call_count == 1
+    where = gpu.Device(torch.device("meta"), wall, wall)
+    assert gpu._peak(graphed, where) == gpu._peak(turn, where) == (250, 16)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_the_ceilings_are_what_the_model_takes() -> None:
+    where = gpu.Device(torch.device("meta"), wall, lambda turn, calls: float(turn() is None) + 1)
+    found = gpu.ceilings(where)
+    assert found["copy_bytes_per_second"] == 2 * gpu.COPIED_BYTES
+    assert found["float16_flops"] == found["float32_flops"] == 2 * gpu.SQUARE**3
+    assert found["host_seconds"] == 2 / gpu.LAUNCHES
+    assert chip("it", found) == (
+        "it",
+        2 * gpu.COPIED_BYTES,
+        *[2 * gpu.SQUARE**3] * 2,
+        1 / gpu.LAUNCHES,
+        2 / gpu.LAUNCHES,
+    )

@@ -1,25 +1,23 @@
 """The pictures: what they show, whom, how large they are, and the digest that they keep."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import fictitious
 import pytest
 
-import plot_figures
-from baselines import DUAL, PRIMAL
+import pictures
+from contenders import DUAL, PRIMAL
 
 pytest.importorskip("matplotlib")
-import plots
 
 MOST_BYTES = 150_000
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return plots.draw(fictitious.results(), tmp_path_factory.mktemp("drawn") / "2001-01-01-nowhere.json")
+    return pictures.draw(fictitious.results(), tmp_path_factory.mktemp("drawn") / "2001-01-01-nowhere.json")
 
 
 def texts(figure: Any) -> str:
@@ -43,7 +41,7 @@ def test_two_pictures_that_load_fast_on_a_white_ground(drawn: list[Path]) -> Non
 def test_the_few_colours_of_the_file_tell_the_contenders_apart(drawn: list[Path]) -> None:
     from PIL import Image
 
-    colours = plots._colours(plot_figures.growth_figures(fictitious.results())).values()
+    colours = pictures.colours_of(pictures.growth_figures(fictitious.results())).values()
     with Image.open(drawn[0]) as picture:
         present = {colour for _, colour in picture.convert("RGB").getcolors(2**16)}
     for colour in set(colours):
@@ -52,31 +50,29 @@ def test_the_few_colours_of_the_file_tell_the_contenders_apart(drawn: list[Path]
 
 
 def test_a_picture_keeps_the_digest_of_what_it_shows(drawn: list[Path]) -> None:
-    shown = plot_figures.pictures(fictitious.results())
-    assert [plot_figures.drawn_from(path) for path in drawn] == [
-        plot_figures.digest(figures) for figures in shown.values()
-    ]
+    shown = pictures.pictures(fictitious.results())
+    assert [pictures.drawn_from(path) for path in drawn] == [pictures.digest(figures) for figures in shown.values()]
 
 
 def test_the_digest_depends_on_every_figure_shown() -> None:
     results = fictitious.results()
-    before = plot_figures.digest(plot_figures.growth_figures(results))
+    before = pictures.digest(pictures.growth_figures(results))
     results["growth"]["samples"]["contenders"]["barlow_loss"]["seconds"][0] += 1e-6
-    assert plot_figures.digest(plot_figures.growth_figures(results)) != before
+    assert pictures.digest(pictures.growth_figures(results)) != before
 
 
 def test_the_digest_is_that_of_the_stored_figures() -> None:
     """What a file of results holds must give the digest of what was in memory when it was written."""
     results = fictitious.results()
-    for kind, shown in plot_figures.pictures(json.loads(json.dumps(results))).items():
-        assert plot_figures.digest(shown) == plot_figures.digest(plot_figures.pictures(results)[kind])
+    for kind, shown in pictures.pictures(json.loads(json.dumps(results))).items():
+        assert pictures.digest(shown) == pictures.digest(pictures.pictures(results)[kind])
 
 
 def test_all_contenders_are_named_at_their_lines_and_bars() -> None:
     results = fictitious.results()
     for figure in (
-        plots.draw_growth(plot_figures.growth_figures(results)),
-        plots.draw_comparison(plot_figures.comparison_figures(results)),
+        pictures.draw_growth(pictures.growth_figures(results)),
+        pictures.draw_comparison(pictures.comparison_figures(results)),
     ):
         said = texts(figure)
         for name in results["cells"][0]["contenders"]:
@@ -85,25 +81,18 @@ def test_all_contenders_are_named_at_their_lines_and_bars() -> None:
 
 def test_the_comparison_shows_its_cell_or_the_fullest() -> None:
     results = fictitious.results()
-    shown = plot_figures.comparison_figures(results)
+    shown = pictures.comparison_figures(results)
     assert (shown["n"], shown["d"]) == (100, 2000)  # at D = 4000 some are missing
-    assert "256 × 8192" not in texts(plots.draw_comparison(shown))
+    assert "256 × 8192" not in texts(pictures.draw_comparison(shown))
     results["cells"].append(fictitious.cell(256, 8192, but=("lightly",)))
-    assert "Time of a step at 256 × 8192" in texts(plots.draw_comparison(plot_figures.comparison_figures(results)))
+    assert "Time of a step at 256 × 8192" in texts(pictures.draw_comparison(pictures.comparison_figures(results)))
 
 
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     results = fictitious.results()
     del results["growth"]
-    assert [path.name for path in plots.draw(results, tmp_path / "2001-01-01-x.json")] == [
+    assert [path.name for path in pictures.draw(results, tmp_path / "2001-01-01-x.json")] == [
         "2001-01-01-x-comparison.png"
     ]
     del results["cells"]
-    assert plots.draw(results, tmp_path / "2001-01-01-y.json") == []
-
-
-def test_labels_stand_apart_and_near_their_lines() -> None:
-    assert plots._apart([0.0, 0.0, 9.0], 2.0) == [-1.0, 1.0, 9.0]
-    placed = plots._apart([0.0, 0.1, 0.2, 2.5, 2.6], 1.0)
-    assert all(above - below > 1.0 - 1e-9 for below, above in pairwise(placed))
-    assert sum(placed) == pytest.approx(5.4)
+    assert pictures.draw(results, tmp_path / "2001-01-01-y.json") == []

@@ -1,26 +1,26 @@
-"""The bench of the relatives times right answers, and the page says what it measured."""
-
-import json
+"""The bench of the relatives and of more views times right answers, and the pages say what it measured."""
 
 import pytest
 import torch
 
 import relatives
 from barlow_loss import reference
-from relatives import ALPHA, LAMBD, MIX_SCALE, OURS, PUBLISHED, RELATIVES
-from workload import Cell, errors, step
+from measure import Cell, errors, gram_form, step
+from relatives import ALPHA, EIGHT, LAMBD, MIX_SCALE, OURS, PUBLISHED, RELATIVES, VIEWS
 
 CELL = Cell(24, 60)
+HEAD = {"date": "today", "environment": {"cpu": "a processor", "instructions": "some", "versions": {"torch": "2"}}}
 
 
-def doubles():
-    return [z.detach().double().requires_grad_() for z in CELL.views()]
+def doubles(count=2):
+    return CELL.views(count, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("who", [OURS, PUBLISHED])
 @pytest.mark.parametrize("name", RELATIVES)
 def test_each_gives_the_value_and_gradient_of_its_oracle(name, who):
-    found = errors(step(RELATIVES[name].contenders[who], *doubles()), step(RELATIVES[name].oracles[who], *doubles()))
+    contender = RELATIVES[name][1][who]
+    found = errors(step(contender.loss, *doubles()), step(contender.oracle, *doubles()))
     assert found.loss < 1e-12
     assert found.gradient < 1e-11
 
@@ -30,29 +30,44 @@ def test_the_oracle_of_mixed_samples_is_the_packages():
     index, z_mixed = relatives._mixed(z1, z2)
     settings = {"lambd": LAMBD, "mix_scale": MIX_SCALE}
     expected = reference.mixed_barlow_twins_loss(z1, z2, z_mixed, ALPHA, index, **settings).loss
-    torch.testing.assert_close(RELATIVES["Mixed Barlow Twins"].oracles[OURS](z1, z2), expected, rtol=1e-12, atol=0)
+    oracle = RELATIVES["Mixed Barlow Twins"][1][OURS].oracle
+    torch.testing.assert_close(oracle(z1, z2), expected, rtol=1e-12, atol=0)
+
+
+def test_the_truth_of_many_views_is_the_mean_over_pairs():
+    of_three = doubles(3)
+    assert max(errors(step(relatives.loop_over_pairs, *of_three), step(gram_form, *of_three))) < 1e-12
 
 
 @pytest.mark.parametrize("name", RELATIVES)
-def test_a_measurement_becomes_a_row(name):
-    record = relatives.measure(name, CELL, rounds=3, seconds=0.1)
+def test_a_measurement_of_a_relative_becomes_a_row(name):
+    record = relatives.measure_relative(name, CELL, rounds=3, seconds=0.1)
     assert record["rounds"] == 3
     assert record["working_bytes"][PUBLISHED] > 2 * 4 * CELL.d**2
-    environment = {"cpu": "a processor", "instructions": "some", "versions": {"torch": "2"}}
-    text = relatives.table({"date": "today", "environment": environment, "records": [record]})
+    text = relatives.relatives_table({**HEAD, "records": [record]})
     assert text.splitlines()[-1].startswith(f"| {name} | 24 × 60 | ")
 
 
-def test_a_wrong_answer_is_not_timed(monkeypatch):
-    wrong = RELATIVES["VICReg"]._replace(oracles={OURS: lambda a, b: (a * b).sum(), PUBLISHED: lambda a, b: a.sum()})
-    monkeypatch.setitem(RELATIVES, "VICReg", wrong)
-    with pytest.raises(AssertionError, match="expected errors of at most"):
-        relatives.measure("VICReg", CELL, rounds=3, seconds=0.1)
+def test_a_measurement_of_views_becomes_the_rows():
+    record = relatives.measure_views(CELL, rounds=3, seconds=0.1)
+    assert record["rounds"] == 3
+    assert set(record["contenders"]) == set(VIEWS)
+    text = relatives.views_table({**HEAD, "record": record})
+    assert [line.split("|")[1].strip() for line in text.splitlines()[4:8]] == list(VIEWS)
 
 
-def test_the_page_says_what_was_measured():
-    page = relatives.DOCS / "relatives.md"
-    if not page.exists():
-        pytest.skip("the page is not part of a source distribution")
-    report = json.loads((relatives.DOCS / "relatives.json").read_text(encoding="utf-8"))
-    assert relatives.page_with(report) == page.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", [OURS, PUBLISHED])
+def test_a_wrong_relative_is_not_timed(monkeypatch, name):
+    cells, contenders = RELATIVES["VICReg"]
+    wrong = contenders[name]._replace(loss=lambda a, b: (a * b).sum())
+    monkeypatch.setitem(RELATIVES, "VICReg", (cells, {**contenders, name: wrong}))
+    monkeypatch.setattr(relatives, "interleave", lambda *args: pytest.fail("timed"))
+    with pytest.raises(AssertionError, match=f"{name} at 24×60: expected errors of at most"):
+        relatives.measure_relative("VICReg", CELL, rounds=3, seconds=0.1)
+
+
+def test_a_wrong_answer_of_many_views_is_not_timed(monkeypatch):
+    wrong = VIEWS[EIGHT]._replace(loss=lambda *z: torch.stack([view.sum() for view in z]).sum())
+    monkeypatch.setitem(VIEWS, EIGHT, wrong)
+    with pytest.raises(AssertionError, match="8 views at 24×60: expected errors of at most"):
+        relatives.measure_views(CELL, rounds=3, seconds=0.1)

@@ -13,11 +13,10 @@ if not all(map(find_spec, ("matplotlib", "torchvision"))):
 from torch import Tensor
 
 import bench
-import compare
-import table
-import training_step
-from baselines import FFT, OURS, TEXTBOOK, Contender
-from workload import Cell
+import render
+import sections
+from contenders import FFT, OURS, TEXTBOOK, Contender
+from measure import Cell
 
 SMALL = bench.Plan(
     cells=(Cell(32, 128), Cell(128, 32)),
@@ -40,23 +39,23 @@ def halved(contender: Contender) -> Contender:
 
 @pytest.mark.parametrize("name", [OURS, TEXTBOOK, FFT])
 def test_a_wrong_gradient_is_never_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = compare.build
+    honest = sections.build
     monkeypatch.setattr(
-        compare, "build", lambda chosen, d: halved(honest(chosen, d)) if chosen == name else honest(chosen, d)
+        sections, "build", lambda chosen, d: halved(honest(chosen, d)) if chosen == name else honest(chosen, d)
     )
-    monkeypatch.setattr(compare, "beside", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(sections, "beside", lambda *args: pytest.fail("timed"))
     with pytest.raises(AssertionError, match=f"{name} at 32×64: expected errors of at most"):
-        compare.compare(Cell(32, 64), (OURS, TEXTBOOK, FFT), threads=1, rounds=1, seconds=0)
+        sections.compare(Cell(32, 64), (OURS, TEXTBOOK, FFT), threads=1, rounds=1, seconds=0)
 
 
 @pytest.mark.parametrize("name", [OURS, TEXTBOOK])
 def test_a_training_step_with_a_wrong_loss_is_never_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = training_step.build
+    honest = sections.build
     monkeypatch.setattr(
-        training_step, "build", lambda chosen, d: halved(honest(chosen, d)) if chosen == name else honest(chosen, d)
+        sections, "build", lambda chosen, d: halved(honest(chosen, d)) if chosen == name else honest(chosen, d)
     )
     with pytest.raises(AssertionError, match=f"{name} at 16×32: expected errors of at most"):
-        training_step.checked_losses(*Cell(16, 32).views())
+        sections.checked_turns(Cell(16, 32), *Cell(16, 32).views())
 
 
 def test_a_run_writes_figures_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +74,7 @@ def test_a_run_writes_figures_tables_and_pictures(tmp_path: Path, capsys: pytest
     assert [cell["algorithm"] for cell in results["cells"]] == ["dual", "primal"]
     assert results["cells"][0]["contenders"][OURS]["times_ours"]["median"] == 1
     assert results["host"]["steps"][0]["what"] == "eager"
-    assert files[1].read_text() == table.markdown(results, files[0])
+    assert files[1].read_text() == render.markdown(results, files[0])
     assert "32 × 128, 1 thread, dual" in capsys.readouterr().out
 
 
@@ -92,3 +91,20 @@ def test_a_part_is_not_written_among_the_committed_results(monkeypatch: pytest.M
     assert out() == out("--plan", "full") == bench.RESULTS
     assert out("--only", "limits") == out("--plan", "check") == Path("runs/bench")
     assert out("--only", "limits", "--out", "there") == Path("there")
+
+
+def test_promises_are_read_off_the_results() -> None:
+    results = {
+        "cells": [{"n": 256, "d": 4096, "contenders": {OURS: {"working_bytes": 4096**2}}}],
+        "growth": {"features": {"n": 256, "contenders": {OURS: {"d": [2048, 32768], "exponent": 1.2}}}},
+        "limits": [{"n": 256, "d": 8192, "threads": threads, "ours_over_gemms": {"median": 1.3}} for threads in (1, 2)],
+        "training": [
+            {"what": "ResNet-50 and projector", "shares": {OURS: 0.01}},
+            {"what": "projector alone", "shares": {OURS: 0.2}},
+        ],
+        "seconds": dict.fromkeys(bench.SECTIONS, 120.0),
+    }
+    said = [line.split(":")[0] for line in bench.verdicts(results)]
+    assert said == ["NOT KEPT", "kept", "kept", "kept", "NOT KEPT"]
+    assert "exponent of time in D, N = 256: 1.2, promised at most 1.15" in bench.verdicts(results)[0]
+    assert bench.verdicts({"limits": []}) == []

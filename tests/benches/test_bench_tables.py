@@ -9,18 +9,17 @@ import fictitious
 import pytest
 from fictitious import Record
 
-import committed
-import plot_figures
-import table
-import table_exactness
-import table_growth
-import table_host
-import table_limits
-import table_speed
-import table_steps
+import machine
+import pictures
+import render
+import tables
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = ("bench", "growth", "exactness", "limits", "host", "distributed", "training", "bytes")
+PLACES = {  # of the blocks
+    "gain": "README.md",
+    **dict.fromkeys(("bench", "growth", "exactness", "limits", "host", "training"), "docs/performance.md"),
+    **dict.fromkeys(("distributed", "bytes"), "docs/processes.md"),
+}
 
 
 @pytest.fixture
@@ -35,11 +34,27 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def test_readme_agrees_with_the_committed_results() -> None:
-    assert table.stale(committed.tracked(), ROOT / "README.md") == []
+    assert render.stale(machine.tracked(), ROOT) == []
+
+
+@pytest.mark.parametrize("page", ["gpu.md", "relatives.md", "views.md"])
+def test_the_other_pages_say_what_was_measured(page: str) -> None:
+    found = {path.name: (path, text) for path, text in render.other_pages().items()}
+    if page not in found:
+        pytest.skip("the page is not part of a source distribution")
+    path, text = found[page]
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_another_page_that_is_stale_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {path: text.replace("0", "1") for path, text in render.other_pages().items()}
+    monkeypatch.setattr(render, "other_pages", lambda: pages)
+    with pytest.raises(SystemExit, match=r"(?s)gpu.md: expected the figures of gpu.json.*python benches/render.py"):
+        render.main(["--check"])
 
 
 def test_speed_is_ours_in_ms_and_the_others_over_it(results: Record) -> None:
-    found = rows(table_speed.speed(results))
+    found = rows(tables.speed(results))
     assert found["N × D"] == ["algorithm", "ours, ms", "FFT relaxation", "textbook", "lightly", "solo-learn"]
     assert found["100 × 1000"] == ["dual", "10", "0.50×", "5.0×", "6.0×", "20×"]
     assert found["100 × 4000"] == ["dual", "40", "0.50×", "20×", "—", "—"]
@@ -47,24 +62,24 @@ def test_speed_is_ours_in_ms_and_the_others_over_it(results: Record) -> None:
 
 def test_several_thread_counts_have_a_column(results: Record) -> None:
     results["cells"].append(fictitious.cell(300, 3000, threads=2))
-    assert rows(table_speed.speed(results))["300 × 3000"][:2] == ["2", "dual"]
-    assert "1 thread or 2 threads" in table_speed.setting(results)
+    assert rows(tables.speed(results))["300 × 3000"][:2] == ["2", "dual"]
+    assert "1 thread or 2 threads" in tables.setting(results)
 
 
 def test_a_cell_that_only_later_contenders_share_keeps_its_columns(results: Record) -> None:
     results["cells"].insert(0, fictitious.cell(50, 500, but=("textbook",)))
-    assert rows(table_speed.speed(results))["100 × 1000"][2:5] == ["0.50×", "6.0×", "20×"]
-    assert rows(table_speed.speed(results))["50 × 500"][-1] == "—"
+    assert rows(tables.speed(results))["100 × 1000"][2:5] == ["0.50×", "6.0×", "20×"]
+    assert rows(tables.speed(results))["50 × 500"][-1] == "—"
 
 
 def test_memory_is_in_millions_of_bytes(results: Record) -> None:
-    found = rows(table_speed.memory(results))
+    found = rows(tables.memory(results))
     assert found["100 × 2000"] == ["4.0", "4.0", "64.0", "64.0", "64.0"]
     assert found["100 × 4000"] == ["8.0", "8.0", "256", "—", "—"]
 
 
 def test_growth_gives_exponents_and_the_largest_d(results: Record) -> None:
-    text = table_growth.growth(results)
+    text = tables.growth(results)
     assert rows(text)["barlow_loss"] == ["D^1.00", "1000", "4000", "N^1.00", "100", "200", "800,000", "≈ 300,000"]
     assert rows(text)["textbook"] == ["D^2.00", "1000", "2000", "—", "—", "—", "≈ 11,000", "≈ 10,900"]
     assert "2.00 times as long with ours, 4.00 times with textbook and 2.00 times with FFT relaxation" in text
@@ -75,14 +90,14 @@ def test_growth_gives_exponents_and_the_largest_d(results: Record) -> None:
 
 def test_exactness_takes_the_largest_error_and_says_what_differs(results: Record) -> None:
     results["cells"][1]["contenders"]["textbook"]["error_of_own"]["loss"] = 5e-7
-    text = table_exactness.exactness(results)
+    text = tables.exactness(results)
     assert rows(text)["textbook"] == ["the paper's loss", "5.0e-07", "2.0e-07", "", ""]
     assert rows(text)["FFT relaxation"] == ["relaxed sum", "1.0e-07", "2.0e-07", "8.0e-02", "2.5e+00"]
     assert "of another value and gradient: FFT relaxation by up to 8 % and 250 %." in text
 
 
 def test_limits_say_where_a_step_goes(results: Record) -> None:
-    text = table_limits.limits(results)
+    text = tables.limits(results)
     found = rows(text)["100 × 1000"]
     assert found[:6] == ["1", "dual", "10", "8", "1.25", "0.25"]
     assert found[7:] == ["50", "60", "10", "8", "1.25", "60 %", "30 %", "10 %"]
@@ -93,19 +108,19 @@ def test_limits_say_where_a_step_goes(results: Record) -> None:
 
 
 def test_the_host_is_told_by_what_it_stands_beside(results: Record) -> None:
-    text = table_host.host(results)
+    text = tables.host(results)
     assert rows(text)["eager"] == ["4 × 16", "float32", "100", "textbook", "125", "0.80×"]
     assert rows(text)["Triton on a pretended GPU"][3:] == ["an empty autograd.Function", "30", "3.0×"]
     assert "dispatches 50 operations at 4 × 16 and 60 operations at 64 × 2048" in text
     assert "executes none of the 3 launches" in text
     results["host"]["left_out"] = {results["host"]["steps"].pop()["what"]: "triton is not installed"}
-    text = table_host.host(results)
+    text = tables.host(results)
     assert "launches" not in text
     assert text.endswith("Not measured: Triton on a pretended GPU, because triton is not installed.")
 
 
 def test_processes_are_right_too_short_or_refuse(results: Record) -> None:
-    text = table_exactness.over_processes(results)
+    text = tables.over_processes(results)
     assert "Right everywhere (errors below 0.001): barlow_loss." in text
     assert "right direction and a wrong length with textbook (1/W of it)." in text
     assert "lightly refuses: “shards must be even \\| or else”." in text
@@ -116,21 +131,21 @@ def test_processes_are_right_too_short_or_refuse(results: Record) -> None:
 def test_nobody_is_called_right_who_is_not(results: Record) -> None:
     for setting in results["distributed"]["exactness"]:
         setting["contenders"]["barlow_loss"] = {"loss_error": 0.1, "gradient_error": 0.1, "gradient_cosine": 0.9}
-    assert "Right everywhere (errors below 0.001): none." in table_exactness.over_processes(results)
+    assert "Right everywhere (errors below 0.001): none." in tables.over_processes(results)
 
 
 def test_distributed_gives_time_and_bytes(results: Record) -> None:
-    text = table_steps.distributed(results)
+    text = tables.distributed(results)
     assert rows(text)["100 × 1000"] == ["2", "20", "16×", "5.0×", "4.00", "64.00"]
     assert "The loopback's own counter shows 1.500 times" in text
 
 
 def test_training_before_and_after(results: Record) -> None:
-    text = table_steps.training(results)
+    text = tables.training(results)
     assert rows(text)["projector alone"] == ["256", "3", "10", "9.2", "1.09×", "10 %", "2.2 %"]
     assert "the loss takes 200 ms in place of 1,000 (5.0× as fast), 8 % of the step saved." in text
     results["training"][0]["speed_up"] = 0.5
-    assert "the step 100 % longer." in table_steps.training(results)
+    assert "the step 100 % longer." in tables.training(results)
 
 
 def test_who_was_not_measured_is_not_spoken_of(results: Record) -> None:
@@ -138,7 +153,7 @@ def test_who_was_not_measured_is_not_spoken_of(results: Record) -> None:
         cell["contenders"].pop("solo-learn", None)
         del cell["contenders"]["FFT relaxation"]
     del results["growth"]["features"]["contenders"]["FFT relaxation"]
-    text = table.markdown(results, Path("2001-01-01-nowhere.json"))
+    text = render.markdown(results, Path("2001-01-01-nowhere.json"))
     assert "solo-learn" not in text
     assert "FFT" not in text
     assert "Another loss than the paper's" not in text
@@ -146,16 +161,17 @@ def test_who_was_not_measured_is_not_spoken_of(results: Record) -> None:
 
 @pytest.mark.parametrize("section", ["cells", "growth", "limits", "host", "distributed", "training"])
 def test_a_section_that_is_missing_is_said(results: Record, section: str) -> None:
+    results["cells"].append(fictitious.cell(256, 8192))
     del results[section]
     missing = [
-        name for name, text in table.blocks(results, {}).items() if text == "Not among the results of 2001-01-01."
+        name for name, text in render.blocks(results, {}).items() if text == "Not among the results of 2001-01-01."
     ]
-    assert missing == {"cells": ["bench", "exactness"]}.get(section, [section])
-    table.markdown(results, Path("2001-01-01-nowhere.json"))
+    assert missing == {"cells": ["gain", "bench", "exactness"]}.get(section, [section])
+    render.markdown(results, Path("2001-01-01-nowhere.json"))
 
 
 def test_the_page_has_every_figure_with_its_quartiles(results: Record) -> None:
-    page = table.markdown(results, Path("2001-01-01-nowhere.json"))
+    page = render.markdown(results, Path("2001-01-01-nowhere.json"))
     assert "barlow_loss, primal" in page
     assert "10 (9–11)" in page
     assert (
@@ -165,26 +181,31 @@ def test_the_page_has_every_figure_with_its_quartiles(results: Record) -> None:
 
 
 def test_a_line_for_the_terminal(results: Record) -> None:
-    said = table.line(results["cells"][0])
+    said = tables.line(results["cells"][0])
     assert said.startswith("100 × 1000, 1 thread, dual: 10 ms; FFT relaxation 0.50×; textbook 5.0×")
     assert said.endswith("errors 1.0e-07 2.0e-07; 7 rounds")
 
 
 class Folder:
-    """A README and results in a folder of their own, with pictures that carry the digests of what they would show."""
+    """Pages and results in a folder of their own, with pictures that carry the digests of what they would show."""
 
     def __init__(self, root: Path) -> None:
-        self.readme, self.results = root / "README.md", root / "benches" / "results" / "2001-01-01-nowhere.json"
+        self.root, self.results = root, root / "benches" / "results" / "2001-01-01-nowhere.json"
         self.results.parent.mkdir(parents=True)
-        self.readme.write_text("# A\n" + "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in BLOCKS))
+        (root / "docs").mkdir()
+        for name in PLACES:
+            with self.page(name).open("a") as file:
+                file.write(f"# A\n<!-- {name}:begin -->\n<!-- {name}:end -->\n")
         figures = fictitious.results()
+        figures["cells"].append(fictitious.cell(256, 8192))
         self.results.write_text(json.dumps(figures))
-        for kind, shown in plot_figures.pictures(figures).items():
-            plot_figures.picture(self.results, kind).write_bytes(
-                fictitious.png(plot_figures.KEYWORD, plot_figures.digest(shown))
-            )
-        self.flags = ["--results", str(self.results.parent), "--readme", str(self.readme)]
-        table.main(self.flags)
+        for kind, shown in pictures.pictures(figures).items():
+            pictures.picture(self.results, kind).write_bytes(fictitious.png(pictures.KEYWORD, pictures.digest(shown)))
+        self.flags = ["--results", str(self.results.parent), "--root", str(self.root)]
+        render.main(self.flags)
+
+    def page(self, block: str) -> Path:
+        return self.root / PLACES[block]
 
     def change(self, figure: Callable[[Record], None]) -> None:
         """Another figure in the JSON."""
@@ -193,7 +214,7 @@ class Folder:
         self.results.write_text(json.dumps(figures))
 
     def complaints(self) -> list[str]:
-        return table.stale(self.results, self.readme)
+        return render.stale(self.results, self.root)
 
 
 @pytest.fixture
@@ -203,39 +224,53 @@ def folder(tmp_path: Path) -> Folder:
 
 def test_what_was_written_passes_the_check(folder: Folder) -> None:
     assert folder.complaints() == []
-    before = folder.readme.read_text()
-    table.main([*folder.flags, "--check"])
-    assert folder.readme.read_text() == before
-    assert "(benches/results/2001-01-01-nowhere-growth.png)" in before
+    before = folder.page("bench").read_text()
+    render.main([*folder.flags, "--check"])
+    assert folder.page("bench").read_text() == before
+    assert "(../benches/results/2001-01-01-nowhere-growth.png)" in before
     assert before.startswith("# A\n<!-- bench:begin -->\nForward and backward, float32, 1 thread, on Fictitious 9000")
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+def test_the_readme_says_what_is_gained(folder: Folder) -> None:
+    text = folder.page("gain").read_text()
+    assert "(benches/results/2001-01-01-nowhere-comparison.png)" in text
+    assert "| one CPU thread, float32 | 8,590 ms, 1,074 MB | — | 210 ms, 41.9 MB | — |" in text
+    gpu = {"textbook, eager": 2e-3, "ours, Triton": 1e-3}
+    contenders = {name: {"seconds": fictitious.spread(s), "peak_bytes": 5e8} for name, s in gpu.items()}
+    cell = {"n": 256, "d": 8192, "setting": "fp32", "contenders": contenders | {"textbook, compiled": None}}
+    record = {"environment": {"device": "Fictitious GPU"}, "cells": [cell]}
+    assert "| Fictitious GPU, fp32 | 2 ms, 500 MB | — | 1 ms, 500 MB | — |" in tables.gain(
+        json.loads(folder.results.read_text()), record
+    )
+
+
+@pytest.mark.parametrize("name", PLACES)
 def test_a_block_that_was_edited_is_named(folder: Folder, name: str) -> None:
-    text = folder.readme.read_text()
+    page = folder.page(name)
+    text = page.read_text()
     block = re.compile(rf"(<!-- {name}:begin -->.*?)(\d)(?=[^\d].*?<!-- {name}:end -->)", re.DOTALL)
     edited = block.sub(lambda found: found[1] + str((int(found[2]) + 1) % 10), text, count=1)
     assert edited != text
-    folder.readme.write_text(edited)
+    page.write_text(edited)
     assert folder.complaints() == [
-        f"README.md: the block “{name}” does not hold the figures of 2001-01-01-nowhere.json"
+        f"{page.name}: the block “{name}” does not hold the figures of 2001-01-01-nowhere.json"
     ]
-    with pytest.raises(SystemExit, match=f"(?s)“{name}”.*python benches/table.py"):
-        table.main([*folder.flags, "--check"])
-    assert folder.readme.read_text() == edited
+    with pytest.raises(SystemExit, match=f"(?s)“{name}”.*python benches/render.py"):
+        render.main([*folder.flags, "--check"])
+    assert page.read_text() == edited
 
 
 def test_a_figure_that_changed_is_named_everywhere(folder: Folder) -> None:
     folder.change(lambda results: results["cells"][0]["contenders"]["textbook"].update(working_bytes=77_000_000))
     assert folder.complaints() == [
-        "README.md: the block “bench” does not hold the figures of 2001-01-01-nowhere.json",
+        "performance.md: the block “bench” does not hold the figures of 2001-01-01-nowhere.json",
         "2001-01-01-nowhere.md: expected the figures of 2001-01-01-nowhere.json",
         "2001-01-01-nowhere-growth.png: drawn from other figures than those of 2001-01-01-nowhere.json",
     ]
 
 
 def test_a_picture_that_is_missing_broken_or_another_is_named(folder: Folder) -> None:
-    picture = plot_figures.picture(folder.results, plot_figures.COMPARISON)
+    picture = pictures.picture(folder.results, pictures.COMPARISON)
     whole = picture.read_bytes()
     for content in (b"", whole[:60], whole.replace(b"sha256\0", b"sha256\0f"), fictitious.png("Author", "nobody")):
         picture.write_bytes(content)
@@ -245,15 +280,17 @@ def test_a_picture_that_is_missing_broken_or_another_is_named(folder: Folder) ->
 
 
 def test_a_missing_marker_is_named(folder: Folder) -> None:
-    folder.readme.write_text(folder.readme.read_text().replace("<!-- limits:end -->", ""))
+    page = folder.page("limits")
+    page.write_text(page.read_text().replace("<!-- limits:end -->", ""))
     with pytest.raises(SystemExit, match="<!-- limits:end -->"):
         folder.complaints()
 
 
 def test_a_block_without_figures_needs_no_place(folder: Folder) -> None:
     folder.change(lambda results: results.pop("host"))
-    folder.readme.write_text(re.sub(r"<!-- host:.*?-->\n", "", folder.readme.read_text()))
-    table.main(folder.flags)
+    page = folder.page("host")
+    page.write_text(re.sub(r"<!-- host:.*?-->\n", "", page.read_text()))
+    render.main(folder.flags)
     assert folder.complaints() == []
     folder.change(lambda results: results.update(host=fictitious.host()))
     with pytest.raises(SystemExit, match="<!-- host:begin -->"):
@@ -262,9 +299,9 @@ def test_a_block_without_figures_needs_no_place(folder: Folder) -> None:
 
 def test_the_newest_results_are_taken(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="make bench"):
-        committed.newest(tmp_path)
+        machine.newest(tmp_path)
     for name in ("2025-12-31-zen.json", "2026-01-02-arm.json", "2026-01-01-zen.json", "loader.json", "2027-01-01-x.md"):
         (tmp_path / name).touch()
-    assert committed.newest(tmp_path).name == "2026-01-02-arm.json"
+    assert machine.newest(tmp_path).name == "2026-01-02-arm.json"
     with pytest.raises(SystemExit, match="make bench"):
-        table.main(["--results", str(tmp_path / "nowhere"), "--check"])
+        render.main(["--results", str(tmp_path / "nowhere"), "--check"])

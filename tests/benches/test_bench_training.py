@@ -7,8 +7,8 @@ import pytest
 if find_spec("torchvision") is None:
     pytest.skip("needs torchvision", allow_module_level=True)
 
-from baselines import OURS, TEXTBOOK
-from training_step import ALONE, WHOLE, Sizes, records
+from contenders import OURS, TEXTBOOK
+from training import ALONE, WHOLE, Sizes, records
 
 
 @pytest.fixture(scope="module")

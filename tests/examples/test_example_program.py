@@ -11,7 +11,9 @@ import torch
 import torchvision
 from outcomes import EXAMPLES, FILES, SHORT_DIGITS, SMALL_CNN, SMALL_RESNET, differences, rows, states
 
+import imagenet_pretrain
 from barlow_recipes import checkpoint, reporting
+from barlow_recipes.settings import read_settings
 from programs import Nursery
 from programs import run as run_program
 
@@ -291,3 +293,13 @@ def test_the_quickstart_learns(capsys: pytest.CaptureFixture[str]) -> None:
     main()
     untrained, trained = map(int, re.findall(r"(\d+)% (?:un)?trained", capsys.readouterr().out))
     assert trained > untrained + 30
+
+
+def test_the_settings_of_a_preset_can_be_seen_and_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data", str(tmp_path), "--preset", "cifar", "--epochs", "7"]
+    assert imagenet_pretrain.main([*flags, "--show-settings"]) == 0
+    shown = capsys.readouterr().out
+    assert "learning_rate_weights: 0.3\n" in shown
+    file = tmp_path / "settings.yaml"
+    file.write_text(shown)
+    assert read_settings(["--settings", str(file)], "") == read_settings(flags, "")

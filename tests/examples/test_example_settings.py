@@ -32,11 +32,8 @@ def test_a_preset_gives_every_number_and_a_flag_overrides_one(name: str) -> None
     for key, value in PRESETS[name].items():
         assert getattr(chosen, key) == value
     assert chosen.warmup_epochs == min(PRESETS[name].get("warmup_epochs", 10), chosen.epochs / 10)
-    changed = settings(
-        f"{data} --preset {name} --lambd 0.01 --epochs 7 --projector 32-16 --blur 0.5 0.25 --batch-size 64"
-    )
+    changed = settings(f"{data} --preset {name} --lambd 0.01 --epochs 7 --projector 32-16 --batch-size 64")
     assert (changed.lambd, changed.epochs, changed.projector, changed.batch_size) == (0.01, 7, "32-16", 64)
-    assert [recipe.blur for recipe in changed.recipes()] == [0.5, 0.25]
 
 
 def test_the_views_are_the_published_ones_unless_told_otherwise() -> None:
@@ -62,8 +59,36 @@ def test_local_crops_are_compared_with_the_views_alone() -> None:
     assert settings("--views 4").pair_weights() is None
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("--solarize 0.5 0.5", "on the digits"),
+        ("--crop-scale 0.5", "on the digits"),
+        ("--color-jitter 0 0 0 0", "on the digits"),
+        ("--image-size 32", "on the digits"),
+        ("--stem cifar", "on the digits"),
+        ("--mean 0.2", "on the digits"),
+        ("--value-range 0 3", "on the digits"),
+        ("--augment-on device", "on the digits"),
+        ("--local-size 4", "without --local-crops"),
+        ("--data images --local-crop-scale 0.1 0.2", "without --local-crops"),
+        ("--trust-coefficient 5", "with --optimizer adamw"),
+        ("--data images --preset cifar-sgd --clip-trust", "with --optimizer sgd"),
+    ],
+)
+def test_a_flag_that_would_change_nothing_is_refused(line: str, reason: str) -> None:
+    flag = [word for word in line.split() if word.startswith("--")][-1]
+    with pytest.raises(UsageError, match=f"^{flag}: expected it to be left out, it changes nothing {reason}"):
+        settings(line)
+
+
+def test_such_a_flag_with_its_usual_value_is_taken() -> None:
+    """As the settings of a run have it."""
+    usual = settings("--image-size 8 --local-size 6 --trust-coefficient 0.001 --no-clip-trust --stem imagenet")
+    assert usual.must_match() == settings().must_match()
+
+
 def test_what_local_crops_are_like_shapes_a_run_that_has_some() -> None:
-    assert settings("--local-size 4").must_match() == settings().must_match()
     assert settings("--local-size 4 --local-crops 1").must_match() != settings("--local-crops 1").must_match()
 
 

@@ -305,22 +305,22 @@ def test_without_flags_both_are_measured_with_three_seeds_the_longer_first(
     assert [*json.loads(Path("out/results.json").read_text())["jobs"]] == expected
 
 
-# README.md
+# docs/evaluation.md
 
 
 def test_the_table_in_the_readme(tmp_path: Path, run: Call) -> None:
-    found, path = tmp_path / "results.json", tmp_path / "README.md"
+    found, path = tmp_path / "results.json", tmp_path / "evaluation.md"
     found.write_text(json.dumps(results([row(RAW, KNN, seed, 97.7) for seed in (0, 1)])))
     path.write_text(f"# Before\n\n{evaluate_small.BEGIN}\nold\n{evaluate_small.END}\n\nafter\n")
-    status, _, errors = run("--check", found, "--readme", path)
+    status, _, errors = run("--check", found, "--page", path)
     assert (status, "has not the table" in errors) == (2, True)
-    assert run("--update", found, "--readme", path)[0] == 0
+    assert run("--update", found, "--page", path)[0] == 0
     text = path.read_text()
     assert text.startswith(f"# Before\n\n{evaluate_small.BEGIN}\n|")
     assert text.endswith(f"{evaluate_small.END}\n\nafter\n")
-    assert run("--check", found, "--readme", path)[0] == 0
+    assert run("--check", found, "--page", path)[0] == 0
     path.write_text("no markers")
-    status, _, errors = run("--update", found, "--readme", path)
+    status, _, errors = run("--update", found, "--page", path)
     assert (status, "markers" in errors) == (2, True)
 
 

@@ -694,7 +694,7 @@ EXAMPLE_STEPS = [
         ("accumulated-gradients-not-averaged", "settings.scale_loss / settings.accumulate", "settings.scale_loss"),
         (
             "running-statistics-of-a-step-left-out-stay",
-            "torch._foreach_copy_(list(state.model.buffers()), now.buffers_before)",
+            "torch._foreach_copy_(list(state.model.buffers()), run.buffers_before)",
             "state.optimizer.zero_grad()",
         ),
     ),

@@ -1,4 +1,4 @@
-r"""Standardisation of both views and the diagonal of C. Two stretches for several processes, fused in one for one.
+"""Standardisation of both views and the diagonal of C. Two stretches for several processes, fused in one for one.
 
     x = z − pivot,  s₁ = Σₙ x,  s₂ = Σₙ x²,    m = s₁/N,  M₂ = s₂ − s₁²/N,  ρ = 1/√(N (M₂/N + ε))
     u = x·ρ − m·ρ,    C_ii = Σₙ u1_ni u2_ni

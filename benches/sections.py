@@ -1,0 +1,419 @@
+"""Four sections of the bench, all in one process: cells, growth, limits and host.
+
+**cells**: everyone over N×D: time, working memory, distance to float64. The contenders take turns, and one of ours goes
+right before each of the others (O A O B O C, …); a ratio is that of a pair, and medians over the rounds are reported
+with quartiles. Where ours chooses the dual, ``barlow_loss, dual`` runs the same code: its ratio shows the noise. Each
+answer is held to float64 of the function that it computes before it is timed. What is timed is forward and backward,
+down to the gradients of both views.
+
+FLOP model: dual, for N ≤ D/2, 4 GEMMs of 2·N²·D; primal and textbook 3 GEMMs of 2·N·D². Byte model, float32: all pass
+some dozens of times over N×D matrices, 4·N·D bytes each; the textbook formula and lightly 39 times over a D×D matrix
+besides. Memory: the dual holds at most 5·N·D + 3·N² elements, the textbook about 4·D².
+
+**growth**: exponents fitted to the times of the cells, and the largest D in a budget of working memory.
+
+**limits**: ours against ceilings measured in the same run: torch.mm of its products, in turn with the step, torch.mm of
+a large square, and a copy too large for the caches. FLOPs and bytes are those that a step dispatches; a byte still in
+the cache counts again, so a step may take less than this model. Parts are a profile's: matrix products; other
+operators, which allocate as well; and neither, Python and autograd.
+
+**host**: the processor time of a step where its numbers cost nothing. *eager*, beside the textbook. *Triton on a
+pretended GPU*, beside an autograd.Function that computes nothing: triton's own launch code runs on CPU tensors, and a
+driver that is not there records each launch (tests/kernels/compiled/fake_driver.py) and runs none; products are
+torch.mm on the CPU. And the operations that a step dispatches, the same on every machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import statistics
+import sys
+from collections import deque
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from numpy.polynomial import Polynomial
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from barlow_loss import BarlowTwinsLoss, _plan
+from contenders import EPS, FFT, LAMBD, OURS, SOLO, TEXTBOOK, build, entry
+from machine import all_cores
+from measure import (
+    SEED,
+    Cell,
+    beside,
+    cells,
+    check,
+    error_of_own,
+    errors,
+    gemms,
+    interleave,
+    processor,
+    ratios,
+    spread,
+    step,
+    truth,
+    wall,
+    watched,
+    work,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from machine import Record
+    from measure import Turn
+
+    Points = list[tuple[int, Record]]
+
+# Two lines, N = 256 and D = 2048, on which costs are seen to grow, and the shape of a primal: everyone.
+GRID = cells("64x2048", "256x2048", "1024x2048", "256x4096", "256x8192", "4096x512")
+# Where a D×D matrix takes seconds, or does not fit: three of them, and the textbook as long as it can.
+LARGE = cells("2048x2048", "128x8192", "1024x8192", "256x16384", "256x32768")
+PRESENT_AT_LARGE = (OURS, TEXTBOOK, FFT)
+LARGEST_TEXTBOOK = 8192
+# In an hour, not in ten minutes: a cell, and solo-learn's masks (3 s a step at 256×4096 on one thread of an EPYC).
+SLOW = cells("2048x8192")
+LARGEST_SOLO = 4096
+
+SAMPLES, FEATURES = 256, 2048  # where the lines of the grid cross
+BUDGET_BYTES = 2_000_000_000
+STEP_FEATURES = 64  # largest D is a multiple of it
+INPUTS_AND_GRADIENTS = 4 * 4  # bytes for every sample and feature: two of each, in float32
+LEAST_SIZES = 3
+FIT_ROUNDS, FIT_SECONDS = 9, 8
+TAKEN = (OURS, TEXTBOOK, FFT)  # their largest D is a step that was taken
+
+LIMITS = cells("256x2048", "256x8192", "1024x8192", "4096x512")
+COPIED_BYTES = 2**28
+SQUARE = 2048
+PROFILED_STEPS = 3
+
+EAGER, TRITON, NOTHING = "eager", "Triton on a pretended GPU", "an empty autograd.Function"
+EAGER_CELL, TRITON_CELL = cells("4x16", "16x32")
+COUNTED = cells("4x16", "64x2048")
+DRIVER = Path(__file__).parents[1] / "tests" / "kernels" / "compiled"
+WARM_UPS = 10
+
+
+def present(cell: Cell, names: tuple[str, ...], *, patient: bool = False) -> tuple[str, ...]:
+    """Those of ``names`` that are measured at ``cell``, where there is time or not."""
+    large, limit = cell in LARGE + SLOW, {TEXTBOOK: LARGEST_TEXTBOOK}
+    if not patient:
+        limit[SOLO] = LARGEST_SOLO
+    return tuple(
+        name for name in names if (name in PRESENT_AT_LARGE or not large) and cell.d <= limit.get(name, cell.d)
+    )
+
+
+def compare(
+    cell: Cell, names: tuple[str, ...], threads: int, rounds: int, seconds: float, *, patient: bool = False
+) -> Record:
+    """Errors, working memory, times and ratios at ``cell`` of those of ``names`` that ``present`` admits.
+
+    Raises:
+        AssertionError: an answer is wrong.
+    """
+    torch.set_num_threads(threads)
+    torch.compiler.reset()  # generated code is for one shape and one number of threads
+    views = cell.views()
+    right = truth(*views)
+    contenders: dict[str, Record] = {}
+    turns: dict[str, Turn] = {}
+    for name in present(cell, names, patient=patient):
+        turn = partial(step, build(name, cell.d), *views)
+        if entry(name).compiled:
+            turn()
+        torch.manual_seed(SEED)
+        answer, size = watched(turn)
+        own, found = error_of_own(name, answer, right, *views), errors(answer, right)
+        check(name, cell, own)
+        contenders[name] = {
+            "definition": entry(name).definition,
+            "loss_error": found.loss,
+            "gradient_error": found.gradient,
+            "error_of_own": own._asdict(),
+            "working_bytes": size,
+        }
+        turns[name] = turn
+    times, over_ours = beside(turns, OURS, rounds, seconds)
+    for name, record in contenders.items():
+        record |= {"seconds": spread(times[name]), "times_ours": spread(over_ours[name])}
+    setting = {"threads": threads, "algorithm": cell.algorithm, "rounds": len(over_ours[OURS])}
+    return {"n": cell.n, "d": cell.d, **setting, "contenders": contenders}
+
+
+def growth(records: list[Record], budget: int = BUDGET_BYTES) -> Record:
+    """Exponents of time in D and in N, and the largest D, of every contender that was measured at enough sizes.
+
+    ``records`` are those of ``compare``; of several thread counts the first is taken. Between two cells minutes pass,
+    and the machine may be slower or faster by then: that is in the exponents of the others. The sizes of ours take
+    turns once more, and its exponent is the median over the rounds. ``budget`` is in bytes.
+    """
+    torch.set_num_threads(records[0]["threads"])
+    one = [record for record in records if record["threads"] == records[0]["threads"]]
+    across = _lines([record for record in one if record["n"] == SAMPLES], "d")
+    along = _lines([record for record in one if record["d"] == FEATURES], "n")
+    largest = {name: _largest(name, points, budget) for name, points in across.items()}
+    return {
+        "features": {"n": SAMPLES, "contenders": _fits("d", across)},
+        "samples": {"d": FEATURES, "contenders": _fits("n", along)},
+        "budget": {"n": SAMPLES, "bytes": budget, "contenders": largest},
+    }
+
+
+def _lines(records: list[Record], axis: str) -> dict[str, Points]:
+    """(size, record), by size, of every contender that was measured often enough."""
+    lines: dict[str, Points] = {}
+    for record in sorted(records, key=lambda record: int(record[axis])):
+        for name, found in record["contenders"].items():
+            lines.setdefault(name, []).append((record[axis], found))
+    return {name: points for name, points in lines.items() if len(points) >= LEAST_SIZES}
+
+
+def _fits(axis: str, lines: dict[str, Points]) -> Record:
+    fits: Record = {}
+    for name, points in lines.items():
+        sizes = [size for size, _ in points]
+        seconds = [found["seconds"]["median"] for _, found in points]
+        fits[name] = {axis: sizes, "seconds": seconds, "exponent": _slope(sizes, seconds)}
+        if name == OURS:
+            fits[name] |= _fitted_in_turns(axis, sizes)
+    return fits
+
+
+def _fitted_in_turns(axis: str, sizes: list[int]) -> Record:
+    """Ours at all sizes round by round: the median of each round's exponent."""
+    line = [Cell(SAMPLES, size) if axis == "d" else Cell(size, FEATURES) for size in sizes]
+    turns: dict[str, Turn] = {str(cell): partial(step, build(OURS, cell.d), *cell.views()) for cell in line}
+    for turn in turns.values():
+        turn()
+    times = interleave(turns, FIT_ROUNDS, FIT_SECONDS)
+    exponents = spread([_slope(sizes, seconds) for seconds in zip(*times.values(), strict=True)])
+    medians = [statistics.median(seconds) for seconds in times.values()]
+    return {"seconds": medians, "exponent": exponents["median"], "exponents": exponents}
+
+
+def _slope(sizes: Sequence[int], seconds: Sequence[float]) -> float:
+    """Of log time against log size, by least squares."""
+    return statistics.linear_regression([math.log(s) for s in sizes], [math.log(t) for t in seconds]).slope
+
+
+def _largest(name: str, points: Points, budget: int) -> Record:
+    """The largest D whose step works in the budget, by the polynomial through the largest measured ones.
+
+    ``features_in_all`` is the one with which inputs and gradients fit in the budget as well.
+
+    Working memory is a polynomial of D, to the byte, wherever the same code runs: a line for what is linear in D, else
+    a parabola. Three contenders take that step for real, and a smaller one if it does not fit.
+    """
+    degree = 1 if entry(name).linear else 2
+    sizes, working = zip(*((d, found["working_bytes"]) for d, found in points[-degree - 1 :]), strict=True)
+    memory = Polynomial.fit(sizes, working, degree)
+    more = [INPUTS_AND_GRADIENTS * SAMPLES * d + size for d, size in zip(sizes, working, strict=True)]
+    in_all = Polynomial.fit(sizes, more, degree)
+    features, taken = _reaching(budget, memory), name in TAKEN
+    if taken:
+        features = _multiple(0.99 * features)  # a step that fits at the first attempt, and is as large within 1 %
+    found = _taken(name, features) if taken else round(memory(features))
+    while found > budget:
+        features = _multiple(features * budget / found)
+        found = _taken(name, features)
+    return {
+        "features": features,
+        "working_bytes": found,
+        "measured": taken,
+        "features_in_all": _reaching(budget, in_all),
+    }
+
+
+def _multiple(features: float) -> int:
+    return int(features) // STEP_FEATURES * STEP_FEATURES
+
+
+def _reaching(value: float, memory: Polynomial) -> int:
+    """The largest D below where a polynomial first reaches ``value``."""
+    return _multiple(min(root for root in (memory - value).roots().real if root > 0))
+
+
+def _taken(name: str, features: int) -> int:
+    views = [z.requires_grad_() for z in torch.rand(2, SAMPLES, features)]  # whatever is in them
+    with all_cores():
+        return watched(partial(step, build(name, features), *views))[1]
+
+
+def limits(cell: Cell, threads: int, rounds: int, seconds: float) -> Record:
+    """A step of ours at ``cell`` beside its products alone, its floor and its parts."""
+    torch.set_num_threads(threads)
+    turn = partial(step, build(OURS, cell.d), *cell.views())
+    shapes, products = gemms(cell)
+    for warm_up in (turn, products):
+        warm_up()
+    times = interleave({"step": turn, "products": products}, rounds, seconds)
+    taken, alone, done = spread(times["step"]), spread(times["products"]), work(turn)
+    source, target = torch.ones(2, COPIED_BYTES // 4)
+    square = partial(
+        torch.mm, *torch.randn(2, SQUARE, SQUARE)
+    )  # suits every machine, so that a shape that does not shows
+    ceilings = {
+        "flops_per_second": work(products).flops / alone["median"],
+        "square_flops_per_second": 2 * SQUARE**3 / _median_of(square, 3),
+        "bytes_per_second": 2 * COPIED_BYTES / _median_of(partial(target.copy_, source), 5),  # read and written
+    }
+    return {
+        "n": cell.n,
+        "d": cell.d,
+        "threads": threads,
+        "algorithm": cell.algorithm,
+        "rounds": len(times["step"]),
+        "seconds": taken,
+        "gemms": {"shapes": shapes, "seconds": alone},
+        "ours_over_gemms": ratios(times, "products")["step"],
+        "ceilings": ceilings,
+        "flops": done.flops,
+        "bytes": done.bytes,
+        "model_seconds": done.flops / ceilings["flops_per_second"] + done.bytes / ceilings["bytes_per_second"],
+        "parts": _parts(turn, taken["median"]),
+    }
+
+
+def _median_of(turn: Turn, times: int) -> float:
+    turn()
+    return statistics.median(wall(turn) for _ in range(times))
+
+
+def _parts(turn: Turn, seconds: float) -> dict[str, float]:
+    """``seconds`` of a step, divided as a profile of it says."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        whole = PROFILED_STEPS * wall(turn, PROFILED_STEPS)
+    parts = {"products": 0.0, "elementwise": 0.0}
+    for operator in profiler.key_averages():
+        if operator.key.startswith("aten::"):
+            part = "products" if operator.key in ("aten::mm", "aten::bmm", "aten::addmm") else "elementwise"
+            parts[part] += operator.self_cpu_time_total / 1e6
+    parts["rest"] = whole - sum(parts.values())
+    return {part: seconds * own / whole for part, own in parts.items()}
+
+
+def host(rounds: int, seconds: float) -> Record:
+    """Both steps, why one is left out, and how many operations a step dispatches."""
+    torch.set_num_threads(1)
+    reason = obstacle()
+    cell = EAGER_CELL
+    timed = _timed(checked_turns(cell, *cell.views()), rounds, seconds)
+    steps = [{"what": EAGER, "n": cell.n, "d": cell.d, "dtype": "float32", **timed}]
+    steps += [] if reason else [_on_pretended_gpu(rounds, seconds)]
+    return {
+        "steps": steps,
+        "left_out": {TRITON: reason} if reason else {},
+        "operations": [{"n": cell.n, "d": cell.d, "operations": operations(cell)} for cell in COUNTED],
+    }
+
+
+def operations(cell: Cell) -> int:
+    """How many operations a step of ours dispatches on the CPU, forward and backward."""
+    return work(partial(step, build(OURS, cell.d), *cell.views())).operations
+
+
+def checked_turns(cell: Cell, *views: Tensor) -> dict[str, Turn]:
+    """A turn of ours and of the textbook on these views.
+
+    Raises:
+        AssertionError: an answer is wrong.
+    """
+    right = truth(*views)
+    turns: dict[str, Turn] = {}
+    for name in (OURS, TEXTBOOK):
+        turn = partial(step, build(name, cell.d), *views)
+        check(name, cell, errors(turn(), right))
+        turns[name] = turn
+    return turns
+
+
+def _on_pretended_gpu(rounds: int, seconds: float) -> Record:
+    cell = TRITON_CELL
+    views = cell.views(dtype=torch.bfloat16)
+    loss = BarlowTwinsLoss(LAMBD, eps=EPS, algorithm="dual", backend="triton")
+    turns: dict[str, Turn] = {OURS: partial(step, loss, *views), NOTHING: partial(step, nothing, *views)}
+    with pretended_gpu() as gpu:
+        turns[OURS]()
+        launches = [launch.kernel for launch in gpu.launches]
+        gpu.launches = deque(maxlen=1)  # of millions
+        timed = _timed(turns, rounds, seconds)
+    return {"what": TRITON, "n": cell.n, "d": cell.d, "dtype": "bfloat16", "launches": launches, **timed}
+
+
+def _timed(turns: dict[str, Turn], rounds: int, seconds: float) -> Record:
+    """The first of two ``turns`` over the second, its reference."""
+    for turn in turns.values():
+        for _ in range(WARM_UPS):
+            turn()
+    times = interleave(turns, rounds, seconds, processor)
+    ours, reference = times
+    return {
+        "reference": reference,
+        "rounds": len(times[ours]),
+        "seconds": spread(times[ours]),
+        "reference_seconds": spread(times[reference]),
+        "over_reference": ratios(times, reference)[ours],
+    }
+
+
+def obstacle() -> str | None:
+    """Why launches cannot be pretended here, or None."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "triton interprets kernels here"
+    version, known = importlib.import_module("triton").__version__, _from_tests("fake_driver").KNOWN_TRITON
+    return None if version.startswith(known) else f"triton {version} is not among {', '.join(known)}"
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[Any]:
+    """CPU tensors are launched as on an H100 that is not there, with the backend and the products that it would get."""
+    forget = _plan._remembered.cache_clear
+    forget()
+    try:
+        with (
+            _from_tests("fake_driver").pretended(_from_tests("chips").CHIPS["sm_90"]) as gpu,
+            mock.patch.object(_plan, "choose_backend", return_value="triton"),
+            mock.patch.object(_plan, "_FLOAT16_MATMUL_DEVICES", ("cpu",)),
+        ):
+            yield gpu
+    finally:
+        forget()
+
+
+def _from_tests(module: str) -> Any:
+    if str(DRIVER) not in sys.path:
+        sys.path.append(str(DRIVER))
+    return importlib.import_module(module)
+
+
+def nothing(z1: Tensor, z2: Tensor) -> Tensor:
+    """A scalar that is not computed, of gradients that are not."""
+    loss: Tensor = _Nothing.apply(z1, z2)[0]
+    return loss
+
+
+class _Nothing(torch.autograd.Function):
+    """Three outputs, two saved tensors, two fresh gradients: the least that a loss with two terms asks of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, z1: Tensor, z2: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z1, z2)
+        return tuple(z1.new_empty((), dtype=torch.float32) for _ in range(3))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, ctx.saved_tensors))

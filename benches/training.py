@@ -1,0 +1,212 @@
+"""The section "training": a whole training step before and after the textbook loss is replaced by ours.
+
+``WHOLE``: ResNet-50 at 224 pixels, the projector 8192-8192-8192, LARS. A step is the sum of its parts: both views
+through the backbone, as chunks of images that fit this machine's memory, the median of three times their number;
+through the projector with the whole batch; the optimiser; and each loss; all forward and backward.
+
+``ALONE``: the projector, as when features were computed before. Real steps take turns with ours and with the textbook.
+
+The loss's share is its time over that of the step; ``speed_up`` is the textbook's step over ours. Both losses are held
+to float64 on the same embeddings before anything is timed. FLOP model, forward + backward, 2·3·MACs: backbone 4.1 GMACs
+a view, projector 151 MMACs a view, the loss 8·N²·D.
+
+As a program it tells what ``--chunk-size`` of the recipes costs and saves: a step of a ResNet-18 on small images, whole
+batches beside chunks in turns, each in a process of its own. Its memory is the most that the process has held in the
+step, above what it held before: weights, momenta and images are there by then. Medians are told.
+
+    python benches/training.py                                            # ten minutes, 20 GB
+    python benches/training.py --batch-size 256 --chunk-size 32 --rounds 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import resource
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from barlow_loss import BarlowTwinsLoss
+from barlow_recipes.models import build_model
+from barlow_recipes.optimization import build_optimizer
+from contenders import OURS, TEXTBOOK, build
+from machine import all_cores
+from measure import Cell, interleave, ratios, spread, wall
+from sections import checked_turns
+
+if TYPE_CHECKING:
+    from machine import Record
+    from measure import Turn
+
+WHOLE = "ResNet-50 and projector"
+ALONE = "projector alone"
+TIMED_CHUNKS = 3
+FEATURES = 2048  # of ResNet-50
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of both records. With a batch of 256 as well the backbone takes three quarters of a minute."""
+
+    batch_size: int = 64
+    projector_batch_size: int = 256
+    image_size: int = 224
+    width: int = 8192
+    chunk: int = 16
+
+
+def training(sizes: Sizes, rounds: int) -> list[Record]:
+    """The section, on all cores."""
+    with all_cores():
+        return records(sizes, rounds)
+
+
+def records(sizes: Sizes, rounds: int) -> list[Record]:
+    """Both records, on the threads that torch has: with the backbone, and the projector alone.
+
+    Raises:
+        AssertionError: a loss is wrong.
+    """
+    torch.manual_seed(0)
+    width = sizes.width
+    model = build_model("resnet50", f"{width}-{width}-{width}").to(memory_format=torch.channels_last)
+    return [_with_backbone(model, sizes, rounds), _projector_alone(model.projector, sizes, rounds)]
+
+
+def _with_backbone(model: Any, sizes: Sizes, rounds: int) -> Record:
+    """A step as the sum of its parts."""
+    cell = Cell(sizes.batch_size, sizes.width)
+    turns = checked_turns(cell, *cell.views())
+    images = torch.randn(sizes.chunk, 3, sizes.image_size, sizes.image_size).to(memory_format=torch.channels_last)
+    chunks = -(-2 * cell.n // sizes.chunk)
+    turn = partial(_forward_and_backward, model.backbone, images)
+    turn()
+    parts = {"backbone": chunks * statistics.median(wall(turn) for _ in range(min(chunks, TIMED_CHUNKS)))}
+    parts["projector"] = _time_projector(model.projector, _features(cell.n))
+    parts["optimizer"] = _time_optimizer(_lars(nn.ModuleList([model.backbone, model.projector]), cell.n))
+    losses = interleave(turns, rounds, math.inf)
+    rest = sum(parts.values())
+    steps = {name: [rest + loss for loss in own] for name, own in losses.items()}
+    record = _record(WHOLE, cell, parts, losses, steps)
+    return record | {"image_size": sizes.image_size, "chunks": [chunks, sizes.chunk]}
+
+
+def _projector_alone(projector: nn.Module, sizes: Sizes, rounds: int) -> Record:
+    """Real steps from features that were computed before."""
+    cell = Cell(sizes.projector_batch_size, sizes.width)
+    features, optimizer = _features(cell.n), _lars(projector, cell.n)
+    with torch.no_grad():
+        embeddings = [projector(view) for view in features]
+    turns = checked_turns(cell, *(z.requires_grad_() for z in embeddings))
+    parts = {"projector": _time_projector(projector, features), "optimizer": _time_optimizer(optimizer)}
+    losses = interleave(turns, rounds, math.inf)
+    steps: dict[str, Turn] = {
+        name: partial(_training_step, projector, optimizer, build(name, cell.d), features) for name in turns
+    }
+    return _record(ALONE, cell, parts, losses, interleave(steps, rounds, math.inf))
+
+
+def _record(
+    what: str, cell: Cell, parts: dict[str, float], losses: dict[str, list[float]], steps: dict[str, list[float]]
+) -> Record:
+    """Before and after replacing the loss, from the rounds' seconds of losses and of whole steps."""
+    medians = {name: statistics.median(own) for name, own in steps.items()}
+    spreads = {name: spread(own) for name, own in losses.items()}
+    return {
+        "what": what,
+        "batch_size": cell.n,
+        "image_size": None,
+        "projector": cell.d,
+        "parts": parts,
+        "threads": torch.get_num_threads(),
+        "rounds": len(losses[OURS]),
+        "losses": spreads,
+        "steps": medians,
+        "shares": {name: own["median"] / medians[name] for name, own in spreads.items()},
+        "textbook_over_ours": ratios(losses, OURS)[TEXTBOOK],
+        "speed_up": medians[TEXTBOOK] / medians[OURS],
+    }
+
+
+def _training_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Any, views: list[Tensor]) -> None:
+    optimizer.zero_grad()
+    loss(*(model(view) for view in views)).backward()
+    optimizer.step()
+
+
+def _features(batch_size: int) -> list[Tensor]:
+    """Of both views, as a backbone would give them."""
+    return [view.detach() for view in Cell(batch_size, FEATURES).views()]
+
+
+def _lars(module: nn.Module, batch_size: int) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = build_optimizer(
+        "lars", module, batch_size=batch_size, lr_weights=0.4, lr_biases=0.0048, weight_decay=1e-6
+    )
+    return optimizer
+
+
+def _time_projector(projector: nn.Module, views: list[Tensor]) -> float:
+    """Seconds of both views, forward and backward; the first time sets up what is kept."""
+    _forward_and_backward(projector, views[0])
+    return sum(wall(partial(_forward_and_backward, projector, view)) for view in views)
+
+
+def _time_optimizer(optimizer: torch.optim.Optimizer) -> float:
+    """Seconds of a step, with the gradients of before; the first one makes the momenta."""
+    optimizer.step()
+    return wall(optimizer.step)
+
+
+def _forward_and_backward(module: nn.Module, views: Tensor) -> None:
+    out = module(views)
+    out.backward(torch.ones_like(out))
+
+
+def in_chunks(stem: str, batch_size: int, chunks: int) -> tuple[float, float]:
+    """Seconds of a step with so many chunks, and the MB that it held; in a process of its own."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = build_model("resnet18", "2048-2048-2048", stem).train()
+    model.chunks = chunks
+    optimizer = build_optimizer("sgd", model, batch_size=256, lr_weights=0.1, lr_biases=0.1, weight_decay=0.0)
+    views = torch.rand(2, batch_size, 3, 32, 32)
+    turn = partial(_training_step, model, optimizer, BarlowTwinsLoss())
+    turn(list(views[:, : 4 * chunks]))  # momenta are there, and libraries loaded
+    before = psutil.Process().memory_info().rss
+    seconds = wall(partial(turn, list(views)))
+    return seconds, (1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What --chunk-size costs and saves; see the head of this file.")
+    parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument("--chunk-size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stems", nargs="+", default=["imagenet", "cifar"])
+    options = parser.parse_args()
+    counts = 1, -(-options.batch_size // options.chunk_size)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
+        for stem in options.stems:
+            rounds = [
+                [fresh.apply(in_chunks, (stem, options.batch_size, chunks)) for chunks in counts]
+                for _ in range(options.rounds)
+            ]
+            (whole, held), (parts, held_by_parts) = (
+                [statistics.median(figures) for figures in zip(*runs, strict=True)]
+                for runs in zip(*rounds, strict=True)
+            )
+            print(f"{stem}: whole {held:,.0f} MB, {whole:.1f} s; ", end="")
+            print(f"chunks of {options.chunk_size} {held_by_parts:,.0f} MB, {parts:.1f} s; ", end="")
+            print(f"memory / {held / held_by_parts:.1f}, time x {parts / whole:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,10 +6,8 @@ import os
 import pickle
 import re
 import signal
-import struct
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -24,7 +22,7 @@ import torch
 import torchvision
 from outcomes import EXAMPLES
 from PIL import Image, UnidentifiedImageError
-from sources import fill, load, npy, same, saved, tiff
+from sources import fill, load, npy, png_16, same, saved, tiff
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -254,17 +252,6 @@ def test_white_is_zero_with_eight_bits_as_with_sixteen(order: str) -> None:
     eight, sixteen = (decode(content, "image").double() for content in images)
     torch.testing.assert_close(eight / 255, sixteen, rtol=0, atol=1e-7)
     assert eight[0, 0, 0] == 255
-
-
-def png_16() -> bytes:
-    """RGB of 16 bits, which Pillow does not write."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    lines = b"".join(b"\0" + struct.pack(">12H", *[32768] * 12) for _ in range(4))
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
 RGB = saved(Image.new("RGB", (8, 6)))

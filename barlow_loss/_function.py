@@ -142,7 +142,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        off_diagonal, *saved = ctx.saved_tensors
+        saved = list(ctx.saved_tensors)  # not by a starred name, of which torch 2.11 traces a tuple, without ``pop``
+        off_diagonal = saved.pop(0)
         grad_loss, grad_on, grad_off, *_ = grads
         if grad_loss is grad_on is grad_off is None:  # on another rank there may be one, and they are summed
             grad_loss = torch.zeros_like(off_diagonal)

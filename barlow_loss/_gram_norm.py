@@ -102,13 +102,18 @@ class _CrossNorm(torch.autograd.Function):
         return None, None, *differentiated_once(ctx.batch.caller, norm, compute)
 
 
+def _copied(output: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compiled by torch 2.11, an output of a .to() without effect silently loses its gradient."""
+    return output.to(dtype, copy=True)
+
+
 def _primal_cross(
     batch: Batch, needs_grad: tuple[bool, ...], x: Tensor, others: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """Σ_j ‖C_j‖², then every C_j."""
     products = [all_reduce_matrix(batch.shards.group, torch.mm(x.t(), y)) for y in others]
     total = torch.stack([_sum_of_squares(c) for c in products]).sum()
-    return total.to(x.dtype), *products
+    return _copied(total, x.dtype), *products
 
 
 def _dual_cross(
@@ -123,13 +128,13 @@ def _dual_cross(
         m += _gram(batch, y, rows)
     (total,) = all_reduce_sum(batch.shards.group, torch.mul(k, m).sum(dtype=vector_dtype(x.device)))
     if batch.alone:
-        return total.to(x.dtype), k, m
+        return _copied(total, x.dtype), k, m
     grams = (m, *[k] * len(ys))
     products = [
         torch.mm(gram, rows) if wanted else x.new_empty(0)
         for wanted, gram, rows in zip(needs_grad, grams, every, strict=True)
     ]
-    return total.to(x.dtype), *products
+    return _copied(total, x.dtype), *products
 
 
 def _cross_gradients(

@@ -65,7 +65,8 @@ class _Terms(torch.autograd.Function):
             s = _invariance(batch, dtype, views) * (2 / ((count - 1) * n * d))
             v = (1 - (variances + eps).sqrt()).clamp_min(0).mean()
             c = torch.stack(off_diagonals).mean() * (2 / d)
-            return s.to(dtype), v.to(dtype), c.to(dtype), variances, *x, *kept
+            # Copies: compiled by torch 2.11, an output of a .to() without effect silently loses its gradient.
+            return *(term.to(dtype, copy=True) for term in (s, v, c)), variances, *x, *kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -60,9 +60,9 @@ def describe(settings: Settings) -> None:
         found = ", ".join(f"{name} ({count:,})" for name, count in counts.most_common(5))
         print(f"{title}: {found}".replace("torch.", ""))
     print(f"channels: {settings.channels}, values from {low:g} to {high:g}")
-    natural = max(map(white, kinds))
-    fits = low >= 0 and natural * DARK <= high <= natural and len(kinds) == 1
-    black, bright = settings.value_range or ((0.0, natural) if fits else (low, high))
+    natural = white(next(iter(kinds))) if len(kinds) == 1 else None
+    fits = natural is not None and low >= 0 and natural * DARK <= high <= natural
+    black, bright = settings.value_range or ((0.0, natural or high) if fits else (low, high))
     mean, std = (scaler.mean_ - black) / (bright - black), scaler.var_**0.5 / (bright - black)
     flags = {"channels": [settings.channels], "mean": mean, "std": std}
     if settings.value_range or not fits:

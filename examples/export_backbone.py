@@ -21,7 +21,7 @@ from barlow_recipes import checkpoint
 from barlow_recipes.command_line import read
 from barlow_recipes.encoders import SMALL_ARCHS, TIMM, Encoder, is_own
 from barlow_recipes.errors import Aborted, UsageError, first_line, require
-from barlow_recipes.metrics import accuracy_cells, read_rows
+from barlow_recipes.metrics import accuracies_of, accuracy_cells, read_rows
 from barlow_recipes.outputs import BACKBONE, METRICS, replacing, writing
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.weights import OFFICIAL, OURS, digest, load_encoder, read_weights, save_safetensors
@@ -178,7 +178,8 @@ def write_card(encoder: Encoder, files: Sequence[Path], record: dict[str, Any]) 
         arch = f', arch="{encoder.arch}"' if is_own(encoder.arch) else ""
         call = f'torch.hub.load("PATH/TO/barlow-loss", "encoder", "{SAFETENSORS}"{arch}, source="local")'
         loading = f"import torch\n\nmodel = {call}"
-    worth = accuracy_cells(record["accuracies"]) if record["accuracies"] else [["Not measured"]]
+    measured = any(map(accuracies_of, record["accuracies"].values()))
+    worth = accuracy_cells(record["accuracies"]) if measured else [["Not measured"]]
     worth.insert(1, ["---"] * len(worth[0]))
     text = TEMPLATE.format(
         name=encoder.arch.removeprefix(TIMM),

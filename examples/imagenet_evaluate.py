@@ -64,6 +64,7 @@ from barlow_recipes.probes import nearest
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.weights import digest, find_encoder
 
+NO_TRAINING_IMAGE = "no image of train/ can be read: is --data damaged?"
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, or --precision bf16"
 PERCENT = {"semi-1": 1, "semi-10": 10}
 PROTOCOLS = ("linear", "knn", *PERCENT, "places205", "inaturalist18")
@@ -216,6 +217,10 @@ class Run:
         now |= {"value_range": settings.value_range or ()}
         other = {name: values for name, values in self.encoder.pixels.items() if tuple(values) != tuple(now[name])}
         lines = [
+            *(
+                f"note: {note}"
+                for note in (*tree.notes, *command_line.precision_notes(self.device, settings.precision))
+            ),
             f"{tree.name}: {len(tree.classes):,} classes, {len(tree.train):,} images to train on and "
             f"{len(tree.validation):,} to validate on",
             f"{self.encoder.arch}, {self.encoder.source}: {settings.precision} on {devices}; results go to {self.out}",
@@ -248,10 +253,12 @@ class Run:
 
 
 def vote(run: Run) -> Result:
-    """Measure the frozen encoder by the nearest training images; Aborted: no validation image can be read."""
+    """Measure the frozen encoder by the nearest training images; Aborted: of either part, no image can be read."""
     tree, settings, k = run.tree, run.settings, run.settings.neighbours
     bank, queries = centres(tree.train, settings), centres(tree.validation, settings)
     result = _checked(nearest(run.encoder, bank, queries, len(tree.classes), run.device, settings.precision, k))
+    if result["unreadable_in_bank"] == len(tree.train):
+        raise Aborted(NO_TRAINING_IMAGE)
     print(f"knn: {k} neighbours, {_told(result)}")
     return result | {"neighbours": k, "labels": f"all {len(tree.train):,} images of train/"}
 
@@ -318,7 +325,7 @@ class _Training:
             raise Aborted(text) from None
         speed = total / (time.perf_counter() - started)
         if unreadable == total:
-            raise Aborted("no image of train/ can be read: is --data damaged?")
+            raise Aborted(NO_TRAINING_IMAGE)
         if not math.isfinite(loss):
             raise Aborted("the loss is not finite: try a lower learning rate, and fp32")
         measured = _checked(accuracies(self.classifier, self.validation, *place))

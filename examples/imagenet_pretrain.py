@@ -29,7 +29,7 @@ import yaml
 from barlow_loss import collapse_report
 from barlow_recipes import checkpoint, distributed, folders, reporting
 from barlow_recipes.checkpoint import TrainingState
-from barlow_recipes.command_line import plain
+from barlow_recipes.command_line import plain, precision_notes
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.digits import load_digits
 from barlow_recipes.distributed import is_rank_zero, on_rank_zero
@@ -37,7 +37,7 @@ from barlow_recipes.encoders import freeze
 from barlow_recipes.errors import Aborted, Interrupted, Stopped, first_line, require
 from barlow_recipes.fashion_mnist import is_fashion_mnist, load_fashion_mnist
 from barlow_recipes.images import load_images
-from barlow_recipes.metrics import BAR, TensorBoard, WeightsAndBiases, accuracy_cells, aligned, epoch_line
+from barlow_recipes.metrics import BAR, TensorBoard, WeightsAndBiases, accuracy_table, aligned, epoch_line
 from barlow_recipes.models import BarlowTwins, build_model
 from barlow_recipes.official import initialize, read_official, resume_official
 from barlow_recipes.optimization import build_optimizer, build_schedule
@@ -159,7 +159,8 @@ def introduce(run: Run) -> None:
     how = f"{parameters:.2f} M parameters, {settings.optimizer}, {settings.precision} on {devices}"
     print(f"{data.name}: {data.images:,} images, {steps}")
     print(f"{settings.arch}, projector {settings.projector}: {how}; results go to {run.out}")
-    for note in filter(None, [run.begun, *data.notes]):
+    notes = *data.notes, *precision_notes(run.state.device, settings.precision)
+    for note in filter(None, [run.begun, *notes]):
         print(f"note: {note}")
 
 
@@ -275,7 +276,7 @@ def evaluate(run: Run) -> None:
         run.accuracies = run.final_baselines | {"pretrained encoder": reporting.accuracies(run, run.data.final)}
         for name, accuracies in run.accuracies.items():
             run.metrics.add("evaluation", {"step": step, "representation": name, **accuracies})
-        print(aligned(accuracy_cells(run.accuracies)), end="\n\n")
+        print(accuracy_table(run.accuracies), end="\n\n")
     reporting.write_report(run, "done")
 
 

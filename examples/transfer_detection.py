@@ -30,7 +30,7 @@ from torchvision.models.detection import FasterRCNN
 
 from barlow_recipes import checkpoint, distributed, folders, outputs
 from barlow_recipes.checkpoint import TrainingState
-from barlow_recipes.command_line import find_device
+from barlow_recipes.command_line import find_device, precision_notes
 from barlow_recipes.data import seed_of
 from barlow_recipes.detection.data import Batch, DetectionData, Images, load_data
 from barlow_recipes.detection.models import build_detector
@@ -39,6 +39,7 @@ from barlow_recipes.distributed import is_rank_zero, on_rank_zero
 from barlow_recipes.encoders import Encoder
 from barlow_recipes.errors import Aborted, Stopped, require
 from barlow_recipes.metrics import BAR, Metrics, aligned
+from barlow_recipes.optimization import require_all
 from barlow_recipes.program import StopRequests, arrived, exit_status, start
 from barlow_recipes.weights import digest, find_encoder
 
@@ -98,6 +99,8 @@ def launch(settings: Settings) -> None:
         if saved:
             state.load_state_dict(saved.content)
         print(f"{data}\n{encoder.arch}-C4, {encoder.source}, {settings.precision}; results go to {out}")
+        for note in precision_notes(device, settings.precision):
+            print(f"note: {note}")
         print(f"{device.type} in {distributed.world_size()} processes, learning rate {settings.learning_rate:g}")
         train_detector(run, requests)
         finish(run)
@@ -131,6 +134,8 @@ def finish(run: Run) -> None:
     """Test, write the results and the model, and print the table."""
     prepare_test(run.state.model, run.images, run.settings, run.state.device)
     scores, unreadable = evaluate(run.state.model, run.images, run.state.device)
+    if unreadable == len(run.data.test.examples):
+        raise Aborted("no image of the test can be read: is --data damaged? After a repair, continue with --resume")
     if not is_rank_zero():
         return
     data, built = run.data, {"arch": run.encoder.arch, "stem": run.encoder.stem, "classes": run.data.classes}
@@ -168,6 +173,7 @@ def build_optimizer(model: nn.Module, settings: Settings) -> optim.SGD:
         {"params": [parameter for parameter in learning if parameter not in norms]},
         {"params": [parameter for parameter in learning if parameter in norms], "weight_decay": 0.0},
     ]
+    require_all(model, groups)
     return optim.SGD(groups, settings.learning_rate, momentum=0.9, weight_decay=settings.weight_decay)
 
 

@@ -16,6 +16,7 @@ from torch.optim import SGD
 
 from barlow_recipes import distributed
 from barlow_recipes.encoders import Encoder
+from barlow_recipes.optimization import require_all
 from barlow_recipes.steps import AUTOCAST
 from barlow_recipes.weights import save_safetensors
 
@@ -107,6 +108,7 @@ def build_optimizer(classifier: Classifier, recipe: Recipe) -> SGD:
     groups = [{"params": list(classifier.fc.parameters()), "lr": recipe.lr_classifier}]
     if recipe.lr_backbone is not None:
         groups.append({"params": list(classifier.encoder.parameters()), "lr": recipe.lr_backbone})
+    require_all(classifier, groups)
     return SGD(groups, lr=recipe.lr_classifier, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 

@@ -46,6 +46,11 @@ Side = Annotated[int, Bounds(8)]  # in pixels
 Real = Annotated[float, Bounds(0)]
 Share = Annotated[float, Bounds(0, 1)]
 Device = torch.device | None
+# Of a processor, for products of a precision, as torch.cpu.get_capabilities() names them.
+INSTRUCTIONS = {
+    "bf16": ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "sve_bf16"),
+    "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
 
 
 def optional_value(kind: type, without: Any) -> PrimitiveConstructorSpec[Any]:
@@ -181,3 +186,17 @@ def best_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "fp32" if device.type == "cpu" else "bf16"
+
+
+def precision_notes(device: torch.device, precision: str) -> list[str]:
+    """A warning where a processor without instructions for it would compute in that precision, slower than in fp32.
+
+    A step of a small convolutional network, on a core of an AMD EPYC: fp32 49 ms, bf16 17 ms and, kept from AVX-512 by
+    ONEDNN_MAX_CPU_ISA=AVX2 and ATEN_CPU_CAPABILITY=avx2, 356 ms; fp16 408 and 389 ms.
+    """
+    wanted, found = INSTRUCTIONS.get(precision, ()), torch.cpu.get_capabilities()
+    if device.type != "cpu" or not wanted or any(found.get(name) for name in wanted):
+        return []
+    processor = found.get("cpu_name") or found.get("architecture", "unknown")
+    lacking = f"this processor ({processor}) has no instructions for it ({', '.join(wanted)})"
+    return [f"--precision {precision} can be several times slower than fp32 here: {lacking}. Try --precision fp32"]

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,19 @@ CAN_READ = (
     f"can read images ({' '.join(SUFFIXES)}) in folders or in a list (.txt .csv .tsv), .tar shards, .parquet or a "
     "folder of datasets' save_to_disk, and module:callable"
 )
+OF_SYSTEMS = {
+    "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
+    "desktop.ini",
+}  # fmt: skip
 KEY = re.compile(r"((?:.*/)?[^./]+)\.(?:[^/]*\.)?([^./]+)")  # webdataset's key, and the last extension
+
+
+class Member(NamedTuple):
+    """A file in a tar archive."""
+
+    name: str
+    offset: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -123,11 +135,15 @@ def find_images(source: str) -> tuple[ImageIndex, tuple[str, ...]]:
             return index_list(path), ()
         if suffix not in (".tar", ".parquet"):
             raise UsageError(f"--data {path}: a file that cannot be read; {CAN_READ}")
-        return index_shards(path.parent, [path]) if suffix == ".tar" else from_hugging_face(path, [path]), ()
+        if suffix == ".parquet":
+            return from_hugging_face(path, [path]), ()
+        skipped = list[str]()
+        return index_shards(path.parent, [path], skipped), told(path, skipped)
     root = path / "train" if (path / "train").is_dir() else path
     if any((root / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return from_hugging_face(root), ()
-    files = [*files_below(root)]
+    skipped = list[str]()
+    files = [*files_below(root, skipped)]
     images = [name for name in files if is_image(name)]
     shards, parquet = (choose_shards(root, files, ending) for ending in (".tar", ".parquet"))
     if sum(map(bool, (images, shards, parquet))) > 1:
@@ -135,28 +151,39 @@ def find_images(source: str) -> tuple[ImageIndex, tuple[str, ...]]:
     others = sorted({*files} - {*images, *(str(path.relative_to(root)) for path in (*shards, *parquet))})
     notes = (f"left out of {root}: {kinds(others)}",) if others else ()
     if shards:
-        return index_shards(root, shards), notes
-    return from_hugging_face(root, parquet) if parquet else index_folder(root, files, labelled=False), notes
+        found: ImageIndex = index_shards(root, shards, skipped)
+    else:
+        found = from_hugging_face(root, parquet) if parquet else index_folder(root, files, labelled=False)
+    return found, notes + told(root, skipped)
 
 
 def hidden(name: str) -> bool:
-    """Put there by a system or a program: .ipynb_checkpoints, ._0001.png, __MACOSX."""
-    return name.startswith(".") or name == "__MACOSX"
+    """Put there by a system or a program: .ipynb_checkpoints, ._0001.png, __MACOSX, @eaDir, Thumbs.db."""
+    return name.startswith(".") or name.lower() in OF_SYSTEMS
+
+
+def told(root: Path, skipped: Sequence[str]) -> tuple[str, ...]:
+    """What was skipped because it is hidden, in words."""
+    few = ", ".join(sorted(set(skipped))[:3])
+    return (f"left out of {root}: {len(skipped)} hidden files and folders ({few})",) if skipped else ()
 
 
 def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def files_below(root: Path) -> Iterator[str]:
-    """All files at any depth but the hidden ones, through links but in no circle, named from the root."""
+def files_below(root: Path, skipped: list[str]) -> Iterator[str]:
+    """All files at any depth but the hidden ones, through links but in no circle, named from the root.
+
+    The root itself may be hidden. The names of the hidden files and folders come to ``skipped``.
+    """
 
     def walk(folder: str, within: tuple[str, ...]) -> Iterator[str]:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if hidden(entry.name):
-                    continue
-                if not entry.is_dir():
+                    skipped.append(entry.name)
+                elif not entry.is_dir():
                     yield entry.path
                 elif (real := os.path.realpath(entry.path)) not in within:
                     yield from walk(entry.path, (*within, real))
@@ -179,7 +206,7 @@ def index_folder(root: Path, files: Iterable[str] | None = None, *, labelled: bo
 
     Unless it must be ``labelled``, images beside the class folders are taken, too, and none has a label.
     """
-    files, classes = [*(files or files_below(root))], class_folders(root)
+    files, classes = [*(files_below(root, []) if files is None else files)], class_folders(root)
     images = [name for name in files if is_image(name)]
     folder_of = [name.partition(os.sep)[0] if os.sep in name else "" for name in images]
     if len(classes) > 1 and {name.lower() for name in classes} <= PARTS:
@@ -224,12 +251,17 @@ def choose_shards(root: Path, files: Iterable[str], ending: str) -> list[Path]:
     return training or [path for path in shards if "val" not in path.name and "test" not in path.name] or shards
 
 
-def index_shards(root: Path, shards: Sequence[Path]) -> ImageIndex:
+def index_shards(root: Path, shards: Sequence[Path], skipped: list[str] | None = None) -> ImageIndex:
     """The images of webdataset's shards: tar archives in which ``KEY.jpg`` and ``KEY.cls`` make up a labelled image.
 
+    As there, what precedes the first dot of a file's name is the key of its sample, and a sample has one image: that of
+    ``KEY.jpg``, not of ``KEY.seg.png`` beside it.
+
     Their headers are read at every start, a million in a minute. An image is then read from its place, like a file.
+    The names of hidden files come to ``skipped``.
     """
-    entries = sorted(entry for number, shard in enumerate(shards) for entry in _index(number, shard))
+    skipped = [] if skipped is None else skipped
+    entries = sorted(entry for number, shard in enumerate(shards) for entry in _index(number, shard, skipped))
     table = torch.tensor([(label, number, offset, size) for label, _, number, offset, size in entries])
     unlabelled = int((table[:, 0] == NO_LABEL).sum())
     if 0 < unlabelled < len(table):
@@ -239,22 +271,25 @@ def index_shards(root: Path, shards: Sequence[Path]) -> ImageIndex:
     return ImageIndex(root, np.array([os.fsencode(shard.relative_to(root)) for shard in shards]), table)
 
 
-def _index(number: int, shard: Path) -> list[tuple[int, str, int, int, int]]:
+def _index(number: int, shard: Path, skipped: list[str]) -> list[tuple[int, str, int, int, int]]:
     """Label, name, number of the shard, offset and size of each image."""
-    images: list[tuple[str, str, int, int]] = []
-    labels: dict[str, int] = {}
+    images: dict[str, list[Member]] = {}  # by key
+    labels: dict[str, int] = {}  # by name without extension
     try:
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 match = KEY.fullmatch(member.name)
-                if not member.isreg() or not match or any(map(hidden, member.name.removeprefix("./").split("/"))):
+                if member.isreg() and any(map(hidden, member.name.removeprefix("./").split("/"))):
+                    skipped.append(member.name)
+                    continue
+                if not member.isreg() or not match:
                     continue
                 key, extension = match[1], match[2].lower()
                 if f".{extension}" in SUFFIXES:
-                    images.append((key, member.name, member.offset_data, member.size))
+                    images.setdefault(key, []).append(Member(member.name, member.offset_data, member.size))
                 elif extension == "cls" and (content := archive.extractfile(member)):
                     number_read = re.fullmatch(rb"\s*(\d{1,18})\s*", content.read())
-                    labels[key] = int(number_read[1]) if number_read else NO_LABEL
+                    labels[stem_of(member.name)] = int(number_read[1]) if number_read else NO_LABEL
             file.seek(archive.offset)  # a damaged header is for tarfile as good as the end, which is a block of zeros
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset}")
@@ -262,7 +297,30 @@ def _index(number: int, shard: Path) -> list[tuple[int, str, int, int, int]]:
         raise UsageError(f"--data {shard}: not a whole tar archive, uncompressed ({first_line(error)})") from None
     if not images:
         raise UsageError(f"--data {shard}: no image in it. Expected files KEY{', KEY'.join(SUFFIXES)}")
-    return [(labels.get(key, NO_LABEL), name, number, offset, size) for key, name, offset, size in images]
+    chosen = {key: choose_image(shard, key, members) for key, members in images.items()}
+    return [
+        (labels.get(stem_of(image.name), labels.get(key, NO_LABEL)), image.name, number, image.offset, image.size)
+        for key, image in chosen.items()
+    ]
+
+
+def choose_image(shard: Path, key: str, images: Sequence[Member]) -> Member:
+    """``KEY.jpg`` before ``KEY.seg.png``, a picture before an array; UsageError: two would be the sample's image."""
+
+    def rank(image: Member) -> tuple[bool, bool]:
+        return stem_of(image.name) != key, image.name.lower().endswith(".npy")
+
+    best = min(map(rank, images))
+    first, *others = (image for image in images if rank(image) == best)
+    if others:
+        remedy = "Give each image a name of its own before the first dot, or leave one of them"
+        found = f"{first.name} and {others[0].name}"
+        raise UsageError(f"--data {shard}: {found} are images of one sample, which webdataset calls {key}. {remedy}")
+    return first
+
+
+def stem_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def from_hugging_face(path: Path, parquet: Sequence[Path] = ()) -> Items:

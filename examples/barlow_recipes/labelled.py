@@ -16,7 +16,7 @@ from barlow_recipes.command_line import Positive, RunSettings, Side
 from barlow_recipes.data import SPLIT_SEED, EpochBatches, hold_out, seed_of
 from barlow_recipes.distributed import shard
 from barlow_recipes.errors import UsageError, first_line, require
-from barlow_recipes.files import ImageIndex, class_folders, index_folder
+from barlow_recipes.files import ImageIndex, class_folders, files_below, index_folder, told
 from barlow_recipes.images import Labelled, Loader
 from barlow_recipes.pixels import PixelSettings, as_float
 
@@ -40,6 +40,7 @@ class ImageFolders(NamedTuple):
     classes: list[str]
     train: ImageIndex
     validation: ImageIndex
+    notes: tuple[str, ...] = ()  # of what is left out
 
     def fingerprint(self) -> str:
         return " ".join(part.fingerprint() for part in (self.train, self.validation))
@@ -50,19 +51,19 @@ def load_tree(root: Path) -> ImageFolders:
     if not root.is_dir():
         found = "a file; evaluation wants a folder with train/ and val/" if root.exists() else "no such folder"
         raise UsageError(f"--data {root}: {found}")
-    parts = []
+    parts, skipped = [], list[str]()
     for names in (("train",), HELD_OUT):
         there = [root / name for name in names if (root / name).is_dir()]
         if not there:
             raise UsageError(f"--data {root}: expected a folder {'/ or '.join(names)}/ of class folders")
-        parts.append(index_folder(there[0]))
+        parts.append(index_folder(there[0], files_below(there[0], skipped)))
     classes, others = (class_folders(part.root) for part in parts)
     if alone := sorted({*classes} ^ {*others}):
         raise UsageError(
             f"--data {root}: expected the same class folders in train/ and {parts[1].root.name}/; {len(alone)} are in "
             f"one of them alone, the first is {alone[0]}"
         )
-    return ImageFolders(root.resolve().name, classes, *parts)
+    return ImageFolders(root.resolve().name, classes, *parts, told(root, skipped))
 
 
 def from_list(path: Path, tree: ImageFolders) -> tuple[Tensor, str]:

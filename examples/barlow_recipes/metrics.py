@@ -15,6 +15,7 @@ from barlow_recipes.errors import UsageError, first_line, require
 from barlow_recipes.outputs import METRICS, TENSORBOARD, WANDB_ID, replacing, writing
 
 HISTORY = ("baseline", "step", "epoch", "profile", "event")  # kinds that a resumed run keeps
+NO_ACCURACY = "no accuracy, since no held-out image, or none to compare it with, can be read"
 BAR = "{bar} {n_fmt}/{total_fmt} [{remaining}{postfix}]"  # of tqdm
 
 
@@ -129,6 +130,11 @@ def accuracy_cells(rows: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     return [["", *map(label_of, columns)], *lines]
 
 
+def accuracy_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """For people to read; a sentence in its place if there was no image to measure on."""
+    return aligned(accuracy_cells(rows)) if any(map(accuracies_of, rows.values())) else NO_ACCURACY
+
+
 def aligned(cells: Sequence[Sequence[str]]) -> str:
     """The cells of a table with a head, in columns; the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -138,6 +144,8 @@ def aligned(cells: Sequence[Sequence[str]]) -> str:
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
     parts = [f"{label_of(name)} {row[name]:.1f} %" for name in accuracies_of(row)]
+    if "unreadable_in_probe" in row and not parts:
+        parts.append(NO_ACCURACY)
     parts.append(f"{row['images_per_second']:,.0f} images/s, {row['waiting']:.0%} of the time waiting for them")
     if count := row["unreadable"]:
         parts.append(f"{count} unreadable image{'s' * (count > 1)} replaced")

@@ -1,7 +1,8 @@
 """The published optimisation: LARS on the weights, a plain step on biases and norms, warm-up and cosine."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,17 +24,30 @@ def published_learning_rate(batch_size: int) -> float:
 def build_optimizer(
     name: str, net: nn.Module, *, batch_size: int, lr_weights: float, lr_biases: float, weight_decay: float, **lars: Any
 ) -> optim.Optimizer:
-    """LARS as published, SGD or AdamW; rates are times batch/256. Vectors do not decay, nor does LARS adapt them."""
+    """LARS as published, SGD or AdamW; rates are times batch/256.
+
+    Vectors, and the single numbers of some networks' gains, do not decay, nor does LARS adapt them.
+    """
     base = batch_size / 256
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "lr": base * lr_weights, "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1], "lr": base * lr_biases, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim <= 1], "lr": base * lr_biases, "weight_decay": 0.0},
     ]
+    require_all(net, groups)
     if name == "lars":
         groups[1]["adapt"] = False
         return LARS(groups, lr=base * lr_weights, **lars)
     return optim.SGD(groups, momentum=0.9) if name == "sgd" else optim.AdamW(groups)
+
+
+def require_all(net: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
+    """ValueError: a parameter that requires gradients is in no group, and would never learn, or in more than one."""
+    times = Counter(id(parameter) for group in groups for parameter in group["params"])
+    learning = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    if wrong := [name for name, parameter in learning.items() if times[id(parameter)] != 1]:
+        found = f"{len(wrong)} of {len(learning)} parameters are not, the first is {wrong[0]}"
+        raise ValueError(f"groups: expected each parameter that requires gradients in one of them, {found}")
 
 
 def build_schedule(optimizer: optim.Optimizer, steps: int, warmup_steps: int) -> LambdaLR:

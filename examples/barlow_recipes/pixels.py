@@ -18,7 +18,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per cha
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes
 OF_DAMAGE = OSError, EOFError, SyntaxError, ValueError, struct.error, IndexError, KeyError, TypeError
 SAMPLE_FORMAT, UNSIGNED, SIGNED = 339, 1, 2  # a tag of TIFF, and two of its values
-SIXTEEN_BITS = 65535  # what is white where an integer has more than eight bits
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # likewise
+SIXTEEN_BITS = 65535  # what is white in uint16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class PixelSettings:
 
     # of an image; files with another number are converted where that is usual (grey, palette, CMYK), else refused
     channels: Positive = 3
-    # the values that become 0 and 1; without it those of the files' type: 0 and 255, 65535, or 1 of floats
+    # the values that become 0 and 1; without it those of the files' type: 0 and 255, 65535, or 1 of floats. Signed
+    # integers and those of 32 bits have none
     value_range: tuple[float, float] | None = None
     # of each channel, to be subtracted; without it ImageNet's, or 0.5 for other than three channels
     mean: tuple[float, ...] = ()
@@ -76,20 +78,24 @@ def decode(content: Any, name: str, pixels: PixelSettings = USUAL) -> Tensor:
     image = raw(content, name, pixels)
     if image.dtype == torch.uint8 and pixels.value_range in (None, (0, 255)):
         return image
-    low, high = pixels.value_range or (0.0, white(image.dtype))
     values = image.float()
     least, most = (value.item() for value in values.aminmax())
+    found = f"{name}: values from {least:g} to {most:g}"
+    low, high = pixels.value_range or (0.0, white(image.dtype))
     if least != least:
         raise UnfitError(f"{name}: has pixels that are not a number: give them a value within the range")
+    if high is None:
+        kind = str(image.dtype).removeprefix("torch.")
+        raise UnfitError(f"{found} of {kind}, a type without a value for white: give --value-range LOW HIGH")
     if not (low <= least and most <= high):
-        found = f"values from {least:g} to {most:g}, expected {low:g} to {high:g}"
-        raise UnfitError(f"{name}: {found}: give --value-range LOW HIGH")
+        raise UnfitError(f"{found}, expected {low:g} to {high:g}: give --value-range LOW HIGH")
     return (values - low) / (high - low)
 
 
-def white(kind: torch.dtype) -> float:
-    """The value that becomes 1 where no range is declared."""
-    return {torch.uint8: 255.0, torch.bool: 1.0}.get(kind, 1.0 if kind.is_floating_point else SIXTEEN_BITS)
+def white(kind: torch.dtype) -> float | None:
+    """The value that becomes 1 where no range is declared: none of a type whose largest value is not white."""
+    whites: dict[torch.dtype, float] = {torch.uint8: 255, torch.uint16: SIXTEEN_BITS, torch.bool: 1}
+    return 1.0 if kind.is_floating_point else whites.get(kind)
 
 
 def raw(content: Any, name: str, pixels: PixelSettings) -> Tensor:
@@ -112,10 +118,7 @@ def raw(content: Any, name: str, pixels: PixelSettings) -> Tensor:
 
 
 def _opened(content: bytes, name: str, pixels: PixelSettings) -> Any:
-    """By Pillow where it can: it cuts 16 bits in several channels to 8, and knows no other number than 1 to 4.
-
-    Pillow 13 takes int8 for uint8 and uint32 for int32: findings/pillow_reads_signed_tiff_bytes_as_unsigned.sh.
-    """
+    """By Pillow where it can: it cuts 16 bits in several channels to 8, and knows no other number than 1 to 4."""
     if content.startswith(NPY):
         return np.load(io.BytesIO(content), allow_pickle=False)
     tiff = content.startswith(TIFF)
@@ -126,19 +129,41 @@ def _opened(content: bytes, name: str, pixels: PixelSettings) -> Any:
             lost = "of its 16 bits Pillow reads 8, too few for --value-range"
             raise UnfitError(f"{name}: {lost}: save it as TIFF or .npy")
         many = getattr(image, "n_frames", 1) > 1 or pixels.channels > len("RGBA")
-        signs = image.tag_v2.get(SAMPLE_FORMAT, (UNSIGNED,)) if tiff else (UNSIGNED,)  # type: ignore[attr-defined]
-        if not tiff or not (deep or many or (image.mode, signs[0]) in (("L", SIGNED), ("I", UNSIGNED))):
+        if not tiff or not (deep or many or _misread(image)):
             return image
     except UnidentifiedImageError:
         if not tiff:
             raise ValueError("in no format that is known") from None
-    return require("tifffile", f"{name}, a TIFF that Pillow cannot read,").imread(io.BytesIO(content))
+    with require("tifffile", f"{name}, a TIFF that Pillow cannot read,").TiffFile(io.BytesIO(content)) as file:
+        return _black_is_zero(file.asarray(), name, file.pages[0].photometric)
+
+
+def _misread(image: Any) -> bool:
+    """Whether Pillow 13 takes the numbers of a TIFF for others: see findings/pillow_reads_*.
+
+    It takes int8 for uint8, uint32 for int32, and of what is compressed it does not swap the bytes.
+    """
+    sign = image.tag_v2.get(SAMPLE_FORMAT, (UNSIGNED,))[0]
+    swapped = image.tag_v2.prefix == b"MM" and image.mode in ("I", "F") and image.info.get("compression") != "raw"
+    return swapped or (image.mode, sign) in (("L", SIGNED), ("I", UNSIGNED))
+
+
+def _black_is_zero(values: Any, name: str, photometric: int | None) -> Any:
+    """The values of a TIFF, inverted in their type if it says that white is zero: Pillow does so with 8 bits alone."""
+    if photometric != WHITE_IS_ZERO:
+        return values
+    if values.dtype.kind == "f":
+        raise UnfitError(f"{name}: white is zero, which floats do not define: save it as black is zero (photometric 1)")
+    return ~values
 
 
 def _of_pillow(image: Image.Image, name: str, channels: int) -> Any:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):  # one plane of more than 8 bits
-        return np.asarray(image)
+        values = np.asarray(image)
+        if image.mode == "I" and image.format in ("PNG", "PPM"):  # 32 bits for their 16
+            values = values.astype("u2")
+        return _black_is_zero(values, name, getattr(image, "tag_v2", {}).get(PHOTOMETRIC))
     if channels not in (1, 3) and len(image.getbands()) != channels:
         raise UnfitError(f"{name}: {len(image.getbands())} channels, but --channels is {channels}")
     values = np.array(image.convert({1: "L", 3: "RGB"}.get(channels, image.mode)))

@@ -104,8 +104,19 @@ def vote(similarity: Tensor, labels: Tensor, classes: int) -> Tensor:
     return votes.masked_fill_(votes == 0, -torch.inf)
 
 
+def require_images(**parts: Tensor) -> None:
+    """ValueError where one of them is empty: of no images there is no accuracy."""
+    for name, rows in parts.items():
+        if not len(rows):
+            raise ValueError(f"{name}: expected one image or more, got none: can the files be read?")
+
+
 def knn_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k: int = NEIGHBOURS) -> float:
-    """Percent of queries (N, F) whose k nearest of the bank (M, F), or all if M < k, vote for the truth."""
+    """Percent of queries (N, F) whose k nearest of the bank (M, F), or all if M < k, vote for the truth.
+
+    ValueError where either is empty, here and in the other accuracies.
+    """
+    require_images(bank=bank, queries=queries)
     classes = int(torch.cat([labels, truth]).max()) + 1
     found = vote(*most_similar(bank, labels, queries, k), classes).argmax(dim=1)
     return 100 * int((found == truth).sum()) / len(queries)
@@ -151,6 +162,7 @@ def linear_accuracy(train: Tensor, labels: Tensor, queries: Tensor, truth: Tenso
 
     20,000 images in 1,000 classes, with 2,048 features, take 44 s on one CPU core; 2,000 in 10 take 0.04 s.
     """
+    require_images(train=train, queries=queries)
     if len(labels.unique()) < 2:  # scikit-learn refuses them
         return 100 * float((truth == labels[0]).float().mean())
     linear_model: Any = require("sklearn.linear_model", "the linear probe")
@@ -164,6 +176,7 @@ def few_label_accuracy(
     bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, per_class: int, draws: int
 ) -> float:
     """The mean of :func:`linear_accuracy` over draws of ``per_class`` labelled images, the same for every method."""
+    require_images(bank=bank, queries=queries)
     accuracies = []
     for draw in range(draws):
         generator = torch.Generator().manual_seed(draw)

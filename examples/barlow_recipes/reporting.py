@@ -25,7 +25,7 @@ from barlow_recipes.data import Probe
 from barlow_recipes.distributed import is_rank_zero, world_size
 from barlow_recipes.encoders import build_encoder
 from barlow_recipes.errors import require
-from barlow_recipes.metrics import Metrics, accuracies_of, accuracy_cells, aligned, label_of
+from barlow_recipes.metrics import Metrics, accuracies_of, accuracy_table, label_of
 from barlow_recipes.outputs import CROSS_CORRELATION, CURVES, PICTURES, REPORT, replacing
 from barlow_recipes.steps import Accuracies, Run
 from barlow_recipes.views import completed
@@ -168,7 +168,7 @@ def write_report(run: Run, status: str) -> None:
     more = [f"and {len(events) - MOST_EVENTS} older ones, in metrics.jsonl"] if len(events) > MOST_EVENTS else []
     texts = {
         "How far it is": as_yaml({"steps": run.last_step, "epochs": run.settings.epochs, **newest}),
-        "Held-out accuracy": aligned(accuracy_cells(run.accuracies)) if run.accuracies else "",
+        "Held-out accuracy": accuracy_table(run.accuracies) if run.accuracies else "",
         "Are the embeddings healthy?": str(run.collapse or ""),
         "Events": "\n".join(events[:MOST_EVENTS] + more) or "Nothing out of the ordinary.",
         "Settings": as_yaml(run.metrics.of_kind("settings")[0]),

@@ -1,6 +1,8 @@
 """Small images on disk in many forms, and how the tests read them as a run does."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,17 @@ def tiff(values: Any, **options: Any) -> bytes:
     file = io.BytesIO()
     tifffile.imwrite(file, values, **{"photometric": "minisblack"} | options)
     return file.getvalue()
+
+
+def png_16() -> bytes:
+    """RGB of 16 bits, which Pillow does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    lines = b"".join(b"\0" + struct.pack(">12H", *[32768] * 12) for _ in range(4))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
 def npy(values: Any) -> bytes:

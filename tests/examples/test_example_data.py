@@ -1,15 +1,16 @@
 """Batches, splits, digits and image folders: deterministic, complete, and unmoved by a broken file."""
 
+import io
 import multiprocessing
 import os
 import pickle
 import re
 import signal
-import struct
 import threading
 import time
-import zlib
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import torchvision
 from outcomes import EXAMPLES
-from PIL import Image
-from sources import fill, load, npy, same, saved, tiff
+from PIL import Image, UnidentifiedImageError
+from sources import fill, load, npy, png_16, same, saved, tiff
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -158,6 +160,22 @@ COLORS = (65535 * BANDS[:3]).astype("u2").transpose(1, 2, 0).copy()
 DEEP: dict[str, tuple[bytes, Any, dict[str, Any]]] = {
     "uint16": (tiff((65535 * RAMP).astype("<u2")), RAMP, {}),
     "uint16, big-endian": (tiff((65535 * RAMP).astype(">u2"), byteorder=">"), RAMP, {}),
+    "int16, big-endian, compressed": (
+        tiff((2000 * RAMP - 1000).astype(">i2"), byteorder=">", compression="deflate"),
+        RAMP,
+        {"value_range": (-1000, 1000)},
+    ),
+    "float32, big-endian, compressed": (tiff(RAMP.astype(">f4"), byteorder=">", compression="deflate"), RAMP, {}),
+    "int16, white is zero": (
+        tiff((-2000 * RAMP + 999).astype("i2"), photometric="miniswhite"),
+        RAMP,
+        {"value_range": (-1000, 1000)},
+    ),
+    "pages, white is zero": (
+        tiff((65535 - 65535 * BANDS).astype("u2"), photometric="miniswhite"),
+        BANDS,
+        {"channels": 13},
+    ),
     "12 bits in 16": (tiff((4095 * RAMP).astype("u2")), RAMP, {"value_range": (0, 4095)}),
     "int16, negative": (tiff((2000 * RAMP - 1000).astype("i2")), RAMP, {"value_range": (-1000, 1000)}),
     "int8, negative": (tiff((200 * RAMP - 100).astype("i1")), RAMP, {"value_range": (-100, 100)}),
@@ -184,20 +202,66 @@ def test_values_mean_what_is_declared(content: bytes, expected: Any, flags: dict
     torch.testing.assert_close(decoded, wanted.expand(flags.get("channels", 3), 16, 20), rtol=0, atol=0.011)
 
 
-def png_16() -> bytes:
-    """RGB of 16 bits, which Pillow does not write."""
+GREY = (65535 * RAMP).astype("u2")
+SIXTEEN: dict[str, Any] = {
+    f"TIFF, {order}, {photometric}, {compression}": tiff(
+        (GREY if photometric == "minisblack" else ~GREY).astype(f"{order}u2"),
+        photometric=photometric,
+        byteorder=order,
+        compression=compression,
+    )
+    for order in "<>"
+    for photometric in ("minisblack", "miniswhite")
+    for compression in (None, "deflate")
+}
+SIXTEEN |= {kind: saved(Image.fromarray(GREY), kind) for kind in ("PNG", "PPM", "TIFF")}
+SIXTEEN |= {
+    f"Pillow's {mode}": Image.frombytes(mode, (20, 16), GREY.astype(order).tobytes())
+    for mode, order in {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2", "I;16N": "=u2"}.items()
+}
+SIXTEEN |= {
+    "numpy's": GREY.astype(">u2"),
+    "torchvision's": torchvision.io.decode_image(
+        torch.frombuffer(bytearray(SIXTEEN["PNG"]), dtype=torch.uint8), "UNCHANGED"
+    ),
+}
 
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    lines = b"".join(b"\0" + struct.pack(">12H", *[32768] * 12) for _ in range(4))
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("content", SIXTEEN.values(), ids=SIXTEEN)
+def test_sixteen_bits_of_grey_are_the_same_from_everywhere(content: Any, channels: int) -> None:
+    """From the bytes of a file, and opened by a Dataset."""
+    pixels = PixelSettings(channels=channels)
+    given = [content]
+    if isinstance(content, bytes):
+        with suppress(UnidentifiedImageError):  # white is zero, big-endian
+            given.append(Image.open(io.BytesIO(content)))
+    wanted = torch.from_numpy(GREY / np.float32(65535)).expand(channels, 16, 20)
+    for each in given:
+        torch.testing.assert_close(decode(each, "image", pixels), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_white_is_zero_with_eight_bits_as_with_sixteen(order: str) -> None:
+    """Pillow inverts the former by itself."""
+    values = np.arange(256, dtype="u1").reshape(16, 16)
+    images = [
+        tiff(each.astype(each.dtype.newbyteorder(order)), photometric="miniswhite", byteorder=order)
+        for each in (values, values.astype("u2") * 257)
+    ]
+    eight, sixteen = (decode(content, "image").double() for content in images)
+    torch.testing.assert_close(eight / 255, sixteen, rtol=0, atol=1e-7)
+    assert eight[0, 0, 0] == 255
 
 
 RGB = saved(Image.new("RGB", (8, 6)))
 UNFIT: dict[str, tuple[bytes, dict[str, Any], str]] = {
-    "negative": (tiff((RAMP * 9 - 5).astype("i2")), {}, "values from -5 to 4, expected 0 to 65535: give --value-range"),
+    "negative": (tiff((RAMP * 9 - 5).astype("i2")), {}, "values from -5 to 4 of int32, .* white: give --value-range"),
+    "beyond what is declared": (
+        tiff((RAMP * 9 - 5).astype("i2")),
+        {"value_range": (0, 9)},
+        "-5 to 4, expected 0 to 9:",
+    ),
     "above": (tiff((RAMP * 300).astype("f4")), {}, "values from 0 to 300, expected 0 to 1: give --value-range"),
     "not a number": (tiff(np.where(RAMP > 0.5, np.nan, RAMP).astype("f4")), {}, "has pixels that are not a number"),
     "beyond what was declared": (npy(RAMP * 5000), {"value_range": (0, 4095)}, "values from 0 to 5000"),
@@ -206,8 +270,38 @@ UNFIT: dict[str, tuple[bytes, dict[str, Any], str]] = {
     "no alpha": (RGB, {"channels": 4}, "3 channels, but --channels is 4"),
     "one dimension": (npy(RAMP[0]), {}, r"expected an image of .* got \(20,\)"),
     "words": (npy(np.array([["a", "b"]])), {}, "expected an array of numbers"),
+    "white is zero, of floats": (
+        tiff(RAMP.astype("f4"), photometric="miniswhite"),
+        {},
+        r"white is zero.*photometric 1",
+    ),
+    "white is zero, of doubles": (tiff(RAMP, photometric="miniswhite"), {}, "white is zero"),
     "what Pillow cuts off": (png_16(), {"value_range": (0, 4095)}, "TIFF or .npy"),
 }
+
+
+WITHOUT_WHITE = {"int8": 100, "int16": 4095, "int32": 65535, "uint32": 65535, "int64": 255}
+
+
+@pytest.mark.parametrize("channels", [1, 3, 13])
+@pytest.mark.parametrize(("kind", "most"), WITHOUT_WHITE.items())
+def test_a_type_without_a_white_wants_a_range(kind: str, most: int, channels: int) -> None:
+    """Its values may look like 8 or 16 bits: they would be scaled by a guess."""
+    values = (most * BANDS[:channels]).astype(kind)
+    grey = values[0] if channels == 1 else values
+    given: list[Any] = [npy(grey), torch.from_numpy(grey), grey]
+    if kind != "int64":  # photometric is that of grey pages
+        given += [tiff(grey, byteorder=order) for order in "<>"]
+    if (kind, channels) == ("int32", 1):
+        given.append(Image.fromarray(grey))
+    pixels, names = PixelSettings(channels=channels), "(int16|int32)" if kind == "int16" else kind  # Pillow widens it
+    for content in given:
+        with pytest.raises(
+            UnfitError, match=rf"image: values from 0 to \d+ of {names}, .*: give --value-range LOW HIGH"
+        ):
+            decode(content, "image", pixels)
+        decoded = decode(content, "image", replace(pixels, value_range=(0, most)))
+        torch.testing.assert_close(decoded.double(), torch.from_numpy(values / most), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("content", "flags", "message"), UNFIT.values(), ids=UNFIT)

@@ -146,6 +146,27 @@ def test_what_is_left_out_is_told_and_kept(trees: dict[str, Path], tmp_path: Pat
     assert results()["test"]["unreadable"] == 1
 
 
+def test_a_slow_precision_is_told_first(
+    trees: dict[str, Path], detect: Detect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    status, output, _ = detect("--data", trees["voc"], *RANDOM, *SMALL, "--iterations", 1, "--precision", "bf16")
+    assert status == 0
+    assert output.index("note: --precision bf16 can be several times slower than fp32 here") < output.index("average")
+
+
+def test_a_test_without_a_readable_image_ends_the_run(trees: dict[str, Path], tmp_path: Path, detect: Detect) -> None:
+    root = Path(shutil.copytree(trees["coco"], tmp_path / "data"))
+    for path in (root / "val2017").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    status, _, errors = detect("--data", root, *RANDOM, *SMALL, "--iterations", 1)
+    assert status == 1
+    assert errors.splitlines()[-1].endswith(
+        "no image of the test can be read: is --data damaged? After a repair, continue with --resume"
+    )
+    assert not Path("out/results.json").exists()
+
+
 def test_too_little_memory_has_the_programs_own_remedy(
     trees: dict[str, Path], detect: Detect, monkeypatch: pytest.MonkeyPatch
 ) -> None:

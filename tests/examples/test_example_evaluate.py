@@ -60,6 +60,26 @@ def last_epoch(folder: str) -> dict[str, Any]:
     return checkpoint.read(Path(folder) / "checkpoint.previous.pt")
 
 
+def test_a_slow_precision_is_told_first(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    tree = make_tree(tmp_path / "flowers", train=2, validation=2)
+    status, output, _ = call("--data", tree, *SMALL, "--protocols", "knn", "--precision", "bf16")
+    assert status == 0
+    assert output.startswith("note: --precision bf16 can be several times slower than fp32 here")
+
+
+def test_neighbours_of_no_readable_image_are_no_accuracy(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would have voted for nothing: an accuracy of 0."""
+    tree = make_tree(tmp_path / "flowers", train=2, validation=2)
+    monkeypatch.setattr(program, "look_at_some", lambda *_: None)  # as of files that are damaged after it
+    for path in (tree / "train").rglob("*.JPEG"):
+        spoil(path)
+    status, _, errors = call("--data", tree, *SMALL, "--protocols", "knn")
+    assert (status, errors) == (1, "error: no image of train/ can be read: is --data damaged?\n")
+
+
 def test_all_protocols(call: Call, tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "flowers", train=6, validation=2)
     flags = (*SMALL, "--batch-size", 12, "--neighbours", 5, "--lr-classifier", 0.05)

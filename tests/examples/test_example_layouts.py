@@ -1,6 +1,9 @@
 """What users bring to --data: folders of any shape, lists, data sets; nothing is lost without a word."""
 
+import io
+import shutil
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sources import fill, load, npy, tensors, tiff
+from sources import fill, load, npy, same, tensors, tiff
 from torch.utils.data import Dataset
 
 from barlow_recipes.command_line import read
 from barlow_recipes.data import PretrainingData
 from barlow_recipes.errors import UsageError
 from barlow_recipes.files import find_images, index_folder
+from barlow_recipes.labelled import load_tree
+from barlow_recipes.metrics import NO_ACCURACY
 from barlow_recipes.pixels import PixelSettings, decode
 
 
@@ -44,22 +49,50 @@ def test_images_beside_class_folders_are_counted_and_other_files_told(tmp_path: 
     assert "1 .json, 1 .txt" in data.notes[0]
 
 
-LITTER: dict[str, Callable[[Path], object]] = {
-    "a hidden folder": lambda root: (root / ".ipynb_checkpoints").mkdir(),
-    "hidden folders with images": lambda root: [fill(root / part / ".ipynb_checkpoints", 5) for part in ("", "a")],
-    "macOS's": lambda root: [(fill(root / "__MACOSX" / "a", 5), (root / "a" / "._000.png").write_bytes(bytes(100)))],
-    "a link in a circle": lambda root: (root / "a" / "up").symlink_to(root),
+LITTER: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a hidden folder": (lambda root: (root / ".ipynb_checkpoints").mkdir(), "1 hidden files and folders (.ipynb_"),
+    "hidden folders with images": (
+        lambda root: [fill(root / part / ".ipynb_checkpoints", 5) for part in ("", "a")],
+        "2 hidden files and folders (.ipynb_checkpoints)",
+    ),
+    "macOS's": (
+        lambda root: [
+            (fill(root / "__MACOSX" / "a", 5), (root / "a" / "._000.png").write_bytes(bytes(100))),
+            [(root / part / ".DS_Store").touch() for part in ("", "a", "b")],
+        ],
+        "5 hidden files and folders (.DS_Store, ._000.png, __MACOSX)",
+    ),
+    "of a network's disk": (
+        lambda root: [fill(root / part / "@eaDir" / "000.png", 2) for part in ("", "a", "b")],
+        "3 hidden files and folders (@eaDir)",
+    ),
+    "Windows'": (
+        lambda root: [fill(root / "$RECYCLE.BIN", 3), (root / "a" / "Thumbs.db").touch()],
+        "2 hidden files and folders ($RECYCLE.BIN, Thumbs.db)",
+    ),
+    "a link in a circle": (lambda root: (root / "a" / "up").symlink_to(".."), ""),
 }
 
 
-@pytest.mark.parametrize("litter", LITTER.values(), ids=LITTER)
-def test_what_a_system_has_left_is_left_out(litter: Callable[[Path], object], tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        fill(tmp_path / name, 20)
-    litter(tmp_path)
-    assert torch.bincount(index_folder(tmp_path).labels).tolist() == [20, 20]
-    data = load(tmp_path)
-    assert (data.images, seen(data), data.notes) == (36, 36, ())
+@pytest.mark.parametrize("name", ["photos", ".photos"])
+@pytest.mark.parametrize(("litter", "told"), LITTER.values(), ids=LITTER)
+def test_what_a_system_has_left_is_left_out(
+    litter: Callable[[Path], object], told: str, name: str, tmp_path: Path
+) -> None:
+    """Counted and told once; the folder itself may be hidden, since it is asked for."""
+    root = tmp_path / name
+    for part in ("a", "b"):
+        fill(root / part, 20)
+    litter(root)
+    assert torch.bincount(index_folder(root).labels).tolist() == [20, 20]
+    data = load(root)
+    assert (data.images, seen(data), len(data.notes)) == (36, 36, bool(told))
+    assert not told or data.notes[0].startswith(f"left out of {root}: {told}")
+    copy = shutil.copytree(root, tmp_path / "tree" / "val", symlinks=True)
+    shutil.copytree(root, copy.with_name("train"), symlinks=True)
+    tree = load_tree(copy.parent)
+    assert (tree.classes, len(tree.train), len(tree.validation)) == (["a", "b"], 40, 40)
+    assert len(tree.notes) == bool(told)
 
 
 def test_a_folder_with_the_name_of_an_image_is_a_folder(tmp_path: Path) -> None:
@@ -199,6 +232,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         put("{}.tif", tiff(np.full((8, 8), -300, "i2")), 9),
         r"0\.tif: values from -300 to -300.*--value-range",
     ),
+    "signed, 12 bits": (
+        put("{}.tif", tiff(np.arange(64, dtype="i2").reshape(8, 8) * 65), 9),
+        r"0\.tif: values from 0 to 4095 of int32, a type without a value for white: give --value-range LOW HIGH",
+    ),
+    "dark floats": (
+        put("{}.tif", tiff(np.full((8, 8), 0.01, "f4")), 9),
+        r"nearly black, the largest value is 0\.01 of 1.*--value-range LOW HIGH",
+    ),
     "13 bands": (BANDS, r"0\.tif: 13 channels, but --channels is 3"),
 }
 
@@ -219,6 +260,45 @@ def test_images_of_many_bands_become_views(augment_on: str, tmp_path: Path) -> N
     assert data.pixels.channels == 13
 
 
+def in_folder(files: dict[str, bytes], root: Path) -> Path:
+    for name, content in files.items():
+        put(name, content)(root)
+    return root
+
+
+def in_shard(files: dict[str, bytes], root: Path) -> Path:
+    root.mkdir()
+    with tarfile.open(root / "0.tar", "w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return root
+
+
+@pytest.mark.parametrize("lay_out", [in_folder, in_shard])
+def test_how_sixteen_bits_were_written_changes_no_view(
+    lay_out: Callable[[dict[str, bytes], Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In either order of bytes, and with white or black as zero: the same views, and the same description."""
+    from describe_images import main
+
+    random, told, views = np.random.default_rng(0), list[list[str]](), list[Any]()
+    images = [random.integers(0, 2**16, (12, 10), "u2") for _ in range(8)]
+    for order in "<>":
+        for photometric in ("minisblack", "miniswhite"):
+            values = [image if photometric == "minisblack" else ~image for image in images]
+            options = {"photometric": photometric, "byteorder": order}
+            files = {f"{n}.tif": tiff(each.astype(f"{order}u2"), **options) for n, each in enumerate(values)}
+            source = lay_out(files, tmp_path / f"{len(told)}")
+            views.append([batch.views for batch in load(source).pairs.batches(0)])
+            assert main(["--data", str(source)]) == 0
+            told.append(capsys.readouterr().out.splitlines()[1:])
+    assert all(same(views[0], other) for other in views)
+    assert all(told[0] == other for other in told)
+    assert "type: uint16 (8)" in told[0]
+
+
 def test_the_first_unreadable_file_is_named(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
     """Images are counted, not attempts, and a run that cannot go on says which file and why."""
     fill(tmp_path / "photos", 40)
@@ -231,6 +311,26 @@ def test_the_first_unreadable_file_is_named(tmp_path: Path, run: Callable[..., t
     assert "images of epoch 1 could not be read, 5 are tolerated: " in errors
     assert "0" in errors.partition(".png is not a readable image: in no format that is known")[0][-3:]
     assert int(errors.split(" images of epoch")[0].split()[-1]) <= 12
+
+
+@pytest.mark.usefixtures("few_looks")
+def test_a_run_whose_held_out_images_cannot_be_read_says_so(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    """It trains; there is nothing to say of the accuracy, and that is said."""
+    for name in ("a", "b"):
+        fill(tmp_path / "photos" / name, 20)
+    found = load(tmp_path / "photos").final
+    assert found
+    held_out = found.queries.dataset.images  # type: ignore[attr-defined]
+    for number in range(len(held_out)):
+        Path(held_out.read(number)[1]).write_text("<html>")
+    small = ("--arch", "small-cnn", "--projector", "64-64", "--image-size", 28, "--batch-size", 8, "--epochs", 1)
+    flags = (*small, "--probe-every", 1, "--workers", 0, "--device", "cpu", "--out", "out")
+    status, output, errors = run("--data", tmp_path / "photos", *flags)
+    assert status == 0, errors
+    assert output.count(NO_ACCURACY) + errors.count(NO_ACCURACY) == 2  # of the epoch and of the end
+    assert NO_ACCURACY in Path("out/report.html").read_text()
 
 
 def test_a_command_describes_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,5 +365,10 @@ def test_a_command_describes_the_images(tmp_path: Path, capsys: pytest.CaptureFi
     assert any("00.npy has pixels that are not finite" in line for line in told)
     pixels = read(PixelSettings, flags.split(), "")  # the extreme values are within the range, to the last digit
     assert all(decode((tmp_path / "floats" / f"{n:02}.npy").read_bytes(), "", pixels).max() <= 1 for n in range(1, 12))
+    (tmp_path / "signed").mkdir()
+    np.save(tmp_path / "signed" / "0.npy", (4095 * random.random((12, 10))).astype("i2"))
+    np.save(tmp_path / "signed" / "1.npy", np.array([[0, 4095]], "i2"))  # as 16 bits it would be a sixteenth
+    assert main(["--data", str(tmp_path / "signed")]) == 0
+    assert capsys.readouterr().out.endswith("--value-range 0 4095\n")
     assert main(["--data", str(fill(tmp_path / "png", 200))]) == 0
     assert "--value-range" not in capsys.readouterr().out

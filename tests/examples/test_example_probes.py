@@ -95,6 +95,18 @@ def test_evaluate_measures_what_is_asked_for_where_there_are_images() -> None:
         assert probes.evaluate(lambda x: x, Probe([bank], [queries], True, (1,)), CPU) == {"unreadable_in_probe": 20}
 
 
+@pytest.mark.parametrize("empty", ["bank", "queries"])
+@pytest.mark.parametrize("measure", ["knn", "linear", "few_label"])
+def test_of_no_images_there_is_no_accuracy(measure: str, empty: str) -> None:
+    rows, labels = clusters(5, noise=0.1)
+    none = rows[:0], labels[:0]
+    bank, queries = (none, (rows, labels)) if empty == "bank" else ((rows, labels), none)
+    more = {"per_class": 1, "draws": 2} if measure == "few_label" else {}
+    name = "train" if (measure, empty) == ("linear", "bank") else empty
+    with pytest.raises(ValueError, match=f"{name}: expected one image or more, got none: can the files be read?"):
+        getattr(probes, f"{measure}_accuracy")(*bank, *queries, **more)
+
+
 @pytest.mark.parametrize(("size", "features"), [((1, 8, 8), 64), ((3, 224, 224), 3072), ((13, 40, 20), 13 * 32 * 20)])
 def test_pixels_are_reduced_to_at_most_32(size: tuple[int, int, int], features: int) -> None:
     assert probes.raw_pixels(torch.rand(2, *size)).shape == (2, features)

@@ -114,6 +114,15 @@ def test_images_in_every_way(flags: tuple[str, ...], run: Run, jpegs: Path) -> N
 
 
 @pytest.mark.usefixtures("few_looks")
+@pytest.mark.usefixtures("few_looks")
+def test_a_slow_precision_is_told_before_the_first_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "An old one"})
+    status, output, _ = run(*SHORT_DIGITS, "--limit-steps", 1, "--precision", "bf16")
+    assert status == 0
+    note = "note: --precision bf16 can be several times slower than fp32 here: this processor (An old one) has no"
+    assert [line.startswith(note) for line in output.splitlines()[:3]] == [False, False, True]
+
+
 def test_an_incompatible_resume_names_the_difference(run: Run) -> None:
     assert run(*SHORT_DIGITS, "--out", "first", "--limit-steps", 1)[0] == 0
     status, _, errors = run(*SHORT_DIGITS, "--projector", "32-32", "--resume", "first")

@@ -3,11 +3,13 @@
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from barlow_recipes.command_line import plain
+from barlow_recipes.command_line import INSTRUCTIONS, best_precision, plain, precision_notes
 from barlow_recipes.errors import UsageError
 from barlow_recipes.settings import PRESETS, WORLD_SIZE_OF_THE_OFFICIAL_RUN, Settings, read_settings
 
@@ -214,3 +216,39 @@ def test_the_presets_differ_by_the_world_size_alone() -> None:
     published |= {"color_jitter": (0.4, 0.4, 0.2, 0.1), "grayscale": 0.2}
     published |= {"image_size": 224, "crop_scale": 0.08, "optimizer": "lars"}
     assert published.items() <= paper.items()
+
+
+PROCESSORS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "old": ({"cpu_name": "An old one", "architecture": "x86_64", "avx2": True, "avx512_bf16": False}, ("bf16", "fp16")),
+    "with bf16": ({"architecture": "x86_64", "avx512_bf16": True, "avx512_fp16": False}, ("fp16",)),
+    "with both": ({"architecture": "x86_64", "avx512_bf16": True, "avx512_fp16": True}, ()),
+    "Arm": ({"architecture": "arm64", "bf16": True, "fp16_arith": True}, ()),
+    "unknown": ({}, ("bf16", "fp16")),
+}
+
+
+@pytest.mark.parametrize(("found", "slow"), PROCESSORS.values(), ids=PROCESSORS)
+def test_a_precision_without_instructions_is_told(
+    found: dict[str, Any], slow: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    cpu = torch.device("cpu")
+    for precision in ("fp32", "bf16", "fp16"):
+        notes = precision_notes(cpu, precision)
+        assert len(notes) == (precision in slow)
+        assert not precision_notes(torch.device("cuda"), precision)
+        for note in notes:
+            assert note.startswith(
+                f"--precision {precision} can be several times slower than fp32 here: this processor ("
+            )
+            assert f"({found.get('cpu_name', found.get('architecture', 'unknown'))}) has no instructions for it" in note
+    assert best_precision(cpu) == settings("--data images --device cpu").precision == "fp32"
+
+
+def test_torch_names_what_a_processor_has() -> None:
+    """The names are torch's, or the note would come with every processor."""
+    found = torch.cpu.get_capabilities()
+    own = {"x86_64": {"avx512_bf16", "amx_bf16", "avx512_fp16"}, "arm64": {"bf16", "fp16_arith"}}
+    known = own.get(found["architecture"], set())
+    assert known <= found.keys()
+    assert known <= {name for names in INSTRUCTIONS.values() for name in names}

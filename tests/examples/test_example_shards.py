@@ -125,6 +125,74 @@ def test_images_are_known_by_their_names(name: str, image: bool, layout: int, tm
     assert contents == ({b"one", b"another"} if image else {b"another"})
 
 
+SAMPLES: dict[str, tuple[dict[str, bytes], dict[bytes, int]]] = {
+    "a mask beside": ({"a.jpg": b"a", "a.seg.png": b"-", "b.seg.png": b"-", "b.jpg": b"b"}, {b"a": 0, b"b": 0}),
+    "an array beside": ({"a.npy": b"-", "a.jpg": b"a", "b.png": b"b", "b.npy": b"-"}, {b"a": 0, b"b": 0}),
+    "parts of a name": (
+        {"a.left.jpg": b"a", "a.left.cls": b"1", "b.left.cls": b"0", "b.left.jpg": b"b"},
+        {b"a": 1, b"b": 0},
+    ),
+    "a label for all of the sample": (
+        {"a.left.jpg": b"a", "a.cls": b"1", "b.jpg": b"b", "b.cls": b"0"},
+        {b"a": 1, b"b": 0},
+    ),
+    "a label for a part": (
+        {"a.jpg": b"a", "a.cls": b"1", "a.seg.cls": b"0", "b.seg.cls": b"1", "b.jpg": b"b", "b.cls": b"0"},
+        {b"a": 1, b"b": 0},
+    ),
+    "folders with dots": ({"v1.0/a.jpg": b"a", "v1.1/a.jpg": b"b"}, {b"a": 0, b"b": 0}),
+}
+
+
+def pack(files: Iterable[tuple[str, bytes]], path: Path) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(("files", "expected"), SAMPLES.values(), ids=SAMPLES)
+def test_a_sample_has_one_image_and_its_own_label(
+    files: dict[str, bytes], expected: dict[bytes, int], tmp_path: Path
+) -> None:
+    """Samples as webdataset groups them; of what else is in them nothing is pretrained on."""
+    path = pack(files.items(), tmp_path / "0.tar")
+    assert len([*webdataset.WebDataset(str(path), shardshuffle=False)]) == len(expected)
+    catalogue = index_shards(tmp_path, [path])
+    found = [(catalogue.read(index)[0], int(catalogue.labels[index])) for index in range(len(catalogue))]
+    assert sorted(found) == sorted(expected.items())
+
+
+AMBIGUOUS = {
+    "numbers after a dot": ["img.001.jpg", "img.001.cls", "img.002.jpg", "img.002.cls"],
+    "two formats": ["img.jpg", "img.png"],
+    "twice": ["img.jpg", "other.jpg", "img.jpg"],
+    "two parts": ["img.left.png", "img.right.png", "img.npy.png"],
+}
+
+
+@pytest.mark.parametrize("given", ["shard", "folder"])
+def test_hidden_files_of_a_shard_are_counted_and_told(given: str, tmp_path: Path) -> None:
+    names = ["a.png", "._a.png", "b.png", "@eaDir/b.png", "c.png", "d.png"]
+    path = pack(((name, png()) for name in names), tmp_path / "0.tar")
+    data = load(path if given == "shard" else tmp_path)
+    assert data.images == 4
+    assert data.notes[0].endswith(": 2 hidden files and folders (._a.png, @eaDir/b.png)")
+
+
+@pytest.mark.parametrize("names", AMBIGUOUS.values(), ids=AMBIGUOUS)
+def test_two_images_of_a_sample_are_refused(names: list[str], tmp_path: Path) -> None:
+    """Which label is whose would be a guess."""
+    path = pack(((name, b"1") for name in names), tmp_path / "0.tar")
+    with pytest.raises(UsageError, match="before the first dot, or leave one of them") as error:
+        index_shards(tmp_path, [path])
+    first, second = [name for name in names if name.startswith("img") and "cls" not in name][:2]
+    message = f"--data {path}: {first} and {second} are images of one sample, which webdataset calls img."
+    assert str(error.value).startswith(message)
+
+
 NAMED = {
     "for training": (("b-train-0.tar", "a-train-1.tar", "a-val-0.tar"), ["a-train-1.tar", "b-train-0.tar"]),
     "not to test with": (("photos-0.tar", "photos-val-0.tar", "photos-test-0.tar"), ["photos-0.tar"]),

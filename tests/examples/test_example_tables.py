@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from barlow_recipes.metrics import accuracy_cells, aligned, epoch_line, label_of
+from barlow_recipes.metrics import NO_ACCURACY, accuracy_cells, accuracy_table, aligned, epoch_line, label_of
 
 
 def test_the_table_lines_up_also_with_gaps() -> None:
@@ -14,6 +14,21 @@ def test_the_table_lines_up_also_with_gaps() -> None:
         "encoder     98.2 %          3.0 %     100.0 %",
     ]
     assert label_of("linear_10") == "10 labels/class"
+
+
+def test_without_an_image_to_measure_on_a_sentence_says_so() -> None:
+    row: dict[str, Any] = {
+        "epoch": 3,
+        "unreadable": 0,
+        "unreadable_in_probe": 4,
+        "images_per_second": 9,
+        "waiting": 0.5,
+    }
+    assert accuracy_table({"raw pixels": row, "encoder": row}) == NO_ACCURACY
+    assert epoch_line(row, 9).startswith(f"epoch 3/9: {NO_ACCURACY}, 9 images/s")
+    assert "no accuracy" not in epoch_line(row | {"knn": 9.0}, 9)
+    del row["unreadable_in_probe"]  # there was no look
+    assert epoch_line(row, 9).startswith("epoch 3/9: 9 images/s")
 
 
 def test_the_line_of_an_epoch() -> None:

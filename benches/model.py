@@ -17,14 +17,14 @@ layer under autocast returns them. "fp32": view = product = 4, ``torch.get_float
 Moved, per contender. A pass is over all e elements of both views, or over a D×D or N×N matrix:
 
 * dual, Triton: standardise reads z (view), writes u (product); Gram matrices read u, write K1, K2; Frobenius sums read
-  K1, K2; the products of the backward read K1, K2 and u, write P; the back-projection reads P and u, writes the
+  K1, K2; the products of the backward read K1, K2 and u, write P; the last kernel reads P and u, writes the
   gradient (view). e·(2·view + 6·product) + 2N²·3·product. Again: z, P and u once more, e·(view + 2·product). 8
   launches: standardise, 2 products, Frobenius, loss terms, 2 products, input gradients.
 * dual, eager: one operation per pass, float32 (c = 4) between products. Standardise: z to x, both views put together,
   its sum, centred, its square, the sum of that, scaled, diagonal: view + 13c, and c + product for the cast where the
   products have 16 bits.
   Four products: e·3·product, 2N²·2·product. Frobenius: 2N²·2c, and 2N²·(product + c) for the casts, in 16 bits.
-  Back-projection: of either view P scaled, twice another term added, a product and its sum, scaled: 14c; in 16 bits
+  Input gradients: of either view P scaled, twice another term added, a product and its sum, scaled: 14c; in 16 bits
   the casts of P, of u twice and of the gradient besides: 4c + 3·product + view. Some 90 float32 vectors.
 * textbook, eager: a D×D matrix is passed 36 times in 16 bits (34 in fp32): product 1, divide 2, two copies off the
   diagonal 4, square 2, sum 1; backward of the sum 1 (0), of the square 7 (6), two slices back 6, zeros and their sum 4,

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm
 
-pytest.importorskip("tyro", reason="pip install 'barlow-loss[examples]'")
+pytest.importorskip("tyro", reason="pip install '.[examples]'")
 
 from barlow_recipes import settings as presets
 from barlow_recipes.checkpoint import TrainingState

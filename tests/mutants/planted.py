@@ -366,6 +366,35 @@ NORMALISATION = [
 
 PROCESSES = [
     *_in(
+        "barlow_loss/_waiting.py",
+        ("tests/distributed/test_faults.py",),
+        ("a-rank-that-waits-is-not-seen", 'store.set(_key(own), "waits")', "pass"),
+        ("every-rank-tells-who-is-missing", "if missing and own == min(waiting):", "if missing:"),
+        ("a-rank-stays-seen-after-it-has-waited", "store.delete_key(_key(own))", "pass"),
+        ("nobody-is-told", "if not done.wait(TOLD_AFTER):", "if False:"),
+        (
+            "ranks-of-a-group-named-by-their-place",
+            "missing = [str(rank) for rank",
+            "missing = [str(ranks.index(rank)) for rank",
+        ),
+        (
+            "a-store-that-fails-fails-the-call",
+            "threading.Thread(target=_watch, args=(done, caller, peers), daemon=True).start()",
+            "peers.store.set(_key(peers.own), '')",
+        ),
+    ),
+    *_in(
+        "barlow_loss/monitoring.py",
+        ("tests/distributed/test_monitoring_global.py",),
+        ("settings-of-monitors-not-compared", "lambda: (0, must_match))", "lambda: (0, {}))"),
+    ),
+    *_in(
+        "barlow_loss/_module.py",
+        ("tests/test_module_habits.py", "tests/distributed/test_wrappers.py"),
+        ("a-group-is-copied-with-its-module", "memo[id(self.process_group)] = self.process_group", "pass"),
+        ("a-copy-shares-its-tensors", "copy.deepcopy(self.__dict__, memo)", "self.__dict__"),
+    ),
+    *_in(
         "barlow_loss/_header.py",
         HEADER,
         ("only-rank-0-is-asked-for-errors", "if any(kinds):", "if kinds[0]:"),
@@ -515,6 +544,7 @@ FACE = [
         ("tests/test_monitoring.py",),
         ("validation-counts-as-a-step", "if torch.is_grad_enabled() and _have", "if _have"),
         ("compiled-step-waits", "return may_synchronize(views[0]) and not is_traced(*views)", "return True"),
+        ("a-copy-of-a-watched-loss-is-watched", "return _Unwatched, ()", "return _Watch, (self._monitor, self._step)"),
         ("a-step-counts-twice", "if now is not None and now != self._last:", "if now is not None:"),
         ("settings-of-the-monitor-win", "self._settings | _settings(loss_fn)", "_settings(loss_fn) | self._settings"),
         ("a-good-report-forgives-nothing", "self._bad + 1 if reason else 0", "self._bad + 1 if reason else self._bad"),

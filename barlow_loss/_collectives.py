@@ -197,7 +197,7 @@ def gather_integers(caller: str, group: Group, values: tuple[int, ...], z: Any) 
 
 def _peers(group: Group) -> Peers:
     handle: Any = group.handle or dist.group.WORLD
-    return Peers(handle.get_group_store(), dist.get_process_group_ranks(handle), dist.get_rank())
+    return Peers(handle.get_group_store, dist.get_process_group_ranks(handle), dist.get_rank())
 
 
 def gather_texts(caller: str, group: Group, text: str, z: Any) -> list[str]:

@@ -24,9 +24,9 @@ _logger = logging.getLogger("barlow_loss")
 
 
 class Peers(NamedTuple):
-    """The ranks of a group, as the world numbers them, this one among them, and the group's key-value store."""
+    """The ranks of a group, as the world numbers them, this one among them, and what gives the group's store."""
 
-    store: Any
+    store: Callable[[], Any]
     ranks: list[int]
     own: int
 
@@ -84,17 +84,16 @@ def _watch(done: threading.Event, caller: str, peers: Peers) -> None:
 
     Whoever came within the first ``TOLD_AFTER`` seconds is to be seen ``VISIBLE_AFTER`` later.
     """
-    store, _, own = peers
     with contextlib.suppress(Exception):
+        store, ranks, own = peers.store(), peers.ranks, peers.own
         store.set(_key(own), "waits")
         if not done.wait(TOLD_AFTER):
-            _tell(caller, peers)
+            _tell(caller, store, ranks, own)
             done.wait()
         store.delete_key(_key(own))
 
 
-def _tell(caller: str, peers: Peers) -> None:
-    store, ranks, own = peers
+def _tell(caller: str, store: Any, ranks: list[int], own: int) -> None:
     waiting = [rank for rank in ranks if rank == own or store.check([_key(rank)])]
     missing = [str(rank) for rank in ranks if rank not in waiting]
     if missing and own == min(waiting):

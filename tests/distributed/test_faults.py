@@ -125,13 +125,15 @@ class _Unusable(dist.Store):
     """A store that can nothing but fail."""
 
 
+def _no_store():
+    raise RuntimeError("this backend has no store")
+
+
 def _late_with_a_store_that(fails, folder):
     """Rank 1 comes late, while the store fails, or blocks until the test is over."""
     told, released = _Told(folder), threading.Event()
-    stores = {
-        "fails": _Unusable(),
-        "blocks": SimpleNamespace(set=lambda *_: released.wait(), delete_key=lambda _: None),
-    }
+    blocking = SimpleNamespace(set=lambda *_: released.wait(), delete_key=lambda _: None)
+    stores = {"fails": _Unusable, "blocks": lambda: blocking, "is missing": _no_store}
     peers = _collectives._peers
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(_waiting, "VISIBLE_AFTER", 0.05)
@@ -145,7 +147,7 @@ def _late_with_a_store_that(fails, folder):
     return loss, told.read()
 
 
-@pytest.mark.parametrize("fails", ["fails", "blocks"])
+@pytest.mark.parametrize("fails", ["fails", "blocks", "is missing"])
 def test_a_store_that_cannot_be_used_changes_nothing(pool, tmp_path, fails):
     results = pool.run(_late_with_a_store_that, 2, fails, tmp_path, debug="OFF")
     assert results[0] == results[1]

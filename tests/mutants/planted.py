@@ -380,7 +380,7 @@ PROCESSES = [
         (
             "a-store-that-fails-fails-the-call",
             "threading.Thread(target=_watch, args=(done, caller, peers), daemon=True).start()",
-            "peers.store.set(_key(peers.own), '')",
+            "peers.store().set(_key(peers.own), '')",
         ),
     ),
     *_in(

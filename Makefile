@@ -50,23 +50,23 @@ demo: $(VENV)/.has-examples  ## pretrain on scikit-learn's digits and show what 
 evaluate: $(VENV)/.has-examples  ## pretrain with three seeds on the built-in data, and show what it is worth (twenty minutes)
 	$(RUN) examples/evaluate_small.py $(EVALUATE_FLAGS)
 
-check: $(VENV)/.has-check  ## the library's own tests (about a minute)
+check: $(VENV)/.has-check  ## the library's own tests (three minutes)
 	$(PYTEST) --dist loadfile --ignore tests/examples --ignore tests/benches --ignore tests/kernels --ignore tests/mutants $(TEST_FLAGS)
 
-test: $(VENV)/.has-test  ## all tests but the slow ones, kernels in triton's interpreter too (four minutes)
+test: $(VENV)/.has-test  ## all tests but the slow ones, kernels in triton's interpreter too (seven minutes)
 	$(call both,$(COMPILED) $(TEST_FLAGS),$(INTERPRETED) interpreted tests/kernels/interpreted tests/test_laws_*.py $(TEST_FLAGS))
 
-test-slow: $(VENV)/.has-test  ## whole training runs, inductor, other chips, more examples of the laws (five minutes)
+test-slow: $(VENV)/.has-test  ## whole training runs, inductor, other chips, more examples of the laws (nine minutes)
 	$(call both,$(COMPILED) -m slow $(TEST_FLAGS),$(INTERPRETED) interpreted-more tests/test_laws_*.py $(TEST_FLAGS))
 
-test-all: $(VENV)/.has-test  ## both: every test that needs no GPU (nine minutes)
+test-all: $(VENV)/.has-test  ## both: every test that needs no GPU (sixteen minutes)
 	$(call both,$(MAKE) test,$(MAKE) test-slow)
 
 # A machine with a GPU has its own torch, and often no network: nothing is installed.
 test-gpu:  ## the laws and tests/gpu on this machine's GPU, with the torch of PYTHON (four minutes)
 	@PYTHONPATH="$(CURDIR)" $(PYTHON) benches/gpu_steps.py --only laws tests sanitizer $(GPU_FLAGS)
 
-test-minimal: $(VENV_MINIMAL)/.has-test  ## the tests of library and benches without torchvision and triton (a minute and a half)
+test-minimal: $(VENV_MINIMAL)/.has-test  ## the tests of library and benches without torchvision and triton (three minutes)
 	$(RUN_MINIMAL) -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/examples --ignore tests/kernels $(TEST_FLAGS)
 
 test-pythons:  ## test-minimal with every Python of PYTHONS that is here, each with its torch (seven minutes)

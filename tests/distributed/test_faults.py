@@ -74,6 +74,10 @@ def test_a_peer_that_never_comes(pool, tmp_path):
     pool.run(_one_stays_away, 2, tmp_path / "told", group_timeout=1.5, debug="OFF")
 
 
+# A busy machine may keep a rank that is not late from being seen for a second.
+TOLD_AFTER = 4.0
+
+
 class _Told(logging.Handler):
     """What the library logged, by every rank, in files that the others wait for."""
 
@@ -98,7 +102,7 @@ def _the_last_ones_are_late(folder, early, rounds):
     try:
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(_waiting, "VISIBLE_AFTER", 0.05)
-            patched.setattr(_waiting, "TOLD_AFTER", 1.0)
+            patched.setattr(_waiting, "TOLD_AFTER", TOLD_AFTER)
             for done in range(rounds):
                 if rank >= early:
                     until(lambda done=done: len(told.read()) > done, "what an early rank tells")
@@ -115,9 +119,10 @@ def test_who_keeps_the_others_waiting_is_told_by_one_of_them_once(pool, tmp_path
     """TORCH_DISTRIBUTED_DEBUG=DETAIL has a barrier of its own before every collective, which names them."""
     results = pool.run(_the_last_ones_are_late, 3, tmp_path, early, 2, debug="OFF")
     assert len({loss for loss, _ in results}) == 1
+    assert len(results[0][1]) == 2
     first, second = results[0][1]
     assert first == second
-    assert first.startswith(f"collapse_report: rank 0 has waited for 1 s for {missing}, and goes on")
+    assert first.startswith(f"collapse_report: rank 0 has waited for 4 s for {missing}, and goes on")
     assert "synchronize=False" in first
 
 
@@ -161,7 +166,7 @@ def _late_in_a_part_of_the_world(folder):
     try:
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(_waiting, "VISIBLE_AFTER", 0.05)
-            patched.setattr(_waiting, "TOLD_AFTER", 1.0)
+            patched.setattr(_waiting, "TOLD_AFTER", TOLD_AFTER)
             if rank == 2:
                 until(told.read, "what rank 1 tells")
             if rank > 0:
@@ -173,7 +178,7 @@ def _late_in_a_part_of_the_world(folder):
 def test_ranks_are_numbered_as_in_the_world(pool, tmp_path):
     pool.run(_late_in_a_part_of_the_world, 3, tmp_path, debug="OFF")
     (said,) = (path.read_text() for path in tmp_path.iterdir())
-    assert said.startswith("collapse_report: rank 1 has waited for 1 s for rank 2, and goes on")
+    assert said.startswith("collapse_report: rank 1 has waited for 4 s for rank 2, and goes on")
     assert "2 ranks are in the group" in said
 
 

@@ -6,6 +6,7 @@ VENV_MINIMAL  ?= .venv-minimal$(OTHER)
 TORCH_MINIMAL ?= torch==2.13.0
 DEMO_FLAGS    ?=
 EVALUATE_FLAGS ?=
+ABLATIONS_FLAGS ?=
 TEST_FLAGS    ?=
 BENCH_FLAGS   ?=
 CHECK_FLAGS   ?=
@@ -32,23 +33,26 @@ both = @$(1); first=$$?; $(2); case "$$first $$?" in "0 0" | "0 5" | "5 0") ;; *
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo evaluate check test test-slow test-all test-gpu test-minimal test-pythons mutants faults figures lint format bench bench-check gpu docs docs-check wheel clean
+.PHONY: help demo evaluate ablations check test test-slow test-all test-gpu test-minimal test-pythons mutants faults figures lint format bench bench-check gpu docs docs-check wheel clean
 
 # Small batches on few cores: two OpenMP threads that wait for each other cost more than they bring.
-demo evaluate check test test-slow test-minimal mutants faults figures: export OMP_NUM_THREADS = 1
+demo evaluate ablations check test test-slow test-minimal mutants faults figures: export OMP_NUM_THREADS = 1
 # Memory is kept instead of given back and asked for again: a tenth less processor time, by half the page faults.
 check test test-slow test-minimal: export MALLOC_TRIM_THRESHOLD_ = 1000000000
 check test test-slow test-minimal: export MALLOC_MMAP_THRESHOLD_ = 1000000000
 
 help:  ## list the targets; times are those of two cores, without the first installation
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Settings, e.g. 'make demo PYTHON=python3.12 DEMO_FLAGS=\"--seed 1\"': PYTHON DEMO_FLAGS EVALUATE_FLAGS TEST_FLAGS FAULTS_FLAGS BENCH_FLAGS CHECK_FLAGS GPU_FLAGS MUTANTS_FLAGS WORKERS"
+	@echo "Settings, e.g. 'make demo PYTHON=python3.12 DEMO_FLAGS=\"--seed 1\"': PYTHON DEMO_FLAGS EVALUATE_FLAGS ABLATIONS_FLAGS TEST_FLAGS FAULTS_FLAGS BENCH_FLAGS CHECK_FLAGS GPU_FLAGS MUTANTS_FLAGS WORKERS"
 
 demo: $(VENV)/.has-examples  ## pretrain on scikit-learn's digits and show what was learned (about a minute)
 	$(RUN) examples/imagenet_pretrain.py $(DEMO_FLAGS)
 
 evaluate: $(VENV)/.has-examples  ## pretrain with three seeds on the built-in data, and show what it is worth (twenty minutes)
 	$(RUN) examples/evaluate_small.py $(EVALUATE_FLAGS)
+
+ablations: $(VENV)/.has-ablations  ## the paper's ablations in miniature, beside its figures; interrupted, it goes on (twenty minutes)
+	$(RUN) examples/ablations.py $(ABLATIONS_FLAGS)
 
 check: $(VENV)/.has-check  ## the library's own tests (three minutes)
 	$(PYTEST) --dist loadfile --ignore tests/examples --ignore tests/benches --ignore tests/kernels --ignore tests/mutants $(TEST_FLAGS)
@@ -111,6 +115,7 @@ docs-check: $(VENV)/.has-test  ## the examples in the docstrings, and README's n
 	$(RUN) -m pytest barlow_loss
 	$(RUN) benches/render.py --check
 	$(RUN) examples/evaluate_small.py --check
+	$(RUN) examples/ablations.py --check
 
 wheel: $(VENV)/.has-dev  ## build the wheel and the source distribution into dist/ (half a minute)
 	rm -rf dist
@@ -122,6 +127,7 @@ clean:  ## remove the environments, what was built and the caches; runs/ stays (
 
 # A stamp is the last thing its recipe writes, so a half-finished installation is taken up again the next time.
 $(VENV)/.has-examples: EXTRAS = examples
+$(VENV)/.has-ablations: EXTRAS = examples,integrations
 $(VENV)/.has-test: EXTRAS = examples,integrations,scale,transfer,test
 $(VENV)/.has-check: EXTRAS = test
 $(VENV)/.has-dev: EXTRAS = examples,integrations,scale,transfer,test,dev

@@ -14,7 +14,6 @@ every encoder the folder that examples/imagenet_pretrain.py writes.
 """
 
 import json
-import re
 import signal
 import sys
 import time
@@ -33,6 +32,7 @@ from barlow_recipes.errors import Aborted, UsageError, require
 from barlow_recipes.fashion_mnist import INSTALLED, PACKAGE, is_fashion_mnist
 from barlow_recipes.metrics import read_rows
 from barlow_recipes.outputs import BACKBONE, METRICS, RESULTS, replacing
+from barlow_recipes.pages import put_into_pages
 from barlow_recipes.program import exit_status, start
 from barlow_recipes.reporting import versions
 from barlow_recipes.small import DIGITS, FASHION, FOUR_VIEWS, LOCAL_CROPS, PRETRAINED, VIEWS
@@ -43,7 +43,6 @@ EPOCHS = {
     DIGITS: {PRETRAINED: 25, FOUR_VIEWS: 13, LOCAL_CROPS: 11},
     FASHION: {PRETRAINED: 2, FOUR_VIEWS: 1, LOCAL_CROPS: 1},
 }
-BEGIN, END = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"  # of the table in docs/evaluation.md
 File = Annotated[Path | None, optional_value(Path, Path("docs/evaluation.json"))]
 Result = dict[str, Any]
 
@@ -90,7 +89,8 @@ def run(argv: list[str]) -> None:
     """Check what can be checked before the work, and do it."""
     settings = command_line.read(Settings, argv, __doc__ or "", QUICK if "--quick" in argv else None)
     if path := settings.update or settings.check:
-        put_into_page(path, settings.page, check=settings.update is None)
+        command = f"python examples/evaluate_small.py --update {path}"
+        put_into_pages(path, [settings.page], blocks, check=settings.update is None, command=command)
         return
     for module, reason in (("sklearn", "the digits"), ("tqdm", "the progress bar")):
         require(module, reason)
@@ -101,6 +101,10 @@ def run(argv: list[str]) -> None:
         remedy = f"apt install {PACKAGE}, give its folder to --data, or measure --only {DIGITS}"
         raise UsageError(f"--only {' '.join(settings.only)}: Fashion-MNIST is not in {INSTALLED}: {remedy}")
     evaluate(settings, command_line.find_device(settings.device))
+
+
+def blocks(results: Result) -> dict[str, str]:
+    return {"evaluation": small.markdown(results)}
 
 
 def evaluate(settings: Settings, device: torch.device) -> None:
@@ -162,22 +166,6 @@ def pretrain(name: str, seed: int, method: str, settings: Settings, device: torc
         raise Aborted(f"{folder}: exit status {status} (see {name}-seed-{seed}.log in {out})")
     seconds = sum(row["seconds"] for row in read_rows(out / folder / METRICS) if row["kind"] == "epoch")
     return {"task": name, "seed": seed, "method": method, "folder": folder, "epochs": epochs, "seconds": seconds}
-
-
-def put_into_page(path: Path, page: Path, *, check: bool) -> None:
-    """Put the table into the page, or see that it is there (UsageError)."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        now = page.read_text(encoding="utf-8")
-    except (OSError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path}, {page}: cannot be read ({error})") from None
-    wanted, found = re.subn(f"(?s)(?<={BEGIN}\n).*?(?=\n{END})", lambda _: small.markdown(results), now)
-    if not found:
-        raise UsageError(f"--page {page}: expected the markers {BEGIN} and {END}, one after the other")
-    if not check:
-        page.write_text(wanted, encoding="utf-8")
-    elif now != wanted:
-        raise UsageError(f"{page} has not the table of {path}: run python examples/evaluate_small.py --update {path}")
 
 
 if __name__ == "__main__":

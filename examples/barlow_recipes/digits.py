@@ -1,7 +1,7 @@
 """scikit-learn's digits: 1,797 real handwritten digits of 8×8 pixels, which come with the package."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from barlow_recipes.data import WHOLE, MemoryPairs, PlainBatches, PretrainingData, Probe, hold_out
 from barlow_recipes.errors import require
 from barlow_recipes.pixels import PixelSettings
+
+GEOMETRY, BEND, INK, NOISE = CHANGES = ("geometry", "bend", "ink", "noise")  # of augment_digits
 
 
 def load_digits(
@@ -44,29 +46,31 @@ def load_digits(
     )
 
 
-def augment_digits(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment_digits(images: Tensor, generator: torch.Generator, without: Collection[str] = ()) -> Tensor:
     """Move, turn, scale, shear, bend, brighten and roughen digits, (N, 1, H, W) in [0, 1], each in its own way.
 
-    The noise that is added (σ = 0.1) leaves [0, 1].
+    ``without`` names those of :data:`CHANGES` that are left out; the others stay what they are. The noise that is added
+    (σ = 0.1) leaves [0, 1].
     """
     n, _, height, width = images.shape
+    geometry, bending, ink, noise = (change not in without for change in CHANGES)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator) * (high - low) + low
 
-    angle, shear = uniform(-math.pi / 12, math.pi / 12), uniform(-0.15, 0.15)
-    scale, stretch = uniform(-0.15, 0.15).exp(), uniform(-0.075, 0.075).exp()
+    angle, shear = uniform(-math.pi / 12, math.pi / 12) * geometry, uniform(-0.15, 0.15) * geometry
+    scale, stretch = (uniform(-0.15, 0.15) * geometry).exp(), (uniform(-0.075, 0.075) * geometry).exp()
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(n)
     rotation = torch.stack([cos, -sin, sin, cos], dim=1).view(n, 2, 2)
     shape = torch.stack([1 / (scale * stretch), shear, zero, stretch / scale], dim=1).view(n, 2, 2)
-    shift = uniform(-0.24, 0.24, 2, 1)  # ±1 pixel of 8, in the units of affine_grid
+    shift = uniform(-0.24, 0.24, 2, 1) * geometry  # ±1 pixel of 8, in the units of affine_grid
     grid = F.affine_grid(torch.cat([rotation @ shape, shift], dim=2), list(images.shape), align_corners=False)
-    bend = torch.randn(n, 2, 3, 3, generator=generator) * 0.15
+    bend = torch.randn(n, 2, 3, 3, generator=generator) * 0.15 * bending
     bend = F.interpolate(bend, size=(height, width), mode="bicubic", align_corners=False)
     moved = F.grid_sample(images, grid + bend.permute(0, 2, 3, 1), align_corners=False)
-    contrast, gamma = uniform(0.7, 1.3, 1, 1, 1), uniform(-0.4, 0.4, 1, 1, 1).exp()
-    inked = (moved * contrast).clamp(0, 1) ** gamma
-    return inked + 0.1 * torch.randn(images.shape, generator=generator)
+    contrast, gamma = uniform(0.7, 1.3, 1, 1, 1), (uniform(-0.4, 0.4, 1, 1, 1) * ink).exp()
+    inked = (moved * (contrast if ink else 1)).clamp(0, 1) ** gamma
+    return inked + 0.1 * noise * torch.randn(images.shape, generator=generator)
 
 
 def crop(images: Tensor, side: int, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,10 @@
 import importlib
 from types import ModuleType
 
-EXTRAS = {"pycocotools": "transfer", "datasets": "scale", "tensorboard": "scale", "tifffile": "scale", "wandb": "scale"}
+EXTRAS = {
+    "pycocotools": "transfer", "datasets": "scale", "tensorboard": "scale", "tifffile": "scale", "wandb": "scale",
+    "lightly": "integrations",
+}  # fmt: skip
 LOST_WORKER = "a process that reads images has died: is there memory for --workers?"
 
 

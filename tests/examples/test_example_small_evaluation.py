@@ -311,17 +311,18 @@ def test_without_flags_both_are_measured_with_three_seeds_the_longer_first(
 def test_the_table_in_the_readme(tmp_path: Path, run: Call) -> None:
     found, path = tmp_path / "results.json", tmp_path / "evaluation.md"
     found.write_text(json.dumps(results([row(RAW, KNN, seed, 97.7) for seed in (0, 1)])))
-    path.write_text(f"# Before\n\n{evaluate_small.BEGIN}\nold\n{evaluate_small.END}\n\nafter\n")
+    begin, end = (f"<!-- evaluation:{mark} -->" for mark in ("begin", "end"))
+    path.write_text(f"# Before\n\n{begin}\nold\n{end}\n\nafter\n")
     status, _, errors = run("--check", found, "--page", path)
-    assert (status, "has not the table" in errors) == (2, True)
+    assert (status, "has not what" in errors) == (2, True)
     assert run("--update", found, "--page", path)[0] == 0
     text = path.read_text()
-    assert text.startswith(f"# Before\n\n{evaluate_small.BEGIN}\n|")
-    assert text.endswith(f"{evaluate_small.END}\n\nafter\n")
+    assert text.startswith(f"# Before\n\n{begin}\n|")
+    assert text.endswith(f"{end}\n\nafter\n")
     assert run("--check", found, "--page", path)[0] == 0
-    path.write_text("no markers")
+    path.write_text("no marks")
     status, _, errors = run("--update", found, "--page", path)
-    assert (status, "markers" in errors) == (2, True)
+    assert (status, "marks" in errors) == (2, True)
 
 
 # The processes

@@ -36,6 +36,7 @@ RESUMED = ("tests/examples/test_example_program.py::test_a_run_resumed_twice_end
 ORDER = ("tests/examples/test_example_data.py",)
 OPTIMIZATION = ("tests/examples/test_example_optimization.py",)
 STEPS = ("tests/examples/test_example_steps.py",)
+ABLATIONS = ("tests/examples/test_example_ablations.py",)
 
 LOSS = [
     *_in(
@@ -760,6 +761,22 @@ EXAMPLE_STEPS = [
         "examples/barlow_recipes/probes.py",
         ("tests/examples/test_example_probes.py",),
         ("neighbours-vote-with-their-cosines", "(similarity / TEMPERATURE).exp()", "similarity"),
+    ),
+    *_in(
+        "examples/barlow_recipes/ablation.py",
+        ABLATIONS,
+        ("learning-rate-searched-on-the-test-images", "return DataSet(data.name, train, test, bank)", "return data"),
+    ),
+    *_in(
+        "examples/barlow_recipes/ablation_report.py",
+        ABLATIONS,
+        ("gains-taken-for-losses", "signs = (1, -1, -1, 1)", "signs = (1, -1, 1, -1)"),
+    ),
+    *_in(
+        "examples/barlow_recipes/methods.py",
+        ABLATIONS,
+        ("cross-entropy-of-all-pairs", "C.new_full((len(C),), -math.inf)", "C.new_zeros(len(C))"),
+        ("moving-mean-that-does-not-move", "momentum = 1 - (1 - MOMENTUM)", "momentum = 1 - 0 * (1 - MOMENTUM)"),
     ),
     *_in(
         "examples/barlow_recipes/weights.py",

@@ -14,6 +14,7 @@ on. At the end it gets ``results.json``, ``tables.md``, ``ablations.png`` and ``
 
 import json
 import math
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -194,4 +195,5 @@ def report(out: Path, results: Record) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the program as Ctrl-C does
     start(main)

@@ -2,11 +2,14 @@
 
 import json
 import math
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from outcomes import EXAMPLES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +22,8 @@ from barlow_recipes.ablation_report import Measured, verdict
 from barlow_recipes.ablation_rows import ALIKE, BASE, GROUPS, LESS, MORE, WAYS, Row
 from barlow_recipes.digits import CHANGES, augment_digits, load_digits
 from barlow_recipes.methods import CRITERIA, METHODS
+from barlow_recipes.metrics import read_rows
+from programs import start
 
 CONFIGURATIONS = [*dict.fromkeys(way._replace(batch_size=0) for way in WAYS)]
 
@@ -226,6 +231,20 @@ def test_an_interrupted_study_goes_on(finished: Path, capsys: pytest.CaptureFixt
     for each in (*found["records"], *wanted["records"]):
         del each["seconds"]
     assert found["records"] == wanted["records"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_program_and_processes_and_keeps_what_is_done(number: signal.Signals, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = [*SHORT[:-1], "2", "--seeds", "50", "--out", str(out)]
+    with start([sys.executable, EXAMPLES / "ablations.py", *flags], tmp_path) as process:
+        process.until(lambda: len(read_rows(out / "runs.jsonl")) > 5, "some runs")
+        process.send(number)
+        assert process.wait() == 130
+    assert process.errors.splitlines()[-1] == "error: interrupted"
+    assert len(read_rows(out / "runs.jsonl")) > 5
+    assert not (out / "results.json").exists()
 
 
 def test_other_settings_are_other_runs(finished: Path) -> None:

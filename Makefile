@@ -126,22 +126,25 @@ clean:  ## remove the environments, what was built and the caches; runs/ stays (
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is the last thing its recipe writes, so a half-finished installation is taken up again the next time.
-$(VENV)/.has-examples: EXTRAS = examples
-$(VENV)/.has-ablations: EXTRAS = examples,integrations
-$(VENV)/.has-test: EXTRAS = examples,integrations,scale,transfer,test
-$(VENV)/.has-check: EXTRAS = test
-$(VENV)/.has-dev: EXTRAS = examples,integrations,scale,transfer,test,dev
-$(VENV)/.has-docs: EXTRAS = docs
-$(VENV)/.has-bench: EXTRAS = examples,bench
+# Groups of dependencies need pip 25.1.
+$(VENV)/.has-examples: GROUPS = examples
+$(VENV)/.has-ablations: GROUPS = examples integrations
+$(VENV)/.has-test: GROUPS = examples integrations scale transfer test
+$(VENV)/.has-check: GROUPS = test
+$(VENV)/.has-dev: GROUPS = examples integrations scale transfer test dev
+$(VENV)/.has-docs: GROUPS = docs
+$(VENV)/.has-bench: GROUPS = examples bench
 
 $(VENV)/.has-%: $(VENV)/.made pyproject.toml
-	@echo "Installing barlow-loss[$(EXTRAS)] into $(VENV). The first time takes minutes: torch is large."
-	$(RUN) -m pip install --editable ".[$(EXTRAS)]"
+	@echo "Installing barlow-loss for $(GROUPS) into $(VENV). The first time takes minutes: torch is large."
+	$(RUN) -m pip install --quiet "pip>=25.1"
+	$(RUN) -m pip install --editable . $(addprefix --group ,$(GROUPS))
 	@touch $@
 
 $(VENV_MINIMAL)/.has-test: $(VENV_MINIMAL)/.made pyproject.toml
-	@echo "Installing barlow-loss[test] and $(TORCH_MINIMAL) into $(VENV_MINIMAL)."
-	$(RUN_MINIMAL) -m pip install "$(TORCH_MINIMAL)" --editable ".[test]"
+	@echo "Installing barlow-loss for test and $(TORCH_MINIMAL) into $(VENV_MINIMAL)."
+	$(RUN_MINIMAL) -m pip install --quiet "pip>=25.1"
+	$(RUN_MINIMAL) -m pip install "$(TORCH_MINIMAL)" --editable . --group test
 	$(RUN_MINIMAL) -m pip uninstall --yes triton torchvision
 	@touch $@
 

@@ -25,6 +25,8 @@ def main(wheel: Path) -> None:
     assert len(needed) == 1, f"expected torch as the only requirement, found {needed}"
     assert needed[0].startswith("torch>="), f"expected torch with a floor and no cap, found {needed[0]}"
     assert "<" not in needed[0], f"expected no cap, found {needed[0]}"
+    extras = metadata.get_all("Provides-Extra", [])
+    assert extras == ["lightning"], f"expected extras for what the wheel holds alone, found {extras}"
     assert f"{info}/licenses/LICENSE" in names, "the licence is missing"
     print(f"{wheel.name}: {len(packed)} files, requires {needed[0]}")
 

@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-EXTRAS = {
+GROUPS = {
     "pycocotools": "transfer", "datasets": "scale", "tensorboard": "scale", "tifffile": "scale", "wandb": "scale",
     "lightly": "integrations",
 }  # fmt: skip
@@ -40,6 +40,7 @@ def require(module: str, reason: str) -> ModuleType:
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:  # the latter of a torchvision that was built for another torch
         package = module.partition(".")[0]
-        remedy = f"pip install '.[{EXTRAS.get(package, 'examples')}]' in a clone of barlow-loss"
+        group = GROUPS.get(package, "examples")
+        remedy = f"pip install --group {group} in a clone of barlow-loss, with pip 25.1 or newer"
         why = f"{reason} needs {package}, which cannot be imported ({first_line(error)})"
         raise UsageError(f"{why}: {remedy}") from None

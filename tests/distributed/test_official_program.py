@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from barlow_loss import BarlowTwinsLoss, DistributedBatchNorm
 
-pytest.importorskip("tyro", reason="pip install '.[examples]'")
+pytest.importorskip("tyro", reason="pip install --group examples")
 
 from barlow_recipes import settings as presets
 from barlow_recipes.checkpoint import TrainingState

@@ -10,7 +10,7 @@ from outcomes import EXAMPLES, IMPORTED
 
 from programs import Nursery
 
-# Without the example's packages (pip install '.[examples]') there is nothing to test here.
+# Without the example's packages (pip install --group examples) there is nothing to test here.
 NEEDED = (
     "PIL",
     "huggingface_hub",

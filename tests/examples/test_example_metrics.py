@@ -156,7 +156,7 @@ def test_a_missing_package_is_named_with_the_remedy(
     module: str, mirror: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError, match=rf"--{module} needs {module}.*pip install '.\[scale\]'"):
+    with pytest.raises(UsageError, match=rf"--{module} needs {module}.*pip install --group scale"):
         mirror(tmp_path)
 
 

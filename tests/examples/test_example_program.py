@@ -242,7 +242,7 @@ def test_a_missing_package_gets_the_line_that_installs_it(run: Run, monkeypatch:
     status, _, errors = run("--data", ".")
     assert status == 2
     assert "needs torchvision" in errors
-    assert "pip install '.[examples]' in a clone of barlow-loss" in errors
+    assert "pip install --group examples in a clone of barlow-loss" in errors
 
 
 def test_a_process_that_nobody_numbered_is_told_how_to_start(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

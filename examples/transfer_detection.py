@@ -228,7 +228,7 @@ def prepare_test(model: FasterRCNN, images: Images, settings: Settings, device: 
 def build_metric(masks: bool, recall_points: int) -> Any:
     """torchmetrics' average precision at ``recall_points`` points of recall: 101 as COCO, 11 as Pascal VOC 2007.
 
-    Both thresholds are numpy's, as in pycocotools. Those of torchmetrics 1.9.0 are float32 numbers, of which 0.6 is more
+    Both thresholds are numpy's, as in pycocotools. Those of torchmetrics 1.9.0 are float32 numbers, whose 0.6 is more
     than 0.6: where three of five objects are found it says 59.4 in place of 60.4.
     """
     return require("torchmetrics.detection", "average precision").MeanAveragePrecision(

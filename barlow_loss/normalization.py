@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 # The base of nn.SyncBatchNorm too: what others look for when they look for batch normalisation.
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
@@ -161,6 +162,8 @@ class DistributedBatchNorm(OfGroup, _BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that every nn module has
         """Normalise (N, C) or (N, C, …), with the statistics of the batch in training."""
+        if isinstance(input, Proxy):
+            return _left_whole(self, input)
         group = group_of("DistributedBatchNorm", self.process_group) if self.training else ALONE
         values = self._values_per_channel(input, group)
         given = self._given_statistics(input, values)
@@ -302,8 +305,16 @@ class _NormAndActivation(DistributedBatchNorm):
     """What timm's BatchNormAct2d becomes, on which most of its convolutional encoders stand."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        if isinstance(input, Proxy):
+            return _left_whole(self, input)
         dropout, activation = cast("Any", self.drop), cast("Any", self.act)
         return cast("Tensor", activation(dropout(super().forward(input))))
+
+
+def _left_whole(layer: nn.Module, proxy: Proxy) -> Any:
+    """The call of a layer in the graph of torch.fx: symbolic tracing does not enter torch's own layers either."""
+    tracer = cast("Any", proxy.tracer)
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (proxy,), {})
 
 
 def _is_norm_and_activation(layer: _BatchNorm) -> bool:

@@ -396,6 +396,29 @@ def test_exports():
     torch.testing.assert_close(torch.export.export(norm, (z,)).module()(z), norm(z))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_symbolic_tracing_leaves_the_layer_whole(training):
+    """As torch's own layers, which torch.fx does not enter: conv and norm are found, features are taken in between."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), DistributedBatchNorm(3), nn.ReLU()).train(training)
+    x = torch.randn(4, 2, 5, 5)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    assert [node.op for node in traced.graph.nodes][1:-1] == ["call_module"] * 3
+    assert torch.equal(traced(x), model(x))
+    for name, value in traced.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_torchvision_takes_features_of_a_converted_network():
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    network = DistributedBatchNorm.convert(pytest.importorskip("torchvision.models").resnet18()).eval()
+    taken = extraction.create_feature_extractor(network, {"layer1.0.bn1": "norm", "flatten": "features"})
+    x = torch.randn(2, 3, 32, 32)
+    network.fc = nn.Identity()
+    found = taken(x)
+    assert torch.equal(found["features"], network(x))
+    assert found["norm"].shape == (2, 64, 8, 8)
+
+
 def test_functional_transforms():
     """Of batch statistics and of given ones; running statistics of many batches at once cannot be kept."""
     for norm in (standardize, DistributedBatchNorm(3, track_running_stats=False), DistributedBatchNorm(3).eval()):
@@ -593,6 +616,8 @@ def test_convert_keeps_dropout_and_activation_of_timms_layer():
     torch.testing.assert_close(new(z), expected)
     assert isinstance(new, DistributedBatchNorm)
     assert isinstance(new.act, nn.GELU)
+    traced = torch.fx.symbolic_trace(nn.Sequential(copy.deepcopy(new)))  # its activation is done once
+    torch.testing.assert_close(traced(z), expected)
     after = DistributedBatchNorm.convert(encoder).state_dict()
     assert all(after[name] is value or torch.equal(after[name], value) for name, value in before.items())
     assert not [type(part) for part in encoder.modules() if type(part) is timm.layers.BatchNormAct2d]

@@ -8,7 +8,6 @@ import hashlib
 import io
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,12 +21,15 @@ from barlow_recipes.outputs import replacing
 
 LABEL = b"sha256:"
 COMMENT = len(LABEL) + 2 * hashlib.sha256().digest_size  # its length in bytes
-PARTS = {"settings", "model", "optimizer", "schedule", "scaler", "step", "rng"}
+PARTS = {"settings", "model", "optimizer", "schedule", "scaler", "step"}
 
 
 @dataclass
 class TrainingState:
-    """Everything that changes while training. ``step`` counts the optimiser's steps since the beginning of the run."""
+    """Everything that changes while training. ``step`` counts the optimiser's steps since the beginning of the run.
+
+    No state of a random generator: what is drawn is a function of the step (see data.py and steps.py).
+    """
 
     model: BarlowTwins
     optimizer: optim.Optimizer
@@ -43,7 +45,6 @@ class TrainingState:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
-            "rng": {place: get() for place, (get, _) in self._random_states().items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -53,18 +54,6 @@ class TrainingState:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
-        for place, (_, put) in self._random_states().items():
-            if place in state["rng"]:  # not after a change of device
-                put(state["rng"][place])
-
-    def _random_states(self) -> dict[str, tuple[Any, Any]]:
-        """The views need none (see data.py); these are for an encoder's dropout."""
-        states = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
-        if self.device.type != "cpu":
-            module = torch.get_device_module(self.device)
-            get, put = module.get_rng_state, module.set_rng_state
-            states[self.device.type] = (partial(get, self.device), partial(put, device=self.device))
-        return states
 
 
 class Saved(NamedTuple):

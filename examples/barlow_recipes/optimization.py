@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,19 +26,29 @@ def build_optimizer(
 ) -> optim.Optimizer:
     """LARS as published, SGD or AdamW; rates are times batch/256.
 
-    Vectors, and the single numbers of some networks' gains, do not decay, nor does LARS adapt them.
+    Vectors, and the single numbers of some networks' gains, do not decay, nor does LARS adapt them. What a part of the
+    network names in ``no_weight_decay()``, as timm's do (position embeddings, class tokens), does not decay either.
     """
-    base = batch_size / 256
-    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    base, undecayed = batch_size / 256, _without_decay(net)
+    learning = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
+    matrices = [(name, p) for name, p in learning if p.ndim > 1]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "lr": base * lr_weights, "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "lr": base * lr_biases, "weight_decay": 0.0},
+        {"params": [p for name, p in matrices if name not in undecayed], "weight_decay": weight_decay},
+        {"params": [p for _, p in learning if p.ndim <= 1], "lr": base * lr_biases, "weight_decay": 0.0},
+        {"params": [p for name, p in matrices if name in undecayed], "weight_decay": 0.0},
     ]
+    groups = [{"lr": base * lr_weights} | group for group in groups[: 3 if groups[2]["params"] else 2]]
     require_all(net, groups)
     if name == "lars":
         groups[1]["adapt"] = False
         return LARS(groups, lr=base * lr_weights, **lars)
     return optim.SGD(groups, momentum=0.9) if name == "sgd" else optim.AdamW(groups)
+
+
+def _without_decay(net: nn.Module) -> set[str]:
+    """Names of the parameters that parts of the network say must not decay."""
+    speaking = [(path, part) for path, part in net.named_modules() if callable(getattr(part, "no_weight_decay", None))]
+    return {f"{path}.{name}".lstrip(".") for path, part in speaking for name in cast("Any", part).no_weight_decay()}
 
 
 def require_all(net: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:

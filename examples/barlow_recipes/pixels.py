@@ -16,9 +16,14 @@ from barlow_recipes.errors import UsageError, require
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per channel
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes
-OF_DAMAGE = OSError, EOFError, SyntaxError, ValueError, struct.error, IndexError, KeyError, TypeError
+OF_DAMAGE = (
+    OSError, EOFError, SyntaxError, ValueError, struct.error, IndexError, KeyError, TypeError,
+    NotImplementedError,  # of tifffile without imagecodecs
+)  # fmt: skip
 SAMPLE_FORMAT, UNSIGNED, SIGNED = 339, 1, 2  # a tag of TIFF, and two of its values
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # likewise
+PHOTOMETRIC, WHITE_IS_ZERO, SEPARATED = 262, 0, 5  # likewise; SEPARATED is CMYK
+BITS = 258  # likewise, of each sample
+JPEG_2000 = b"\xff\x4f\xff\x51"  # the markers before its header: 40 bytes from there, the number of its samples
 SIXTEEN_BITS = 65535  # what is white in uint16
 
 
@@ -124,18 +129,59 @@ def _opened(content: bytes, name: str, pixels: PixelSettings) -> Any:
     tiff = content.startswith(TIFF)
     try:
         image = Image.open(io.BytesIO(content))
-        deep = image.mode in ("RGB", "RGBA") and any(";16" in str(tile.args) for tile in image.tile)
-        if not tiff and deep and pixels.value_range:
-            lost = "of its 16 bits Pillow reads 8, too few for --value-range"
-            raise UnfitError(f"{name}: {lost}: save it as TIFF or .npy")
-        many = getattr(image, "n_frames", 1) > 1 or pixels.channels > len("RGBA")
-        if not tiff or not (deep or many or _misread(image)):
+        if not tiff:
+            _check_depth(image, content, name, pixels)
+            return image
+        bits = image.tag_v2.get(BITS, (1,))
+        deep = len(bits) > 1 and max(bits) > 8
+        if not (deep or pixels.channels > len("RGBA") or _has_more(image) or _misread(image)):
             return image
     except UnidentifiedImageError:
         if not tiff:
             raise ValueError("in no format that is known") from None
     with require("tifffile", f"{name}, a TIFF that Pillow cannot read,").TiffFile(io.BytesIO(content)) as file:
-        return _black_is_zero(file.asarray(), name, file.pages[0].photometric)
+        page = file.pages[0]
+        values = _black_is_zero(file.asarray(), name, page.photometric, page.bitspersample)
+    return _without_black(values) if (page.photometric, pixels.channels) == (SEPARATED, 3) else values
+
+
+def _check_depth(image: Any, content: bytes, name: str, pixels: PixelSettings) -> None:
+    """UnfitError: of more than 8 bits of colour Pillow 13 reads 8, where a range wants all; or it reads others."""
+    remedy = "save it as TIFF or .npy"
+    start = content.find(JPEG_2000) if image.format == "JPEG2000" else -1
+    if start >= 0:  # of each sample a byte: whether it is signed, and its bits less one
+        samples = int.from_bytes(content[start + 40 : start + 42], "big")
+        depths = content[start + 42 : start + 42 + 3 * samples : 3]
+        if max(depths) > 127:
+            raise UnfitError(f"{name}: JPEG 2000 with a sign, which Pillow drops: {remedy}")
+        if samples > 1 and max(depths) >= 8:
+            raise UnfitError(
+                f"{name}: JPEG 2000 of more than 8 bits of colour, of which Pillow makes white black: {remedy}"
+            )
+    if image.mode.startswith(("I", "F")) or not pixels.value_range:
+        return
+    deep = ";16" in str([tile.args for tile in image.tile])
+    if image.format == "PPM" and isinstance(scaled := image.tile[0].args, tuple):
+        deep = scaled[1] > 255
+    if deep or (image.format == "AVIF" and pixels.value_range[1] > 255):  # it does not tell how many bits there are
+        raise UnfitError(f"{name}: of its 16 bits Pillow reads 8, too few for --value-range: {remedy}")
+
+
+def _has_more(image: Any) -> bool:
+    """Whether a TIFF has more pages; Pillow 13 raises where one is of a kind that it does not know, as a mask is."""
+    try:
+        return bool(image.n_frames > 1)
+    except OF_DAMAGE:
+        return True
+
+
+def _without_black(values: Any) -> Any:
+    """CMYK to RGB as Pillow does it, in as many bits as there are."""
+    planes = np.moveaxis(values, -1, 0) if values.shape[-1] == len("CMYK") else values
+    if values.ndim != 3 or values.dtype.kind != "u" or len(planes) != len("CMYK"):
+        return values
+    most = float(np.iinfo(values.dtype).max)
+    return np.rint((most - planes[:3]) * (most - planes[3]) / most).astype(values.dtype)
 
 
 def _misread(image: Any) -> bool:
@@ -148,13 +194,14 @@ def _misread(image: Any) -> bool:
     return swapped or (image.mode, sign) in (("L", SIGNED), ("I", UNSIGNED))
 
 
-def _black_is_zero(values: Any, name: str, photometric: int | None) -> Any:
-    """The values of a TIFF, inverted in their type if it says that white is zero: Pillow does so with 8 bits alone."""
+def _black_is_zero(values: Any, name: str, photometric: int | None, bits: int) -> Any:
+    """The values of a TIFF, inverted in their bits if it says that white is zero: Pillow does so with 8 bits alone."""
     if photometric != WHITE_IS_ZERO:
         return values
     if values.dtype.kind == "f":
         raise UnfitError(f"{name}: white is zero, which floats do not define: save it as black is zero (photometric 1)")
-    return ~values
+    packed = values.dtype.kind == "u" and bits < 8 * values.dtype.itemsize  # 12 in 16, say
+    return 2**bits - 1 - values if packed else ~values
 
 
 def _of_pillow(image: Image.Image, name: str, channels: int) -> Any:
@@ -163,7 +210,8 @@ def _of_pillow(image: Image.Image, name: str, channels: int) -> Any:
         values = np.asarray(image)
         if image.mode == "I" and image.format in ("PNG", "PPM"):  # 32 bits for their 16
             values = values.astype("u2")
-        return _black_is_zero(values, name, getattr(image, "tag_v2", {}).get(PHOTOMETRIC))
+        tags = getattr(image, "tag_v2", {})
+        return _black_is_zero(values, name, tags.get(PHOTOMETRIC), tags.get(BITS, (8 * values.itemsize,))[0])
     if channels not in (1, 3) and len(image.getbands()) != channels:
         raise UnfitError(f"{name}: {len(image.getbands())} channels, but --channels is {channels}")
     values = np.array(image.convert({1: "L", 3: "RGB"}.get(channels, image.mode)))

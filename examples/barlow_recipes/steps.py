@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from barlow_loss import BarlowTwinsLoss, BarlowTwinsTerms, CollapseReport
-from barlow_recipes import checkpoint
+from barlow_recipes import checkpoint, distributed
 from barlow_recipes.checkpoint import TrainingState
-from barlow_recipes.data import Batch, PretrainingData
+from barlow_recipes.data import Batch, PretrainingData, seed_of
 from barlow_recipes.errors import Aborted
 from barlow_recipes.metrics import Metrics
 from barlow_recipes.outputs import CHECKPOINT
@@ -109,8 +109,12 @@ class Step(NamedTuple):
 
 
 def gradients(run: Run, batches: Iterator[Batch]) -> Step:
-    """Compute the gradients of one step: of the next batch's loss, or of the mean of several (--accumulate)."""
+    """Compute the gradients of one step: of the next batch's loss, or of the mean of several (--accumulate).
+
+    What the encoder draws, in a dropout say, is a pure function of (seed, step, rank).
+    """
     settings, state, watch = run.settings, run.state, run.watch
+    torch.manual_seed(seed_of(settings.seed, state.step, distributed.rank()))
     autocast = torch.autocast(settings.device.type, AUTOCAST.get(settings.precision), settings.precision != "fp32")
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
     loss_fn = BarlowTwinsLoss(settings.lambd, backend=settings.backend, pair_weights=settings.pair_weights())

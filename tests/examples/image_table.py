@@ -16,7 +16,7 @@ import PIL
 import torch
 import torchvision
 from PIL import Image
-from sources import png_16, saved, tiff
+from sources import jpeg_2000, masked_tiff, png_16, saved, tiff
 from torch import Tensor
 
 from barlow_recipes.errors import UsageError
@@ -79,6 +79,14 @@ FILES: dict[str, tuple[bytes, Any, Range]] = {
     "TIFF, colour of 16 bits": (
         tiff(np.stack([SIXTEEN] * 3, axis=2), photometric="rgb"), np.repeat(GREY, 3, 0), None
     ),
+    "TIFF, colour of 16 bits, in planes": (
+        tiff(np.stack([SIXTEEN] * 3), photometric="rgb", planarconfig="separate"), np.repeat(GREY, 3, 0), None
+    ),
+    "TIFF, CMYK of 16 bits": (
+        tiff(np.stack([SIXTEEN] * 3 + [0 * SIXTEEN], axis=2), photometric="separated"), np.repeat(1 - GREY, 3, 0), None
+    ),
+    "TIFF, 16 bits, with a mask": (masked_tiff(SIXTEEN), GREY, None),
+    "JPEG 2000, colour of 16 bits": (jpeg_2000(), np.full((3, 4, 4), [0.2, 0.2, 1, 1]), None),
     "TIFF, 12 bits in 16": (tiff((4095 * RAMP).astype("u2")), GREY, (0, 4095)),
     "TIFF, int16": (tiff((2000 * RAMP - 1000).astype("i2")), GREY, (-1000, 1000)),
     "TIFF, int16, big-endian, deflate": (

@@ -1,5 +1,6 @@
 """Small images on disk in many forms, and how the tests read them as a run does."""
 
+import base64
 import io
 import struct
 import zlib
@@ -51,6 +52,38 @@ def png_16() -> bytes:
     lines = b"".join(b"\0" + struct.pack(">12H", *[32768] * 12) for _ in range(4))
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def jpeg_2000() -> bytes:
+    """A fifth of white beside white, 16 bits, 4 × 4 in RGB, which Pillow does not write; by OpenJPEG 2.5.4."""
+    return base64.b64decode(
+        "/0//UQAvAAAAAAAEAAAABAAAAAAAAAAAAAAABAAAAAQAAAAAAAAAAAADDwEBDwEBDwEB/1IADAAAAAEBAAQEAAH/XAAEQID/ZAAl"
+        "AAFDcmVhdGVkIGJ5IE9wZW5KUEVHIHZlcnNpb24gMi41LjT/kAAKAAAAAAAtAAH/k8/8MGQRT8QAAJgsQhIIqbHYZ+KOifDsM/FHRPh/gID/2Q=="
+    )
+
+
+def packed_tiff(values: Any, photometric: int) -> bytes:
+    """Grey in 12 bits a pixel, one after the other, which tifffile does not write."""
+    height, width = values.shape
+    pairs = values.reshape(-1, 2).astype("u4")
+    content = ((pairs[:, :1] << 12 | pairs[:, 1:]) >> np.array([16, 8, 0]) & 255).astype("u1").tobytes()
+    tags = (
+        (256, width), (257, height), (258, 12), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height),
+        (279, len(content)),
+    )  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return (
+        struct.pack("<2sHI", b"II", 42, 8 + len(content)) + content + struct.pack("<H", len(tags)) + entries + bytes(4)
+    )
+
+
+def masked_tiff(values: Any, **options: Any) -> bytes:
+    """An image, and in a second page a mask of one bit, as GDAL writes them."""
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        writer.write(values, metadata=None, **{"photometric": "minisblack"} | options)
+        writer.write(np.ones(values.shape[:2], bool), metadata=None, subfiletype=4)
+    return file.getvalue()
 
 
 def npy(values: Any) -> bytes:

@@ -21,7 +21,6 @@ STATE = {
     "schedule": {},
     "scaler": {},
     "step": 3,
-    "rng": {},
 }
 
 

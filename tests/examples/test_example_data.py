@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ import pytest
 import torch
 import torchvision
 from outcomes import EXAMPLES
-from PIL import Image, UnidentifiedImageError
-from sources import fill, load, npy, png_16, same, saved, tiff
+from PIL import Image, UnidentifiedImageError, features
+from sources import fill, jpeg_2000, load, masked_tiff, npy, packed_tiff, png_16, same, saved, tiff
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -31,7 +32,7 @@ from barlow_recipes.digits import augment_digits, crop, load_digits
 from barlow_recipes.errors import Aborted, UsageError
 from barlow_recipes.files import index_folder
 from barlow_recipes.images import Augmented, Loader
-from barlow_recipes.pixels import PixelSettings, UnfitError, decode
+from barlow_recipes.pixels import PixelSettings, UnfitError, _black_is_zero, decode
 from barlow_recipes.program import exit_status
 from programs import Nursery
 
@@ -157,6 +158,8 @@ def test_any_usual_format_becomes_three_channels_of_eight_bits(kind: str) -> Non
 RAMP = np.linspace(0, 1, 320).reshape(16, 20)
 BANDS = np.stack([RAMP * (band + 1) / 13 for band in range(13)])  # (C, H, W)
 COLORS = (65535 * BANDS[:3]).astype("u2").transpose(1, 2, 0).copy()
+FOUR = (65535 * BANDS[:4]).astype("u2").transpose(1, 2, 0).copy()
+FROM_CMYK = ((1 - FOUR[..., :3] / 65535) * (1 - FOUR[..., 3:] / 65535)).transpose(2, 0, 1)
 DEEP: dict[str, tuple[bytes, Any, dict[str, Any]]] = {
     "uint16": (tiff((65535 * RAMP).astype("<u2")), RAMP, {}),
     "uint16, big-endian": (tiff((65535 * RAMP).astype(">u2"), byteorder=">"), RAMP, {}),
@@ -184,6 +187,30 @@ DEEP: dict[str, tuple[bytes, Any, dict[str, Any]]] = {
     "float64": (tiff(RAMP), RAMP, {}),
     "float32, of temperatures": (tiff((40 * RAMP + 270).astype("f4")), RAMP, {"value_range": (270, 310)}),
     "uint16 in colours": (tiff(COLORS, photometric="rgb"), BANDS[:3], {}),
+    "uint16 in colours, in planes": (
+        tiff(COLORS.transpose(2, 0, 1), photometric="rgb", planarconfig="separate"),
+        BANDS[:3],
+        {},
+    ),
+    "uint16 in colours, in planes, with alpha": (
+        tiff(FOUR.transpose(2, 0, 1), photometric="rgb", planarconfig="separate", extrasamples=["unassalpha"]),
+        FOUR.transpose(2, 0, 1) / 65535,
+        {"channels": 4},
+    ),
+    "CMYK of 16 bits": (tiff(FOUR, photometric="separated"), FROM_CMYK, {}),
+    "CMYK of 16 bits in planes, with a range": (
+        tiff(FOUR.transpose(2, 0, 1), photometric="separated", planarconfig="separate"),
+        FROM_CMYK,
+        {"value_range": (0, 65535)},
+    ),
+    "CMYK of 16 bits as it is": (
+        tiff(FOUR, photometric="separated"),
+        FOUR.transpose(2, 0, 1) / 65535,
+        {"channels": 4, "value_range": (0, 65535)},
+    ),
+    "packed 12 bits": (packed_tiff((4095 * RAMP).astype("u2"), 1), RAMP, {"value_range": (0, 4095)}),
+    "uint16 beside a mask": (masked_tiff((65535 * RAMP).astype("u2")), RAMP, {}),
+    "colours beside a mask": (masked_tiff(COLORS, photometric="rgb"), BANDS[:3], {}),
     "bands in planes": (tiff((65535 * BANDS).astype("u2"), planarconfig="separate"), BANDS, {"channels": 13}),
     "pages": (tiff((65535 * BANDS).astype("u2")), BANDS, {"channels": 13}),
     "(C, H, W)": (npy((4095 * BANDS).astype("u2")), BANDS, {"channels": 13, "value_range": (0, 4095)}),
@@ -277,6 +304,9 @@ UNFIT: dict[str, tuple[bytes, dict[str, Any], str]] = {
     ),
     "white is zero, of doubles": (tiff(RAMP, photometric="miniswhite"), {}, "white is zero"),
     "what Pillow cuts off": (png_16(), {"value_range": (0, 4095)}, "TIFF or .npy"),
+    "and in PPM": (b"P6 2 1 65535\n" + bytes(12), {"value_range": (0, 4095)}, "TIFF or .npy"),
+    "what it makes black": (jpeg_2000(), {}, "white black.*TIFF or .npy"),
+    "what it takes for unsigned": (jpeg_2000().replace(b"\x0f\x01\x01", b"\x8f\x01\x01"), {}, "a sign.*TIFF or .npy"),
 }
 
 
@@ -302,6 +332,35 @@ def test_a_type_without_a_white_wants_a_range(kind: str, most: int, channels: in
             decode(content, "image", pixels)
         decoded = decode(content, "image", replace(pixels, value_range=(0, most)))
         torch.testing.assert_close(decoded.double(), torch.from_numpy(values / most), rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_what_an_avif_has_beyond_eight_bits_is_asked_for_in_vain() -> None:
+    """Pillow reads 8 bits of each, and does not tell how many there were."""
+    content = saved(Image.new("RGB", (8, 6)), "AVIF")
+    for most in (1023, 4095):
+        with pytest.raises(UnfitError, match=r"of its 16 bits Pillow reads 8, .*: save it as TIFF or \.npy"):
+            decode(content, "image", PixelSettings(value_range=(0, most)))
+    assert decode(content, "image").dtype == torch.uint8
+    assert decode(content, "image", PixelSettings(value_range=(0, 100))).max() < 0.05
+
+
+def test_white_is_zero_in_the_bits_that_there_are() -> None:
+    """Of 12 bits white is 4,095 below black, not 65,535. tifffile asks for imagecodecs to unpack them."""
+    values = (4095 * RAMP).astype("u2")
+    assert (_black_is_zero(4095 - values, "image", 0, 12) == values).all()
+    content, pixels = packed_tiff(4095 - values, 0), PixelSettings(channels=1, value_range=(0, 4095))
+    if find_spec("imagecodecs"):
+        torch.testing.assert_close(decode(content, "image", pixels)[0], torch.from_numpy(values / 4095).float())
+    else:
+        with pytest.raises(OSError, match=r"image is not a readable image: .*imagecodecs"):
+            decode(content, "image", pixels)
+
+
+def test_a_mask_beside_an_image_of_eight_bits_is_left_alone() -> None:
+    values = (255 * RAMP).astype("u1")
+    decoded = decode(masked_tiff(values), "image", PixelSettings(channels=1))
+    assert torch.equal(decoded, torch.from_numpy(values)[None])
 
 
 @pytest.mark.parametrize(("content", "flags", "message"), UNFIT.values(), ids=UNFIT)

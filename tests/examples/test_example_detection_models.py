@@ -185,6 +185,34 @@ def test_average_precision(found: Any, there: Any, ignored: Any, points: int, ex
     assert [*figures] == ([None] * 3 if expected is None else pytest.approx(expected, abs=1e-4))
 
 
+def test_the_thresholds_are_those_of_coco() -> None:
+    """Those of torchmetrics itself are float32 numbers: an IoU of 0.6 is below its 0.6, and a recall of 3/5 too."""
+    params = pytest.importorskip("pycocotools.cocoeval").Params("bbox")
+    metric = training.build_metric(masks=False, recall_points=101)
+    assert (metric.iou_thresholds, metric.rec_thresholds) == (params.iouThrs.tolist(), params.recThrs.tolist())
+
+
+@pytest.mark.parametrize(
+    ("objects", "found", "height", "expected"),
+    {
+        "three of five, exactly": (5, 3, 10, 100 * 61 / 101),
+        "seven of twenty, whose share is below COCO's 36th point": (20, 7, 10, 100 * 35 / 101),
+        "all, at an IoU of 0.6": (4, 4, 6, 30),
+        "all, at an IoU of 0.8": (4, 4, 8, 70),
+    }.values(),
+)
+def test_average_precision_at_a_threshold(objects: int, found: int, height: int, expected: float) -> None:
+    """As pycocotools' own evaluation has it, and so the published numbers."""
+    left = 20.0 * torch.arange(objects)
+    there = torch.stack([left, 0 * left, left + 10, 0 * left + 10], 1)
+    scores, labels = torch.linspace(0.9, 0.5, found), torch.ones(objects).long()
+    boxes = torch.cat([there[:found, :3], torch.full((found, 1), float(height))], 1)
+    metric = training.build_metric(masks=False, recall_points=101)
+    detected = {"boxes": boxes, "labels": labels[:found], "scores": scores}
+    metric.update([detected], [{"boxes": there, "labels": labels}])
+    assert training.scores_of(metric.compute())["box"]["AP"] == pytest.approx(expected, abs=1e-4)
+
+
 class Batches(NamedTuple):
     """In place of a folder's images."""
 

@@ -136,20 +136,42 @@ RATES = {"batch_size": 256, "lr_weights": 0.2, "lr_biases": 0.0048, "weight_deca
 
 
 def require_a_group_for_each(name: str) -> None:
-    """Of timm's model: a matrix or kernel is a weight, and everything else is a bias; none is in both or in neither."""
+    """Of timm's model: a matrix or kernel is a weight, and everything else is a bias; none is in both or in neither.
+
+    Of the weights those do not decay of which the model says so.
+    """
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False)
-    weights, vectors = (group["params"] for group in build_optimizer("lars", model, **RATES).param_groups)
-    assert all(p.ndim > 1 for p in weights), name
+    weights, vectors, *others = (group["params"] for group in build_optimizer("lars", model, **RATES).param_groups)
+    standing = others[0] if others else []
+    assert all(p.ndim > 1 for p in weights + standing), name
     assert all(p.ndim <= 1 for p in vectors), name
-    assert {*map(id, weights), *map(id, vectors)} == {id(p) for p in model.parameters() if p.requires_grad}, name
-    assert len(weights) + len(vectors) == len([*model.parameters()]), name
+    assert {*map(id, weights + vectors + standing)} == {id(p) for p in model.parameters() if p.requires_grad}, name
+    assert len(weights) + len(vectors) + len(standing) == len([*model.parameters()]), name
+    said = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # and so may a layer, as XCA
+    matrices = {key: p for key, p in model.named_parameters() if p.ndim > 1}
+    assert {id(p) for key, p in matrices.items() if key in said} <= {*map(id, standing)}, name
 
 
 @pytest.mark.parametrize("name", ["dm_nfnet_f0", "vit_tiny_patch16_224", "convnext_atto", "resnet18"])
 def test_every_parameter_learns(name: str) -> None:
     """The gains of dm_nfnet are single numbers."""
     require_a_group_for_each(name)
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_what_a_model_says_does_not_decay(name: str) -> None:
+    """A position's embedding and a class token, wherever the encoder lies in the network."""
+    encoder = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, depth=1)
+    net = nn.ModuleDict({"backbone": encoder, "projector": nn.Linear(192, 8)})
+    groups = build_optimizer(name, net, **RATES).param_groups
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    names = {key for key, p in net.named_parameters() if p.ndim > 1 and decays[id(p)] == 0}
+    assert names == {"backbone.pos_embed", "backbone.cls_token"}
+    assert [group["lr"] for group in groups] == [0.2, 0.0048, 0.2]
+    encoder.pos_embed.requires_grad_(False)
+    encoder.cls_token.requires_grad_(False)
+    assert len(build_optimizer(name, net, **RATES).param_groups) == 2
 
 
 @pytest.mark.slow

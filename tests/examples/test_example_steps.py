@@ -42,6 +42,24 @@ def gradient(now: Run) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in now.state.model.named_parameters() if p.grad is not None}
 
 
+def test_what_an_encoder_draws_is_a_function_of_seed_step_and_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a resumed run draws as one that did not stop, on each process, and no two processes draw alike."""
+
+    def drawn(rank: int = 0, step: int = 0, before: int = 0, flags: str = "") -> Tensor:
+        now = begin(flags, tmp_path)
+        now.network = nn.Sequential(now.state.model, nn.Dropout())
+        monkeypatch.setattr("barlow_recipes.distributed.rank", lambda: rank)
+        now.state.step = step
+        torch.manual_seed(before)
+        return gradients(now, now.data.pairs.batches(0)).z1 == 0
+
+    assert torch.equal(drawn(), drawn(before=7))
+    others = [drawn(rank=1), drawn(step=1), drawn(flags="--seed 1")]
+    assert not any(torch.equal(drawn(), other) for other in others)
+
+
 @pytest.mark.parametrize("views", ["", "--views 3", "--local-crops 2"])
 @pytest.mark.parametrize("parts", [1, 4])
 def test_the_gradient_is_that_of_the_mean_of_the_parts_losses(parts: int, views: str, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ test-all: $(VENV)/.has-test  ## both: every test that needs no GPU (sixteen minu
 
 # A machine with a GPU has its own torch, and often no network: nothing is installed.
 test-gpu:  ## the laws and tests/gpu on this machine's GPU, with the torch of PYTHON (four minutes)
-	@PYTHONPATH="$(CURDIR)" $(PYTHON) benches/gpu_steps.py --only laws tests sanitizer $(GPU_FLAGS)
+	@PYTHONPATH="$(CURDIR)" $(PYTHON) benches/gpu.py --steps laws tests sanitizer $(GPU_FLAGS)
 
 test-minimal: $(VENV_MINIMAL)/.has-test  ## the tests of library and benches without torchvision and triton (three minutes)
 	$(RUN_MINIMAL) -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/examples --ignore tests/kernels $(TEST_FLAGS)
@@ -101,7 +101,7 @@ bench-check: $(VENV)/.has-bench  ## measure again, and name the ratios that are 
 	$(RUN) benches/check.py $(CHECK_FLAGS)
 
 gpu:  ## test and time the loss on this machine's GPU, with the torch of PYTHON (under eight minutes)
-	@PYTHONPATH="$(CURDIR)" $(PYTHON) benches/gpu_steps.py $(GPU_FLAGS)
+	@PYTHONPATH="$(CURDIR)" $(PYTHON) benches/gpu.py --steps $(GPU_FLAGS)
 
 docs: $(VENV)/.has-docs  ## build the documentation as a site into build/docs: warnings are errors (half a minute)
 	$(RUN) -m sphinx -q -W --keep-going -b html docs build/docs

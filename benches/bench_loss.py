@@ -1,6 +1,6 @@
 """Forward + backward of the loss, float32, under pytest-benchmark; the answer of each contender is checked first.
 
-FLOP and byte models: sections.py.
+FLOP and byte models: bench.py.
 
     pytest benches/bench_loss.py                                        the whole grid
     OMP_NUM_THREADS=2 pytest benches/bench_loss.py -k "256x8192"        one cell; else on one thread
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from bench import GRID, present
 from contenders import build, contenders
 from measure import SEED, Answer, Cell, check, error_of_own, step, truth
-from sections import GRID, present
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

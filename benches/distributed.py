@@ -3,9 +3,8 @@
 W processes of one thread each form a gloo group over the loopback; each holds rows of its own of both views.
 
 ``cells``: ours against the published program, in turns as in the cells. All ranks start a turn together and it lasts
-as long as on the slowest of them; ratios are taken within a round. What is timed is forward and backward, down to the
-gradients of the rank's rows. ``floor`` is the published program's three products and its all-reduce of C alone, all
-else free; ``header`` the exchange of shapes and settings that precedes a step of ours.
+as long as on the slowest of them. ``floor`` is the published program's three products and its all-reduce of C alone,
+all else free; ``header`` the exchange of shapes and settings that precedes a step of ours.
 
 ``exactness``: every contender's loss and gradient against those of the whole batch in float64, for shards of as many
 rows and for uneven ones. The gradient is what DDP's mean over the ranks makes of theirs: 1/W of what arrives at all
@@ -29,14 +28,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
 
 import model
 from barlow_loss._collectives import group_of
@@ -61,11 +58,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from contenders import Contender
-    from machine import Record
-    from measure import Turn
+    from measure import Record, Turn
 
 GRID = {2: [Cell(256, 4096)], 4: [Cell(256, 4096)]}
-FULL = {2: [*GRID[2], Cell(1024, 4096), Cell(256, 8192)], 4: GRID[4]}
 COMPARED = (OURS, TEXTBOOK, LIGHTLY, LIGHTLY_GATHERING, STABLE, SOLO, VISSL, FFT)
 # Rows of each rank, 256 in all: as many everywhere, and not.
 SHARES: dict[int, list[tuple[int, ...]]] = {2: [(128, 128), (96, 160)], 4: [(64, 64, 64, 64), (32, 96, 48, 80)]}
@@ -84,16 +79,9 @@ class Shards(Cell):
 
     @classmethod
     def even(cls, cell: Cell, processes: int) -> Shards:
-        """As many rows on every rank.
-
-        Raises:
-            ValueError: the rows cannot be shared out, or the bytes of the cell have no model.
-        """
-        if cell.n % processes or cell.algorithm != "dual":
-            raise ValueError(
-                f"grid: expected an N that {processes} processes can share, of at most D/2, as the byte model of ours "
-                f"is the dual's, got {cell}"
-            )
+        """As many rows on every rank."""
+        if cell.n % processes or cell.algorithm != "dual":  # the byte model of ours is the dual's
+            raise ValueError(f"grid: expected an N that {processes} processes can share, of at most D/2, got {cell}")
         return cls(cell.n, cell.d, (cell.n // processes,) * processes)
 
     def __str__(self) -> str:
@@ -101,9 +89,7 @@ class Shards(Cell):
 
     def of(self, rank: int) -> list[Tensor]:
         """The rank's rows of both views."""
-        start = sum(self.rows[:rank])
-        own = slice(start, start + self.rows[rank])
-        return [z.detach()[own].clone().requires_grad_() for z in self.views()]
+        return [torch.split(z.detach(), list(self.rows))[rank].clone().requires_grad_() for z in self.views()]
 
 
 class Refusal(NamedTuple):
@@ -135,45 +121,28 @@ class Place(NamedTuple):
 def preload(*modules: str) -> None:
     """Have the server of the ranks import so much besides torch when it starts, once for all of them.
 
-    stable-pretraining takes 12 s of a core, and a package that it imports warns of forks; nothing here uses that one.
-    What is not installed is passed over.
+    stable-pretraining takes 12 s of a core. Under the mode that counts bytes, each rank would import dynamo by itself.
     """
-    # Under the mode that counts bytes, each rank would import dynamo by itself: 5 s of a core.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch._dynamo", *modules])
 
 
 def together(job: Callable[..., Any], processes: int, *args: Any, limit: float = JOB_SECONDS) -> list[Any]:
-    """What ``job(place, *args)`` returns on every rank, each a fresh process of one thread.
+    """What ``job(place, *args)`` returns on every rank, each a process of one thread that ends with it.
 
-    They are forks of a server that has imported what is large: see ``preload``.
-
-    Raises:
-        torch.multiprocessing.ProcessRaisedException: a rank raised; the others are ended.
-        TimeoutError: the job took longer than ``limit`` seconds; its processes are ended.
+    Raises what a rank raised, and multiprocessing.TimeoutError after ``limit`` seconds without an answer.
     """
-    start: Any = start_processes  # untyped
-    with tempfile.TemporaryDirectory(prefix="barlow-loss-") as folder:
-        given = (processes, folder, job, args)
-        ranks = start(_on_rank, given, processes, join=False, daemon=True, start_method="forkserver")
-        deadline = time.monotonic() + limit
-        while not ranks.join(max(0.0, deadline - time.monotonic())):
-            if time.monotonic() > deadline:
-                for process in ranks.processes:
-                    process.kill()
-                    process.join()
-                raise TimeoutError(f"{job.__name__}{args}: expected an end within {limit:g} s")
-        return [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(processes)]
+    workers = multiprocessing.get_context("forkserver").Pool(processes)
+    with tempfile.TemporaryDirectory(prefix="barlow-loss-") as folder, workers:
+        places = [Place(rank, processes, folder) for rank in range(processes)]
+        answers = workers.imap_unordered(partial(_on_rank, job, args), places)
+        by_rank = dict(answers.next(limit) for _ in places)
+    return [pickle.loads(by_rank[rank]) for rank in range(processes)]
 
 
-def _on_rank(rank: int, processes: int, folder: str, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _on_rank(job: Callable[..., Any], args: tuple[Any, ...], place: Place) -> tuple[int, bytes]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # of torch, to the contenders
-    result = job(Place(rank, processes, folder), *args)
-    _result(folder, rank).write_bytes(pickle.dumps(result))
-
-
-def _result(folder: str, rank: int) -> Path:
-    return Path(folder, f"rank-{rank}")
+    return place.rank, pickle.dumps(job(place, *args))  # tensors by value: their process ends
 
 
 def answers(place: Place, shards: Shards, names: tuple[str, ...]) -> dict[str, Answer | Refusal]:
@@ -269,14 +238,9 @@ def costs(place: Place, shards: Shards, rounds: int, seconds: float) -> Record:
             turn()  # the steps have run
         times = interleave(steps | rest, rounds, seconds, _time_together)
     over_ours = ratios(times, OURS)
-    return {
-        "rounds": len(times[OURS]),
-        "contenders": {
-            name: {"sent": sent[name], "seconds": spread(times[name]), "times_ours": over_ours[name]} for name in steps
-        },
-        "floor": {"seconds": spread(times["floor"]), "times_ours": over_ours["floor"]},
-        "header": {"seconds": spread(times["header"])},
-    }
+    told = {name: {"seconds": spread(own), "times_ours": over_ours[name]} for name, own in times.items()}
+    contenders = {name: {"sent": sent[name], **told[name]} for name in steps}
+    return {"rounds": len(times[OURS]), "contenders": contenders, "floor": told["floor"], "header": told["header"]}
 
 
 def _floor(shards: Shards) -> Turn:
@@ -307,40 +271,33 @@ def _time_together(turn: Turn, calls: int) -> float:
 
 
 def _sent(turn: Turn) -> Record:
-    """Bytes that a rank sends in a step: by the collectives called, and by the loopback's counter.
-
-    From the counter is taken what passes in as much time of idleness.
-    """
-    called = model.Collectives()
+    """Bytes that a rank sends in a step: by the collectives, and by the loopback's counter, less idle traffic."""
 
     def steps() -> None:
         with called:
             for _ in range(COUNTED_STEPS):
                 turn()
 
+    called = model.Collectives()
     idle = _bytes_meanwhile(partial(time.sleep, IDLE_SECONDS)) / IDLE_SECONDS
     start = time.perf_counter()
     busy = _bytes_meanwhile(steps)
-    others = idle * (time.perf_counter() - start)
-    by_counter = (busy - others) / COUNTED_STEPS / dist.get_world_size()
-    return {
-        "collectives": called.sent / COUNTED_STEPS,
-        "loopback": None if _loopback_bytes() is None else by_counter,
-    }
+    by_counter = (busy - idle * (time.perf_counter() - start)) / COUNTED_STEPS / dist.get_world_size()
+    return {"collectives": called.sent / COUNTED_STEPS, "loopback": by_counter if by_counter > 0 else None}
 
 
 def _bytes_meanwhile(turn: Turn) -> int:
+    """What the loopback interface carries during a turn; nothing where there is none of that name."""
+
+    def carried() -> int:
+        counters = psutil.net_io_counters(pernic=True).get("lo")
+        return counters.bytes_recv if counters else 0
+
     dist.barrier()
-    before = _loopback_bytes() or 0
+    before = carried()
     turn()
     dist.barrier()
-    return (_loopback_bytes() or 0) - before
-
-
-def _loopback_bytes() -> int | None:
-    """What the loopback interface has carried since the machine started; None where there is none of that name."""
-    counters = psutil.net_io_counters(pernic=True).get("lo")
-    return counters.bytes_recv if counters else None
+    return carried() - before
 
 
 def section(grid: dict[int, list[Cell]], rounds: int, seconds: float) -> Record:

@@ -1,24 +1,29 @@
-"""Times the loss on a GPU against the textbook formula and lightly, beside the model of model.py.
+"""Times the loss on a GPU against the textbook formula and lightly, beside the model of model.py; or does all checks.
 
-Six contenders take turns, each step timed by events around it with the L2 cache overwritten before (measure.py). What
-is timed is forward and backward, down to the gradients of both views. An answer further from float64 of the same views
-than ``allowed`` says is reported and not timed; so is what ran out of memory, or is not installed.
+Six contenders take turns, each step timed by events around it with the L2 cache overwritten before. What is timed is
+forward and backward, down to the gradients of both views. An answer further from float64 of the same views than
+``allowed`` says is reported and not timed; so is what ran out of memory, or is not installed.
 
 Settings: "fp32" (views and products in float32, precision "highest") and "bf16 autocast" (bfloat16 views, as a linear
 layer under autocast gives them, and the loss under ``torch.autocast``). The ceilings (copy, 8192³ products, launches)
 are measured in the same run, and the algorithm's own products alone in the same rounds.
 
     python benches/gpu.py                      the whole grid into results/gpu.json and gpu.md
-    python benches/gpu.py --grid 256x8192 --settings "bf16 autocast" --out /tmp/gpu
+    python benches/gpu.py --grid 256x8192 --out /tmp/gpu
     python benches/gpu.py --smoke              no GPU: runs this program on tiny CPU tensors; its figures mean nothing
+    python benches/gpu.py --steps              `make gpu`: laws, tests, sanitizer, benches, in under eight minutes
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
+import os
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,52 +41,39 @@ import contenders
 import model
 from barlow_loss import BarlowTwinsLoss
 from contenders import EPS, LAMBD, Textbook
-from machine import RESULTS, environment, store
 from measure import (
     OTHERS_ALLOWED,
     OURS_ALLOWED,
+    RESULTS,
     Answer,
     Cell,
     Errors,
-    Events,
     cells,
+    environment,
     errors,
     gemms,
     interleave,
     ratios,
     spread,
     step,
+    store,
     truth,
     wall,
 )
-from model import (
-    AUTOCAST,
-    COMPILED,
-    CONTENDERS,
-    EAGER,
-    FLOAT32,
-    GRAPH,
-    LIGHTLY,
-    MODELS,
-    SETTINGS,
-    TEXTBOOK,
-    TRITON,
-    floor,
-    predicted,
-)
-from tables import details, grid, paragraphs, plain
+from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, FLOAT32, GRAPH, LIGHTLY, MODELS, SETTINGS, TEXTBOOK, TRITON
+from render import details, paragraphs, plain, table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-    from machine import Record
-    from measure import Clock
+    from measure import Clock, Record, Turn
     from model import Chip, Setting
 
     Step = Callable[[], Answer]
 
+ROOT = Path(__file__).resolve().parents[1]
 OURS = (EAGER, TRITON, GRAPH)
 # The cells of the stated goals first, in case the budget does not last.
 SMALL, LARGE = cells("256x8192", "2048x8192")
@@ -89,23 +81,71 @@ ORDER = (LARGE, SMALL, *cells("256x2048", "1024x8192", "4096x8192", "2048x32768"
 SMOKE_GRID = cells("16x64", "24x96")
 COMPILE_SECONDS = 20  # kept in reserve for a compilation; without it the compiled contender is left out
 CELL_SECONDS = 4
+ROUNDS = 7
 WARM_UPS = 3
 SQUARE, COPIED_BYTES, LAUNCHES = 8192, 2**30, 500
 
 PRODUCTS = "products of the dual alone"
-# Over the floor or in µs, how many times as fast as others, and MB.
-GOALS: tuple[tuple[Cell, str, float, dict[str, int], int], ...] = (
-    (LARGE, TRITON, 1.35, {TEXTBOOK: 5, COMPILED: 3}, 220),
-    (SMALL, GRAPH, 60, {TEXTBOOK: 20, COMPILED: 6}, 25),
+OVER_TRITON, OVER_GRAPH = f"× {TRITON}", f"× {GRAPH}"
+# In bf16 autocast, by the columns of its table.
+GOALS = (
+    (LARGE, TRITON, "× floor", "≤ 1.35"),
+    (LARGE, TEXTBOOK, OVER_TRITON, "≥ 5"),
+    (LARGE, COMPILED, OVER_TRITON, "≥ 3"),
+    (LARGE, TRITON, "MB with gradients", "≤ 220"),
+    (SMALL, GRAPH, "ms", "≤ 0.06"),
+    (SMALL, TEXTBOOK, OVER_GRAPH, "≥ 20"),
+    (SMALL, COMPILED, OVER_GRAPH, "≥ 6"),
+    (SMALL, TRITON, "MB with gradients", "≤ 25"),
 )
 NOTES = """\
 Time: forward and backward to the gradients of both views, by events, the L2 cache overwritten before each step; median
 and quartiles over rounds in which the contenders take turns; ratios are taken within a round. *Back to back*: steps in
 a row, the host's share included. A predicted range is without and with a second pass over operands just read, which
 the L2 cache serves where they fit there. *Floor*: the larger of FLOPs of the dual over the rate of a large product and
-of views read once and gradients written once over the rate of a copy. *Held*: the rise of the memory during a step,
-beyond the views and the returned gradients. Errors: relative distance to float64 on the same views, of the loss and of
-both gradients by norm. What was measured is the code of that day; predictions are those of the model as it is now."""
+of views read once and gradients written once over the rate of a copy. *MB with gradients*: the rise of the memory
+during a step, beyond the views. Errors: relative distance to float64 on the same views, of the loss and of both
+gradients by norm. What was measured is the code of that day; predictions are those of the model as it is now."""
+
+
+class Events:
+    """The clock of a GPU: an event before and after each step, its inputs in memory as after a large network.
+
+    The L2 cache is overwritten before each. The host issues the step while that runs, so its own launch gaps show only
+    where the host needs longer than the overwriting and the step together; ``in_a_row`` leaves the overwriting out.
+    """
+
+    LEAST_FLUSH = 256 * 2**20
+    MOST_CALLS = 300  # in a turn: the overwriting takes longer than a small step
+
+    def __init__(self, device: torch.device) -> None:
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+        self._other = torch.empty(max(4 * cache, self.LEAST_FLUSH), dtype=torch.int8, device=device)
+
+    def __call__(self, turn: Turn, calls: int) -> float:
+        pairs = []
+        for _ in range(min(calls, self.MOST_CALLS)):
+            self._other.zero_()
+            pairs.append(self._around(turn, 1))
+        torch.cuda.synchronize()
+        milliseconds: float = statistics.median(start.elapsed_time(end) for start, end in pairs)
+        return milliseconds / 1e3
+
+    def in_a_row(self, turn: Turn, calls: int) -> float:
+        """Seconds per call of ``calls`` in a row: with the host's share, and inputs in the cache where they fit."""
+        torch.cuda.synchronize()
+        start, end = self._around(turn, calls)
+        torch.cuda.synchronize()
+        seconds: float = start.elapsed_time(end) / 1e3
+        return seconds / calls
+
+    def _around(self, turn: Turn, calls: int) -> tuple[Any, Any]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            turn()
+        end.record()
+        return start, end
 
 
 class Device(NamedTuple):
@@ -151,7 +191,7 @@ class Graphed:
         return self._answer
 
 
-def missing(name: str, where: Device) -> str | None:
+def missing(name: str, where: Device, deadline: float) -> str | None:
     """Why a contender cannot run here, or None."""
     if name == LIGHTLY and not contenders.installed(contenders.LIGHTLY):
         return "not installed"
@@ -159,7 +199,8 @@ def missing(name: str, where: Device) -> str | None:
         return "needs a GPU"
     if name in (TRITON, GRAPH, COMPILED) and find_spec("triton") is None:
         return "triton is not installed"
-    return None
+    late = name == COMPILED and time.monotonic() + COMPILE_SECONDS > deadline
+    return "the budget was spent" if late else None
 
 
 def build(name: str, cell: Cell, setting: Setting, where: Device, *views: Tensor) -> Step:
@@ -177,9 +218,7 @@ def build(name: str, cell: Cell, setting: Setting, where: Device, *views: Tensor
             value: Tensor = loss(*z)
             return value
 
-    def turn() -> Answer:
-        return step(forward, *views)
-
+    turn = partial(step, forward, *views)
     return Graphed(turn) if name == GRAPH else turn
 
 
@@ -202,27 +241,28 @@ def measure(cell: Cell, setting: Setting, where: Device, rounds: int, deadline: 
     records: dict[str, Record] = {}
     turns: dict[str, Step] = {}
     for name in CONTENDERS:
-        reason = missing(name, where)
-        if name == COMPILED and time.monotonic() + COMPILE_SECONDS > deadline:
-            reason = "the budget was spent"
-        records[name], turn = ({"left_out": reason}, None) if reason else _try(name, cell, setting, where, right, views)
+        if reason := missing(name, where, deadline):
+            records[name] = {"left_out": reason}
+            continue
+        records[name], turn = _try(name, cell, setting, where, right, views)
         if turn is not None:
             turns[name] = turn
     del right
     half = setting == AUTOCAST and where.device.type != "cpu"  # the dtype that ours takes
     _, products = gemms(cell, where.device, torch.float16 if half else torch.float32)
-    timed: dict[str, Callable[[], object]] = {**turns, "products": products}
+    timed: dict[str, Turn] = {**turns, "products": products}
     for again in timed.values():
         again()
     times = interleave(timed, rounds, CELL_SECONDS, where.cold)
+    alone = times.pop("products")
     for over in filter(turns.__contains__, OURS):
-        for name, ratio in ratios({name: times[name] for name in turns}, over).items():
+        for name, ratio in ratios(times, over).items():
             records[name].setdefault("times", {})[over] = ratio
     for name, turn in turns.items():
         records[name]["seconds"] = spread(times[name])
         calls = max(3, math.ceil(0.02 / records[name]["seconds"]["median"]))
         records[name]["back_to_back"] = statistics.median(where.in_a_row(turn, calls) for _ in range(3))
-    found = {"rounds": len(times["products"]), "contenders": records, "products": spread(times["products"])}
+    found = {"rounds": len(alone), "contenders": records, "products": spread(alone)}
     return {"n": cell.n, "d": cell.d, "setting": setting.name, **found}
 
 
@@ -234,10 +274,8 @@ def _try(
         turn = build(name, cell, setting, where, *views)
         found = errors(turn(), right)
         peak, gradients = _peak(turn, where)
-    except torch.OutOfMemoryError:
-        _release(where)
-        return {"failed": "out of memory"}, None
     except Exception as error:  # a contender that breaks must not take the others with it
+        _release(where)
         return {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}, None
     record: Record = {"loss_error": found.loss, "gradient_error": found.gradient}
     record |= {"peak_bytes": peak, "gradient_bytes": gradients}
@@ -267,7 +305,7 @@ def ceilings(where: Device) -> dict[str, float]:
         rates = dict.fromkeys(("copy_bytes_per_second", "float16_flops", "bfloat16_flops", "float32_flops"), 1e10)
         return rates | {"host_seconds": 1e-5, "launch_seconds": 1e-5}
 
-    def median(turn: Callable[[], object]) -> float:
+    def median(turn: Turn) -> float:
         where.in_a_row(turn, 2)
         return statistics.median(where.in_a_row(turn, 1) for _ in range(11))
 
@@ -296,16 +334,15 @@ def run(where: Device, flags: argparse.Namespace) -> Record:
     versions = environment("triton", "lightly", device=where.device)
     results: Record = {"environment": versions, "ceilings": ceilings(where), "smoke": flags.smoke}
     results |= {"cells": [], "left_out": []}
-    for setting, cell in product(flags.settings, flags.grid):
-        reason = "the budget was spent" if time.monotonic() > deadline else ""
+    for setting, cell in product(SETTINGS, flags.grid):
         try:
-            if not reason:
-                results["cells"].append(measure(cell, setting, where, flags.rounds, deadline))
-        except torch.OutOfMemoryError:
-            reason = "the memory does not hold the views and their float64 answer"
-        if reason:
-            results["left_out"].append(f"{cell}, {setting.name}: left out, {reason}")
-        print(results["left_out"][-1] if reason else line(results["cells"][-1]), flush=True)
+            if time.monotonic() > deadline:
+                raise TimeoutError("the budget was spent")
+            results["cells"].append(measure(cell, setting, where, ROUNDS, deadline))
+            print(line(results["cells"][-1]), flush=True)
+        except (TimeoutError, torch.OutOfMemoryError) as reason:  # that of the views and their float64 answer
+            results["left_out"].append(f"{cell}, {setting.name}: left out, {str(reason).partition('. ')[0]}")
+            print(results["left_out"][-1], flush=True)
         store(results, flags.out / "gpu.json")
         _release(where)
     return results
@@ -327,40 +364,19 @@ def failures(results: Record) -> list[str]:
     ]
 
 
-def expected(name: str, cell: Cell, setting: Setting, card: Chip) -> Record:
-    """What the model says of a contender, nothing where it has none: ranges without and with a second pass."""
-    if name not in MODELS:
-        return {}
-    cost = MODELS[name](cell, setting)
-    low, high = predicted(cost, name, setting, card)
-    least = floor(cell, setting, card)
-    return {
-        "predicted, ms": _range(1e3 * low, 1e3 * high),
-        "predicted, × floor": _range(low / least, high / least),
-        "predicted, MB held": plain(cost.working / 1e6),
-        "GFLOP": plain(cost.flops / 1e9),
-        "GB moved": plain(cost.moved / 1e9),
-    }
-
-
-def _range(low: float, high: float) -> str:
-    return "–".join(dict.fromkeys(map(plain, sorted((low, high)))))
-
-
 def measured(found: Record, least: float) -> Record:
     """What was measured of a contender, over the floor too; or why nothing was."""
-    errors = {key.replace("_", " "): f"{found[key]:.1e}" for key in ("loss_error", "gradient_error") if key in found}
+    told = {key.replace("_", " "): f"{found[key]:.1e}" for key in ("loss_error", "gradient_error") if key in found}
     if "seconds" not in found:
-        return {"instead of a time": _instead(found), **errors}
-    held = {"MB held": plain((found["peak_bytes"] - found["gradient_bytes"]) / 1e6)} if found["peak_bytes"] else {}
-    scaled = {key: 1e3 * value for key, value in found["seconds"].items()}
+        return {"instead of a time": _instead(found), **told}
+    peak = {"MB with gradients": plain(found["peak_bytes"] / 1e6)} if found["peak_bytes"] else {}
     return {
-        "ms": scaled,
+        "ms": {key: 1e3 * value for key, value in found["seconds"].items()},
         "ms back to back": 1e3 * found["back_to_back"],
         "× floor": plain(found["seconds"]["median"] / least),
-        **{f"× {over}": ratio for over, ratio in found["times"].items()},
-        **held,
-        **errors,
+        **{f"× {over}": plain(ratio["median"]) for over, ratio in found["times"].items()},
+        **peak,
+        **told,
     }
 
 
@@ -380,35 +396,10 @@ def line(record: Record) -> str:
 
 def markdown(results: Record) -> str:
     """The page: what it stands on, the goals, and a table for each setting."""
-    card = model.chip(results["environment"]["device"], results["ceilings"])
-    found = sorted(results["cells"], key=lambda record: (record["n"], record["d"]))
-    parts = [*_head(results, card), "## Goals, bf16 autocast on an H100", _goals(card, found)]
-    for setting in SETTINGS:
-        records = [_with_model(record, setting, card) for record in found if record["setting"] == setting.name]
-        parts += [f"## {setting.name}", details(records)] if records else []
-    parts += [f"- {reason}" for reason in results["left_out"]]
-    former = dict.fromkeys(name for record in found for name in record["contenders"] if name not in CONTENDERS)
-    parts += [f"- {name}: as it was measured; it is no contender any more" for name in former]
-    return paragraphs(*parts, NOTES) + "\n"
-
-
-def _with_model(record: Record, setting: Setting, card: Chip) -> Record:
-    """A cell with what the model says beside what was measured."""
-    cell = Cell(record["n"], record["d"])
-    least = floor(cell, setting, card)
-    alone: Record = {"ms": {key: 1e3 * value for key, value in record["products"].items()}}
-    alone |= {"predicted, ms": plain(8e3 * cell.n**2 * cell.d / card.rate(setting))}
-    rows = {
-        name: expected(name, cell, setting, card) | measured(found, least)
-        for name, found in record["contenders"].items()
-    }
-    return {"N": cell.n, "D": cell.d, "contenders": rows | {PRODUCTS: alone}}
-
-
-def _head(results: Record, card: Chip) -> list[str]:
     machine = results["environment"]
+    card = model.chip(machine["device"], results["ceilings"])
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine["versions"].items())
-    return [
+    parts = [
         "# CPU smoke: these figures mean nothing" if results["smoke"] else "# The loss on a GPU",
         f"Measured on {machine['device']}, driver {machine['driver']}, CUDA or ROCm {machine['runtime']}, "
         f"{machine['system']}, Python {machine['python']}, {versions}.",
@@ -416,46 +407,101 @@ def _head(results: Record, card: Chip) -> list[str]:
         f"bits {card.half / 1e12:.0f} TFLOP/s, in fp32 {card.single / 1e12:.1f} TFLOP/s, {1e6 * card.launch:.1f} µs a "
         f"launch on the device, {1e6 * card.host:.1f} µs an operation on the host.",
     ]
+    for setting in SETTINGS:
+        found = sorted(results["cells"], key=lambda record: (record["n"], record["d"]))
+        records = [_with_model(record, setting, card) for record in found if record["setting"] == setting.name]
+        parts += ["## Goals, bf16 autocast on an H100", _goals(records)] if setting == AUTOCAST else []
+        parts += [f"## {setting.name}", details(records)] if records else []
+    parts += [f"- {reason}" for reason in results["left_out"]]
+    return paragraphs(*parts, f"{NOTES} What has no prediction is no contender any more.\n")
 
 
-def _goals(card: Chip, found: list[Record]) -> str:
-    """The figures to reach, beside what the model expects and what was measured."""
-    rows = []
-    for cell, ours, most, factors, megabytes in GOALS:
-        cells = [r for r in found if (r["n"], r["d"], r["setting"]) == (cell.n, cell.d, AUTOCAST.name)]
-        record: Record = cells[0]["contenders"] if cells else {}
-        where, (low, high) = f"{cell.n} × {cell.d}", predicted(MODELS[ours](cell, AUTOCAST), ours, AUTOCAST, card)
-        unit, label = (floor(cell, AUTOCAST, card), "× floor") if ours == TRITON else (1e-6, "µs")
-        taken = record.get(ours, {}).get("seconds", {}).get("median", math.nan) / unit
-        rows.append([f"{where}: {ours}", f"≤ {most} {label}", _range(low / unit, high / unit), _known(taken)])
-        for name, least in factors.items():
-            other = predicted(MODELS[name](cell, AUTOCAST), name, AUTOCAST, card)
-            over = record.get(name, {}).get("times", {}).get(ours, {}).get("median", math.nan)
-            ratio = _range(other[0] / low, other[1] / high)
-            rows.append([f"{where}: {name} over {ours}", f"≥ {least}×", ratio, _known(over)])
-        peak = MODELS[TRITON](cell, AUTOCAST).working + 2 * cell.n * cell.d * AUTOCAST.view
-        held = record.get(TRITON, {}).get("peak_bytes") or math.nan
-        title = f"{where}: {TRITON}, peak memory with the gradients"
-        rows.append([title, f"≤ {megabytes} MB", plain(peak / 1e6), _known(held / 1e6)])
-    return grid(["what", "goal", "predicted", "measured"], rows)
+def _with_model(record: Record, setting: Setting, card: Chip) -> Record:
+    """A cell with what the model says beside what was measured: ranges without and with a second pass."""
+    cell = Cell(record["n"], record["d"])
+    rows: dict[str, Record] = {}
+    for name, found in record["contenders"].items():
+        rows[name] = measured(found, model.floor(cell, setting, card))
+        if name in MODELS:
+            low, high = model.predicted(MODELS[name](cell, setting), name, setting, card)
+            expected = "–".join(dict.fromkeys(plain(1e3 * seconds) for seconds in (low, high)))
+            rows[name] = {"predicted, ms": expected, **rows[name]}
+    alone = {"predicted, ms": plain(8e3 * cell.n**2 * cell.d / card.rate(setting))}
+    rows[PRODUCTS] = {**alone, "ms": {key: 1e3 * value for key, value in record["products"].items()}}
+    return {"N": cell.n, "D": cell.d, "contenders": rows}
 
 
-def _known(value: float) -> str:
-    return "—" if math.isnan(value) else plain(value)
+def _goals(records: list[Record]) -> str:
+    """The figures to reach, beside what was measured."""
+    found = {Cell(record["N"], record["D"]): record["contenders"] for record in records}
+
+    def reached(cell: Cell, name: str, column: str) -> str:
+        value = found.get(cell, {}).get(name, {}).get(column, "—")
+        return plain(value["median"]) if isinstance(value, dict) else str(value)
+
+    rows = [(f"{cell}: {name}, {column}", goal, reached(cell, name, column)) for cell, name, column, goal in GOALS]
+    return table(rows, {"what": lambda row: row[0], "goal": lambda row: row[1], "measured": lambda row: row[2]})
+
+
+STEPS_SECONDS = 470
+BENCH_SECONDS = 230  # kept for the benches, whatever the steps before them take
+WRAP_UP_SECONDS = 30  # the benches finish the cell in hand
+
+
+def commands() -> Iterator[tuple[str, float, list[str]]]:
+    """What ``make gpu`` runs: a name, the seconds after which it is ended and has failed, and the command.
+
+    pytest goes without what only the packages of the development environment understand. There is no command for what
+    this machine lacks a tool for.
+    """
+    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--no-header", "-p", "no:cacheprovider"]
+    pytest += ["--timeout=60"] if find_spec("pytest_timeout") else []  # a kernel that hangs is named
+    pytest += [f"--numprocesses={min(6, (os.cpu_count() or 2) // 2)}"] if find_spec("xdist") else []
+    laws = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_laws_*.py"))]
+    laws += ["tests/test_gradients.py", "--device=cuda"]  # at the tolerances of float32 and float64
+    triton = find_spec("triton") is not None
+    yield "laws, Triton", 110, [*pytest, *laws, "--backend=triton"] if triton else []
+    yield "laws, eager", 80, [*pytest, *laws, "--backend=eager"]
+    yield "tests/gpu", 120, [*pytest, "tests/gpu"]
+    places = os.pathsep.join([os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"])
+    watcher = shutil.which("compute-sanitizer", path=places)
+    for tool, alone in (("memcheck", ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]), ("racecheck", [])):
+        # torch and triton ask the driver things that it answers with an error: no fault of a kernel.
+        watch = [*alone, watcher or "", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
+        script = [sys.executable, "tests/gpu/run_sanitizer.py"]
+        yield f"sanitizer, {tool}", 60, [*watch, *script] if watcher and triton else []
+    yield "bench", BENCH_SECONDS + WRAP_UP_SECONDS, [sys.executable, "benches/gpu.py"]
+
+
+def steps(wanted: tuple[str, ...]) -> dict[str, str]:
+    """What becomes of each step whose name begins as wanted; every one is run, whatever became of the one before."""
+    end = time.monotonic() + STEPS_SECONDS
+    outcomes: dict[str, str] = {}
+    for name, most, command in commands():
+        if not name.startswith(wanted):
+            continue
+        seconds = min(most, end - time.monotonic() - (0 if name == "bench" else BENCH_SECONDS))
+        if not command or seconds < 5:
+            outcomes[name] = "FAILED: no time was left" if command else "left out: no compute-sanitizer, or no triton"
+            continue
+        budget = ["--budget", f"{seconds - WRAP_UP_SECONDS:.0f}"] if name == "bench" else []
+        limited = ["timeout", "--kill-after=5", f"{seconds:.0f}", *command, *budget]  # which ends the workers as well
+        print(f"\n=== {name}\n{' '.join(limited)}", flush=True)
+        start, code = time.monotonic(), subprocess.run(limited, cwd=ROOT, check=False).returncode
+        said = {0: "passed", 124: "FAILED: not done"}.get(code, f"FAILED with exit status {code}")
+        outcomes[name] = f"{said}, {time.monotonic() - start:.0f} s"
+    return outcomes
 
 
 def arguments() -> argparse.Namespace:
     """The flags of the command line."""
     parser = argparse.ArgumentParser(description="Time the loss on a GPU; see the head of this file.")
     parser.add_argument("--smoke", action="store_true", help="run on tiny CPU tensors; the figures mean nothing")
+    parser.add_argument("--steps", nargs="*", metavar="NAME", help="all checks, or those whose name begins with these")
     parser.add_argument("--grid", nargs="+", type=Cell.parse, metavar="NxD", help="cells (default: all of them)")
-    names = {setting.name: setting for setting in SETTINGS}
-    parser.add_argument("--settings", nargs="+", choices=names, default=list(names))
-    parser.add_argument("--rounds", type=int, default=7, help="at most so many rounds for a cell (default: 7)")
     parser.add_argument("--budget", type=float, default=230, help="seconds; then no further cell (default: 230)")
     parser.add_argument("--out", type=Path, help="folder (default: benches/results; of --smoke, a temporary one)")
     flags = parser.parse_args()
-    flags.settings = [names[name] for name in flags.settings]
     flags.grid = flags.grid or (SMOKE_GRID if flags.smoke else ORDER)
     if flags.smoke and flags.out is not None and flags.out.resolve() == RESULTS.resolve():
         parser.error(f"--smoke: its figures mean nothing and do not belong into {RESULTS}")
@@ -467,7 +513,12 @@ def main() -> None:
     """Measures, and writes the page; fails where ours did."""
     flags = arguments()
     if not flags.smoke and not torch.cuda.is_available():
-        sys.exit("No GPU here that torch can use, so nothing can be measured. The predictions: benches/model.py")
+        sys.exit(f"torch {torch.__version__} finds no GPU here. The predictions: benches/model.py")
+    if flags.steps is not None:
+        print(json.dumps(environment("triton", "lightly", device=torch.device("cuda"))), flush=True)
+        outcomes = steps(tuple(flags.steps or [""]))
+        print("\n=== summary", *(f"{name}: {outcome}" for name, outcome in outcomes.items()), sep="\n")
+        sys.exit(any(outcome.startswith("FAILED") for outcome in outcomes.values()))
     warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
     results = run(Device.of(torch.device("cpu" if flags.smoke else "cuda")), flags)
     (flags.out / "gpu.md").write_text(markdown(results), encoding="utf-8")

@@ -33,15 +33,14 @@ from torchvision.transforms import functional as F
 
 from barlow_recipes.pixels import MEAN, STD, as_float, decode
 from barlow_recipes.views import ORDERS, PAPER, Decisions, View, ViewRecipe, colored, draw
-from machine import RESULTS, environment, store
-from measure import Turn, interleave, processor, ratios, spread
-from tables import details, grid, paragraphs
-from tables import spread as told
+from measure import RESULTS, Turn, environment, interleave, processor, ratios, spread, store
+from render import details, paragraphs, table
+from render import spread as told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from machine import Record
+    from measure import Record
 
 OFFICIAL, OURS = "official", "ours"
 SIZE = 224
@@ -200,15 +199,18 @@ def markdown(results: Record) -> str:
     """The tables and what they rest on."""
     machine, whole, found = results["environment"], results["whole"], results["agreement"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    rates = {name: f"{2 / seconds['median']:,.0f}" for name, seconds in whole["seconds"].items()}
     over = {OFFICIAL: told(whole["official_over_ours"]), OURS: "1"}
-    head = ["both views of an image, decoded once", "views/s of a core", "CPU time, × ours (quartiles)"]
+    columns: dict[str, Callable[[str], str]] = {
+        "both views of an image, decoded once": str,
+        "views/s of a core": lambda name: f"{2 / whole['seconds'][name]['median']:,.0f}",
+        "CPU time, × ours (quartiles)": lambda name: over[name],
+    }
     return paragraphs(
         "# The views of the loader, one thread",
         f"{machine['cpu']}, {machine['system']}, Python {machine['python']}, {versions}. {results['images']} made JPEG "
         f"files of 500×375 pixels and {results['mean_bytes'] / 1e3:.0f} kB on average, {results['rounds']} rounds. "
         "Official: torchvision's transforms on Pillow.",
-        grid(head, [[name, rates[name], over[name]] for name in (OFFICIAL, OURS)]),
+        table((OFFICIAL, OURS), columns),
         "After the same decisions: distances of pixels in grey levels, and the sharpness, the RMS of the Laplacian. "
         "Pillow cuts to 8 bits after every operation, six times within a blur, which leaves noise and undoes much of a "
         "weak blur.",

@@ -34,12 +34,12 @@ from torch.nn import functional
 
 from barlow_loss import barlow_twins_loss, mixed_barlow_twins_loss, vicreg_loss
 from contenders import off_diagonal_of
-from machine import environment, store
 from measure import (
     Cell,
     Errors,
     cells,
     check,
+    environment,
     errors,
     gram_form,
     in_float64,
@@ -48,15 +48,15 @@ from measure import (
     ratios,
     spread,
     step,
+    store,
     watched,
 )
-from tables import insert, tabulated
+from render import insert, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from machine import Record
-    from measure import Turn
+    from measure import Record, Turn
 
 DOCS = Path(__file__).parents[1] / "docs"
 OURS, PUBLISHED = "barlow_loss", "published"
@@ -235,7 +235,7 @@ def relatives_table(report: Record) -> str:
         "error of the gradient: ours": lambda record: f"{record['errors'][OURS]['gradient']:.1e}",
         "of the published": lambda record: f"{record['errors'][PUBLISHED]['gradient']:.1e}",
     }
-    return f"{_setting(report)}\n\n{tabulated(report['records'], columns)}"
+    return f"{_setting(report)}\n\n{table(report['records'], columns)}"
 
 
 def views_table(report: Record) -> str:
@@ -251,9 +251,9 @@ def views_table(report: Record) -> str:
     }
     record = report["record"]
     where, loop = record["cell"].replace("×", " × "), record["loop_over_eight"]
-    table = tabulated(record["contenders"].items(), columns)
+    rows = table(record["contenders"].items(), columns)
     return (
-        f"N × D = {where}. {_setting(report)}\n\n{table}\n\n"
+        f"N × D = {where}. {_setting(report)}\n\n{rows}\n\n"
         f"The loop takes {loop['median']:.1f} times ({loop['q1']:.1f} to {loop['q3']:.1f}) the one call."
     )
 

@@ -25,9 +25,8 @@ import math
 import multiprocessing
 import resource
 import statistics
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
@@ -37,22 +36,19 @@ from barlow_loss import BarlowTwinsLoss
 from barlow_recipes.models import build_model
 from barlow_recipes.optimization import build_optimizer
 from contenders import OURS, TEXTBOOK, build
-from machine import all_cores
-from measure import Cell, interleave, ratios, spread, wall
-from sections import checked_turns
+from measure import Cell, all_cores, checked_turns, interleave, ratios, spread, wall
 
 if TYPE_CHECKING:
-    from machine import Record
-    from measure import Turn
+    from measure import Record, Turn
 
 WHOLE = "ResNet-50 and projector"
 ALONE = "projector alone"
+LOSSES = (OURS, TEXTBOOK)
 TIMED_CHUNKS = 3
 FEATURES = 2048  # of ResNet-50
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Of both records. With a batch of 256 as well the backbone takes three quarters of a minute."""
 
     batch_size: int = 64
@@ -69,11 +65,7 @@ def training(sizes: Sizes, rounds: int) -> list[Record]:
 
 
 def records(sizes: Sizes, rounds: int) -> list[Record]:
-    """Both records, on the threads that torch has: with the backbone, and the projector alone.
-
-    Raises:
-        AssertionError: a loss is wrong.
-    """
+    """Both records, on the threads that torch has; raises where a loss is wrong."""
     torch.manual_seed(0)
     width = sizes.width
     model = build_model("resnet50", f"{width}-{width}-{width}").to(memory_format=torch.channels_last)
@@ -83,17 +75,16 @@ def records(sizes: Sizes, rounds: int) -> list[Record]:
 def _with_backbone(model: Any, sizes: Sizes, rounds: int) -> Record:
     """A step as the sum of its parts."""
     cell = Cell(sizes.batch_size, sizes.width)
-    turns = checked_turns(cell, *cell.views())
+    turns = checked_turns(cell, LOSSES, *cell.views())
     images = torch.randn(sizes.chunk, 3, sizes.image_size, sizes.image_size).to(memory_format=torch.channels_last)
     chunks = -(-2 * cell.n // sizes.chunk)
     turn = partial(_forward_and_backward, model.backbone, images)
     turn()
-    parts = {"backbone": chunks * statistics.median(wall(turn) for _ in range(min(chunks, TIMED_CHUNKS)))}
-    parts["projector"] = _time_projector(model.projector, _features(cell.n))
+    backbone = chunks * statistics.median(wall(turn) for _ in range(min(chunks, TIMED_CHUNKS)))
+    parts = {"backbone": backbone, "projector": _time_projector(model.projector, _features(cell.n))}
     parts["optimizer"] = _time_optimizer(_lars(nn.ModuleList([model.backbone, model.projector]), cell.n))
     losses = interleave(turns, rounds, math.inf)
-    rest = sum(parts.values())
-    steps = {name: [rest + loss for loss in own] for name, own in losses.items()}
+    steps = {name: [sum(parts.values()) + loss for loss in own] for name, own in losses.items()}
     record = _record(WHOLE, cell, parts, losses, steps)
     return record | {"image_size": sizes.image_size, "chunks": [chunks, sizes.chunk]}
 
@@ -104,7 +95,7 @@ def _projector_alone(projector: nn.Module, sizes: Sizes, rounds: int) -> Record:
     features, optimizer = _features(cell.n), _lars(projector, cell.n)
     with torch.no_grad():
         embeddings = [projector(view) for view in features]
-    turns = checked_turns(cell, *(z.requires_grad_() for z in embeddings))
+    turns = checked_turns(cell, LOSSES, *(z.requires_grad_() for z in embeddings))
     parts = {"projector": _time_projector(projector, features), "optimizer": _time_optimizer(optimizer)}
     losses = interleave(turns, rounds, math.inf)
     steps: dict[str, Turn] = {
@@ -147,9 +138,8 @@ def _features(batch_size: int) -> list[Tensor]:
 
 
 def _lars(module: nn.Module, batch_size: int) -> torch.optim.Optimizer:
-    optimizer: torch.optim.Optimizer = build_optimizer(
-        "lars", module, batch_size=batch_size, lr_weights=0.4, lr_biases=0.0048, weight_decay=1e-6
-    )
+    rates = {"lr_weights": 0.4, "lr_biases": 0.0048, "weight_decay": 1e-6}
+    optimizer: torch.optim.Optimizer = build_optimizer("lars", module, batch_size=batch_size, **rates)
     return optimizer
 
 
@@ -190,22 +180,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--chunk-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--stems", nargs="+", default=["imagenet", "cifar"])
     options = parser.parse_args()
     counts = 1, -(-options.batch_size // options.chunk_size)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
-        for stem in options.stems:
-            rounds = [
-                [fresh.apply(in_chunks, (stem, options.batch_size, chunks)) for chunks in counts]
-                for _ in range(options.rounds)
-            ]
-            (whole, held), (parts, held_by_parts) = (
-                [statistics.median(figures) for figures in zip(*runs, strict=True)]
-                for runs in zip(*rounds, strict=True)
-            )
-            print(f"{stem}: whole {held:,.0f} MB, {whole:.1f} s; ", end="")
-            print(f"chunks of {options.chunk_size} {held_by_parts:,.0f} MB, {parts:.1f} s; ", end="")
-            print(f"memory / {held / held_by_parts:.1f}, time x {parts / whole:.2f}")
+        for stem in ("imagenet", "cifar"):
+            jobs = [(stem, options.batch_size, count) for _ in range(options.rounds) for count in counts]
+            found = fresh.starmap(in_chunks, jobs, chunksize=1)
+            for count, runs in zip(counts, (found[::2], found[1::2]), strict=True):
+                seconds, held = map(statistics.median, zip(*runs, strict=True))
+                print(f"{stem}, chunks: {count}: {held:,.0f} MB, {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,22 @@ import torch
 
 from barlow_loss import _plan
 from barlow_loss._pairs import TWO_VIEWS
+from bench import NOTHING, SAMPLES, TRITON, growth, host, limits, obstacle, operations, pretended_gpu
 from contenders import FFT, OURS, TEXTBOOK, build
-from machine import device_name, environment
-from measure import TURN_SECONDS, Cell, gemms, interleave, processor, ratios, spread, step, watched, work
-from sections import NOTHING, SAMPLES, TRITON, growth, host, limits, obstacle, operations, pretended_gpu
+from measure import (
+    TURN_SECONDS,
+    Cell,
+    device_name,
+    environment,
+    gemms,
+    interleave,
+    processor,
+    ratios,
+    spread,
+    step,
+    watched,
+    work,
+)
 
 MEGABYTE = 2**20
 
@@ -100,7 +112,7 @@ def test_the_products_alone_are_those_of_the_algorithm(text: str, flops: int) ->
 
 
 def test_a_record_of_the_limits_adds_up() -> None:
-    record = limits(Cell(128, 512), threads=1, rounds=3, seconds=1)
+    record = limits(Cell(128, 512), rounds=3, seconds=1)
     assert sum(record["parts"].values()) == pytest.approx(record["seconds"]["median"])
     assert all(part > 0 for part in record["parts"].values())
     assert record["flops"] < 8 * 128**2 * 512  # the symmetry of the Gram matrices
@@ -141,7 +153,7 @@ def test_the_host_beside_the_textbook_and_beside_nothing() -> None:
 
 
 def test_no_gpu_is_pretended_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sections.find_spec", lambda name: None)
+    monkeypatch.setattr("bench.find_spec", lambda name: None)
     assert obstacle() == "triton is not installed"
     monkeypatch.undo()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -175,7 +187,6 @@ def test_exponents_and_the_largest_d_of_planted_laws() -> None:
         for d in (4096, 1024, 2048)
     ]
     cells += [planted(n, 2048, {lightly: (3e-4 * n**0.5, 0)}) for n in (64, 512, 1024)]
-    cells.append({**planted(SAMPLES, 8192, {lightly: (1.0, 1)}), "threads": 2})  # another count is left out
     found = growth(cells, budget=10_000_000)
     assert found["features"]["contenders"][lightly]["exponent"] == pytest.approx(2)
     assert found["features"]["contenders"][FFT]["exponent"] == pytest.approx(1.1)

@@ -498,8 +498,9 @@ def main() -> None:
     flags = arguments()
     warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
     path = run(PLANS[flags.plan], flags.only, flags.out)
-    files = render.beside(path)
-    print("\n".join([*verdicts(load(path)), f"written: {', '.join(map(str, [path, *files]))}"]))
+    results, text = load(path), path.with_suffix(".md")
+    render.write({text: render.page(results, path)}, path)
+    print("\n".join([*verdicts(results), f"written: {path}, {text.name}, and pictures"]))
 
 
 if __name__ == "__main__":

@@ -246,15 +246,11 @@ def report(old: Record, new: Record, changes: list[Change], tolerance: float) ->
     """What differs in the setting, the table, what could not be compared, and the verdict."""
     worse = [change for change in changes if change.is_worse(tolerance)]
     shown = worse + [change for change in changes if not change.is_worse(tolerance)][: max(0, ROWS - len(worse))]
-    columns: dict[str, Callable[[Change], str]] = {
-        "what": lambda change: str(change.key),
-        "committed": lambda change: str(change.committed),
-        "now": lambda change: str(change.now),
-        "again": lambda change: str(change.again or ""),
-        "worse by": lambda change: f"{100 * change.worse_by:+.1f} %",
-    }
+    rows = [{**c._asdict(), "key": str(c.key), "worse by": f"{100 * c.worse_by:+.1f} %"} for c in shown]
+    heads = ("key", "committed", "now", "again", "worse by")
     before, after = figures(old), figures(new)
-    lines = [differences(old, new), table(shown, columns), f"… of {len(changes)} ratios; the others are not worse."]
+    lines = [differences(old, new), table(rows, [(head, head, str) for head in heads])]
+    lines.append(f"… of {len(changes)} ratios; the others are not worse.")
     lines += [f"Committed, but not measured now: {what}." for what in absent(before, after)]
     lines += [f"Measured now, but not committed: {what}." for what in absent(after, before)]
     said = f"WORSE by more than {100 * tolerance:g} %, or a count more: {'; '.join(map(str, worse))}."

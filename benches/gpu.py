@@ -439,8 +439,11 @@ def _goals(records: list[Record]) -> str:
         value = found.get(cell, {}).get(name, {}).get(column, "—")
         return plain(value["median"]) if isinstance(value, dict) else str(value)
 
-    rows = [(f"{cell}: {name}, {column}", goal, reached(cell, name, column)) for cell, name, column, goal in GOALS]
-    return table(rows, {"what": lambda row: row[0], "goal": lambda row: row[1], "measured": lambda row: row[2]})
+    rows = [
+        {"what": f"{cell}: {name}, {column}", "goal": goal, "measured": reached(cell, name, column)}
+        for cell, name, column, goal in GOALS
+    ]
+    return table(rows, [(head, head, str) for head in ("what", "goal", "measured")])
 
 
 STEPS_SECONDS = 470

@@ -130,7 +130,7 @@ def test_one_operation_more_is_named_whatever_the_tolerance(old: Record, new: Re
     for ratio in (cell["contenders"]["lightly"]["times_ours"] for cell in new["cells"][:3]):
         ratio["median"] /= 1.1  # a larger part, within the tolerance
     lines = compared(old, new).splitlines()
-    assert lines[2] == "| operations of a step, 64×2048, eager | 60 | 61 |  | +1.7 % |"
+    assert lines[2] == "| operations of a step, 64×2048, eager | 60 | 61 | — | +1.7 % |"
     assert lines[-1].endswith("or a count more: operations of a step, 64×2048, eager (60 → 61, +1.7 %).")
     assert verdict(new, old).startswith("None of")
 
@@ -262,7 +262,7 @@ def test_what_is_worse_is_measured_again_and_named_only_if_it_is_again(old: Reco
     assert asked == [["cells", "growth"]]
     text = check.report(old, new, changes, 0.2)
     assert text.splitlines()[-1].endswith("a count more: time over lightly, 100×2000 on 1 thread (+30.0 %).")
-    assert text.splitlines()[0] == "| what | committed | now | again | worse by |"
+    assert text.splitlines()[0] == "| key | committed | now | again | worse by |"
     assert text.splitlines()[2].endswith("| +30.0 % |")
 
 

@@ -42,7 +42,7 @@ def test_one_that_is_no_contender_any_more_keeps_what_was_measured(stored: dict[
     (row,) = (line for line in page.splitlines() if "| a former one |" in line)
     head = next(line for line in page.splitlines() if line.startswith("| N | D | contender |"))
     cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
-    assert cells["predicted, ms"] == ""
+    assert cells["predicted, ms"] == "—"
     assert cells["ms"].startswith(f"{1e3 * found['seconds']['median']:.4g} (")
     assert cells["loss error"] == f"{found['loss_error']:.1e}"
     assert gpu.failures(stored) == []

@@ -45,7 +45,7 @@ def test_a_measurement_of_a_relative_becomes_a_row(name):
     assert record["rounds"] == 3
     assert record["working_bytes"][PUBLISHED] > 2 * 4 * CELL.d**2
     text = relatives.relatives_table({**HEAD, "records": [record]})
-    assert text.splitlines()[-1].startswith(f"| {name} | 24 × 60 | ")
+    assert text.splitlines()[-1].startswith(f"| {name} | 24×60 | ")
 
 
 def test_a_measurement_of_views_becomes_the_rows():

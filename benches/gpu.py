@@ -1,4 +1,4 @@
-"""Times the loss on a GPU against the textbook formula and lightly, beside the model of model.py; or does all checks.
+"""Times the loss on a GPU against the textbook formula and lightly, beside the model of model.py.
 
 Six contenders take turns, each step timed by events around it with the L2 cache overwritten before. What is timed is
 forward and backward, down to the gradients of both views. An answer further from float64 of the same views than
@@ -11,19 +11,14 @@ are measured in the same run, and the algorithm's own products alone in the same
     python benches/gpu.py                      the whole grid into results/gpu.json and gpu.md
     python benches/gpu.py --grid 256x8192 --out /tmp/gpu
     python benches/gpu.py --smoke              no GPU: runs this program on tiny CPU tensors; its figures mean nothing
-    python benches/gpu.py --steps              `make gpu`: laws, tests, sanitizer, benches, in under eight minutes
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
-import os
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,42 +33,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 import contenders
+import measure
 import model
 from barlow_loss import BarlowTwinsLoss
-from contenders import EPS, LAMBD, Textbook
-from measure import (
-    OTHERS_ALLOWED,
-    OURS_ALLOWED,
-    RESULTS,
-    Answer,
-    Cell,
-    Errors,
-    cells,
-    environment,
-    errors,
-    gemms,
-    interleave,
-    ratios,
-    spread,
-    step,
-    store,
-    truth,
-    wall,
-)
-from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, FLOAT32, GRAPH, LIGHTLY, MODELS, SETTINGS, TEXTBOOK, TRITON
-from render import details, paragraphs, plain, table
+from measure import OTHERS_ALLOWED, OURS_ALLOWED, RESULTS, Cell, Errors, cells, ratios, spread, step, wall
+from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, FLOAT32, GRAPH, LIGHTLY, SETTINGS, TEXTBOOK, TRITON, Chip
+from render import NONE, details, paragraphs, plain, table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from measure import Clock, Record, Turn
-    from model import Chip, Setting
+    from measure import Answer, Clock, Record, Turn
+    from model import Setting
 
     Step = Callable[[], Answer]
 
-ROOT = Path(__file__).resolve().parents[1]
 OURS = (EAGER, TRITON, GRAPH)
 # The cells of the stated goals first, in case the budget does not last.
 SMALL, LARGE = cells("256x8192", "2048x8192")
@@ -105,7 +81,9 @@ a row, the host's share included. A predicted range is without and with a second
 the L2 cache serves where they fit there. *Floor*: the larger of FLOPs of the dual over the rate of a large product and
 of views read once and gradients written once over the rate of a copy. *MB with gradients*: the rise of the memory
 during a step, beyond the views. Errors: relative distance to float64 on the same views, of the loss and of both
-gradients by norm. What was measured is the code of that day; predictions are those of the model as it is now."""
+gradients by norm. What was measured is the code of that day; predictions are those of the model as it is now. What has
+none is no contender any more.
+"""
 
 
 class Events:
@@ -206,9 +184,11 @@ def missing(name: str, where: Device, deadline: float) -> str | None:
 def build(name: str, cell: Cell, setting: Setting, where: Device, *views: Tensor) -> Step:
     """A step of the contender ``name``: forward under the setting's autocast, backward outside of it."""
     if name in OURS:
-        loss: Any = BarlowTwinsLoss(LAMBD, eps=EPS, backend="eager" if name == EAGER else "triton")
+        loss: Any = BarlowTwinsLoss(
+            contenders.LAMBD, eps=contenders.EPS, backend="eager" if name == EAGER else "triton"
+        )
     else:
-        loss = contenders.build(contenders.LIGHTLY, cell.d) if name == LIGHTLY else Textbook(cell.d)
+        loss = contenders.build(contenders.LIGHTLY, cell.d) if name == LIGHTLY else contenders.Textbook(cell.d)
     loss = loss.to(where.device)
     if name == COMPILED:
         loss = torch.compile(loss, fullgraph=True, dynamic=False)
@@ -233,11 +213,11 @@ def allowed(name: str, setting: Setting) -> Errors:
     return OTHERS_ALLOWED if setting == FLOAT32 else Errors(0.05, 0.5)
 
 
-def measure(cell: Cell, setting: Setting, where: Device, rounds: int, deadline: float) -> Record:
+def measured(cell: Cell, setting: Setting, where: Device, rounds: int, deadline: float) -> Record:
     """The record of one cell under one setting."""
     torch.compiler.reset()  # generated code is for one shape and dtype
     views = cell.views(device=where.device, dtype=setting.dtype)
-    right = truth(*views)
+    right = measure.truth(*views)
     records: dict[str, Record] = {}
     turns: dict[str, Step] = {}
     for name in CONTENDERS:
@@ -249,11 +229,11 @@ def measure(cell: Cell, setting: Setting, where: Device, rounds: int, deadline: 
             turns[name] = turn
     del right
     half = setting == AUTOCAST and where.device.type != "cpu"  # the dtype that ours takes
-    _, products = gemms(cell, where.device, torch.float16 if half else torch.float32)
+    _, products = measure.gemms(cell, where.device, torch.float16 if half else torch.float32)
     timed: dict[str, Turn] = {**turns, "products": products}
     for again in timed.values():
         again()
-    times = interleave(timed, rounds, CELL_SECONDS, where.cold)
+    times = measure.interleave(timed, rounds, CELL_SECONDS, where.cold)
     alone = times.pop("products")
     for over in filter(turns.__contains__, OURS):
         for name, ratio in ratios(times, over).items():
@@ -272,7 +252,7 @@ def _try(
     """What is known of a contender before it is timed, and its turn if it is to be."""
     try:
         turn = build(name, cell, setting, where, *views)
-        found = errors(turn(), right)
+        found = measure.errors(turn(), right)
         peak, gradients = _peak(turn, where)
     except Exception as error:  # a contender that breaks must not take the others with it
         _release(where)
@@ -328,22 +308,27 @@ def ceilings(where: Device) -> dict[str, float]:
     return found | {"launch_seconds": median(graph.replay) / LAUNCHES}
 
 
-def run(where: Device, flags: argparse.Namespace) -> Record:
+def run(where: Device, grid: Sequence[Cell], deadline: float, out: Path) -> Record:
     """All cells, written after each, so that what was measured is kept whatever comes next."""
-    deadline = time.monotonic() + flags.budget
-    versions = environment("triton", "lightly", device=where.device)
-    results: Record = {"environment": versions, "ceilings": ceilings(where), "smoke": flags.smoke}
-    results |= {"cells": [], "left_out": []}
-    for setting, cell in product(SETTINGS, flags.grid):
+    versions = measure.environment("triton", "lightly", device=where.device)
+    smoke = where.device.type == "cpu"
+    results: Record = {
+        "environment": versions,
+        "ceilings": ceilings(where),
+        "smoke": smoke,
+        "cells": [],
+        "left_out": [],
+    }
+    for setting, cell in product(SETTINGS, grid):
         try:
             if time.monotonic() > deadline:
                 raise TimeoutError("the budget was spent")
-            results["cells"].append(measure(cell, setting, where, ROUNDS, deadline))
+            results["cells"].append(measured(cell, setting, where, ROUNDS, deadline))
             print(line(results["cells"][-1]), flush=True)
-        except (TimeoutError, torch.OutOfMemoryError) as reason:  # that of the views and their float64 answer
+        except (TimeoutError, torch.OutOfMemoryError) as reason:  # the views and their float64 answer may be too large
             results["left_out"].append(f"{cell}, {setting.name}: left out, {str(reason).partition('. ')[0]}")
             print(results["left_out"][-1], flush=True)
-        store(results, flags.out / "gpu.json")
+        measure.store(results, out / "gpu.json")
         _release(where)
     return results
 
@@ -364,18 +349,17 @@ def failures(results: Record) -> list[str]:
     ]
 
 
-def measured(found: Record, least: float) -> Record:
+def figures(found: Record, least: float) -> Record:
     """What was measured of a contender, over the floor too; or why nothing was."""
     told = {key.replace("_", " "): f"{found[key]:.1e}" for key in ("loss_error", "gradient_error") if key in found}
     if "seconds" not in found:
         return {"instead of a time": _instead(found), **told}
-    peak = {"MB with gradients": plain(found["peak_bytes"] / 1e6)} if found["peak_bytes"] else {}
     return {
         "ms": {key: 1e3 * value for key, value in found["seconds"].items()},
         "ms back to back": 1e3 * found["back_to_back"],
         "× floor": plain(found["seconds"]["median"] / least),
         **{f"× {over}": plain(ratio["median"]) for over, ratio in found["times"].items()},
-        **peak,
+        "MB with gradients": plain(found["peak_bytes"] / 1e6) if found["peak_bytes"] else NONE,
         **told,
     }
 
@@ -394,10 +378,16 @@ def line(record: Record) -> str:
     return f"{record['n']}×{record['d']}, {record['setting']}: {said}; {record['rounds']} rounds"
 
 
+def chip(results: Record) -> Chip:
+    """The measured ceilings as the model takes them; ours multiplies in float16."""
+    found = results["ceilings"]
+    rates = found["copy_bytes_per_second"], found["float16_flops"], found["float32_flops"]
+    return Chip(results["environment"]["device"], *rates, found["launch_seconds"], found["host_seconds"])
+
+
 def markdown(results: Record) -> str:
     """The page: what it stands on, the goals, and a table for each setting."""
-    machine = results["environment"]
-    card = model.chip(machine["device"], results["ceilings"])
+    card, machine = chip(results), results["environment"]
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine["versions"].items())
     parts = [
         "# CPU smoke: these figures mean nothing" if results["smoke"] else "# The loss on a GPU",
@@ -412,8 +402,7 @@ def markdown(results: Record) -> str:
         records = [_with_model(record, setting, card) for record in found if record["setting"] == setting.name]
         parts += ["## Goals, bf16 autocast on an H100", _goals(records)] if setting == AUTOCAST else []
         parts += [f"## {setting.name}", details(records)] if records else []
-    parts += [f"- {reason}" for reason in results["left_out"]]
-    return paragraphs(*parts, f"{NOTES} What has no prediction is no contender any more.\n")
+    return paragraphs(*parts, *(f"- {reason}" for reason in results["left_out"]), NOTES)
 
 
 def _with_model(record: Record, setting: Setting, card: Chip) -> Record:
@@ -421,111 +410,43 @@ def _with_model(record: Record, setting: Setting, card: Chip) -> Record:
     cell = Cell(record["n"], record["d"])
     rows: dict[str, Record] = {}
     for name, found in record["contenders"].items():
-        rows[name] = measured(found, model.floor(cell, setting, card))
-        if name in MODELS:
-            low, high = model.predicted(MODELS[name](cell, setting), name, setting, card)
-            expected = "–".join(dict.fromkeys(plain(1e3 * seconds) for seconds in (low, high)))
-            rows[name] = {"predicted, ms": expected, **rows[name]}
-    alone = {"predicted, ms": plain(8e3 * cell.n**2 * cell.d / card.rate(setting))}
-    rows[PRODUCTS] = {**alone, "ms": {key: 1e3 * value for key, value in record["products"].items()}}
+        seconds = model.predicted(name, cell, setting, card) if name in model.MODELLED else ()
+        expected = "–".join(dict.fromkeys(plain(1e3 * each) for each in seconds))
+        rows[name] = {"predicted, ms": expected or NONE, **figures(found, model.floor(cell, setting, card))}
+    alone = plain(8e3 * cell.n**2 * cell.d / card.rate(setting))
+    rows[PRODUCTS] = {"predicted, ms": alone, "ms": {key: 1e3 * value for key, value in record["products"].items()}}
     return {"N": cell.n, "D": cell.d, "contenders": rows}
 
 
 def _goals(records: list[Record]) -> str:
     """The figures to reach, beside what was measured."""
     found = {Cell(record["N"], record["D"]): record["contenders"] for record in records}
-
-    def reached(cell: Cell, name: str, column: str) -> str:
-        value = found.get(cell, {}).get(name, {}).get(column, "—")
-        return plain(value["median"]) if isinstance(value, dict) else str(value)
-
-    rows = [
-        {"what": f"{cell}: {name}, {column}", "goal": goal, "measured": reached(cell, name, column)}
-        for cell, name, column, goal in GOALS
-    ]
+    rows = []
+    for cell, name, column, goal in GOALS:
+        value = found.get(cell, {}).get(name, {}).get(column)
+        reached = plain(value["median"]) if isinstance(value, dict) else value
+        rows.append({"what": f"{cell}: {name}, {column}", "goal": goal, "measured": reached})
     return table(rows, [(head, head, str) for head in ("what", "goal", "measured")])
-
-
-STEPS_SECONDS = 470
-BENCH_SECONDS = 230  # kept for the benches, whatever the steps before them take
-WRAP_UP_SECONDS = 30  # the benches finish the cell in hand
-
-
-def commands() -> Iterator[tuple[str, float, list[str]]]:
-    """What ``make gpu`` runs: a name, the seconds after which it is ended and has failed, and the command.
-
-    pytest goes without what only the packages of the development environment understand. There is no command for what
-    this machine lacks a tool for.
-    """
-    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--no-header", "-p", "no:cacheprovider"]
-    pytest += ["--timeout=60"] if find_spec("pytest_timeout") else []  # a kernel that hangs is named
-    pytest += [f"--numprocesses={min(6, (os.cpu_count() or 2) // 2)}"] if find_spec("xdist") else []
-    laws = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_laws_*.py"))]
-    laws += ["tests/test_gradients.py", "--device=cuda"]  # at the tolerances of float32 and float64
-    triton = find_spec("triton") is not None
-    yield "laws, Triton", 110, [*pytest, *laws, "--backend=triton"] if triton else []
-    yield "laws, eager", 80, [*pytest, *laws, "--backend=eager"]
-    yield "tests/gpu", 120, [*pytest, "tests/gpu"]
-    places = os.pathsep.join([os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"])
-    watcher = shutil.which("compute-sanitizer", path=places)
-    for tool, alone in (("memcheck", ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]), ("racecheck", [])):
-        # torch and triton ask the driver things that it answers with an error: no fault of a kernel.
-        watch = [*alone, watcher or "", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
-        script = [sys.executable, "tests/gpu/run_sanitizer.py"]
-        yield f"sanitizer, {tool}", 60, [*watch, *script] if watcher and triton else []
-    yield "bench", BENCH_SECONDS + WRAP_UP_SECONDS, [sys.executable, "benches/gpu.py"]
-
-
-def steps(wanted: tuple[str, ...]) -> dict[str, str]:
-    """What becomes of each step whose name begins as wanted; every one is run, whatever became of the one before."""
-    end = time.monotonic() + STEPS_SECONDS
-    outcomes: dict[str, str] = {}
-    for name, most, command in commands():
-        if not name.startswith(wanted):
-            continue
-        seconds = min(most, end - time.monotonic() - (0 if name == "bench" else BENCH_SECONDS))
-        if not command or seconds < 5:
-            outcomes[name] = "FAILED: no time was left" if command else "left out: no compute-sanitizer, or no triton"
-            continue
-        budget = ["--budget", f"{seconds - WRAP_UP_SECONDS:.0f}"] if name == "bench" else []
-        limited = ["timeout", "--kill-after=5", f"{seconds:.0f}", *command, *budget]  # which ends the workers as well
-        print(f"\n=== {name}\n{' '.join(limited)}", flush=True)
-        start, code = time.monotonic(), subprocess.run(limited, cwd=ROOT, check=False).returncode
-        said = {0: "passed", 124: "FAILED: not done"}.get(code, f"FAILED with exit status {code}")
-        outcomes[name] = f"{said}, {time.monotonic() - start:.0f} s"
-    return outcomes
-
-
-def arguments() -> argparse.Namespace:
-    """The flags of the command line."""
-    parser = argparse.ArgumentParser(description="Time the loss on a GPU; see the head of this file.")
-    parser.add_argument("--smoke", action="store_true", help="run on tiny CPU tensors; the figures mean nothing")
-    parser.add_argument("--steps", nargs="*", metavar="NAME", help="all checks, or those whose name begins with these")
-    parser.add_argument("--grid", nargs="+", type=Cell.parse, metavar="NxD", help="cells (default: all of them)")
-    parser.add_argument("--budget", type=float, default=230, help="seconds; then no further cell (default: 230)")
-    parser.add_argument("--out", type=Path, help="folder (default: benches/results; of --smoke, a temporary one)")
-    flags = parser.parse_args()
-    flags.grid = flags.grid or (SMOKE_GRID if flags.smoke else ORDER)
-    if flags.smoke and flags.out is not None and flags.out.resolve() == RESULTS.resolve():
-        parser.error(f"--smoke: its figures mean nothing and do not belong into {RESULTS}")
-    flags.out = flags.out or (Path(tempfile.mkdtemp(prefix="barlow-loss-")) if flags.smoke else RESULTS)
-    return flags
 
 
 def main() -> None:
     """Measures, and writes the page; fails where ours did."""
-    flags = arguments()
+    parser = argparse.ArgumentParser(description="Time the loss on a GPU; see the head of this file.")
+    parser.add_argument("--smoke", action="store_true", help="run on tiny CPU tensors; the figures mean nothing")
+    parser.add_argument("--grid", nargs="+", type=Cell.parse, metavar="NxD", help="cells (default: all of them)")
+    parser.add_argument("--budget", type=float, default=230, help="seconds; then no further cell (default: 230)")
+    parser.add_argument("--out", type=Path, help="folder (default: benches/results; of --smoke, a temporary one)")
+    flags = parser.parse_args()
+    if flags.smoke and flags.out is not None and flags.out.resolve() == RESULTS.resolve():
+        parser.error(f"--smoke: its figures mean nothing and do not belong into {RESULTS}")
     if not flags.smoke and not torch.cuda.is_available():
         sys.exit(f"torch {torch.__version__} finds no GPU here. The predictions: benches/model.py")
-    if flags.steps is not None:
-        print(json.dumps(environment("triton", "lightly", device=torch.device("cuda"))), flush=True)
-        outcomes = steps(tuple(flags.steps or [""]))
-        print("\n=== summary", *(f"{name}: {outcome}" for name, outcome in outcomes.items()), sep="\n")
-        sys.exit(any(outcome.startswith("FAILED") for outcome in outcomes.values()))
     warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
-    results = run(Device.of(torch.device("cpu" if flags.smoke else "cuda")), flags)
-    (flags.out / "gpu.md").write_text(markdown(results), encoding="utf-8")
-    print(f"\n{markdown(results)}\nWritten to {flags.out}")
+    out = flags.out or (Path(tempfile.mkdtemp(prefix="barlow-loss-")) if flags.smoke else RESULTS)
+    where = Device.of(torch.device("cpu" if flags.smoke else "cuda"))
+    results = run(where, flags.grid or (SMOKE_GRID if flags.smoke else ORDER), time.monotonic() + flags.budget, out)
+    (out / "gpu.md").write_text(markdown(results), encoding="utf-8")
+    print(f"\n{markdown(results)}\nWritten to {out}")
     if wrong := failures(results):
         sys.exit("Ours failed:\n  " + "\n  ".join(wrong))
 

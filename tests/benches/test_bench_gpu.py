@@ -14,7 +14,7 @@ import torch
 import gpu
 from gpu import Events
 from measure import RESULTS, Cell, Errors, load, wall
-from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, MODELS, SETTINGS, TEXTBOOK, TRITON, Setting, chip, counted
+from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, SETTINGS, TEXTBOOK, TRITON, Setting, cost, counted
 
 CELL = Cell(64, 512)
 
@@ -24,9 +24,9 @@ CELL = Cell(64, 512)
 def test_the_model_is_what_pytorch_is_asked_to_do(name: str, setting: Setting) -> None:
     if name == TRITON and find_spec("triton") is None:
         pytest.skip("needs triton")
-    cost, (moved, launches) = MODELS[name](CELL, setting), counted(name, CELL, setting)
-    assert cost.moved == pytest.approx(moved, rel=0.03)
-    assert abs(cost.launches - launches) <= 1  # the fill of ∂L/∂L
+    expected, (moved, launches) = cost(name, CELL, setting), counted(name, CELL, setting)
+    assert expected.moved == pytest.approx(moved, rel=0.03)
+    assert abs(expected.launches - launches) <= 1  # the fill of ∂L/∂L
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_one_that_is_no_contender_any_more_keeps_what_was_measured(stored: dict[
 def test_a_measurement_becomes_the_rows_of_the_page(stored: dict[str, Any]) -> None:
     """On the CPU, where the two that need a GPU are left out, and without time for what is compiled."""
     where = gpu.Device.of(torch.device("cpu"))
-    record = gpu.measure(Cell(16, 64), AUTOCAST, where, rounds=2, deadline=0.0)
+    record = gpu.measured(Cell(16, 64), AUTOCAST, where, rounds=2, deadline=0.0)
     timed = {name: found for name, found in record["contenders"].items() if "seconds" in found}
     assert timed.keys() >= {TEXTBOOK, EAGER}
     assert record["contenders"][TRITON] == {"left_out": "needs a GPU"}
@@ -64,7 +64,7 @@ def test_a_measurement_becomes_the_rows_of_the_page(stored: dict[str, Any]) -> N
 
 def test_a_wrong_answer_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any]) -> None:
     monkeypatch.setattr(gpu, "allowed", lambda name, setting: Errors(0.0, 0.0))
-    record = gpu.measure(Cell(16, 64), AUTOCAST, gpu.Device.of(torch.device("cpu")), rounds=1, deadline=0.0)
+    record = gpu.measured(Cell(16, 64), AUTOCAST, gpu.Device.of(torch.device("cpu")), rounds=1, deadline=0.0)
     assert record["contenders"][EAGER]["failed"].startswith("wrong: errors of at most")
     assert "seconds" not in record["contenders"][EAGER]
     assert len(gpu.failures({"cells": [record]})) == 1
@@ -146,7 +146,7 @@ def test_the_ceilings_are_what_the_model_takes() -> None:
     assert found["copy_bytes_per_second"] == 2 * gpu.COPIED_BYTES
     assert found["float16_flops"] == found["float32_flops"] == 2 * gpu.SQUARE**3
     assert found["host_seconds"] == 2 / gpu.LAUNCHES
-    assert chip("it", found) == (
+    assert gpu.chip({"environment": {"device": "it"}, "ceilings": found}) == (
         "it",
         2 * gpu.COPIED_BYTES,
         *[2 * gpu.SQUARE**3] * 2,

@@ -1,10 +1,8 @@
 """`make bench-check`: has anything become worse against the others than the committed results say?
 
-Compares ratios, never times: ours over every other contender and over its own matrix products, its working memory over
-the textbook's and the inputs', how its cost grows, what it costs the host, what it sends, its share of a training step.
-Times differ between machines and hours, ratios taken in turns within one run much less. What comes out worse is
-measured once more, and named only if it is worse both times. Counts, of the operations that a step dispatches, are the
-same everywhere: one more is named.
+Compares ratios, never times: times differ between machines and hours, ratios taken in turns within one run much less.
+What comes out worse is measured once more, and named only if it is worse both times. Counts, of the operations that a
+step dispatches, are the same everywhere: one more is named.
 
     python benches/check.py                    measures the cells of bench.py's plan "check"
     python benches/check.py NEW.json           compares a file of results with the newest committed ones
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 
 BENCH = Path(__file__).with_name("bench.py")
 ROWS = 12  # of the table at least, if there are as many
-FLOAT32 = 4
 
 
 class Key(NamedTuple):
@@ -45,33 +42,25 @@ class Key(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A ratio. Exponents are told by the span of sizes that they were fitted over, D in a budget by ``larger``.
-
-    A count is ``exact``: no tolerance is for it.
-    """
+    """A ratio, the larger the worse; an exponent with the span of sizes it was fitted over; or a count, exactly."""
 
     value: float
     span: float | None = None
-    larger_is_better: bool = False
     exact: bool = False
 
     def worse_by(self, now: Figure) -> float:
         """By which part ``now`` is worse than this; negative where it is better.
 
         An exponent is judged by what it makes of the time over the sizes that both were fitted to: a tolerance of 20 %
-        then means there, too, that the largest takes 20 % longer, against the smallest. Over 16-fold D those are 0.066
-        of the exponent.
+        then means there, too, that the largest takes 20 % longer, against the smallest.
         """
         if self.span is not None and now.span is not None:
             growth: float = min(self.span, now.span) ** (now.value - self.value)
             return growth - 1
-        return self.value / now.value - 1 if self.larger_is_better else now.value / self.value - 1
+        return now.value / self.value - 1
 
     def __str__(self) -> str:
-        return f"{self.value:,.0f}" if self.larger_is_better or self.exact else f"{self.value:.3g}"
-
-
-Figures = dict[Key, Figure]
+        return f"{self.value:.3g}"
 
 
 class Change(NamedTuple):
@@ -92,14 +81,16 @@ class Change(NamedTuple):
         return self.worse_by > (0 if self.committed.exact else tolerance)
 
     def __str__(self) -> str:
-        counts = f"{self.committed} → {self.now}, " if self.committed.exact else ""
-        return f"{self.key} ({counts}{100 * self.worse_by:+.1f} %)"
+        return f"{self.key} ({self.committed} → {self.now}, {100 * self.worse_by:+.1f} %)"
 
+
+Figures = dict[Key, Figure]
+Ratios = Iterator[tuple[str, str, Figure]]  # place, what, and how large
 
 # What this library promises about its cost on a CPU. Machines differ: a promise that another one does not keep is worth
 # an issue, so it is said, and is no failure. Twice the inputs of 256×4096 are a quarter of a D×D matrix.
 PROMISES = {
-    Key("growth", "N = 256", "exponent of time in D"): 1.15,
+    Key("growth", "N = 256", "exponent of time in d"): 1.15,
     Key("cells", "256×4096 on 1 thread", "working memory over the inputs"): 2.0,
     Key("limits", "256×8192 on 1 thread", "time over its GEMMs alone"): 1.7,
     Key("limits", "1024×8192 on 1 thread", "time over its GEMMs alone"): 1.5,
@@ -117,16 +108,13 @@ def verdicts(results: Record) -> list[str]:
 
 
 def figures(results: Record) -> Figures:
-    """All ratios that are compared; the larger the worse, but for the largest D."""
+    """All ratios that are compared."""
     return {
         Key(section, place, what): figure
         for section, ratios in SECTIONS.items()
         if results.get(section)
         for place, what, figure in ratios(results[section])
     }
-
-
-Ratios = Iterator[tuple[str, str, Figure]]  # place, what, and how large
 
 
 def _place(cell: Record) -> str:
@@ -139,12 +127,12 @@ def _of_cells(cells: list[Record]) -> Ratios:
         textbook = contenders.get(TEXTBOOK)
         for name, found in contenders.items():
             ratio = found["times_ours"]["median"]
-            if name != OURS and not entry(name).ours:
+            if not entry(name).ours:
                 yield place, f"time over {name}", Figure(1 / ratio)
             elif name != OURS and textbook:
                 yield place, f"time of {name} over {TEXTBOOK}", Figure(ratio / textbook["times_ours"]["median"])
         working = contenders[OURS]["working_bytes"]
-        yield place, "working memory over the inputs", Figure(working / (2 * FLOAT32 * cell["n"] * cell["d"]))
+        yield place, "working memory over the inputs", Figure(working / (2 * 4 * cell["n"] * cell["d"]))
         if textbook:
             yield place, f"working memory over {TEXTBOOK}", Figure(working / textbook["working_bytes"])
 
@@ -152,12 +140,11 @@ def _of_cells(cells: list[Record]) -> Ratios:
 def _of_growth(growth: Record) -> Ratios:
     for line, axis, fixed in (("features", "d", "n"), ("samples", "n", "d")):
         if fit := growth[line]["contenders"].get(OURS):
-            place, span = f"{fixed.upper()} = {growth[line][fixed]}", max(fit[axis]) / min(fit[axis])
-            yield place, f"exponent of time in {axis.upper()}", Figure(fit["exponent"], span)
+            exponent = Figure(fit["exponent"], max(fit[axis]) / min(fit[axis]))
+            yield f"{fixed.upper()} = {growth[line][fixed]}", f"exponent of time in {axis}", exponent
     budget = growth["budget"]
     if largest := budget["contenders"].get(OURS):
-        what = f"largest D in {budget['bytes'] / 1e9:g} GB"
-        yield f"N = {budget['n']}", what, Figure(largest["features"], larger_is_better=True)
+        yield f"N = {budget['n']}", "working memory over D, the largest", Figure(budget["bytes"] / largest["features"])
 
 
 def _of_limits(cells: list[Record]) -> Ratios:
@@ -167,8 +154,8 @@ def _of_limits(cells: list[Record]) -> Ratios:
 
 def _of_host(section: Record) -> Ratios:
     for found in section["steps"]:
-        place, what = f"{found['n']}×{found['d']}, {found['what']}", f"host time over {found['reference']}"
-        yield place, what, Figure(found["over_reference"]["median"])
+        ratio = Figure(found["over_reference"]["median"])
+        yield f"{found['n']}×{found['d']}, {found['what']}", f"host time over {found['reference']}", ratio
     for found in section["operations"]:
         yield f"{found['n']}×{found['d']}, eager", "operations of a step", Figure(found["operations"], exact=True)
 
@@ -207,18 +194,14 @@ def absent(here: Figures, there: Figures) -> list[str]:
 
 def differences(old: Record, new: Record) -> str:
     """One line on what ratios depend on and is not the same, or nothing."""
-    before, after = ({**each["environment"], "torch": each["environment"]["versions"]["torch"]} for each in (old, new))
-    settings = [(what, before[what], after[what]) for what in ("cpu", "instructions", "torch")]
-    said = [f"{what} {then} → {now}" for what, then, now in settings if then != now]
-    return f"Ratios differ between environments, and these differ: {'; '.join(said)}." if said else ""
+    before, after = ({**each["environment"], **each["environment"]["versions"]} for each in (old, new))
+    changed = [what for what in ("cpu", "instructions", "torch") if before[what] != after[what]]
+    said = "; ".join(f"{what} {before[what]} → {after[what]}" for what in changed)
+    return f"Ratios differ between environments, and these differ: {said}." if said else ""
 
 
 def compared(old: Record, new: Record) -> list[Change]:
-    """The ratios that both have, the worst change first.
-
-    Raises:
-        SystemExit: there are none, or none of a section that both have.
-    """
+    """The ratios that both have, the worst change first; raises where a section has none that both have."""
     before, after = figures(old), figures(new)
     changes = [Change(key, before[key], after[key]) for key in before if key in after]
     sections = {key.section for key in before} & {key.section for key in after}
@@ -245,12 +228,12 @@ def once_more(changes: list[Change], tolerance: float, measure: Callable[[list[s
 def report(old: Record, new: Record, changes: list[Change], tolerance: float) -> str:
     """What differs in the setting, the table, what could not be compared, and the verdict."""
     worse = [change for change in changes if change.is_worse(tolerance)]
-    shown = worse + [change for change in changes if not change.is_worse(tolerance)][: max(0, ROWS - len(worse))]
-    rows = [{**c._asdict(), "key": str(c.key), "worse by": f"{100 * c.worse_by:+.1f} %"} for c in shown]
+    others = [change for change in changes if not change.is_worse(tolerance)]
+    shown = worse + others[: max(0, ROWS - len(worse))]
+    rows = [{**change._asdict(), "worse by": f"{100 * change.worse_by:+.1f} %"} for change in shown]
     heads = ("key", "committed", "now", "again", "worse by")
     before, after = figures(old), figures(new)
     lines = [differences(old, new), table(rows, [(head, head, str) for head in heads])]
-    lines.append(f"… of {len(changes)} ratios; the others are not worse.")
     lines += [f"Committed, but not measured now: {what}." for what in absent(before, after)]
     lines += [f"Measured now, but not committed: {what}." for what in absent(after, before)]
     said = f"WORSE by more than {100 * tolerance:g} %, or a count more: {'; '.join(map(str, worse))}."

@@ -1,14 +1,10 @@
 """What all benches share: cells, a step and its right answer, turns, memory, dispatched work, the machine, its results.
 
 *Turns.* Whatever else the machine does falls on all contenders, which take turns round by round; ratios are taken
-within a round. A turn repeats a fast step until it lasts 0.1 s. A *clock* takes a turn and how often it is called, and
-returns seconds per call.
-
-*Truth* is float64, by plain autograd. *Working memory* is what a step allocates beyond its inputs and the gradients
-that it returns. PyTorch's allocator tells its profiler of every block, so the buffers inside its kernels count, and
-those of code that ``torch.compile`` generated; the scratch of MKL and oneDNN does not.
-
-*Results* of a run lie beside the committed ones. Until git knows them they are nobody's reference.
+within a round. A turn repeats a fast step until it lasts 0.1 s. *Truth* is float64, by plain autograd. *Working memory*
+is what a step allocates beyond its inputs and the gradients that it returns. PyTorch's allocator tells its profiler of
+every block, so the buffers inside its kernels count, and those of code that ``torch.compile`` generated; the scratch of
+MKL and oneDNN does not. *Results* of a run are nobody's reference until git knows them.
 """
 
 from __future__ import annotations
@@ -44,7 +40,7 @@ from contenders import EPS, LAMBD, PAPER, build, entry
 
 Record = dict[str, Any]
 Turn = Callable[[], object]
-Clock = Callable[[Turn, int], float]
+Clock = Callable[[Turn, int], float]  # of a turn and how often it is called: seconds per call
 Answer = tuple[Tensor, ...]  # the loss, and its gradient with respect to each view
 
 SEED = 0  # of contenders that draw in a step
@@ -150,11 +146,7 @@ def error_of_own(name: str, answer: Answer, right: Answer, *views: Tensor) -> Er
 
 
 def check(name: str, cell: Cell, found: Errors, allowed: Errors | None = None) -> None:
-    """Refuse to time a wrong answer.
-
-    Raises:
-        AssertionError: an error is larger than ``allowed``, which follows from the name where it is not given.
-    """
+    """Raises where an error is larger than ``allowed``, which follows from the name where it is not given."""
     allowed = allowed or (OURS_ALLOWED if entry(name).ours else OTHERS_ALLOWED)
     if not (found.loss <= allowed.loss and found.gradient <= allowed.gradient):
         raise AssertionError(f"{name} at {cell}: expected errors of at most {allowed}, found {found}")
@@ -174,17 +166,12 @@ def checked_turns(cell: Cell, names: tuple[str, ...], *views: Tensor) -> dict[st
 def gemms(cell: Cell, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[list[str], Turn]:
     """The shapes of the GEMMs that the algorithm chosen for ``cell`` needs, and a turn that does them alone."""
 
-    def matrix(rows: int, columns: int) -> Tensor:
-        return (torch.randn(rows, columns, device=device) / math.sqrt(rows)).to(dtype)  # no float16 overflows
-
     n, d = cell.n, cell.d
-    a1, a2 = matrix(n, d), matrix(n, d)
-    if cell.algorithm == "dual":
-        k = matrix(n, n)
-        pairs = [(a1, a1.T), (a2, a2.T), (k, a1), (k, a2)]
-    else:
-        m = matrix(d, d)
-        pairs = [(a1.T, a2), (a2, m.T), (a1, m)]
+    dual = cell.algorithm == "dual"
+    size = n if dual else d
+    square = (torch.randn(size, size, device=device) / math.sqrt(size)).to(dtype)  # no float16 overflows
+    a1, a2 = (torch.randn(2, n, d, device=device) / math.sqrt(n)).to(dtype)
+    pairs = [(a1, a1.T), (a2, a2.T), (square, a1), (square, a2)] if dual else [(a1.T, a2), (a2, square.T), (a1, square)]
     shapes = ["·".join(f"({'×'.join(map(str, factor.shape))})" for factor in pair) for pair in pairs]
     return shapes, lambda: [torch.mm(left, right) for left, right in pairs]
 
@@ -203,28 +190,19 @@ processor = partial(wall, now=time.thread_time)  # in which other programs are n
 def interleave(turns: dict[Any, Turn], rounds: int, seconds: float, clock: Clock = wall) -> dict[Any, list[float]]:
     """Seconds per call of each of ``turns``, round by round; after ``seconds`` only the least number of rounds.
 
-    All have run before, so that nothing is set up here. The first call tells how often a turn repeats it; that of a
-    slow one is its first turn.
+    All have run before, so that nothing is set up here. The first call tells how often a turn repeats it.
     """
+    calls = {name: max(1, math.ceil(TURN_SECONDS / clock(turn, 1))) for name, turn in turns.items()}
     times: dict[Any, list[float]] = {name: [] for name in turns}
-    calls: dict[Any, int] = {}
     spent = 0.0
     gc.disable()
-    try:
-        for done in range(rounds):
-            if done >= LEAST_ROUNDS and spent > seconds:
-                break
-            for name, turn in turns.items():
-                taken = None
-                if name not in calls:
-                    taken = clock(turn, 1)
-                    calls[name] = max(1, math.ceil(TURN_SECONDS / taken))
-                if taken is None or calls[name] > 1:
-                    taken = clock(turn, calls[name])
-                times[name].append(taken)
-                spent += calls[name] * taken
-    finally:
-        gc.enable()
+    for done in range(rounds):
+        if done >= LEAST_ROUNDS and spent > seconds:
+            break
+        for name, turn in turns.items():
+            times[name].append(clock(turn, calls[name]))
+            spent += calls[name] * times[name][-1]
+    gc.enable()
     return times
 
 
@@ -380,8 +358,8 @@ def environment(*packages: str, device: torch.device | None = None) -> Record:
 
 def device_name() -> str:
     """The processor, as part of a file's name."""
-    name = f"{_cpu()} {torch.backends.cpu.get_cpu_capability()}".lower()
-    return re.sub(r"(\(.*?\)|@.*|[^a-z0-9])+", "-", name).strip("-")
+    words = re.sub(r"(\(.*?\)|@.*|[^a-z0-9])+", "-", f"{_cpu()} {torch.backends.cpu.get_cpu_capability()}".lower())
+    return words.strip("-")
 
 
 def revision() -> str | None:
@@ -390,11 +368,7 @@ def revision() -> str | None:
 
 
 def newest(folder: Path = RESULTS, *, committed: bool = False) -> Path:
-    """The newest results in ``folder``, by the date that begins their name; of those that git knows, if it knows any.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
+    """The newest results in ``folder``, by the date that begins their name; of those that git knows, if it knows any."""
     known = _said("git", "ls-files", PATTERN, folder=folder).split() if committed else []
     found = [folder / name for name in known] or sorted(folder.glob(PATTERN))
     if not found:

@@ -52,7 +52,7 @@ def test_a_quarter_slower_is_named_and_a_seventh_is_not(
         check.main([str(tmp_path / "new.json"), "--against", str(tmp_path / "old.json")])
     assert int(done.value.code or 0) == status
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.endswith("a count more: time over lightly, 100×2000 on 1 thread (+25.0 %).") == bool(status)
+    assert (": time over lightly, 100×2000 on 1 thread (" in last and last.endswith(", +25.0 %).")) == bool(status)
     assert last.startswith("None of") != bool(status)
 
 
@@ -101,8 +101,8 @@ def _larger_share(results: Record) -> None:
             _more_memory,
             [f"working memory over {what}, 100×1000 on 1 thread" for what in ("the inputs", "textbook")],
         ),
-        (_steeper, ["exponent of time in D, N = 100"]),
-        (_smaller, ["largest D in 2 GB, N = 100"]),
+        (_steeper, ["exponent of time in d, N = 100"]),
+        (_smaller, ["working memory over D, the largest, N = 100"]),
         (_far_from_gemms, ["time over its GEMMs alone, 100×1000 on 1 thread"]),
         (
             _slow_at_launching,
@@ -169,8 +169,7 @@ def test_the_worst_stands_first_and_the_table_is_short(old: Record, new: Record)
         "time over lightly, 100×2000 on 1 thread",
     ]
     assert lines[2].endswith("| +50.0 % |")
-    assert len(lines) == 2 + check.ROWS + 2
-    assert lines[-2] == f"… of {len(check.figures(old))} ratios; the others are not worse."
+    assert len(lines) == 2 + check.ROWS + 1
 
 
 def test_what_is_missing_or_new_is_said(old: Record, new: Record) -> None:
@@ -261,7 +260,7 @@ def test_what_is_worse_is_measured_again_and_named_only_if_it_is_again(old: Reco
     changes = check.once_more(check.compared(old, new), 0.2, measure)
     assert asked == [["cells", "growth"]]
     text = check.report(old, new, changes, 0.2)
-    assert text.splitlines()[-1].endswith("a count more: time over lightly, 100×2000 on 1 thread (+30.0 %).")
+    assert text.splitlines()[-1].endswith("time over lightly, 100×2000 on 1 thread (0.0833 → 0.125, +30.0 %).")
     assert text.splitlines()[0] == "| key | committed | now | again | worse by |"
     assert text.splitlines()[2].endswith("| +30.0 % |")
 
@@ -325,7 +324,7 @@ def test_promises_are_read_off_the_results() -> None:
     }
     said = check.verdicts(results)
     assert [line.split(":")[0] for line in said] == ["NOT KEPT", "kept", "NOT KEPT"]
-    assert said[0] == "NOT KEPT: exponent of time in D, N = 256: 1.2, promised at most 1.15"
+    assert said[0] == "NOT KEPT: exponent of time in d, N = 256: 1.2, promised at most 1.15"
     assert check.verdicts({"limits": []}) == []
 
 

@@ -1,17 +1,14 @@
 """`make bench`: everything that this library claims about speed, memory and exactness, measured on this machine's CPU.
 
 Writes ``<date>-<device>.json``, the same in Markdown, and two pictures. What is timed is forward and backward, down to
-the gradients of both views, on one thread. Its sections, of which ``distributed`` and ``training`` are in files of
-those names:
+the gradients of both views, on one thread. Its sections, besides those of distributed.py and training.py:
 
-**cells**: everyone over N×D: time, working memory, distance to float64. The contenders take turns, and one of ours goes
-right before each of the others (O A O B O C, …); a ratio is that of a pair, and medians over the rounds are reported
-with quartiles. Where ours chooses the dual, ``barlow_loss, dual`` runs the same code: its ratio shows the noise. Each
-answer is held to float64 of the function that it computes before it is timed.
-
-FLOP model: dual, for N ≤ D/2, 4 GEMMs of 2·N²·D; primal and textbook 3 GEMMs of 2·N·D². Byte model, float32: all pass
-some dozens of times over N×D matrices, 4·N·D bytes each; the textbook formula and lightly 39 times over a D×D matrix
-besides. Memory: the dual holds at most 5·N·D + 3·N² elements, the textbook about 4·D².
+**cells**: everyone over N×D: time, working memory, distance to float64. Contenders take turns, one of ours right before
+each of the others; a ratio is that of a pair, medians over the rounds are reported with quartiles. Where ours chooses
+the dual, ``barlow_loss, dual`` runs the same code: its ratio shows the noise. Each answer is held to float64 of the
+function that it computes before it is timed. FLOP model: dual, for N ≤ D/2, 4 GEMMs of 2·N²·D; primal and textbook 3
+GEMMs of 2·N·D². Byte model, float32: all pass some dozens of times over N×D matrices, 4·N·D bytes each; the textbook
+formula and lightly 39 times over a D×D matrix besides.
 
 **growth**: exponents fitted to the times of the cells, and the largest D in a budget of working memory.
 
@@ -22,8 +19,8 @@ operators, which allocate as well; and neither, Python and autograd.
 
 **host**: the processor time of a step where its numbers cost nothing. *eager*, beside the textbook. *Triton on a
 pretended GPU*, beside an autograd.Function that computes nothing: triton's own launch code runs on CPU tensors, and a
-driver that is not there records each launch (tests/kernels/compiled/fake_driver.py) and runs none; products are
-torch.mm on the CPU. And the operations that a step dispatches, the same on every machine.
+driver that is not there records each launch (tests/kernels/compiled/fake_driver.py) and runs none. And how many
+operations a step dispatches, the same on every machine.
 
     python benches/bench.py                           about ten minutes on two cores
     python benches/bench.py --only cells growth --plan check --out /tmp
@@ -54,50 +51,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import distributed
+import measure
 import render
 from barlow_loss import BarlowTwinsLoss, _plan
 from check import verdicts
-from contenders import (
-    COMPILED,
-    EPS,
-    FFT,
-    LAMBD,
-    OURS,
-    OURS_COMPILED,
-    PRIMAL,
-    SOLO,
-    TEXTBOOK,
-    build,
-    contenders,
-    entry,
-)
-from measure import (
-    RESULTS,
-    SEED,
-    Cell,
-    all_cores,
-    beside,
-    cells,
-    check,
-    checked_turns,
-    device_name,
-    environment,
-    error_of_own,
-    errors,
-    gemms,
-    interleave,
-    load,
-    processor,
-    ratios,
-    revision,
-    spread,
-    step,
-    store,
-    truth,
-    wall,
-    watched,
-    work,
-)
+from contenders import COMPILED, FFT, OURS, OURS_COMPILED, PRIMAL, SOLO, TEXTBOOK, build, contenders, entry
+from measure import Cell, beside, cells, checked_turns, errors, interleave, ratios, spread, step, wall, watched, work
 from training import Sizes, training
 
 if TYPE_CHECKING:
@@ -176,24 +135,20 @@ def present(cell: Cell, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def compare(cell: Cell, names: tuple[str, ...], rounds: int, seconds: float) -> Record:
-    """Errors, working memory, times and ratios at ``cell`` of those of ``names`` that are present.
-
-    Raises:
-        AssertionError: an answer is wrong.
-    """
+    """Errors, working memory, times and ratios of those that are present at ``cell``; raises where one is wrong."""
     torch.compiler.reset()  # generated code is for one shape
     views = cell.views()
-    right = truth(*views)
+    right = measure.truth(*views)
     found: dict[str, Record] = {}
     turns: dict[str, Turn] = {}
     for name in present(cell, names):
         turns[name] = turn = partial(step, build(name, cell.d), *views)
         if entry(name).compiled:
             turn()
-        torch.manual_seed(SEED)
+        torch.manual_seed(measure.SEED)
         answer, size = watched(turn)
-        own, of_paper = error_of_own(name, answer, right, *views), errors(answer, right)
-        check(name, cell, own)
+        own, of_paper = measure.error_of_own(name, answer, right, *views), errors(answer, right)
+        measure.check(name, cell, own)
         found[name] = {
             "definition": entry(name).definition,
             "loss_error": of_paper.loss,
@@ -213,9 +168,8 @@ def compare(cell: Cell, names: tuple[str, ...], rounds: int, seconds: float) -> 
 def growth(records: list[Record], budget: int = BUDGET_BYTES) -> Record:
     """Exponents of time in D and in N, and the largest D, of every contender that was measured at enough sizes.
 
-    ``records`` are those of ``compare``. Between two cells minutes pass, and the machine may be slower or faster by
-    then: that is in the exponents of the others. The sizes of ours take turns once more, and its exponent is the median
-    over the rounds. ``budget`` is in bytes.
+    Between two cells minutes pass, and the machine may be slower or faster by then: that is in the exponents of the
+    others. The sizes of ours take turns once more, and its exponent is the median over the rounds.
     """
     across = _lines([record for record in records if record["n"] == SAMPLES], "d")
     along = _lines([record for record in records if record["d"] == FEATURES], "n")
@@ -251,8 +205,6 @@ def _fitted_in_turns(axis: str, sizes: list[int]) -> Record:
     """Ours at all sizes round by round: the median of each round's exponent."""
     line = [Cell(SAMPLES, size) if axis == "d" else Cell(size, FEATURES) for size in sizes]
     turns: dict[Any, Turn] = {cell: partial(step, build(OURS, cell.d), *cell.views()) for cell in line}
-    for turn in turns.values():
-        turn()
     times = interleave(turns, FIT_ROUNDS, FIT_SECONDS)
     exponents = spread([_slope(sizes, seconds) for seconds in zip(*times.values(), strict=True)])
     medians = [statistics.median(seconds) for seconds in times.values()]
@@ -265,9 +217,7 @@ def _slope(sizes: Sequence[int], seconds: Sequence[float]) -> float:
 
 
 def _largest(name: str, points: Points, budget: int) -> Record:
-    """The largest D whose step works in the budget, by the polynomial through the largest measured ones.
-
-    ``features_in_all`` is the one with which inputs and gradients fit in the budget as well.
+    """The largest D whose step works in the budget; ``features_in_all`` with inputs and gradients in it as well.
 
     Working memory is a polynomial of D, to the byte, wherever the same code runs: a line for what is linear in D, else
     a parabola. Three contenders take that step for real, and a smaller one if it does not fit.
@@ -297,24 +247,28 @@ def _reaching(value: float, memory: Polynomial) -> int:
 
 def _taken(name: str, features: int) -> int:
     views = [z.requires_grad_() for z in torch.rand(2, SAMPLES, features)]  # whatever is in them
-    with all_cores():
+    with measure.all_cores():
         return watched(partial(step, build(name, features), *views))[1]
 
 
 def limits(cell: Cell, rounds: int, seconds: float) -> Record:
     """A step of ours at ``cell`` beside its products alone, its floor and its parts."""
     turn = partial(step, build(OURS, cell.d), *cell.views())
-    shapes, products = gemms(cell)
-    for warm_up in (turn, products):
-        warm_up()
-    times = interleave({"step": turn, "products": products}, rounds, seconds)
-    taken, alone, done = spread(times["step"]), spread(times["products"]), work(turn)
+    shapes, products = measure.gemms(cell)
     source, target = torch.ones(2, COPIED_BYTES // 4)
     square = partial(torch.mm, *torch.randn(2, SQUARE, SQUARE))  # suits every machine: a shape that does not shows
+    turns: dict[str, Turn] = {
+        "step": turn,
+        "products": products,
+        "square": square,
+        "copy": partial(target.copy_, source),
+    }
+    times = interleave(turns, rounds, seconds)
+    taken, alone, done = spread(times["step"]), spread(times["products"]), work(turn)
     ceilings = {
         "flops_per_second": work(products).flops / alone["median"],
-        "square_flops_per_second": 2 * SQUARE**3 / _median_of(square, 3),
-        "bytes_per_second": 2 * COPIED_BYTES / _median_of(partial(target.copy_, source), 5),  # read and written
+        "square_flops_per_second": 2 * SQUARE**3 / statistics.median(times["square"]),
+        "bytes_per_second": 2 * COPIED_BYTES / statistics.median(times["copy"]),  # read and written
     }
     return {
         "n": cell.n,
@@ -331,11 +285,6 @@ def limits(cell: Cell, rounds: int, seconds: float) -> Record:
         "model_seconds": done.flops / ceilings["flops_per_second"] + done.bytes / ceilings["bytes_per_second"],
         "parts": _parts(turn, taken["median"]),
     }
-
-
-def _median_of(turn: Turn, times: int) -> float:
-    turn()
-    return statistics.median(wall(turn) for _ in range(times))
 
 
 def _parts(turn: Turn, seconds: float) -> dict[str, float]:
@@ -365,14 +314,13 @@ def host(rounds: int, seconds: float) -> Record:
 
 
 def operations(cell: Cell) -> int:
-    """How many operations a step of ours dispatches on the CPU, forward and backward."""
     return work(partial(step, build(OURS, cell.d), *cell.views())).operations
 
 
 def _on_pretended_gpu(rounds: int, seconds: float) -> Record:
     cell = TRITON_CELL
     views = cell.views(dtype=torch.bfloat16)
-    loss = BarlowTwinsLoss(LAMBD, eps=EPS, algorithm="dual", backend="triton")
+    loss = BarlowTwinsLoss(algorithm="dual", backend="triton")
     turns: dict[str, Turn] = {OURS: partial(step, loss, *views), NOTHING: partial(step, nothing, *views)}
     with pretended_gpu() as gpu:
         turns[OURS]()
@@ -384,10 +332,10 @@ def _on_pretended_gpu(rounds: int, seconds: float) -> Record:
 
 def _timed(turns: dict[str, Turn], rounds: int, seconds: float) -> Record:
     """The first of two ``turns`` over the second, its reference."""
-    for turn in turns.values():
-        for _ in range(WARM_UPS):
+    for _ in range(WARM_UPS):
+        for turn in turns.values():
             turn()
-    times = interleave(turns, rounds, seconds, processor)
+    times = interleave(turns, rounds, seconds, measure.processor)
     ours, reference = times
     return {
         "reference": reference,
@@ -462,11 +410,11 @@ def run(plan: Plan, sections: Sequence[str], out: Path) -> Path:
         "training": lambda: training(plan.training, TRAINING_ROUNDS),
     }
     today = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
-    versions = environment("lightly", "stable-pretraining")
-    results: Record = {"date": today, "revision": revision(), "environment": versions, "seconds": {}}
-    path = out / f"{today}-{device_name()}.json"
+    versions = measure.environment("lightly", "stable-pretraining")
+    results: Record = {"date": today, "revision": measure.revision(), "environment": versions, "seconds": {}}
+    path = out / f"{today}-{measure.device_name()}.json"
     unfinished = path.with_suffix(".partial.json")
-    store(results, unfinished)  # a folder that cannot be written to is told of now
+    measure.store(results, unfinished)  # a folder that cannot be written to is told of now
     torch.set_num_threads(1)
     for section in SECTIONS:
         if section in sections:
@@ -474,19 +422,18 @@ def run(plan: Plan, sections: Sequence[str], out: Path) -> Path:
             start = time.perf_counter()
             results[section] = measures[section]()
             results["seconds"][section] = round(time.perf_counter() - start, 1)
-            store(results, unfinished)
+            measure.store(results, unfinished)
     return unfinished.replace(path)
 
 
 def arguments() -> argparse.Namespace:
-    """The flags of the command line."""
     parser = argparse.ArgumentParser(description="Measure the loss against the others; see the head of this file.")
     parser.add_argument("--plan", choices=PLANS, default="usual", help="how much is measured (default: usual)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"some of {', '.join(SECTIONS)}")
     parser.add_argument("--out", type=Path, help="folder (default: benches/results; for a part, runs/bench)")
     flags = parser.parse_args()
     whole = flags.only is None and flags.plan == "usual"  # what README may be made of
-    flags.out = flags.out or (RESULTS if whole else Path("runs/bench"))
+    flags.out = flags.out or (measure.RESULTS if whole else Path("runs/bench"))
     flags.only = flags.only or SECTIONS
     if "growth" in flags.only and "cells" not in flags.only:
         parser.error("--only: growth follows from cells, name both")
@@ -498,7 +445,7 @@ def main() -> None:
     flags = arguments()
     warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
     path = run(PLANS[flags.plan], flags.only, flags.out)
-    results, text = load(path), path.with_suffix(".md")
+    results, text = measure.load(path), path.with_suffix(".md")
     render.write({text: render.page(results, path)}, path)
     print("\n".join([*verdicts(results), f"written: {path}, {text.name}, and pictures"]))
 

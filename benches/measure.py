@@ -165,7 +165,6 @@ def checked_turns(cell: Cell, names: tuple[str, ...], *views: Tensor) -> dict[st
 
 def gemms(cell: Cell, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[list[str], Turn]:
     """The shapes of the GEMMs that the algorithm chosen for ``cell`` needs, and a turn that does them alone."""
-
     n, d = cell.n, cell.d
     dual = cell.algorithm == "dual"
     size = n if dual else d
@@ -190,7 +189,7 @@ processor = partial(wall, now=time.thread_time)  # in which other programs are n
 def interleave(turns: dict[Any, Turn], rounds: int, seconds: float, clock: Clock = wall) -> dict[Any, list[float]]:
     """Seconds per call of each of ``turns``, round by round; after ``seconds`` only the least number of rounds.
 
-    All have run before, so that nothing is set up here. The first call tells how often a turn repeats it.
+    The first call of each sets up what is kept, and tells how often a turn repeats it.
     """
     calls = {name: max(1, math.ceil(TURN_SECONDS / clock(turn, 1))) for name, turn in turns.items()}
     times: dict[Any, list[float]] = {name: [] for name in turns}
@@ -368,7 +367,7 @@ def revision() -> str | None:
 
 
 def newest(folder: Path = RESULTS, *, committed: bool = False) -> Path:
-    """The newest results in ``folder``, by the date that begins their name; of those that git knows, if it knows any."""
+    """The newest results in ``folder``, by the date that begins their name; of those that git knows, if any."""
     known = _said("git", "ls-files", PATTERN, folder=folder).split() if committed else []
     found = [folder / name for name in known] or sorted(folder.glob(PATTERN))
     if not found:

@@ -62,14 +62,14 @@ def test_a_run_writes_figures_page_and_pictures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[set[str]] = []
-    store = bench.store
+    store = measure.store
 
     def watched_store(results: measure.Record, path: Path) -> None:
         store(results, path)
         assert path.name.endswith(".partial.json")
         kept.append(set(json.loads(path.read_text())))
 
-    monkeypatch.setattr(bench, "store", watched_store)
+    monkeypatch.setattr(measure, "store", watched_store)
     path = bench.run(SMALL, ("cells", "growth", "limits", "host"), tmp_path)
     assert [kept[i] - kept[i - 1] for i in range(1, 5)] == [{"cells"}, {"growth"}, {"limits"}, {"host"}]
     page = path.with_suffix(".md")
@@ -95,6 +95,6 @@ def test_a_part_is_not_written_among_the_committed_results(monkeypatch: pytest.M
         monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
         return bench.arguments().out
 
-    assert out() == bench.RESULTS
+    assert out() == measure.RESULTS
     assert out("--only", "limits") == out("--plan", "check") == Path("runs/bench")
     assert out("--only", "limits", "--out", "there") == Path("there")

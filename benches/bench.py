@@ -182,7 +182,6 @@ def growth(records: list[Record], budget: int = BUDGET_BYTES) -> Record:
 
 
 def _lines(records: list[Record], axis: str) -> dict[str, Points]:
-    """(size, record), by size, of every contender that was measured often enough."""
     lines: dict[str, Points] = {}
     for record in sorted(records, key=lambda record: int(record[axis])):
         for name, found in record["contenders"].items():
@@ -212,7 +211,6 @@ def _fitted_in_turns(axis: str, sizes: list[int]) -> Record:
 
 
 def _slope(sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """Of log time against log size, by least squares."""
     return statistics.linear_regression([math.log(s) for s in sizes], [math.log(t) for t in seconds]).slope
 
 
@@ -252,7 +250,6 @@ def _taken(name: str, features: int) -> int:
 
 
 def limits(cell: Cell, rounds: int, seconds: float) -> Record:
-    """A step of ours at ``cell`` beside its products alone, its floor and its parts."""
     turn = partial(step, build(OURS, cell.d), *cell.views())
     shapes, products = measure.gemms(cell)
     source, target = torch.ones(2, COPIED_BYTES // 4)
@@ -288,7 +285,6 @@ def limits(cell: Cell, rounds: int, seconds: float) -> Record:
 
 
 def _parts(turn: Turn, seconds: float) -> dict[str, float]:
-    """``seconds`` of a step, divided as a profile of it says."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         whole = PROFILED_STEPS * wall(turn, PROFILED_STEPS)
     parts = {"products": 0.0, "elementwise": 0.0}
@@ -301,7 +297,6 @@ def _parts(turn: Turn, seconds: float) -> dict[str, float]:
 
 
 def host(rounds: int, seconds: float) -> Record:
-    """Both steps, why one is left out, and how many operations a step dispatches."""
     reason, cell = obstacle(), EAGER_CELL
     timed = _timed(checked_turns(cell, (OURS, TEXTBOOK), *cell.views()), rounds, seconds)
     steps = [{"what": EAGER, "n": cell.n, "d": cell.d, "dtype": "float32", **timed}]
@@ -331,7 +326,6 @@ def _on_pretended_gpu(rounds: int, seconds: float) -> Record:
 
 
 def _timed(turns: dict[str, Turn], rounds: int, seconds: float) -> Record:
-    """The first of two ``turns`` over the second, its reference."""
     for _ in range(WARM_UPS):
         for turn in turns.values():
             turn()
@@ -347,7 +341,6 @@ def _timed(turns: dict[str, Turn], rounds: int, seconds: float) -> Record:
 
 
 def obstacle() -> str | None:
-    """Why launches cannot be pretended here, or None."""
     if find_spec("triton") is None:
         return "triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -441,7 +434,6 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, writes, and says what was promised."""
     flags = arguments()
     warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
     path = run(PLANS[flags.plan], flags.only, flags.out)

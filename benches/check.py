@@ -73,7 +73,6 @@ class Change(NamedTuple):
 
     @property
     def worse_by(self) -> float:
-        """Of two measurements the better one's."""
         return min(self.committed.worse_by(found) for found in (self.now, self.again) if found is not None)
 
     def is_worse(self, tolerance: float) -> bool:
@@ -99,7 +98,6 @@ PROMISES = {
 
 
 def verdicts(results: Record) -> list[str]:
-    """A line for each promise that these results can tell of."""
     found = {key: figure.value for key, figure in figures(results).items() if key in PROMISES}
     return [
         f"{'kept' if value <= PROMISES[key] else 'NOT KEPT'}: {key}: {value:.3g}, promised at most {PROMISES[key]:g}"
@@ -108,7 +106,6 @@ def verdicts(results: Record) -> list[str]:
 
 
 def figures(results: Record) -> Figures:
-    """All ratios that are compared."""
     return {
         Key(section, place, what): figure
         for section, ratios in SECTIONS.items()
@@ -193,7 +190,6 @@ def absent(here: Figures, there: Figures) -> list[str]:
 
 
 def differences(old: Record, new: Record) -> str:
-    """One line on what ratios depend on and is not the same, or nothing."""
     before, after = ({**each["environment"], **each["environment"]["versions"]} for each in (old, new))
     changed = [what for what in ("cpu", "instructions", "torch") if before[what] != after[what]]
     said = "; ".join(f"{what} {before[what]} → {after[what]}" for what in changed)
@@ -250,7 +246,6 @@ def measured(sections: list[str], bench: Path = BENCH) -> Record:
 
 
 def main(flags: Sequence[str] | None = None) -> None:
-    """The program; ``flags`` in place of those of the command line."""
     parser = argparse.ArgumentParser(description="Name the ratios that are worse than the committed ones.")
     parser.add_argument("new", nargs="?", type=Path, help="results to compare (default: measure them)")
     parser.add_argument("--against", type=Path, help="results to compare with (default: the newest committed)")

@@ -135,7 +135,6 @@ def fft_relaxation(z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def _loss_from(c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The two sums of squares, over ``c``."""
     on_diagonal = torch.diagonal(c).add_(-1).pow_(2).sum(dtype=dtype)
     off_diagonal = off_diagonal_of(c).pow_(2).sum(dtype=dtype)
     return on_diagonal + LAMBD * off_diagonal
@@ -148,7 +147,6 @@ def off_diagonal_of(c: Tensor) -> Tensor:
 
 
 def _norm(z: Tensor) -> Tensor:
-    """Batch norm without parameters, over these rows."""
     return nn.functional.batch_norm(z, None, None, training=True, eps=EPS)
 
 
@@ -264,7 +262,6 @@ def contenders() -> tuple[str, ...]:
 
 
 def installed(name: str) -> bool:
-    """Whether this environment has what the contender ``name`` needs."""
     package = entry(name).package
     return package is None or find_spec(package) is not None
 
@@ -281,5 +278,4 @@ def entry(name: str) -> Entry:
 
 
 def build(name: str, features: int) -> Contender:
-    """The contender ``name`` for embeddings of ``features`` features."""
     return entry(name).build(features)

@@ -79,7 +79,6 @@ class Shards(Cell):
 
     @classmethod
     def even(cls, cell: Cell, processes: int) -> Shards:
-        """As many rows on every rank."""
         if cell.n % processes or cell.algorithm != "dual":  # the byte model of ours is the dual's
             raise ValueError(f"grid: expected an N that {processes} processes can share, of at most D/2, got {cell}")
         return cls(cell.n, cell.d, (cell.n // processes,) * processes)
@@ -88,7 +87,6 @@ class Shards(Cell):
         return f"{super().__str__()} as {' + '.join(map(str, self.rows))} rows"
 
     def of(self, rank: int) -> list[Tensor]:
-        """The rank's rows of both views."""
         return [torch.split(z.detach(), list(self.rows))[rank].clone().requires_grad_() for z in self.views()]
 
 
@@ -100,15 +98,12 @@ class Refusal(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a job runs."""
-
     rank: int
     processes: int
     folder: str
 
     @contextmanager
     def group(self, name: str) -> Iterator[None]:
-        """The default group of all processes, as long as the block lasts."""
         store = f"file://{self.folder}/{name}"
         dist.init_process_group("gloo", store, rank=self.rank, world_size=self.processes, timeout=TIMEOUT)
         try:
@@ -301,7 +296,6 @@ def _bytes_meanwhile(turn: Turn) -> int:
 
 
 def section(grid: dict[int, list[Cell]], rounds: int, seconds: float) -> Record:
-    """Cells and exactness for the numbers of processes in ``grid``, which gives the cells of each."""
     preload("lightly.loss", "stable_pretraining.losses")
     shares = [Shards(sum(rows), EXACTNESS_FEATURES, rows) for processes in grid for rows in SHARES[processes]]
     cells = [Shards.even(cell, processes) for processes, cells in grid.items() for cell in cells]

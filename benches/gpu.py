@@ -170,7 +170,6 @@ class Graphed:
 
 
 def missing(name: str, where: Device, deadline: float) -> str | None:
-    """Why a contender cannot run here, or None."""
     if name == LIGHTLY and not contenders.installed(contenders.LIGHTLY):
         return "not installed"
     if name in (TRITON, GRAPH) and where.device.type == "cpu":
@@ -214,7 +213,6 @@ def allowed(name: str, setting: Setting) -> Errors:
 
 
 def measured(cell: Cell, setting: Setting, where: Device, rounds: int, deadline: float) -> Record:
-    """The record of one cell under one setting."""
     torch.compiler.reset()  # generated code is for one shape and dtype
     views = cell.views(device=where.device, dtype=setting.dtype)
     right = measure.truth(*views)
@@ -340,7 +338,6 @@ def _release(where: Device) -> None:
 
 
 def failures(results: Record) -> list[str]:
-    """What of ours did not run, or was wrong."""
     return [
         f"{record['n']}×{record['d']}, {record['setting']}, {name}: {record['contenders'][name]['failed']}"
         for record in results["cells"]
@@ -369,7 +366,6 @@ def _instead(found: Record) -> str:
 
 
 def line(record: Record) -> str:
-    """One cell for the terminal."""
     told = {
         name: f"{1e3 * found['seconds']['median']:.3g} ms" if "seconds" in found else _instead(found)
         for name, found in record["contenders"].items()
@@ -386,7 +382,6 @@ def chip(results: Record) -> Chip:
 
 
 def markdown(results: Record) -> str:
-    """The page: what it stands on, the goals, and a table for each setting."""
     card, machine = chip(results), results["environment"]
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine["versions"].items())
     parts = [
@@ -419,7 +414,6 @@ def _with_model(record: Record, setting: Setting, card: Chip) -> Record:
 
 
 def _goals(records: list[Record]) -> str:
-    """The figures to reach, beside what was measured."""
     found = {Cell(record["N"], record["D"]): record["contenders"] for record in records}
     rows = []
     for cell, name, column, goal in GOALS:
@@ -430,7 +424,6 @@ def _goals(records: list[Record]) -> str:
 
 
 def main() -> None:
-    """Measures, and writes the page; fails where ours did."""
     parser = argparse.ArgumentParser(description="Time the loss on a GPU; see the head of this file.")
     parser.add_argument("--smoke", action="store_true", help="run on tiny CPU tensors; the figures mean nothing")
     parser.add_argument("--grid", nargs="+", type=Cell.parse, metavar="NxD", help="cells (default: all of them)")

@@ -75,7 +75,6 @@ def official_blur(image: Image.Image) -> Image.Image:
 
 
 def official_view(recipe: ViewRecipe) -> transforms.Compose:
-    """The recipe, as the authors' program composes it."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(SIZE, interpolation=F.InterpolationMode.BICUBIC),
@@ -91,7 +90,6 @@ def official_view(recipe: ViewRecipe) -> transforms.Compose:
 
 
 def both_views(read: Callable[[bytes], Any], views: list[Callable[[Any], Tensor]], photos: Iterator[bytes]) -> None:
-    """What a worker does with the next file."""
     image = read(next(photos))
     for view in views:
         view(image)
@@ -124,7 +122,6 @@ def same_decisions(content: bytes, recipe: ViewRecipe) -> tuple[float, float, fl
 
 
 def sharpness(pixels: Tensor) -> float:
-    """The RMS of the Laplacian."""
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).expand(3, 1, 3, 3)
     return float(functional.conv2d(pixels[None], kernel, groups=3).square().mean().sqrt())
 
@@ -180,7 +177,6 @@ def compared(drawn: Tensor) -> list[Record]:
 
 
 def measure(photos: list[bytes], rounds: int) -> Record:
-    """Both views of an image, from its bytes."""
     theirs, ours = ([make(recipe) for recipe in PAPER] for make in (official_view, partial(View, size=SIZE)))
     turns: dict[str, Turn] = {
         OFFICIAL: partial(both_views, official_decode, theirs, cycle(photos)),
@@ -196,7 +192,6 @@ def measure(photos: list[bytes], rounds: int) -> Record:
 
 
 def markdown(results: Record) -> str:
-    """The tables and what they rest on."""
     machine, whole, found = results["environment"], results["whole"], results["agreement"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     rows = [{"name": name, "per view": 0.5 * seconds["median"]} for name, seconds in whole["seconds"].items()]

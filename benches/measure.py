@@ -62,7 +62,6 @@ class Cell:
 
     @classmethod
     def parse(cls, text: str) -> Cell:
-        """``Cell.parse("256x8192")``."""
         return cls(*map(int, text.split("x")))
 
     def __str__(self) -> str:
@@ -109,7 +108,6 @@ def truth(*views: Tensor) -> Answer:
 
 
 def in_float64(contender: Callable[..., Tensor], *views: Tensor) -> Answer:
-    """A contender's step on these numbers in float64."""
     with all_cores():
         return step(contender, *(z.detach().double().requires_grad_() for z in views))
 
@@ -131,7 +129,6 @@ def gram_form(*views: Tensor) -> Tensor:
 
 
 def errors(answer: Answer, right: Answer) -> Errors:
-    """How far ``answer`` is from the ``right`` one."""
     loss = (answer[0].double() - right[0]).abs() / right[0].abs()
     difference = [g.double() - r for g, r in zip(answer[1:], right[1:], strict=True)]
     return Errors(loss.item(), (torch.cat(difference).norm() / torch.cat(right[1:]).norm()).item())
@@ -176,7 +173,6 @@ def gemms(cell: Cell, device: torch.device | str = "cpu", dtype: torch.dtype = t
 
 
 def wall(turn: Turn, calls: int = 1, now: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds per call of ``turn``."""
     start = now()
     for _ in range(calls):
         turn()
@@ -222,7 +218,6 @@ def beside(
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": median, "q1": q1, "q3": q3}
 
@@ -293,7 +288,6 @@ class Work(TorchDispatchMode):
 
 
 def work(turn: Turn) -> Work:
-    """What ``turn`` dispatches."""
     counted = Work()
     with counted:
         turn()
@@ -321,7 +315,6 @@ def _own_bytes(t: Tensor) -> int:
 
 
 def cores() -> int:
-    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -356,7 +349,6 @@ def environment(*packages: str, device: torch.device | None = None) -> Record:
 
 
 def device_name() -> str:
-    """The processor, as part of a file's name."""
     words = re.sub(r"(\(.*?\)|@.*|[^a-z0-9])+", "-", f"{_cpu()} {torch.backends.cpu.get_cpu_capability()}".lower())
     return words.strip("-")
 
@@ -383,13 +375,11 @@ def baseline(folder: Path = RESULTS) -> tuple[str, Record]:
 
 
 def load(path: Path) -> Record:
-    """The results in a file."""
     results: Record = json.loads(path.read_text(encoding="utf-8"))
     return results
 
 
 def store(results: Record, path: Path) -> None:
-    """Write results to a file, whose folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

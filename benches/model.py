@@ -60,7 +60,6 @@ class Setting(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the views."""
         return torch.bfloat16 if self.view == 2 else torch.float32
 
 
@@ -84,7 +83,6 @@ class Chip(NamedTuple):
     host: float = 5e-6
 
     def rate(self, setting: Setting) -> float:
-        """FLOP/s of a matrix product."""
         return self.single if setting == FLOAT32 else self.half
 
 

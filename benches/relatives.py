@@ -35,7 +35,7 @@ import measure
 from barlow_loss import barlow_twins_loss, mixed_barlow_twins_loss, vicreg_loss
 from contenders import off_diagonal_of
 from measure import Cell, Errors, cells, gram_form, interleave, ratios, spread, step
-from render import error, insert, millions, ms, table
+from render import insert, plain, table
 from render import spread as told
 
 if TYPE_CHECKING:
@@ -117,7 +117,6 @@ def _mixed_oracle(z1: Tensor, z2: Tensor, *, eps: float = 1e-5, correction: int 
 
 
 def _vicreg_oracle(z1: Tensor, z2: Tensor) -> Tensor:
-    """The same of VICReg."""
     n, d = z1.shape
     views = [z - z.mean(dim=0) for z in (z1, z2)]
     variances = torch.stack([x.var(dim=0) for x in views])
@@ -127,7 +126,6 @@ def _vicreg_oracle(z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def loop_over_pairs(*views: Tensor) -> Tensor:
-    """What everybody with more than two views does."""
     return torch.stack([barlow_twins_loss(*pair) for pair in combinations(views, 2)]).mean()
 
 
@@ -180,7 +178,6 @@ def _warm(turn: Turn, calls: int) -> float:
 
 
 def measure_relative(name: str, cell: Cell, rounds: int, seconds: float) -> Record:
-    """A relative at a cell, ours and published."""
     records, times = measured(RELATIVES[name][1], cell, rounds, seconds)
     return {
         "loss": name,
@@ -194,7 +191,6 @@ def measure_relative(name: str, cell: Cell, rounds: int, seconds: float) -> Reco
 
 
 def measure_views(cell: Cell, rounds: int, seconds: float) -> Record:
-    """All numbers of views at a cell."""
     records, times = measured(VIEWS, cell, rounds, seconds)
     of_two = ratios(times, TWO)
     for name, record in records.items():
@@ -208,30 +204,28 @@ def measure_views(cell: Cell, rounds: int, seconds: float) -> Record:
 RELATIVES_COLUMNS = (
     ("loss", "loss", str),
     ("N × D", "cell", str),
-    ("ours, ms", f"seconds/{OURS}/median", ms),
+    ("ours, ms", f"seconds/{OURS}/median", 1e3),
     ("published, × ours", "times_ours", told),
-    ("working memory, MB: ours", f"working_bytes/{OURS}", millions),
-    ("published", f"working_bytes/{PUBLISHED}", millions),
-    ("error of the gradient: ours", f"errors/{OURS}/gradient", error),
-    ("of the published", f"errors/{PUBLISHED}/gradient", error),
+    ("working memory, MB: ours", f"working_bytes/{OURS}", 1e-6),
+    ("published", f"working_bytes/{PUBLISHED}", 1e-6),
+    ("error of the gradient: ours", f"errors/{OURS}/gradient", 1.0),
+    ("of the published", f"errors/{PUBLISHED}/gradient", 1.0),
 )
 VIEWS_COLUMNS = (
     ("", "name", str),
-    ("ms", "seconds/median", ms),
+    ("ms", "seconds/median", 1e3),
     ("× two views", "times_two", told),
-    ("working memory, MB", "working_bytes", millions),
-    ("(V + 3)·N·D + (V + 4)·N², MB", "model_bytes", millions),
-    ("errors of loss and gradients", "errors", lambda found: " and ".join(map(error, found))),
+    ("working memory, MB", "working_bytes", 1e-6),
+    ("(V + 3)·N·D + (V + 4)·N², MB", "model_bytes", 1e-6),
+    ("errors of loss and gradients", "errors", lambda found: " and ".join(map(plain, found))),
 )
 
 
 def relatives_table(report: Record) -> str:
-    """What stands in the page between its marks."""
     return f"{_setting(report)}\n\n{table(report['records'], RELATIVES_COLUMNS)}"
 
 
 def views_table(report: Record) -> str:
-    """The same of the views."""
     record = report["record"]
     rows = [{"name": name, **found} for name, found in record["contenders"].items()]
     loop = f"The loop takes {told(record['loop_over_eight'])} times the one call."
@@ -250,7 +244,6 @@ TABLES: dict[str, Callable[[Record], str]] = {"relatives": relatives_table, "vie
 
 
 def page_with(name: str, report: Record) -> str:
-    """The page ``name`` with the table of a report."""
     return insert((DOCS / f"{name}.md").read_text(encoding="utf-8"), name, TABLES[name](report))
 
 

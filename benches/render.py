@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
     from measure import Record
 
-    Columns = Sequence[tuple[str, str, Any]]  # title, path of the figure in a record, and what shows it
+    Columns = Sequence[
+        tuple[str, str, Any]
+    ]  # title, path of the figure in a record, and what shows it or is its factor
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/performance.md", "docs/processes.md")  # of a repository, with markers for the blocks
@@ -59,10 +61,14 @@ def figure(record: Any, path: str) -> Any:
 def table(records: Iterable[Record], columns: Columns) -> str:
     """A row for each of the records; the first column to the left, the others to the right."""
     rows = [[title for title, *_ in columns], ["---", *["---:"] * (len(columns) - 1)]]
-    for record in records:
-        found = [(figure(record, path), show) for _, path, show in columns]
-        rows.append([NONE if value is None else show(value) for value, show in found])
+    rows += [[_shown(figure(record, path), show) for _, path, show in columns] for record in records]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _shown(value: Any, show: Any) -> str:
+    if value is None:
+        return NONE
+    return plain(show * value) if isinstance(show, float) else str(show(value))
 
 
 def details(records: Iterable[Record]) -> str:
@@ -96,7 +102,6 @@ def _text(value: Any) -> str:
 
 
 def insert(page: str, name: str, text: str) -> str:
-    """A page with ``text`` between its markers ``name``."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, found, rest = page.partition(begin)
     _, closed, after = rest.partition(end)
@@ -106,38 +111,12 @@ def insert(page: str, name: str, text: str) -> str:
 
 
 def paragraphs(*texts: str) -> str:
-    """Those that are not empty, an empty line between them."""
     return "\n\n".join(filter(None, texts))
 
 
-def plain(value: float, digits: int = 3) -> str:
-    """So many digits, and all of those before the point: 0.0123, 4.56, 78.9, 1,234."""
-    return f"{value:,.0f}" if value >= 10**digits - 0.5 else f"{value:.{digits}g}"
-
-
-def ms(seconds: float) -> str:
-    """Seconds, in thousandths."""
-    return plain(1e3 * seconds)
-
-
-def millions(size: float) -> str:
-    """Of bytes."""
-    return plain(size / 1e6)
-
-
-def times(ratio: float) -> str:
-    """A ratio as a factor: 0.43×, 5.6×, 78×."""
-    return f"{plain(ratio, 2)}×"
-
-
-def percent(share: float) -> str:
-    """A share of one: 0.07 %, 2.6 %, 47 %."""
-    return f"{plain(100 * share, 2)} %"
-
-
-def error(value: float) -> str:
-    """A relative distance: 1.2e-07."""
-    return f"{value:.1e}"
+def plain(value: float) -> str:
+    """Three digits, and all of those before the point: 0.0123, 4.56, 78.9, 1,234."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def spread(values: Record) -> str:
@@ -147,12 +126,10 @@ def spread(values: Record) -> str:
 
 
 def shape(record: Record) -> str:
-    """The cell of a record."""
     return f"{record['n']} × {record['d']}"
 
 
 def setting(results: Record) -> str:
-    """The machine, the versions, and the day."""
     machine = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     return (
@@ -164,66 +141,66 @@ def setting(results: Record) -> str:
 GAIN = ("textbook", "textbook, torch.compile", "barlow_loss", "in a CUDA graph")
 CELL = ("N × D", "", shape)
 ALGORITHM = ("algorithm", "algorithm", str)
-OURS_MS = ("ours, ms", f"contenders/{OURS}/seconds/median", ms)
+OURS_MS = ("ours, ms", f"contenders/{OURS}/seconds/median", 1e3)
 EXACTNESS: Columns = (
     ("", "name", str),
-    ("computes", "definition", DEFINITIONS.__getitem__),
-    ("from its own float64: loss", "error_of_own loss", error),
-    ("gradient", "error_of_own gradient", error),
-    ("from the paper's: loss", "loss_error", error),
-    ("and gradient", "gradient_error", error),
+    ("computes", "definition", DEFINITIONS.get),
+    ("from its own float64: loss", "error_of_own loss", 1.0),
+    ("gradient", "error_of_own gradient", 1.0),
+    ("from the paper's: loss", "loss_error", 1.0),
+    ("and gradient", "gradient_error", 1.0),
 )
 LIMITS: Columns = (
     CELL,
     ALGORITHM,
-    ("ours, ms", "seconds/median", ms),
-    ("its GEMMs alone, ms", "gemms/seconds/median", ms),
-    ("ours / GEMMs", "ours_over_gemms/median", plain),
-    ("model, ms", "model_seconds", ms),
-    ("of the step, ms: products", "parts/products", ms),
-    ("elementwise", "parts/elementwise", ms),
-    ("rest", "parts/rest", ms),
+    ("ours, ms", "seconds/median", 1e3),
+    ("its GEMMs alone, ms", "gemms/seconds/median", 1e3),
+    ("ours / GEMMs", "ours_over_gemms/median", 1.0),
+    ("model, ms", "model_seconds", 1e3),
+    ("of the step, ms: products", "parts/products", 1e3),
+    ("elementwise", "parts/elementwise", 1e3),
+    ("rest", "parts/rest", 1e3),
 )
 HOST: Columns = (
     ("a small step", "what", str),
     CELL,
     ("dtype", "dtype", str),
-    ("ours, ms", "seconds/median", ms),
+    ("ours, ms", "seconds/median", 1e3),
     ("beside", "reference", str),
-    ("takes, ms", "reference_seconds/median", ms),
-    ("ours / that", "over_reference/median", times),
+    ("takes, ms", "reference_seconds/median", 1e3),
+    ("ours / that", "over_reference/median", 1.0),
 )
 DISTRIBUTED: Columns = (
     CELL,
     ("processes", "processes", str),
     OURS_MS,
-    ("textbook, × ours", f"contenders/{TEXTBOOK}/times_ours/median", times),
-    ("its products and all-reduce alone, × ours", "floor/times_ours/median", times),
-    ("the header, ms", "header/seconds/median", ms),
-    ("a rank sends, MB: ours", f"contenders/{OURS}/sent/collectives", millions),
-    ("textbook", f"contenders/{TEXTBOOK}/sent/collectives", millions),
+    ("textbook, × ours", f"contenders/{TEXTBOOK}/times_ours/median", 1.0),
+    ("its products and all-reduce alone, × ours", "floor/times_ours/median", 1.0),
+    ("the header, ms", "header/seconds/median", 1e3),
+    ("a rank sends, MB: ours", f"contenders/{OURS}/sent/collectives", 1e-6),
+    ("textbook", f"contenders/{TEXTBOOK}/sent/collectives", 1e-6),
 )
 TRAINING: Columns = (
     ("", "what", str),
     ("pairs", "batch_size", str),
     ("threads", "threads", str),
-    ("a step with the textbook, s", f"steps/{TEXTBOOK}", plain),
-    ("with ours, s", f"steps/{OURS}", plain),
-    ("speed-up", "speed_up", lambda ratio: f"{ratio:.2f}×"),
-    ("the loss by itself, ms: textbook", f"losses/{TEXTBOOK}/median", ms),
-    ("ours", f"losses/{OURS}/median", ms),
-    ("its share of the step: textbook", f"shares/{TEXTBOOK}", percent),
-    ("ours", f"shares/{OURS}", percent),
+    ("a step with the textbook, s", f"steps/{TEXTBOOK}", 1.0),
+    ("with ours, s", f"steps/{OURS}", 1.0),
+    ("times as fast", "speed_up", 1.0),
+    ("the loss by itself, ms: textbook", f"losses/{TEXTBOOK}/median", 1e3),
+    ("ours", f"losses/{OURS}/median", 1e3),
+    ("its share of the step, %: textbook", f"shares/{TEXTBOOK}", 100.0),
+    ("ours", f"shares/{OURS}", 100.0),
 )
 BYTES: Columns = (
     CELL,
     ("GPUs", "count", str),
-    ("all-reduce of C, MB", "textbook", millions),
-    ("ours, float32, MB", "ours", millions),
-    ("ours, 16 bit, MB", "half", millions),
-    ("vectors in either, MB", "vectors", millions),
-    ("textbook, GFLOP", "their flops", lambda flops: plain(flops / 1e9)),
-    ("ours, GFLOP", "flops", lambda flops: plain(flops / 1e9)),
+    ("all-reduce of C, MB", "textbook", 1e-6),
+    ("ours, float32, MB", "ours", 1e-6),
+    ("ours, 16 bit, MB", "half", 1e-6),
+    ("vectors in either, MB", "vectors", 1e-6),
+    ("textbook, GFLOP", "their flops", 1e-9),
+    ("ours, GFLOP", "flops", 1e-9),
 )
 
 
@@ -248,7 +225,7 @@ def gain(results: Record) -> str:
 
     def cost(own: Record) -> str:
         size = own["working_bytes"] if "working_bytes" in own else own["peak_bytes"]
-        return f"{ms(own['seconds']['median'])} ms, {millions(size)} MB"
+        return f"{plain(1e3 * own['seconds']['median'])} ms, {plain(size / 1e6)} MB"
 
     head = f"{SHOWN[0]} × {SHOWN[1]}, forward and backward"
     return table(rows, [(head, "where", str), *((head, head, cost) for head in GAIN)])
@@ -258,15 +235,15 @@ def speed(results: Record) -> str:
     """Ours in milliseconds, the others in multiples of it; then the working memory of all."""
     found = sorted(results["cells"], key=lambda cell: (cell["n"], cell["d"]))
     names = _names(found)
-    ratios = [(name, f"contenders/{name}/times_ours/median", times) for name in names if name != OURS]
-    memory = [(name, f"contenders/{name}/working_bytes", millions) for name in names]
+    ratios = [(name, f"contenders/{name}/times_ours/median", 1.0) for name in names if name != OURS]
+    memory = [(name, f"contenders/{name}/working_bytes", 1e-6) for name in names]
     # Where "auto" chose the dual, ours is there twice.
     twice = [figure(cell, f"contenders/{DUAL}/times_ours/median") for cell in found if cell["algorithm"] == "dual"]
     noise = [ratio for ratio in twice if ratio] or [1.0]
     return paragraphs(
         setting(results),
         table(found, [CELL, ("algorithm", "algorithm", str), OURS_MS, *ratios]),
-        f"Ours against itself in the same way: {min(noise):.2f} to {max(noise):.2f}×. {NONE}: not measured there.",
+        f"Ours against itself in the same way: {min(noise):.2f} to {max(noise):.2f}. {NONE}: not measured there.",
         table(found, [("working memory, MB", "", shape), *memory]),
     )
 
@@ -323,7 +300,6 @@ def _shards(found: Record) -> str:
 
 
 def bytes_on_gpus(results: Record) -> str:
-    """What a step costs each of many GPUs, by the model."""
     rows = []
     for cell, count in product(GPU_CELLS, GPUS):
         textbook = model.sent_by_textbook(cell, count)
@@ -375,12 +351,10 @@ STYLE: Any = {
 
 
 def picture(results_path: Path, kind: str) -> Path:
-    """Where the picture of a file of results lies: beside it."""
     return results_path.with_name(f"{results_path.stem}-{kind}.png")
 
 
 def digest(results: Record) -> str:
-    """SHA-256 of what the pictures are drawn from."""
     return hashlib.sha256(json.dumps(results["cells"], sort_keys=True).encode()).hexdigest()
 
 
@@ -460,8 +434,8 @@ def draw_comparison(results: Record) -> Figure:
     left, right = drawing.subplots(1, 2, sharey=True)
     _draw_bars(left, names, [found[name]["times_ours"]["median"] for name in names])
     _draw_bars(right, names, [found[name]["working_bytes"] / ours["working_bytes"] for name in names])
-    left.set_title(f"Time of a step at {shape(cell)}\n{OURS}: {ms(ours['seconds']['median'])} ms")
-    right.set_title(f"Working memory at {shape(cell)}\n{OURS}: {millions(ours['working_bytes'])} MB")
+    left.set_title(f"Time of a step at {shape(cell)}\n{OURS}: {plain(1e3 * ours['seconds']['median'])} ms")
+    right.set_title(f"Working memory at {shape(cell)}\n{OURS}: {plain(ours['working_bytes'] / 1e6)} MB")
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     for label, name in zip(left.get_yticklabels(), names, strict=True):
@@ -476,7 +450,7 @@ def _draw_bars(axes: Axes, names: Sequence[str], values: list[float]) -> None:
     colours = ["#8fbfdd" if entry(name).ours else "#a6a6a6" for name in names]
     axes.set_xscale("log")
     bars = axes.barh(range(len(names)), [value - 1 for value in values], left=1, color=colours, height=0.7)
-    axes.bar_label(bars, list(map(times, values)), padding=6, color=INK)
+    axes.bar_label(bars, [f"{plain(value)}×" for value in values], padding=6, color=INK)
     axes.axvline(1, color=BLUE, linewidth=1.6)
     room = max(max(values) / min(values), 10) ** 0.24  # for the numbers at the bars' ends
     axes.set_xlim(min(values) / room, max(values) * room)
@@ -491,7 +465,6 @@ def image(results: Record, results_path: Path, kind: str, folder: Path) -> str:
 
 
 def page(results: Record, results_path: Path) -> str:
-    """The page beside the results: all figures, with quartiles."""
     parts = ["# Benches", setting(results)]
     parts += [image(results, results_path, kind, results_path.parent) for kind in TITLES]
     for section in ("cells", "growth", "limits", "host", "distributed", "training"):
@@ -537,7 +510,6 @@ def pages(results_path: Path, root: Path = ROOT) -> dict[Path, str]:
 
 
 def other_pages() -> dict[Path, str]:
-    """What the pages of a GPU, of the relatives and of more views are to say."""
     import gpu
     import relatives
 
@@ -550,7 +522,6 @@ def other_pages() -> dict[Path, str]:
 
 
 def stale(wanted: dict[Path, str]) -> list[str]:
-    """The pages that do not say what the results say."""
     return [p.name for p, text in wanted.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
 
 
@@ -570,7 +541,6 @@ def write(wanted: dict[Path, str], results_path: Path) -> None:
 
 
 def main(flags: Sequence[str] | None = None) -> None:
-    """The program; ``flags`` in place of those of the command line."""
     parser = argparse.ArgumentParser(description="Put the figures of the benches into README and documentation.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something is out of date")
     checking = parser.parse_args(flags).check

@@ -59,7 +59,6 @@ class Sizes(NamedTuple):
 
 
 def training(sizes: Sizes, rounds: int) -> list[Record]:
-    """The section, on all cores."""
     with all_cores():
         return records(sizes, rounds)
 
@@ -73,7 +72,6 @@ def records(sizes: Sizes, rounds: int) -> list[Record]:
 
 
 def _with_backbone(model: Any, sizes: Sizes, rounds: int) -> Record:
-    """A step as the sum of its parts."""
     cell = Cell(sizes.batch_size, sizes.width)
     turns = checked_turns(cell, LOSSES, *cell.views())
     images = torch.randn(sizes.chunk, 3, sizes.image_size, sizes.image_size).to(memory_format=torch.channels_last)
@@ -133,7 +131,6 @@ def _training_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Any
 
 
 def _features(batch_size: int) -> list[Tensor]:
-    """Of both views, as a backbone would give them."""
     return [view.detach() for view in Cell(batch_size, FEATURES).views()]
 
 

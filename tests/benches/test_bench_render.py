@@ -59,8 +59,8 @@ def test_speed_is_ours_in_ms_and_the_others_over_it(results: Record) -> None:
     text, _, memory = render.speed(results).rpartition("\n\n")
     found = rows(text)
     assert found["N × D"] == ["algorithm", "ours, ms", "FFT relaxation", "textbook", "lightly", "solo-learn"]
-    assert found["100 × 1000"] == ["dual", "10", "0.5×", "5×", "6×", "20×"]
-    assert found["100 × 4000"] == ["dual", "40", "0.5×", "20×", "—", "—"]
+    assert found["100 × 1000"] == ["dual", "10", "0.5", "5", "6", "20"]
+    assert found["100 × 4000"] == ["dual", "40", "0.5", "20", "—", "—"]
     assert rows(memory)["100 × 2000"] == ["4", "4", "64", "64", "64"]
     assert rows(memory)["100 × 4000"] == ["8", "8", "256", "—", "—"]
 
@@ -68,7 +68,7 @@ def test_speed_is_ours_in_ms_and_the_others_over_it(results: Record) -> None:
 def test_a_cell_that_only_later_contenders_share_keeps_its_columns(results: Record) -> None:
     results["cells"].insert(0, fictitious.cell(50, 500, but=("textbook",)))
     found = rows(render.speed(results).rpartition("\n\n")[0])
-    assert found["100 × 1000"][2:5] == ["0.5×", "6×", "20×"]
+    assert found["100 × 1000"][2:5] == ["0.5", "6", "20"]
     assert found["50 × 500"][-1] == "—"
 
 
@@ -81,8 +81,8 @@ def test_growth_gives_exponents_and_the_largest_d(results: Record) -> None:
 def test_exactness_takes_the_largest_error_and_says_what_differs(results: Record) -> None:
     results["cells"][1]["contenders"]["textbook"]["error_of_own"]["loss"] = 5e-7
     found = rows(render.exactness(results))
-    assert found["textbook"] == ["the paper's loss", "5.0e-07", "2.0e-07", "—", "—"]
-    assert found["FFT relaxation"] == ["relaxed sum", "1.0e-07", "2.0e-07", "8.0e-02", "2.5e+00"]
+    assert found["textbook"] == ["the paper's loss", "5e-07", "2e-07", "—", "—"]
+    assert found["FFT relaxation"] == ["relaxed sum", "1e-07", "2e-07", "0.08", "2.5"]
 
 
 def test_limits_say_where_a_step_goes(results: Record) -> None:
@@ -92,8 +92,8 @@ def test_limits_say_where_a_step_goes(results: Record) -> None:
 
 def test_the_host_is_told_by_what_it_stands_beside(results: Record) -> None:
     text = render.host(results)
-    assert rows(text)["eager"] == ["4 × 16", "float32", "0.1", "textbook", "0.125", "0.8×"]
-    assert rows(text)["Triton on a pretended GPU"][3:] == ["an empty autograd.Function", "0.03", "3×"]
+    assert rows(text)["eager"] == ["4 × 16", "float32", "0.1", "textbook", "0.125", "0.8"]
+    assert rows(text)["Triton on a pretended GPU"][3:] == ["an empty autograd.Function", "0.03", "3"]
     assert (rows(text)["4 × 16"], rows(text)["64 × 2048"]) == (["50"], ["60"])
     results["host"]["left_out"] = {results["host"]["steps"].pop()["what"]: "triton is not installed"}
     assert render.host(results).endswith("Triton on a pretended GPU, because triton is not installed.")
@@ -101,14 +101,14 @@ def test_the_host_is_told_by_what_it_stands_beside(results: Record) -> None:
 
 def test_processes_have_time_and_bytes_and_everybodys_errors(results: Record) -> None:
     found = rows(render.distributed(results))
-    assert found["100 × 1000"] == ["2", "20", "16×", "5×", "0.5", "4", "64"]
+    assert found["100 × 1000"] == ["2", "20", "16", "5", "0.5", "4", "64"]
     assert found["textbook"] == ["1.0e-07 / 5.0e-01 / 1.0000", "1.0e-01 / 6.0e-01 / 0.9500"]
     assert "| refuses: shards must be even \\| or else |" in render.distributed(results)
 
 
 def test_training_before_and_after(results: Record) -> None:
     found = rows(render.table(results["training"], render.TRAINING))["projector alone"]
-    assert found == ["256", "3", "10", "9.2", "1.09×", "1,000", "200", "10 %", "2.2 %"]
+    assert found == ["256", "3", "10", "9.2", "1.09", "1,000", "200", "10", "2.17"]
 
 
 def test_who_was_not_measured_is_not_spoken_of(results: Record) -> None:

@@ -36,24 +36,13 @@ Contender = Callable[[Tensor, Tensor], Tensor]
 LAMBD = 0.0051
 EPS = 1e-5
 
-OURS = "barlow_loss"
-PRIMAL = "barlow_loss, primal"
-DUAL = "barlow_loss, dual"
-OURS_COMPILED = "barlow_loss, torch.compile"
-TEXTBOOK = "textbook"
-COMPILED = "textbook, torch.compile"
-LIGHTLY = "lightly"
-LIGHTLY_GATHERING = "lightly, gathering"
-STABLE = "stable-pretraining"
-SOLO = "solo-learn"
-VISSL = "VISSL"
-FFT = "FFT relaxation"
-FULL_ONLY = (PRIMAL, DUAL)  # they tell where "auto" should change over, which the README does not discuss
+OURS, OURS_COMPILED = "barlow_loss", "barlow_loss, torch.compile"
+PRIMAL, DUAL = "barlow_loss, primal", "barlow_loss, dual"
+TEXTBOOK, COMPILED = "textbook", "textbook, torch.compile"
+LIGHTLY, LIGHTLY_GATHERING = "lightly", "lightly, gathering"
+STABLE, SOLO, VISSL, FFT = "stable-pretraining", "solo-learn", "VISSL", "FFT relaxation"
 
-PAPER = "paper"
-UNBIASED = "unbiased"
-JOINT = "joint"
-RELAXED = "relaxed"
+PAPER, UNBIASED, JOINT, RELAXED = "paper", "unbiased", "joint", "relaxed"
 
 
 class Textbook(nn.Module):
@@ -82,7 +71,7 @@ def distributed_textbook(z1: Tensor, z2: Tensor) -> Tensor:
     The sum is not differentiated there, so each rank's gradient is its own part, and DDP's mean over W ranks makes that
     1/W of the gradient of the loss. FLOPs and passes over D×D matrices are those of ``Textbook``, for the rank's rows.
     """
-    n = _sum_over_ranks(torch.tensor(float(z1.shape[0]), dtype=z1.dtype))
+    n = _SumOverRanks.apply(torch.tensor(float(z1.shape[0]), dtype=z1.dtype))
     c = _synchronized_norm(z1, n).T @ _synchronized_norm(z2, n)
     c.div_(n)
     dist.all_reduce(c.detach())  # in place as there, but past autograd, which warns of it
@@ -152,8 +141,22 @@ def _norm(z: Tensor) -> Tensor:
 
 def _synchronized_norm(z: Tensor, n: Tensor) -> Tensor:
     """What ``SyncBatchNorm`` without parameters computes, which takes no CPU tensors; ``n`` rows on all ranks."""
-    x = z - _sum_over_ranks(z.sum(dim=0)) / n
-    return x * torch.rsqrt(_sum_over_ranks(x.square().sum(dim=0)) / n + EPS)
+    x: Tensor = z - _SumOverRanks.apply(z.sum(dim=0)) / n
+    return x * torch.rsqrt(_SumOverRanks.apply(x.square().sum(dim=0)) / n + EPS)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """y = Σ_r x_r on every rank; what arrives for x is the sum over the ranks of what arrives for y."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.clone()
+        dist.all_reduce(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _SumOverRanks.apply(grads[0])
 
 
 class _JointNorm(torch.autograd.Function):
@@ -181,25 +184,6 @@ def _averaged(c: Tensor) -> Tensor:
         return c
     dist.all_reduce(c.detach())
     return c / dist.get_world_size()
-
-
-def _sum_over_ranks(x: Tensor) -> Tensor:
-    total: Tensor = _SumOverRanks.apply(x)
-    return total
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """y = Σ_r x_r on every rank; what arrives for x is the sum over the ranks of what arrives for y."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clone()
-        dist.all_reduce(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return _sum_over_ranks(grads[0])
 
 
 def _ours(algorithm: Literal["auto", "primal", "dual"], features: int) -> Contender:
@@ -267,11 +251,6 @@ def installed(name: str) -> bool:
 
 
 def entry(name: str) -> Entry:
-    """What is known of a contender.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
     if name not in _ENTRIES:
         raise ValueError(f"name: expected one of {tuple(_ENTRIES)}, got {name!r}")
     return _ENTRIES[name]

@@ -240,9 +240,10 @@ _ENTRIES = {
 }
 
 
-def contenders() -> tuple[str, ...]:
-    """The names of the contenders of one process that this environment has, ours first."""
-    return tuple(name for name in _ENTRIES if name != LIGHTLY_GATHERING and installed(name))
+def contenders(processes: int = 1) -> tuple[str, ...]:
+    """The contenders that this environment has, ours first; several processes are left without their variants."""
+    variants = (LIGHTLY_GATHERING,) if processes == 1 else (PRIMAL, DUAL, OURS_COMPILED, COMPILED)
+    return tuple(name for name in _ENTRIES if name not in variants and installed(name))
 
 
 def installed(name: str) -> bool:

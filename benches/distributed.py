@@ -2,19 +2,16 @@
 
 W processes of one thread each form a gloo group over the loopback; each holds rows of its own of both views.
 
-``cells``: ours against the published program, in turns as in the cells. All ranks start a turn together and it lasts
-as long as on the slowest of them. ``floor`` is the published program's three products and its all-reduce of C alone,
-all else free; ``header`` the exchange of shapes and settings that precedes a step of ours.
+``cells``: ours against the published program. All ranks start a turn together and it lasts as long as on the slowest of
+them. ``floor`` is the published program's three products and its all-reduce of C alone, all else free; ``header`` the
+exchange of shapes and settings that precedes a step of ours.
 
 ``exactness``: every contender's loss and gradient against those of the whole batch in float64, for shards of as many
 rows and for uneven ones. The gradient is what DDP's mean over the ranks makes of theirs: 1/W of what arrives at all
 rows. The cosine tells a wrong direction from a wrong length.
 
-FLOP model, each rank: ours 8·N²·D/W, the published program 6·N·D²/W, and it passes 39 times over D×D matrices besides,
-whatever W is. Byte model: model.py. Three counts of the bytes are made: the model, what the collectives called send
-by it, which must be the same, and the loopback's counter, which sees the headers of TCP as well, and other programs.
-
-    python benches/bench.py --only distributed        under a minute on two cores
+FLOP and byte models: model.py. Three counts of the bytes are made: the model, what the collectives called send by it,
+which must be the same, and the loopback's counter, which sees the headers of TCP as well, and other programs.
 """
 
 from __future__ import annotations
@@ -38,30 +35,15 @@ from torch import Tensor
 import model
 from barlow_loss._collectives import group_of
 from barlow_loss._header import check_on_all_ranks
-from contenders import (
-    FFT,
-    LIGHTLY,
-    LIGHTLY_GATHERING,
-    OURS,
-    SOLO,
-    STABLE,
-    TEXTBOOK,
-    VISSL,
-    build,
-    distributed_textbook,
-    entry,
-    installed,
-)
-from measure import SEED, Answer, Cell, Errors, check, errors, interleave, ratios, spread, step, truth, wall
+from contenders import OURS, TEXTBOOK, build, contenders, distributed_textbook, entry
+from measure import SEED, Answer, Cell, check, errors, interleave, ratios, spread, step, truth, wall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from contenders import Contender
     from measure import Record, Turn
 
 GRID = {2: [Cell(256, 4096)], 4: [Cell(256, 4096)]}
-COMPARED = (OURS, TEXTBOOK, LIGHTLY, LIGHTLY_GATHERING, STABLE, SOLO, VISSL, FFT)
 # Rows of each rank, 256 in all: as many everywhere, and not.
 SHARES: dict[int, list[tuple[int, ...]]] = {2: [(128, 128), (96, 160)], 4: [(64, 64, 64, 64), (32, 96, 48, 80)]}
 EXACTNESS_FEATURES = 512
@@ -148,7 +130,7 @@ def answers(place: Place, shards: Shards, names: tuple[str, ...]) -> dict[str, A
     views = shards.of(place.rank)
     found: dict[str, Answer | Refusal] = {}
     for number, name in enumerate(names):
-        contender = _contender(name, shards.d)
+        contender = distributed_textbook if name == TEXTBOOK else build(name, shards.d)
         torch.manual_seed(SEED)
         with place.group(f"group-{number}"):
             try:
@@ -159,48 +141,33 @@ def answers(place: Place, shards: Shards, names: tuple[str, ...]) -> dict[str, A
     return found
 
 
-def _contender(name: str, features: int) -> Contender:
-    return distributed_textbook if name == TEXTBOOK else build(name, features)
-
-
-def distance(parts: list[Answer], right: Answer, factor: float = 1.0) -> tuple[Errors, float]:
-    """Errors of the ranks' answers, the loss's on the worst of them, and the cosine of the two gradients.
-
-    The gradient is that of DDP's mean over the ranks, divided by ``factor``.
-    """
-    gradients = [torch.cat(rows) / (len(parts) * factor) for rows in zip(*(part[1:] for part in parts), strict=True)]
-    found = [errors((part[0], *gradients), right) for part in parts]
-    flat, right_flat = (torch.cat(list(both)).double().flatten() for both in (gradients, right[1:]))
-    cosine = torch.cosine_similarity(flat, right_flat, dim=0).item()
-    return Errors(max(each.loss for each in found), found[0].gradient), cosine
-
-
-def exactness(shards: Shards, names: tuple[str, ...] = COMPARED) -> Record:
+def exactness(shards: Shards, names: tuple[str, ...]) -> Record:
     """How far each contender is from the whole batch's loss and gradient; raises where ours is too far."""
-    names = tuple(filter(installed, names))
     right = truth(*shards.views())
     by_rank = together(answers, len(shards.rows), shards, names)
-    contenders = {name: judged(name, shards, by_rank, right) for name in names}
-    return {"processes": len(shards.rows), "rows": list(shards.rows), "d": shards.d, "contenders": contenders}
+    found = {name: judged(name, shards, by_rank, right) for name in names}
+    return {"processes": len(shards.rows), "rows": list(shards.rows), "d": shards.d, "contenders": found}
 
 
 def judged(
     name: str, shards: Shards, by_rank: list[dict[str, Answer | Refusal]], right: Answer, factor: float | None = None
 ) -> Record:
-    """How far a contender is; of one whose gradient is known to be ``factor`` times the right one, from that.
+    """How far a contender is; one whose gradient is known to be ``factor`` times the right one is held to that.
 
-    Raises:
-        AssertionError: ours, or one with a factor, is further than it may be.
-        RuntimeError: ours raised.
+    Raises where ours refuses, and where ours, or one with a factor, is further than it may be.
     """
     parts = [own[name] for own in by_rank]
     if refusals := [part for part in parts if isinstance(part, Refusal)]:
         if entry(name).ours:
             raise RuntimeError(min(refusals).why)
         return {"refused": min(refusals).why}
-    found, cosine = distance([part for part in parts if not isinstance(part, Refusal)], right, factor or 1.0)
+    losses, *gradients = zip(*parts, strict=True)
+    mean = [torch.cat(rows) / (len(by_rank) * (factor or 1.0)) for rows in gradients]
+    found = max(errors((loss, *mean), right) for loss in losses)
     if entry(name).ours or factor:
         check(name, shards, found)
+    flat, right_flat = (torch.cat(list(both)).double().flatten() for both in (mean, right[1:]))
+    cosine = torch.cosine_similarity(flat, right_flat, dim=0).item()
     return {"loss_error": found.loss, "gradient_error": found.gradient, "gradient_cosine": cosine}
 
 
@@ -209,33 +176,29 @@ def measure(shards: Shards, rounds: int, seconds: float) -> Record:
     processes, right = len(shards.rows), truth(*shards.views())
     factors = {OURS: 1.0, TEXTBOOK: 1 / processes}
     by_rank = together(answers, processes, shards, tuple(factors))
-    contenders = {
-        name: judged(name, shards, by_rank, right, factor) | {"gradient_factor": factor}
-        for name, factor in factors.items()
-    }
-    timed = together(costs, processes, shards, rounds, seconds)[0]
-    called, sent = timed["contenders"][OURS]["sent"]["collectives"], model.sent_by_dual(shards, processes).sent
+    record = together(costs, processes, shards, rounds, seconds)[0]
+    called, sent = record["contenders"][OURS]["sent"]["collectives"], model.sent_by_dual(shards, processes).sent
     if abs(called - sent) > 0.5:
         raise AssertionError(f"{OURS} at {shards}: expected {sent:,.0f} bytes sent, counted {called:,.0f}")
-    for name, found in contenders.items():
-        found.update(timed["contenders"][name])
-    return {"n": shards.n, "d": shards.d, "processes": processes, **timed, "contenders": contenders}
+    for name, factor in factors.items():
+        found = judged(name, shards, by_rank, right, factor)
+        record["contenders"][name] |= found | {"gradient_factor": factor}
+    return {"n": shards.n, "d": shards.d, "processes": processes, **record}
 
 
 def costs(place: Place, shards: Shards, rounds: int, seconds: float) -> Record:
     """A job: what is sent, and times; the same on every rank but for the loopback's counter."""
     views = shards.of(place.rank)
-    steps: dict[str, Turn] = {name: partial(step, _contender(name, shards.d), *views) for name in (OURS, TEXTBOOK)}
+    steps: dict[str, Turn] = {OURS: partial(step, build(OURS, shards.d), *views)}
+    steps[TEXTBOOK] = partial(step, distributed_textbook, *views)
     with place.group("costs"):
         sent = {name: _sent(turn) for name, turn in steps.items()}
         rest: dict[str, Turn] = {"floor": _floor(shards), "header": _header(*views)}
-        for turn in rest.values():
-            turn()  # the steps have run
         times = interleave(steps | rest, rounds, seconds, _time_together)
     over_ours = ratios(times, OURS)
     told = {name: {"seconds": spread(own), "times_ours": over_ours[name]} for name, own in times.items()}
-    contenders = {name: {"sent": sent[name], **told[name]} for name in steps}
-    return {"rounds": len(times[OURS]), "contenders": contenders, "floor": told["floor"], "header": told["header"]}
+    found = {name: {"sent": sent[name], **told[name]} for name in steps}
+    return {"rounds": len(times[OURS]), "contenders": found, "floor": told["floor"], "header": told["header"]}
 
 
 def _floor(shards: Shards) -> Turn:
@@ -301,5 +264,5 @@ def section(grid: dict[int, list[Cell]], rounds: int, seconds: float) -> Record:
     cells = [Shards.even(cell, processes) for processes, cells in grid.items() for cell in cells]
     return {
         "cells": [measure(shards, rounds, seconds) for shards in cells],
-        "exactness": [exactness(shards) for shards in shares],
+        "exactness": [exactness(shards, contenders(len(shards.rows))) for shards in shares],
     }

@@ -8,12 +8,13 @@ if find_spec("torchvision") is None:
     pytest.skip("needs torchvision", allow_module_level=True)
 
 from contenders import OURS, TEXTBOOK
-from training import ALONE, WHOLE, Sizes, records
+from measure import cores
+from training import ALONE, WHOLE, Sizes, training
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return records(Sizes(batch_size=4, projector_batch_size=16, image_size=32, width=64, chunk=4), rounds=3)
+    return training(Sizes(batch_size=4, projector_batch_size=16, image_size=32, width=64, chunk=4), rounds=3)
 
 
 def test_what_was_run(tiny):
@@ -24,7 +25,7 @@ def test_what_was_run(tiny):
     assert whole["parts"].keys() == {"backbone", "projector", "optimizer"}
     assert alone["parts"].keys() == {"projector", "optimizer"}
     for record in tiny:
-        assert (record["projector"], record["threads"], record["rounds"]) == (64, 1, 3)
+        assert (record["projector"], record["threads"], record["rounds"]) == (64, cores(), 3)
 
 
 def test_shares_and_speed_up(tiny):

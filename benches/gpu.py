@@ -28,7 +28,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from measure import Answer, Clock, Record, Turn
+    from measure import Answer, Record, Turn
     from model import Setting
 
     Step = Callable[[], Answer]
@@ -97,6 +97,7 @@ class Events:
     MOST_CALLS = 300  # in a turn: the overwriting takes longer than a small step
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
         self._other = torch.empty(max(4 * cache, self.LEAST_FLUSH), dtype=torch.int8, device=device)
 
@@ -126,20 +127,11 @@ class Events:
         return start, end
 
 
-class Device(NamedTuple):
-    """Where steps run, and its clocks: with the cache overwritten before each step, and steps in a row."""
+class Wall:
+    """In its place on the CPU, where the program is tried out."""
 
-    device: torch.device
-    cold: Clock
-    in_a_row: Clock
-
-    @classmethod
-    def of(cls, device: torch.device) -> Device:
-        """On the CPU, where the program is tried out, both clocks are the wall's."""
-        if device.type == "cpu":
-            return cls(device, wall, wall)
-        events = Events(device)
-        return cls(device, events, events.in_a_row)
+    device = torch.device("cpu")
+    __call__ = in_a_row = staticmethod(wall)
 
 
 class Graphed:
@@ -169,10 +161,10 @@ class Graphed:
         return self._answer
 
 
-def missing(name: str, where: Device, deadline: float) -> str | None:
+def missing(name: str, clock: Events | Wall, deadline: float) -> str | None:
     if name == LIGHTLY and not contenders.installed(contenders.LIGHTLY):
         return "not installed"
-    if name in (TRITON, GRAPH) and where.device.type == "cpu":
+    if name in (TRITON, GRAPH) and clock.device.type == "cpu":
         return "needs a GPU"
     if name in (TRITON, GRAPH, COMPILED) and find_spec("triton") is None:
         return "triton is not installed"
@@ -180,7 +172,7 @@ def missing(name: str, where: Device, deadline: float) -> str | None:
     return "the budget was spent" if late else None
 
 
-def build(name: str, cell: Cell, setting: Setting, where: Device, *views: Tensor) -> Step:
+def build(name: str, cell: Cell, setting: Setting, clock: Events | Wall, *views: Tensor) -> Step:
     """A step of the contender ``name``: forward under the setting's autocast, backward outside of it."""
     if name in OURS:
         loss: Any = BarlowTwinsLoss(
@@ -188,12 +180,12 @@ def build(name: str, cell: Cell, setting: Setting, where: Device, *views: Tensor
         )
     else:
         loss = contenders.build(contenders.LIGHTLY, cell.d) if name == LIGHTLY else contenders.Textbook(cell.d)
-    loss = loss.to(where.device)
+    loss = loss.to(clock.device)
     if name == COMPILED:
         loss = torch.compile(loss, fullgraph=True, dynamic=False)
 
     def forward(*z: Tensor) -> Tensor:
-        with torch.autocast(where.device.type, torch.bfloat16) if setting == AUTOCAST else nullcontext():
+        with torch.autocast(clock.device.type, torch.bfloat16) if setting == AUTOCAST else nullcontext():
             value: Tensor = loss(*z)
             return value
 
@@ -212,26 +204,24 @@ def allowed(name: str, setting: Setting) -> Errors:
     return OTHERS_ALLOWED if setting == FLOAT32 else Errors(0.05, 0.5)
 
 
-def measured(cell: Cell, setting: Setting, where: Device, rounds: int, deadline: float) -> Record:
+def measured(cell: Cell, setting: Setting, clock: Events | Wall, rounds: int, deadline: float) -> Record:
     torch.compiler.reset()  # generated code is for one shape and dtype
-    views = cell.views(device=where.device, dtype=setting.dtype)
+    views = cell.views(device=clock.device, dtype=setting.dtype)
     right = measure.truth(*views)
     records: dict[str, Record] = {}
     turns: dict[str, Step] = {}
     for name in CONTENDERS:
-        if reason := missing(name, where, deadline):
+        if reason := missing(name, clock, deadline):
             records[name] = {"left_out": reason}
             continue
-        records[name], turn = _try(name, cell, setting, where, right, views)
+        records[name], turn = _try(name, cell, setting, clock, right, views)
         if turn is not None:
             turns[name] = turn
     del right
-    half = setting == AUTOCAST and where.device.type != "cpu"  # the dtype that ours takes
-    _, products = measure.gemms(cell, where.device, torch.float16 if half else torch.float32)
+    half = setting == AUTOCAST and clock.device.type != "cpu"  # the dtype that ours takes
+    _, products = measure.gemms(cell, clock.device, torch.float16 if half else torch.float32)
     timed: dict[str, Turn] = {**turns, "products": products}
-    for again in timed.values():
-        again()
-    times = measure.interleave(timed, rounds, CELL_SECONDS, where.cold)
+    times = measure.interleave(timed, rounds, CELL_SECONDS, clock)
     alone = times.pop("products")
     for over in filter(turns.__contains__, OURS):
         for name, ratio in ratios(times, over).items():
@@ -239,61 +229,60 @@ def measured(cell: Cell, setting: Setting, where: Device, rounds: int, deadline:
     for name, turn in turns.items():
         records[name]["seconds"] = spread(times[name])
         calls = max(3, math.ceil(0.02 / records[name]["seconds"]["median"]))
-        records[name]["back_to_back"] = statistics.median(where.in_a_row(turn, calls) for _ in range(3))
+        records[name]["back_to_back"] = statistics.median(clock.in_a_row(turn, calls) for _ in range(3))
     found = {"rounds": len(alone), "contenders": records, "products": spread(alone)}
     return {"n": cell.n, "d": cell.d, "setting": setting.name, **found}
 
 
 def _try(
-    name: str, cell: Cell, setting: Setting, where: Device, right: Answer, views: tuple[Tensor, ...]
+    name: str, cell: Cell, setting: Setting, clock: Events | Wall, right: Answer, views: tuple[Tensor, ...]
 ) -> tuple[Record, Step | None]:
     """What is known of a contender before it is timed, and its turn if it is to be."""
     try:
-        turn = build(name, cell, setting, where, *views)
+        turn = build(name, cell, setting, clock, *views)
         found = measure.errors(turn(), right)
-        peak, gradients = _peak(turn, where)
+        peak = _peak(turn, clock)
     except Exception as error:  # a contender that breaks must not take the others with it
-        _release(where)
+        _release(clock)
         return {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}, None
-    record: Record = {"loss_error": found.loss, "gradient_error": found.gradient}
-    record |= {"peak_bytes": peak, "gradient_bytes": gradients}
+    record: Record = {"loss_error": found.loss, "gradient_error": found.gradient, "peak_bytes": peak}
     limit = allowed(name, setting)
     if not (found.loss <= limit.loss and found.gradient <= limit.gradient):
         return record | {"failed": f"wrong: errors of at most {limit.loss:.1e} and {limit.gradient:.1e} expected"}, None
     return record, turn
 
 
-def _peak(turn: Step, where: Device) -> tuple[int | None, int]:
-    """Bytes by which the allocated memory rises during a step; those of the gradients that it returns."""
+def _peak(turn: Step, clock: Events | Wall) -> int | None:
+    """Bytes by which the allocated memory rises during a step, its gradients among them."""
     gc.collect()
-    if where.device.type == "cpu":
-        return None, sum(gradient.nbytes for gradient in turn()[1:])
+    if clock.device.type == "cpu":
+        return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    answer = turn()
+    turn()
     torch.cuda.synchronize()
     rise: int = turn.peak if isinstance(turn, Graphed) else torch.cuda.max_memory_allocated() - before
-    return rise, sum(gradient.nbytes for gradient in answer[1:])
+    return rise
 
 
-def ceilings(where: Device) -> dict[str, float]:
+def ceilings(clock: Events | Wall) -> dict[str, float]:
     """Bandwidth of a copy, rates of large products, seconds per tiny kernel: issued by the host, and from a graph."""
-    if where.device.type == "cpu":
+    if clock.device.type == "cpu":
         rates = dict.fromkeys(("copy_bytes_per_second", "float16_flops", "bfloat16_flops", "float32_flops"), 1e10)
         return rates | {"host_seconds": 1e-5, "launch_seconds": 1e-5}
 
     def median(turn: Turn) -> float:
-        where.in_a_row(turn, 2)
-        return statistics.median(where.in_a_row(turn, 1) for _ in range(11))
+        clock.in_a_row(turn, 2)
+        return statistics.median(clock.in_a_row(turn, 1) for _ in range(11))
 
-    source = torch.randn(COPIED_BYTES // 4, device=where.device)
+    source = torch.randn(COPIED_BYTES // 4, device=clock.device)
     target = torch.empty_like(source)
     found = {"copy_bytes_per_second": 2 * COPIED_BYTES / median(partial(target.copy_, source))}
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        factors = torch.randn(2, SQUARE, SQUARE, device=where.device).to(dtype)
+        factors = torch.randn(2, SQUARE, SQUARE, device=clock.device).to(dtype)
         found[f"{str(dtype).removeprefix('torch.')}_flops"] = 2 * SQUARE**3 / median(partial(torch.mm, *factors))
-    one = torch.zeros(1, device=where.device)
+    one = torch.zeros(1, device=clock.device)
 
     def many() -> None:
         for _ in range(LAUNCHES):
@@ -306,34 +295,33 @@ def ceilings(where: Device) -> dict[str, float]:
     return found | {"launch_seconds": median(graph.replay) / LAUNCHES}
 
 
-def run(where: Device, grid: Sequence[Cell], deadline: float, out: Path) -> Record:
+def run(clock: Events | Wall, grid: Sequence[Cell], deadline: float, out: Path) -> Record:
     """All cells, written after each, so that what was measured is kept whatever comes next."""
-    versions = measure.environment("triton", "lightly", device=where.device)
-    smoke = where.device.type == "cpu"
+    versions = measure.environment("triton", "lightly", device=clock.device)
+    smoke = clock.device.type == "cpu"
     results: Record = {
         "environment": versions,
-        "ceilings": ceilings(where),
+        "ceilings": ceilings(clock),
         "smoke": smoke,
         "cells": [],
         "left_out": [],
     }
     for setting, cell in product(SETTINGS, grid):
+        print(f"{cell}, {setting.name}", flush=True)
         try:
             if time.monotonic() > deadline:
                 raise TimeoutError("the budget was spent")
-            results["cells"].append(measured(cell, setting, where, ROUNDS, deadline))
-            print(line(results["cells"][-1]), flush=True)
+            results["cells"].append(measured(cell, setting, clock, ROUNDS, deadline))
         except (TimeoutError, torch.OutOfMemoryError) as reason:  # the views and their float64 answer may be too large
             results["left_out"].append(f"{cell}, {setting.name}: left out, {str(reason).partition('. ')[0]}")
-            print(results["left_out"][-1], flush=True)
         measure.store(results, out / "gpu.json")
-        _release(where)
+        _release(clock)
     return results
 
 
-def _release(where: Device) -> None:
+def _release(clock: Events | Wall) -> None:
     gc.collect()
-    if where.device.type != "cpu":
+    if clock.device.type != "cpu":
         torch.cuda.empty_cache()
 
 
@@ -350,7 +338,7 @@ def figures(found: Record, least: float) -> Record:
     """What was measured of a contender, over the floor too; or why nothing was."""
     told = {key.replace("_", " "): f"{found[key]:.1e}" for key in ("loss_error", "gradient_error") if key in found}
     if "seconds" not in found:
-        return {"instead of a time": _instead(found), **told}
+        return {"instead of a time": (found.get("failed") or found["left_out"]).replace("|", "/"), **told}
     return {
         "ms": {key: 1e3 * value for key, value in found["seconds"].items()},
         "ms back to back": 1e3 * found["back_to_back"],
@@ -359,19 +347,6 @@ def figures(found: Record, least: float) -> Record:
         "MB with gradients": plain(found["peak_bytes"] / 1e6) if found["peak_bytes"] else NONE,
         **told,
     }
-
-
-def _instead(found: Record) -> str:
-    return str(found.get("failed") or found.get("left_out")).replace("|", "/")
-
-
-def line(record: Record) -> str:
-    told = {
-        name: f"{1e3 * found['seconds']['median']:.3g} ms" if "seconds" in found else _instead(found)
-        for name, found in record["contenders"].items()
-    }
-    said = "; ".join(f"{name}: {what}" for name, what in told.items())
-    return f"{record['n']}×{record['d']}, {record['setting']}: {said}; {record['rounds']} rounds"
 
 
 def chip(results: Record) -> Chip:
@@ -436,8 +411,8 @@ def main() -> None:
         sys.exit(f"torch {torch.__version__} finds no GPU here. The predictions: benches/model.py")
     warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
     out = flags.out or (Path(tempfile.mkdtemp(prefix="barlow-loss-")) if flags.smoke else RESULTS)
-    where = Device.of(torch.device("cpu" if flags.smoke else "cuda"))
-    results = run(where, flags.grid or (SMOKE_GRID if flags.smoke else ORDER), time.monotonic() + flags.budget, out)
+    clock = Wall() if flags.smoke else Events(torch.device("cuda"))
+    results = run(clock, flags.grid or (SMOKE_GRID if flags.smoke else ORDER), time.monotonic() + flags.budget, out)
     (out / "gpu.md").write_text(markdown(results), encoding="utf-8")
     print(f"\n{markdown(results)}\nWritten to {out}")
     if wrong := failures(results):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import statistics
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import model
-from contenders import COMPILED, DUAL, JOINT, OURS, OURS_COMPILED, PAPER, PRIMAL, RELAXED, TEXTBOOK, UNBIASED, entry
+from contenders import COMPILED, DUAL, OURS, OURS_COMPILED, PAPER, PRIMAL, TEXTBOOK, entry
 from measure import RESULTS, cells, load, newest
 
 if TYPE_CHECKING:
@@ -32,19 +31,11 @@ if TYPE_CHECKING:
 
     from measure import Record
 
-    Columns = Sequence[
-        tuple[str, str, Any]
-    ]  # title, path of the figure in a record, and what shows it or is its factor
+    Columns = Sequence[tuple[str, str, Any]]  # title, path in a record, what shows the figure there or is its factor
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/performance.md", "docs/processes.md")  # of a repository, with markers for the blocks
 NONE = "—"  # not measured
-DEFINITIONS = {
-    PAPER: "the paper's loss",
-    UNBIASED: "unbiased deviation",
-    JOINT: "statistics of both views together",
-    RELAXED: "relaxed sum",
-}
 HIDDEN = (PRIMAL, DUAL)  # they tell where "auto" should change over, which the pages do not discuss
 SHOWN = (256, 8192)  # the cell of the README's table and picture
 GPUS = (8, 16, 64, 256, 1024)
@@ -140,11 +131,10 @@ def setting(results: Record) -> str:
 
 GAIN = ("textbook", "textbook, torch.compile", "barlow_loss", "in a CUDA graph")
 CELL = ("N × D", "", shape)
-ALGORITHM = ("algorithm", "algorithm", str)
 OURS_MS = ("ours, ms", f"contenders/{OURS}/seconds/median", 1e3)
 EXACTNESS: Columns = (
     ("", "name", str),
-    ("computes", "definition", DEFINITIONS.get),
+    ("computes", "definition", str),
     ("from its own float64: loss", "error_of_own loss", 1.0),
     ("gradient", "error_of_own gradient", 1.0),
     ("from the paper's: loss", "loss_error", 1.0),
@@ -152,7 +142,7 @@ EXACTNESS: Columns = (
 )
 LIMITS: Columns = (
     CELL,
-    ALGORITHM,
+    ("algorithm", "algorithm", str),
     ("ours, ms", "seconds/median", 1e3),
     ("its GEMMs alone, ms", "gemms/seconds/median", 1e3),
     ("ours / GEMMs", "ours_over_gemms/median", 1.0),
@@ -358,35 +348,15 @@ def digest(results: Record) -> str:
     return hashlib.sha256(json.dumps(results["cells"], sort_keys=True).encode()).hexdigest()
 
 
-def drawn_from(path: Path) -> str | None:
-    """The digest that a PNG keeps, or None; a broken file has none."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return str(image.info.get(KEYWORD))
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises for a file that is no whole PNG
-        return None
-
-
 def draw(results: Record, results_path: Path) -> list[Path]:
     """Draw the pictures of these results beside their file; returns where. Needs matplotlib."""
     import matplotlib as mpl
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
-    info = PngInfo()
-    info.add_text(KEYWORD, digest(results))
-    paths = []
-    for kind, drawer in ((GROWTH, draw_growth), (COMPARISON, draw_comparison)):
-        with mpl.rc_context(STYLE):
-            pixels = io.BytesIO()
-            drawer(results).savefig(pixels, dpi=140, bbox_inches="tight")
-        paths.append(picture(results_path, kind))
-        few = Image.open(pixels).convert("RGB").quantize(256)  # colours: a quarter as large as with all of them
-        few.save(paths[-1], pnginfo=info, optimize=True)
-    return paths
+    with mpl.rc_context(STYLE):
+        for kind, drawing in ((GROWTH, draw_growth(results)), (COMPARISON, draw_comparison(results))):
+            text = {KEYWORD: digest(results)}
+            drawing.savefig(picture(results_path, kind), dpi=120, bbox_inches="tight", metadata=text)
+    return [picture(results_path, kind) for kind in TITLES]
 
 
 def draw_growth(results: Record) -> Figure:
@@ -488,11 +458,7 @@ def blocks(results: Record, results_path: Path, folder: Path) -> dict[str, str]:
 
 
 def pages(results_path: Path, root: Path = ROOT) -> dict[Path, str]:
-    """What is to stand in every page that is made of a file of results.
-
-    Raises:
-        SystemExit: no page has a place for a block with figures.
-    """
+    """What is to stand in the pages that are made of a file of results; raises where a block has no place in any."""
     results, on_gpu = load(results_path), results_path.with_name("gpu.json")
     found = {results_path.with_suffix(".md"): page(results, results_path)}
     results |= {"gpu": load(on_gpu)} if on_gpu.exists() else {}
@@ -529,7 +495,8 @@ def stale_pictures(results_path: Path) -> list[str]:
     """The pictures that were drawn from other figures, or not at all."""
     results = load(results_path)
     paths = [picture(results_path, kind) for kind in TITLES] if results.get("cells") else []
-    return [path.name for path in paths if not path.exists() or drawn_from(path) != digest(results)]
+    wanted = f"{KEYWORD}\0{digest(results)}".encode()
+    return [path.name for path in paths if not path.exists() or wanted not in path.read_bytes()]
 
 
 def write(wanted: dict[Path, str], results_path: Path) -> None:

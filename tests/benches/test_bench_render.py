@@ -81,8 +81,8 @@ def test_growth_gives_exponents_and_the_largest_d(results: Record) -> None:
 def test_exactness_takes_the_largest_error_and_says_what_differs(results: Record) -> None:
     results["cells"][1]["contenders"]["textbook"]["error_of_own"]["loss"] = 5e-7
     found = rows(render.exactness(results))
-    assert found["textbook"] == ["the paper's loss", "5e-07", "2e-07", "—", "—"]
-    assert found["FFT relaxation"] == ["relaxed sum", "1e-07", "2e-07", "0.08", "2.5"]
+    assert found["textbook"] == ["paper", "5e-07", "2e-07", "—", "—"]
+    assert found["FFT relaxation"] == ["relaxed", "1e-07", "2e-07", "0.08", "2.5"]
 
 
 def test_limits_say_where_a_step_goes(results: Record) -> None:
@@ -271,10 +271,10 @@ def texts(figure: Any) -> str:
 def test_two_pictures_that_load_fast_on_a_white_ground(drawn: list[Path]) -> None:
     from PIL import Image
 
-    assert [path.name for path in drawn] == ["2001-01-01-nowhere-growth.png", "2001-01-01-nowhere-comparison.png"]
+    assert [path.name for path in drawn] == ["2001-01-01-nowhere-comparison.png", "2001-01-01-nowhere-growth.png"]
     for path in drawn:
         assert path.stat().st_size < MOST_BYTES
-        assert render.drawn_from(path) == render.digest(fictitious.results())
+        assert render.digest(fictitious.results()).encode() in path.read_bytes()
         with Image.open(path) as picture:
             assert picture.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
             assert picture.width > 1000
@@ -283,7 +283,7 @@ def test_two_pictures_that_load_fast_on_a_white_ground(drawn: list[Path]) -> Non
 def test_the_few_colours_of_the_file_tell_the_contenders_apart(drawn: list[Path]) -> None:
     from PIL import Image
 
-    with Image.open(drawn[0]) as picture:
+    with Image.open(drawn[1]) as picture:
         present = {colour for _, colour in picture.convert("RGB").getcolors(2**16)}
     for colour in (render.BLUE, *render.OTHERS[:2]):
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]

@@ -54,7 +54,7 @@ import distributed
 import measure
 import render
 from barlow_loss import BarlowTwinsLoss, _plan
-from check import verdicts
+from check import SECTIONS, verdicts
 from contenders import COMPILED, FFT, OURS, OURS_COMPILED, PRIMAL, SOLO, TEXTBOOK, build, contenders, entry
 from measure import Cell, beside, cells, checked_turns, errors, interleave, ratios, spread, step, wall, watched, work
 from training import Sizes, training
@@ -65,8 +65,6 @@ if TYPE_CHECKING:
     from measure import Record, Turn
 
     Points = list[tuple[int, Record]]
-
-SECTIONS = ("cells", "growth", "limits", "host", "distributed", "training")
 
 # Two lines, N = 256 and D = 2048, on which costs are seen to grow, and the shape of a primal: everyone.
 GRID = cells("64x2048", "256x2048", "1024x2048", "256x4096", "256x8192", "4096x512")

@@ -16,18 +16,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from contenders import OURS, TEXTBOOK, entry
 from measure import baseline, load, newest
-from render import table
+from render import figure, table
 
 if TYPE_CHECKING:
     from measure import Record
 
 BENCH = Path(__file__).with_name("bench.py")
 ROWS = 12  # of the table at least, if there are as many
+SECTIONS = ("cells", "growth", "limits", "host", "distributed", "training")
+OPERATIONS = "operations of a step"
+CELL, PROCESSES = "{n}×{d}, threads {threads}", "{n}×{d} on {processes} processes"
+SENT = "contenders/{}/sent/collectives"
 
 
 class Key(NamedTuple):
@@ -84,21 +89,21 @@ class Change(NamedTuple):
 
 
 Figures = dict[Key, Figure]
-Ratios = Iterator[tuple[str, str, Figure]]  # place, what, and how large
+Ratios = Iterator[tuple[Key, Figure]]
 
 # What this library promises about its cost on a CPU. Machines differ: a promise that another one does not keep is worth
 # an issue, so it is said, and is no failure. Twice the inputs of 256×4096 are a quarter of a D×D matrix.
 PROMISES = {
     Key("growth", "N = 256", "exponent of time in d"): 1.15,
-    Key("cells", "256×4096 on 1 thread", "working memory over the inputs"): 2.0,
-    Key("limits", "256×8192 on 1 thread", "time over its GEMMs alone"): 1.7,
-    Key("limits", "1024×8192 on 1 thread", "time over its GEMMs alone"): 1.5,
+    Key("cells", "256×4096, threads 1", "working memory over the inputs"): 2.0,
+    Key("limits", "256×8192, threads 1", "time over its GEMMs alone"): 1.7,
+    Key("limits", "1024×8192, threads 1", "time over its GEMMs alone"): 1.5,
     Key("training", "ResNet-50 and projector, batch 64", "share of the loss"): 0.03,
 }
 
 
 def verdicts(results: Record) -> list[str]:
-    found = {key: figure.value for key, figure in figures(results).items() if key in PROMISES}
+    found = {key: ratio.value for key, ratio in figures(results).items() if key in PROMISES}
     return [
         f"{'kept' if value <= PROMISES[key] else 'NOT KEPT'}: {key}: {value:.3g}, promised at most {PROMISES[key]:g}"
         for key, value in found.items()
@@ -106,79 +111,57 @@ def verdicts(results: Record) -> list[str]:
 
 
 def figures(results: Record) -> Figures:
-    return {
-        Key(section, place, what): figure
-        for section, ratios in SECTIONS.items()
-        if results.get(section)
-        for place, what, figure in ratios(results[section])
-    }
-
-
-def _place(cell: Record) -> str:
-    return f"{cell['n']}×{cell['d']} on {cell['threads']} thread{'s' * (cell['threads'] > 1)}"
+    return dict([*_of_cells(results.get("cells", [])), *_of_growth(results.get("growth")), *_quotients(results)])
 
 
 def _of_cells(cells: list[Record]) -> Ratios:
     for cell in cells:
-        place, contenders = _place(cell), cell["contenders"]
+        key, contenders = (
+            partial(Key, "cells", CELL.format(**cell)),
+            cell["contenders"],
+        )
         textbook = contenders.get(TEXTBOOK)
         for name, found in contenders.items():
             ratio = found["times_ours"]["median"]
             if not entry(name).ours:
-                yield place, f"time over {name}", Figure(1 / ratio)
+                yield key(f"time over {name}"), Figure(1 / ratio)
             elif name != OURS and textbook:
-                yield place, f"time of {name} over {TEXTBOOK}", Figure(ratio / textbook["times_ours"]["median"])
+                yield key(f"time of {name} over {TEXTBOOK}"), Figure(ratio / textbook["times_ours"]["median"])
         working = contenders[OURS]["working_bytes"]
-        yield place, "working memory over the inputs", Figure(working / (2 * 4 * cell["n"] * cell["d"]))
+        yield key("working memory over the inputs"), Figure(working / (2 * 4 * cell["n"] * cell["d"]))
         if textbook:
-            yield place, f"working memory over {TEXTBOOK}", Figure(working / textbook["working_bytes"])
+            yield key(f"working memory over {TEXTBOOK}"), Figure(working / textbook["working_bytes"])
 
 
-def _of_growth(growth: Record) -> Ratios:
+def _of_growth(growth: Record | None) -> Ratios:
     for line, axis, fixed in (("features", "d", "n"), ("samples", "n", "d")):
-        if fit := growth[line]["contenders"].get(OURS):
-            exponent = Figure(fit["exponent"], max(fit[axis]) / min(fit[axis]))
-            yield f"{fixed.upper()} = {growth[line][fixed]}", f"exponent of time in {axis}", exponent
-    budget = growth["budget"]
-    if largest := budget["contenders"].get(OURS):
-        yield f"N = {budget['n']}", "working memory over D, the largest", Figure(budget["bytes"] / largest["features"])
+        if fit := figure(growth, f"{line}/contenders/{OURS}"):
+            key = Key("growth", f"{fixed.upper()} = {figure(growth, line)[fixed]}", f"exponent of time in {axis}")
+            yield key, Figure(fit["exponent"], max(fit[axis]) / min(fit[axis]))
+    if largest := figure(growth, f"budget/contenders/{OURS}/features"):
+        budget = figure(growth, "budget")
+        yield (
+            Key("growth", f"N = {budget['n']}", "working memory over D, the largest"),
+            Figure(budget["bytes"] / largest),
+        )
 
 
-def _of_limits(cells: list[Record]) -> Ratios:
-    for cell in cells:
-        yield _place(cell), "time over its GEMMs alone", Figure(cell["ours_over_gemms"]["median"])
+# Of each: the section, where its records lie, the place, of what, and the figures whose quotient it is.
+QUOTIENTS = (
+    ("limits", "", CELL, "time over its GEMMs alone", "ours_over_gemms/median", ""),
+    ("host", "steps", "{n}×{d}, {what}", "host time over {reference}", "over_reference/median", ""),
+    ("host", "operations", "{n}×{d}, eager", OPERATIONS, "operations", ""),
+    ("distributed", "cells", PROCESSES, f"time over {TEXTBOOK}", "", f"contenders/{TEXTBOOK}/times_ours/median"),
+    ("distributed", "cells", PROCESSES, f"bytes sent over {TEXTBOOK}", SENT.format(OURS), SENT.format(TEXTBOOK)),
+    ("training", "", "{what}, batch {batch_size}", "share of the loss", f"shares/{OURS}", ""),
+)
 
 
-def _of_host(section: Record) -> Ratios:
-    for found in section["steps"]:
-        ratio = Figure(found["over_reference"]["median"])
-        yield f"{found['n']}×{found['d']}, {found['what']}", f"host time over {found['reference']}", ratio
-    for found in section["operations"]:
-        yield f"{found['n']}×{found['d']}, eager", "operations of a step", Figure(found["operations"], exact=True)
-
-
-def _of_distributed(section: Record) -> Ratios:
-    for cell in section["cells"]:
-        place = f"{cell['n']}×{cell['d']} on {cell['processes']} processes"
-        ours, textbook = (cell["contenders"][name] for name in (OURS, TEXTBOOK))
-        sent = ours["sent"]["collectives"] / textbook["sent"]["collectives"]
-        yield place, f"time over {TEXTBOOK}", Figure(1 / textbook["times_ours"]["median"])
-        yield place, f"bytes sent over {TEXTBOOK}", Figure(sent)
-
-
-def _of_training(records: list[Record]) -> Ratios:
-    for record in records:
-        yield f"{record['what']}, batch {record['batch_size']}", "share of the loss", Figure(record["shares"][OURS])
-
-
-SECTIONS: dict[str, Callable[[Any], Ratios]] = {
-    "cells": _of_cells,
-    "growth": _of_growth,
-    "limits": _of_limits,
-    "host": _of_host,
-    "distributed": _of_distributed,
-    "training": _of_training,
-}
+def _quotients(results: Record) -> Ratios:
+    for section, where, place, what, over, under in QUOTIENTS:
+        for record in figure(results, f"{section}/{where}") or []:
+            ratio = (figure(record, over) if over else 1) / (figure(record, under) if under else 1)
+            yield Key(section, place.format(**record), what.format(**record)), Figure(ratio, exact=what == OPERATIONS)
 
 
 def absent(here: Figures, there: Figures) -> list[str]:

@@ -35,7 +35,7 @@ import measure
 from barlow_loss import barlow_twins_loss, mixed_barlow_twins_loss, vicreg_loss
 from contenders import off_diagonal_of
 from measure import Cell, Errors, cells, gram_form, interleave, ratios, spread, step
-from render import insert, plain, table
+from render import insert, plain, setting, table
 from render import spread as told
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ RELATIVES_COLUMNS = (
     ("loss", "loss", str),
     ("N × D", "cell", str),
     ("ours, ms", f"seconds/{OURS}/median", 1e3),
-    ("published, × ours", "times_ours", told),
+    ("published, × ours (quartiles)", "times_ours", told),
     ("working memory, MB: ours", f"working_bytes/{OURS}", 1e-6),
     ("published", f"working_bytes/{PUBLISHED}", 1e-6),
     ("error of the gradient: ours", f"errors/{OURS}/gradient", 1.0),
@@ -214,7 +214,7 @@ RELATIVES_COLUMNS = (
 VIEWS_COLUMNS = (
     ("", "name", str),
     ("ms", "seconds/median", 1e3),
-    ("× two views", "times_two", told),
+    ("× two views (quartiles)", "times_two", told),
     ("working memory, MB", "working_bytes", 1e-6),
     ("(V + 3)·N·D + (V + 4)·N², MB", "model_bytes", 1e-6),
     ("errors of loss and gradients", "errors", lambda found: " and ".join(map(plain, found))),
@@ -222,22 +222,14 @@ VIEWS_COLUMNS = (
 
 
 def relatives_table(report: Record) -> str:
-    return f"{_setting(report)}\n\n{table(report['records'], RELATIVES_COLUMNS)}"
+    return f"{setting(report)}\n\n{table(report['records'], RELATIVES_COLUMNS)}"
 
 
 def views_table(report: Record) -> str:
     record = report["record"]
     rows = [{"name": name, **found} for name, found in record["contenders"].items()]
     loop = f"The loop takes {told(record['loop_over_eight'])} times the one call."
-    return f"N × D = {record['cell']}. {_setting(report)}\n\n{table(rows, VIEWS_COLUMNS)}\n\n{loop}"
-
-
-def _setting(report: Record) -> str:
-    machine = report["environment"]
-    return (
-        f"Forward and backward, float32, 1 thread, on {machine['cpu']} ({machine['instructions']}), torch "
-        f"{machine['versions']['torch']}; {report['date']}. Processor time; medians, quartiles in brackets."
-    )
+    return f"N × D = {record['cell']}. {setting(report)}\n\n{table(rows, VIEWS_COLUMNS)}\n\n{loop}"
 
 
 TABLES: dict[str, Callable[[Record], str]] = {"relatives": relatives_table, "views": views_table}

@@ -52,7 +52,7 @@ def test_a_quarter_slower_is_named_and_a_seventh_is_not(
         check.main([str(tmp_path / "new.json"), "--against", str(tmp_path / "old.json")])
     assert int(done.value.code or 0) == status
     last = capsys.readouterr().out.splitlines()[-1]
-    assert (": time over lightly, 100×2000 on 1 thread (" in last and last.endswith(", +25.0 %).")) == bool(status)
+    assert (": time over lightly, 100×2000, threads 1 (" in last and last.endswith(", +25.0 %).")) == bool(status)
     assert last.startswith("None of") != bool(status)
 
 
@@ -99,11 +99,11 @@ def _larger_share(results: Record) -> None:
     [
         (
             _more_memory,
-            [f"working memory over {what}, 100×1000 on 1 thread" for what in ("the inputs", "textbook")],
+            [f"working memory over {what}, 100×1000, threads 1" for what in ("the inputs", "textbook")],
         ),
         (_steeper, ["exponent of time in d, N = 100"]),
         (_smaller, ["working memory over D, the largest, N = 100"]),
-        (_far_from_gemms, ["time over its GEMMs alone, 100×1000 on 1 thread"]),
+        (_far_from_gemms, ["time over its GEMMs alone, 100×1000, threads 1"]),
         (
             _slow_at_launching,
             [
@@ -165,8 +165,8 @@ def test_the_worst_stands_first_and_the_table_is_short(old: Record, new: Record)
     new["limits"][0]["ours_over_gemms"]["median"] *= 1.5
     lines = compared(old, new).splitlines()
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:4]] == [
-        "time over its GEMMs alone, 100×1000 on 1 thread",
-        "time over lightly, 100×2000 on 1 thread",
+        "time over its GEMMs alone, 100×1000, threads 1",
+        "time over lightly, 100×2000, threads 1",
     ]
     assert lines[2].endswith("| +50.0 % |")
     assert len(lines) == 2 + check.ROWS + 1
@@ -180,10 +180,10 @@ def test_what_is_missing_or_new_is_said(old: Record, new: Record) -> None:
     new["limits"].append(fictitious.limit(300, 3000, 2.0, (0.006, 0.003, 0.001)))
     text = compared(old, new)
     assert "not measured now: training at projector alone, batch 256: share of the loss." in text
-    assert "Committed, but not measured now: cells at 100×4000 on 1 thread: " in text
-    for where in ("100×1000 on 1 thread", "100×2000 on 1 thread", "200×1000 on 1 thread"):
+    assert "Committed, but not measured now: cells at 100×4000, threads 1: " in text
+    for where in ("100×1000, threads 1", "100×2000, threads 1", "200×1000, threads 1"):
         assert f"Committed, but not measured now: cells at {where}: time over lightly." in text
-    assert "Measured now, but not committed: limits at 300×3000 on 1 thread: time over its GEMMs alone." in text
+    assert "Measured now, but not committed: limits at 300×3000, threads 1: time over its GEMMs alone." in text
 
 
 def test_nothing_in_common_is_no_pass(old: Record, new: Record) -> None:
@@ -208,8 +208,8 @@ def test_differing_environments_are_said_on_one_line(old: Record, new: Record) -
 def test_cells_of_several_thread_counts_are_told_apart(old: Record) -> None:
     old["cells"].append(fictitious.cell(100, 1000, threads=2))
     assert {key.place for key in check.figures(old) if key.section == "cells"} >= {
-        "100×1000 on 1 thread",
-        "100×1000 on 2 threads",
+        "100×1000, threads 1",
+        "100×1000, threads 2",
     }
 
 
@@ -260,7 +260,7 @@ def test_what_is_worse_is_measured_again_and_named_only_if_it_is_again(old: Reco
     changes = check.once_more(check.compared(old, new), 0.2, measure)
     assert asked == [["cells", "growth"]]
     text = check.report(old, new, changes, 0.2)
-    assert text.splitlines()[-1].endswith("time over lightly, 100×2000 on 1 thread (0.0833 → 0.125, +30.0 %).")
+    assert text.splitlines()[-1].endswith("time over lightly, 100×2000, threads 1 (0.0833 → 0.125, +30.0 %).")
     assert text.splitlines()[0] == "| key | committed | now | again | worse by |"
     assert text.splitlines()[2].endswith("| +30.0 % |")
 

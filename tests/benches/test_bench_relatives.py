@@ -9,7 +9,17 @@ from measure import Cell, errors, gram_form, step
 from relatives import ALPHA, EIGHT, LAMBD, MIX_SCALE, OURS, PUBLISHED, RELATIVES, VIEWS
 
 CELL = Cell(24, 60)
-HEAD = {"date": "today", "environment": {"cpu": "a processor", "instructions": "some", "versions": {"torch": "2"}}}
+HEAD = {
+    "date": "today",
+    "environment": {
+        "cpu": "a processor",
+        "instructions": "some",
+        "cores": 2,
+        "system": "one",
+        "python": "3",
+        "versions": {"torch": "2"},
+    },
+}
 
 
 def doubles(count=2):

@@ -1,18 +1,14 @@
 """What the relatives of the loss cost: VICReg, Barlow Twins with mixed samples, and more than two views.
 
-A step is the value and the gradient of all views, in float32, on one thread, held to float64 of what it computes before
-it is timed. Turns and ratios are those of measure.py, of the thread's processor time, each turn after a call that is
-not timed: the turn before has left other data in the cache.
+Value and gradient of all views, in float32, on one thread, held to float64 of what each computes before it is timed;
+processor time, each turn after a call that is not timed: the turn before has left other data in the cache.
 
 *relatives*: ours against the published formula. FLOP model, forward and backward: VICReg takes 12·N·D² as published and
-8·N²·D here, less what the symmetry of the Gram matrices saves. As published a D×D matrix takes 4·D² bytes, and several
-are alive at once.
+8·N²·D here, less what the symmetry of the Gram matrices saves. Byte model, as published: several D×D matrices of 4·D².
 
 *views*: two, four, eight, and the mean over the 28 pairs of eight by our own loss of two. FLOP model: 8·N²·D for two
 views, 4·V·N²·D for V, 8·N²·D·V(V − 1)/2 for the loop; the symmetry of the Gram matrices saves a quarter of each.
 Byte model: (V + 3)·N·D + (V + 4)·N² elements beyond the views and their gradients.
-
-Writes ``docs/relatives.json``, ``docs/views.json``, and the table of each in the page of that name.
 
     python benches/relatives.py                         # both, five minutes
     python benches/relatives.py --only views --dry-run  # measure and print alone

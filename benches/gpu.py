@@ -38,10 +38,11 @@ import model
 from barlow_loss import BarlowTwinsLoss
 from measure import OTHERS_ALLOWED, OURS_ALLOWED, RESULTS, Cell, Errors, cells, ratios, spread, step, wall
 from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, FLOAT32, GRAPH, LIGHTLY, SETTINGS, TEXTBOOK, TRITON, Chip
-from render import NONE, details, paragraphs, plain, table
+from render import figure, paragraphs, plain, shape, shown, table
+from render import spread as told
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -62,16 +63,28 @@ WARM_UPS = 3
 SQUARE, COPIED_BYTES, LAUNCHES = 8192, 2**30, 500
 
 PRODUCTS = "products of the dual alone"
-OVER_TRITON, OVER_GRAPH = f"× {TRITON}", f"× {GRAPH}"
-# In bf16 autocast, by the columns of its table.
+COLUMNS = (
+    ("N × D", "", shape),
+    ("contender", "name", str),
+    ("predicted, ms", "predicted", str),
+    ("ms", "seconds", lambda seconds: told({key: 1e3 * value for key, value in seconds.items()})),
+    ("ms back to back", "back_to_back", 1e3),
+    ("× floor", "over_floor", 1.0),
+    *((f"× {name}", f"times/{name}/median", 1.0) for name in OURS),
+    ("MB with gradients", "peak_bytes", 1e-6),
+    ("loss error", "loss_error", 1.0),
+    ("gradient error", "gradient_error", 1.0),
+    ("instead of a time", "instead", lambda why: why.replace("|", "/")),
+)
+# In bf16 autocast, by the columns.
 GOALS = (
     (LARGE, TRITON, "× floor", "≤ 1.35"),
-    (LARGE, TEXTBOOK, OVER_TRITON, "≥ 5"),
-    (LARGE, COMPILED, OVER_TRITON, "≥ 3"),
+    (LARGE, TEXTBOOK, f"× {TRITON}", "≥ 5"),
+    (LARGE, COMPILED, f"× {TRITON}", "≥ 3"),
     (LARGE, TRITON, "MB with gradients", "≤ 220"),
     (SMALL, GRAPH, "ms", "≤ 0.06"),
-    (SMALL, TEXTBOOK, OVER_GRAPH, "≥ 20"),
-    (SMALL, COMPILED, OVER_GRAPH, "≥ 6"),
+    (SMALL, TEXTBOOK, f"× {GRAPH}", "≥ 20"),
+    (SMALL, COMPILED, f"× {GRAPH}", "≥ 6"),
     (SMALL, TRITON, "MB with gradients", "≤ 25"),
 )
 NOTES = """\
@@ -334,21 +347,6 @@ def failures(results: Record) -> list[str]:
     ]
 
 
-def figures(found: Record, least: float) -> Record:
-    """What was measured of a contender, over the floor too; or why nothing was."""
-    told = {key.replace("_", " "): f"{found[key]:.1e}" for key in ("loss_error", "gradient_error") if key in found}
-    if "seconds" not in found:
-        return {"instead of a time": (found.get("failed") or found["left_out"]).replace("|", "/"), **told}
-    return {
-        "ms": {key: 1e3 * value for key, value in found["seconds"].items()},
-        "ms back to back": 1e3 * found["back_to_back"],
-        "× floor": plain(found["seconds"]["median"] / least),
-        **{f"× {over}": plain(ratio["median"]) for over, ratio in found["times"].items()},
-        "MB with gradients": plain(found["peak_bytes"] / 1e6) if found["peak_bytes"] else NONE,
-        **told,
-    }
-
-
 def chip(results: Record) -> Chip:
     """The measured ceilings as the model takes them; ours multiplies in float16."""
     found = results["ceilings"]
@@ -369,33 +367,35 @@ def markdown(results: Record) -> str:
     ]
     for setting in SETTINGS:
         found = sorted(results["cells"], key=lambda record: (record["n"], record["d"]))
-        records = [_with_model(record, setting, card) for record in found if record["setting"] == setting.name]
-        parts += ["## Goals, bf16 autocast on an H100", _goals(records)] if setting == AUTOCAST else []
-        parts += [f"## {setting.name}", details(records)] if records else []
+        rows = [row for record in found if record["setting"] == setting.name for row in _rows(record, setting, card)]
+        parts += ["## Goals, bf16 autocast on an H100", _goals(rows)] if setting == AUTOCAST else []
+        parts += [f"## {setting.name}", table(rows, COLUMNS)] if rows else []
     return paragraphs(*parts, *(f"- {reason}" for reason in results["left_out"]), NOTES)
 
 
-def _with_model(record: Record, setting: Setting, card: Chip) -> Record:
-    """A cell with what the model says beside what was measured: ranges without and with a second pass."""
+def _rows(record: Record, setting: Setting, card: Chip) -> Iterator[Record]:
+    """What was measured at a cell, with what the model says: ranges without and with a second pass."""
     cell = Cell(record["n"], record["d"])
-    rows: dict[str, Record] = {}
-    for name, found in record["contenders"].items():
-        seconds = model.predicted(name, cell, setting, card) if name in model.MODELLED else ()
-        expected = "–".join(dict.fromkeys(plain(1e3 * each) for each in seconds))
-        rows[name] = {"predicted, ms": expected or NONE, **figures(found, model.floor(cell, setting, card))}
-    alone = plain(8e3 * cell.n**2 * cell.d / card.rate(setting))
-    rows[PRODUCTS] = {"predicted, ms": alone, "ms": {key: 1e3 * value for key, value in record["products"].items()}}
-    return {"N": cell.n, "D": cell.d, "contenders": rows}
+    for name, found in {**record["contenders"], PRODUCTS: {"seconds": record["products"]}}.items():
+        row = {"n": cell.n, "d": cell.d, "name": name, "instead": found.get("failed", found.get("left_out")), **found}
+        if "seconds" in found:
+            row["over_floor"] = found["seconds"]["median"] / model.floor(cell, setting, card)
+        if name in model.MODELLED:
+            seconds = model.predicted(name, cell, setting, card)
+            row["predicted"] = "–".join(dict.fromkeys(plain(1e3 * each) for each in seconds))
+        yield row
 
 
-def _goals(records: list[Record]) -> str:
-    found = {Cell(record["N"], record["D"]): record["contenders"] for record in records}
-    rows = []
-    for cell, name, column, goal in GOALS:
-        value = found.get(cell, {}).get(name, {}).get(column)
-        reached = plain(value["median"]) if isinstance(value, dict) else value
-        rows.append({"what": f"{cell}: {name}, {column}", "goal": goal, "measured": reached})
-    return table(rows, [(head, head, str) for head in ("what", "goal", "measured")])
+def _goals(rows: list[Record]) -> str:
+    """The figures to reach, beside what was measured."""
+    found = {(row["n"], row["d"], row["name"]): row for row in rows}
+    shows = {title: (path, show) for title, path, show in COLUMNS}
+    goals = []
+    for cell, name, title, goal in GOALS:
+        path, show = shows[title]
+        reached = shown(figure(found.get((cell.n, cell.d, name)), path), show)
+        goals.append({"what": f"{cell}: {name}, {title}", "goal": goal, "measured": reached})
+    return table(goals, [(head, head, str) for head in ("what", "goal", "measured")])
 
 
 def main() -> None:

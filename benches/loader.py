@@ -148,8 +148,8 @@ def markdown(results: Record) -> str:
         f"files of 500×375 pixels and {results['mean_bytes'] / 1e3:.0f} kB on average, {results['rounds']} rounds. "
         "Official: torchvision's transforms on Pillow. Both views of an image, decoded once:",
         f"{', '.join(rates)}. The official one takes {spread(whole['official_over_ours'])} times the CPU time of ours.",
-        "After the same decisions: distances of pixels in grey levels. Pillow cuts to 8 bits after every operation, six "
-        "times within a blur, which leaves noise.",
+        "After the same decisions: distances of pixels in grey levels. Pillow cuts to 8 bits after every operation, "
+        "six times within a blur, which leaves noise.",
         table(results["agreement"]["same_decisions"], COLUMNS) + "\n",
     )
 

@@ -52,44 +52,14 @@ def figure(record: Any, path: str) -> Any:
 def table(records: Iterable[Record], columns: Columns) -> str:
     """A row for each of the records; the first column to the left, the others to the right."""
     rows = [[title for title, *_ in columns], ["---", *["---:"] * (len(columns) - 1)]]
-    rows += [[_shown(figure(record, path), show) for _, path, show in columns] for record in records]
+    rows += [[shown(figure(record, path), show) for _, path, show in columns] for record in records]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _shown(value: Any, show: Any) -> str:
+def shown(value: Any, show: Any) -> str:
     if value is None:
         return NONE
     return plain(show * value) if isinstance(show, float) else str(show(value))
-
-
-def details(records: Iterable[Record]) -> str:
-    """Every figure of these records: a row for each contender, a column for each figure, quartiles in brackets."""
-    rows: list[dict[str, str]] = []
-    for record in records:
-        where = _flat({key: value for key, value in record.items() if key != "contenders"})
-        found = record.get("contenders", {"": {}})
-        rows += [where | ({"contender": name} if name else {}) | _flat(own) for name, own in found.items()]
-    heads = dict.fromkeys(key for row in rows for key in row)
-    return table(rows, [(head, head, str) for head in heads])
-
-
-def _flat(record: Record, above: str = "") -> dict[str, str]:
-    """The figures of a record as text, those of records in it by both names."""
-    flat: dict[str, str] = {}
-    for key, value in record.items():
-        if isinstance(value, dict) and "median" not in value:
-            flat |= _flat(value, f"{above}{key}: ")
-        else:
-            flat[f"{above}{key}".replace("_", " ")] = _text(value)
-    return flat
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return spread(value)
-    if isinstance(value, list):
-        return ", ".join(map(_text, value))
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else " ".join(str(value).split())
 
 
 def insert(page: str, name: str, text: str) -> str:
@@ -435,15 +405,8 @@ def image(results: Record, results_path: Path, kind: str, folder: Path) -> str:
 
 
 def page(results: Record, results_path: Path) -> str:
-    parts = ["# Benches", setting(results)]
-    parts += [image(results, results_path, kind, results_path.parent) for kind in TITLES]
-    for section in ("cells", "growth", "limits", "host", "distributed", "training"):
-        found = results.get(section, [])
-        tables = {section: found} if isinstance(found, list) else {f"{section}: {key}": found[key] for key in found}
-        for title, records in tables.items():
-            listed = [records] if isinstance(records, dict) else records
-            parts += [f"## {title}", details(listed)] if any(listed) else []
-    return paragraphs(*parts) + "\n"
+    parts = [f"## {name}\n\n{text}" for name, text in blocks(results, results_path, results_path.parent).items()]
+    return paragraphs("# Benches", *parts) + "\n"
 
 
 def blocks(results: Record, results_path: Path, folder: Path) -> dict[str, str]:

@@ -40,11 +40,11 @@ def test_one_that_is_no_contender_any_more_keeps_what_was_measured(stored: dict[
     record["contenders"]["a former one"] = found
     page = gpu.markdown(stored)
     (row,) = (line for line in page.splitlines() if "| a former one |" in line)
-    head = next(line for line in page.splitlines() if line.startswith("| N | D | contender |"))
+    head = next(line for line in page.splitlines() if line.startswith("| N × D | contender |"))
     cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
     assert cells["predicted, ms"] == "—"
     assert cells["ms"].startswith(f"{1e3 * found['seconds']['median']:.4g} (")
-    assert cells["loss error"] == f"{found['loss_error']:.1e}"
+    assert cells["loss error"] == f"{found['loss_error']:.3g}"
     assert gpu.failures(stored) == []
 
 
@@ -57,7 +57,7 @@ def test_a_measurement_becomes_the_rows_of_the_page(stored: dict[str, Any]) -> N
     assert record["contenders"][COMPILED] == {"left_out": "the budget was spent"}
     assert timed[TEXTBOOK]["times"][EAGER]["median"] > 0
     page = gpu.markdown({**stored, "cells": [record], "left_out": ["the rest: left out, the budget was spent"]})
-    assert f"| 16 | 64 | {EAGER} | " in page
+    assert f"| 16 × 64 | {EAGER} | " in page
     assert "- the rest: left out" in page
 
 
@@ -68,7 +68,7 @@ def test_a_wrong_answer_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatc
     assert "seconds" not in record["contenders"][EAGER]
     assert len(gpu.failures({"cells": [record]})) == 1
     (row,) = (r for r in gpu.markdown({**stored, "cells": [record]}).splitlines() if f"| {EAGER} | " in r)
-    assert f"{record['contenders'][EAGER]['loss_error']:.1e}" in row
+    assert f"{record['contenders'][EAGER]['loss_error']:.3g}" in row
     assert "wrong: errors of at most" in row
 
 

@@ -4,23 +4,18 @@ Writes ``<date>-<device>.json``, the same in Markdown, and two pictures. What is
 the gradients of both views, on one thread. Its sections, besides those of distributed.py and training.py:
 
 **cells**: everyone over N×D: time, working memory, distance to float64. Contenders take turns, one of ours right before
-each of the others; a ratio is that of a pair, medians over the rounds are reported with quartiles. Where ours chooses
-the dual, ``barlow_loss, dual`` runs the same code: its ratio shows the noise. Each answer is held to float64 of the
-function that it computes before it is timed. FLOP model: dual, for N ≤ D/2, 4 GEMMs of 2·N²·D; primal and textbook 3
-GEMMs of 2·N·D². Byte model, float32: all pass some dozens of times over N×D matrices, 4·N·D bytes each; the textbook
-formula and lightly 39 times over a D×D matrix besides.
+each of the others; a ratio is that of a pair. Where ours chooses the dual, ``barlow_loss, dual`` runs the same code:
+its ratio shows the noise. FLOP model: dual, for N ≤ D/2, 4 GEMMs of 2·N²·D; primal and textbook 3 GEMMs of 2·N·D². Byte
+model, float32: some dozens of passes over N×D matrices, and 39 over a D×D matrix by the textbook and lightly.
 
 **growth**: exponents fitted to the times of the cells, and the largest D in a budget of working memory.
 
-**limits**: ours against ceilings measured in the same run: torch.mm of its products, in turn with the step, torch.mm of
-a large square, and a copy too large for the caches. FLOPs and bytes are those that a step dispatches; a byte still in
-the cache counts again, so a step may take less than this model. Parts are a profile's: matrix products; other
-operators, which allocate as well; and neither, Python and autograd.
+**limits**: ours against ceilings measured in the same turns: torch.mm of its products and of a large square, and a copy
+too large for the caches. Parts are a profile's: matrix products; other operators; Python and autograd.
 
-**host**: the processor time of a step where its numbers cost nothing. *eager*, beside the textbook. *Triton on a
-pretended GPU*, beside an autograd.Function that computes nothing: triton's own launch code runs on CPU tensors, and a
-driver that is not there records each launch (tests/kernels/compiled/fake_driver.py) and runs none. And how many
-operations a step dispatches, the same on every machine.
+**host**: the processor time of a step where its numbers cost nothing: eager, beside the textbook; and Triton on a
+pretended GPU (tests/kernels/compiled/fake_driver.py), which records each launch and runs none, beside an
+autograd.Function that computes nothing. And how many operations a step dispatches, the same on every machine.
 
     python benches/bench.py                           about ten minutes on two cores
     python benches/bench.py --only cells growth --plan check --out /tmp

@@ -1,19 +1,14 @@
-"""What the loss is timed against, and what it costs them to be right on several processes.
+"""What the loss is timed against. Each is a function of the two views that returns the scalar loss.
 
-Every contender is a function of the two views that returns the scalar loss, with λ = 0.0051 and ε = 1e-5. Those of the
-package and of PyPI run as they are published there. The others cannot be installed beside torch 2.14, so their
-published formula stands here in our own words, with its source; where a program multiplies the loss by a constant of
-its own, that constant is 1.
-
-Each says which function of the views it computes (``definition``), because not all compute the paper's:
+λ = 0.0051 and ε = 1e-5. Those of the package and of PyPI run as they are published there. The others cannot be
+installed beside torch 2.14, so their published formula stands here in our own words, with its source, times a constant
+of 1. Under torch.distributed each does what its own code does. Not all compute the paper's function (``definition``):
 
 * ``PAPER``: C from features standardised by the biased variance of each view, ε inside the root.
 * ``UNBIASED``: by the unbiased standard deviation, ε outside the root.
 * ``JOINT``: by mean and variance of both views together.
 * ``RELAXED``: the off-diagonal sum replaced by one over D − 1 sums of C's elements. Its authors weight it with a
   smaller λ, 0.00049 at D = 8192.
-
-Under torch.distributed each does what its own code does; ``distributed.py`` measures what comes of it.
 """
 
 from __future__ import annotations

@@ -3,15 +3,13 @@
 W processes of one thread each form a gloo group over the loopback; each holds rows of its own of both views.
 
 ``cells``: ours against the published program. All ranks start a turn together and it lasts as long as on the slowest of
-them. ``floor`` is the published program's three products and its all-reduce of C alone, all else free; ``header`` the
-exchange of shapes and settings that precedes a step of ours.
+them. ``floor`` is the published program's three products and its all-reduce of C alone; ``header`` the exchange of
+shapes and settings that precedes a step of ours. Three counts of the bytes are made: the model, what the collectives
+called send by it, which must be the same, and the loopback's counter, which sees TCP and other programs as well.
 
 ``exactness``: every contender's loss and gradient against those of the whole batch in float64, for shards of as many
 rows and for uneven ones. The gradient is what DDP's mean over the ranks makes of theirs: 1/W of what arrives at all
 rows. The cosine tells a wrong direction from a wrong length.
-
-FLOP and byte models: model.py. Three counts of the bytes are made: the model, what the collectives called send by it,
-which must be the same, and the loopback's counter, which sees the headers of TCP as well, and other programs.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Times the loss on a GPU against the textbook formula and lightly, beside the model of model.py.
 
-Six contenders take turns, each step timed by events around it with the L2 cache overwritten before. What is timed is
-forward and backward, down to the gradients of both views. An answer further from float64 of the same views than
-``allowed`` says is reported and not timed; so is what ran out of memory, or is not installed.
-
-Settings: "fp32" (views and products in float32, precision "highest") and "bf16 autocast" (bfloat16 views, as a linear
-layer under autocast gives them, and the loss under ``torch.autocast``). The ceilings (copy, 8192³ products, launches)
-are measured in the same run, and the algorithm's own products alone in the same rounds.
+Six contenders take turns, forward and backward, each step timed by events around it with the L2 cache overwritten
+before. What is further from float64 of the same views than ``allowed`` is reported and not timed; so is what ran out of
+memory, or is not installed. Settings: "fp32" (views and products in float32, precision "highest") and "bf16 autocast"
+(bfloat16 views, as a linear layer under autocast gives them, and the loss under ``torch.autocast``).
 
     python benches/gpu.py                      the whole grid into results/gpu.json and gpu.md
     python benches/gpu.py --grid 256x8192 --out /tmp/gpu

@@ -1,16 +1,10 @@
 """What a step costs by counting: a GPU FLOPs, bytes, working memory, launches and time; a rank the bytes that it sends.
 
 Nothing here is measured. N samples, D features; views of ``view`` bytes an element, operands of the matrix products of
-``product`` bytes. "bf16 autocast": both 2, the views are bfloat16, as a linear layer under autocast returns them.
-"fp32": both 4, ``torch.get_float32_matmul_precision() == "highest"``.
-
-*Moved* are the bytes where every kernel reads its operands once and writes its results once. *Again* are those of
-kernels that pass twice over an operand: they come from the L2 cache where the columns in work fit there, else from
-memory, so a prediction is a range: without and with them. The floor of the dual is the larger of its FLOPs over the
-rate of a matrix product and of views read once and gradients written once over the bandwidth of a copy.
-
-Time = FLOPs/rate + bytes/bandwidth + launches·launch: as if products and everything else took turns; or launches·host
-where the host cannot keep up. A graph is launched once.
+``product`` bytes. *Moved* are the bytes where every kernel reads its operands once and writes its results once. *Again*
+are those of kernels that pass twice over an operand: they come from the L2 cache where the columns in work fit there,
+else from memory, so a prediction is a range: without and with them. Time = FLOPs/rate + bytes/bandwidth +
+launches·launch: as if products and everything else took turns; or launches·host where the host cannot keep up.
 
 Bytes sent by each of W ranks, by ring algorithms: to gather what each of them has, it sends that, and what comes in,
 W − 1 times in all; to sum a tensor over them it sends 2 (W − 1)/W times the tensor. As much arrives.
@@ -52,7 +46,7 @@ COUNTED = (TEXTBOOK, EAGER, TRITON)
 
 
 class Setting(NamedTuple):
-    """How the contenders are run: bytes of an element of the views and of the operands of the products."""
+    """Bytes of an element of the views, and of the operands of the products, without TF32."""
 
     name: str
     view: int
@@ -102,7 +96,7 @@ class Cost(NamedTuple):
 
 
 def floor(cell: Cell, setting: Setting, chip: Chip) -> float:
-    """Seconds that no implementation of the dual without symmetry can go below."""
+    """Seconds that no dual without symmetry can go below: FLOPs, or views read once and gradients written once."""
     least_bytes = 4 * cell.n * cell.d * setting.view
     return max(8 * cell.n**2 * cell.d / chip.rate(setting), least_bytes / chip.bandwidth)
 

@@ -1,12 +1,9 @@
 """The section "training": a whole training step before and after the textbook loss is replaced by ours.
 
-``WHOLE``: ResNet-50 at 224 pixels, the projector 8192-8192-8192, LARS. A step is the sum of its parts: both views
-through the backbone, as chunks of images that fit this machine's memory, the median of three times their number;
-through the projector with the whole batch; the optimiser; and each loss; all forward and backward. ``ALONE``: the
-projector, as when features were computed before. Real steps take turns with ours and with the textbook.
-
-The loss's share is its time over that of the step; ``speed_up`` is the textbook's step over ours. FLOP model, forward +
-backward, 2·3·MACs: backbone 4.1 GMACs a view, projector 151 MMACs a view, the loss 8·N²·D.
+``WHOLE``: ResNet-50 at 224 pixels, the projector 8192-8192-8192, LARS. A step is the sum of its parts, forward and
+backward: both views through the backbone, as chunks that fit this machine's memory; through the projector as a whole
+batch; the optimiser; and each loss. ``ALONE``: the projector, as when features were computed before, in real steps. The
+loss's share is its time over that of the step. FLOP model, 2·3·MACs: backbone 4.1 GMACs a view, projector 151 MMACs.
 
 As a program it tells what ``--chunk-size`` of the recipes costs and saves: a step of a ResNet-18 on small images, whole
 batches beside chunks in turns, each in a process of its own. Its memory is the most that the process has held in the

@@ -10,8 +10,8 @@ model, float32: some dozens of passes over N×D matrices, and 39 over a D×D mat
 
 **growth**: exponents fitted to the times of the cells, and the largest D in a budget of working memory.
 
-**limits**: ours against ceilings measured in the same turns: torch.mm of its products and of a large square, and a copy
-too large for the caches. Parts are a profile's: matrix products; other operators; Python and autograd.
+**limits**: ours against ceilings measured in the same turns: torch.mm of its products, and a copy too large for the
+caches. Parts are a profile's: matrix products; other operators; Python and autograd.
 
 **host**: the processor time of a step where its numbers cost nothing: eager, beside the textbook; and Triton on a
 pretended GPU (tests/kernels/compiled/fake_driver.py), which records each launch and runs none, beside an
@@ -78,7 +78,6 @@ TAKEN = (OURS, TEXTBOOK, FFT)  # their largest D is a step that was taken
 
 LIMITS = cells("256x2048", "256x8192", "1024x8192", "4096x512")
 COPIED_BYTES = 2**28
-SQUARE = 2048
 PROFILED_STEPS = 3
 
 EAGER, TRITON, NOTHING = "eager", "Triton on a pretended GPU", "an empty autograd.Function"
@@ -244,20 +243,13 @@ def _taken(name: str, features: int) -> int:
 
 def limits(cell: Cell, rounds: int, seconds: float) -> Record:
     turn = partial(step, build(OURS, cell.d), *cell.views())
-    shapes, products = measure.gemms(cell)
+    products = measure.gemms(cell)
     source, target = torch.ones(2, COPIED_BYTES // 4)
-    square = partial(torch.mm, *torch.randn(2, SQUARE, SQUARE))  # suits every machine: a shape that does not shows
-    turns: dict[str, Turn] = {
-        "step": turn,
-        "products": products,
-        "square": square,
-        "copy": partial(target.copy_, source),
-    }
-    times = interleave(turns, rounds, seconds)
+    copy = partial(target.copy_, source)
+    times = interleave({"step": turn, "products": products, "copy": copy}, rounds, seconds)
     taken, alone, done = spread(times["step"]), spread(times["products"]), work(turn)
     ceilings = {
         "flops_per_second": work(products).flops / alone["median"],
-        "square_flops_per_second": 2 * SQUARE**3 / statistics.median(times["square"]),
         "bytes_per_second": 2 * COPIED_BYTES / statistics.median(times["copy"]),  # read and written
     }
     return {
@@ -267,7 +259,7 @@ def limits(cell: Cell, rounds: int, seconds: float) -> Record:
         "algorithm": cell.algorithm,
         "rounds": len(times["step"]),
         "seconds": taken,
-        "gemms": {"shapes": shapes, "seconds": alone},
+        "gemms": {"seconds": alone},
         "ours_over_gemms": ratios(times, "products")["step"],
         "ceilings": ceilings,
         "flops": done.flops,

@@ -229,7 +229,7 @@ def measured(cell: Cell, setting: Setting, clock: Events | Wall, rounds: int, de
             turns[name] = turn
     del right
     half = setting == AUTOCAST and clock.device.type != "cpu"  # the dtype that ours takes
-    _, products = measure.gemms(cell, clock.device, torch.float16 if half else torch.float32)
+    products = measure.gemms(cell, clock.device, torch.float16 if half else torch.float32)
     timed: dict[str, Turn] = {**turns, "products": products}
     times = measure.interleave(timed, rounds, CELL_SECONDS, clock)
     alone = times.pop("products")
@@ -279,7 +279,7 @@ def _peak(turn: Step, clock: Events | Wall) -> int | None:
 def ceilings(clock: Events | Wall) -> dict[str, float]:
     """Bandwidth of a copy, rates of large products, seconds per tiny kernel: issued by the host, and from a graph."""
     if clock.device.type == "cpu":
-        rates = dict.fromkeys(("copy_bytes_per_second", "float16_flops", "bfloat16_flops", "float32_flops"), 1e10)
+        rates = dict.fromkeys(("copy_bytes_per_second", "float16_flops", "float32_flops"), 1e10)
         return rates | {"host_seconds": 1e-5, "launch_seconds": 1e-5}
 
     def median(turn: Turn) -> float:
@@ -289,7 +289,7 @@ def ceilings(clock: Events | Wall) -> dict[str, float]:
     source = torch.randn(COPIED_BYTES // 4, device=clock.device)
     target = torch.empty_like(source)
     found = {"copy_bytes_per_second": 2 * COPIED_BYTES / median(partial(target.copy_, source))}
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+    for dtype in (torch.float16, torch.float32):
         factors = torch.randn(2, SQUARE, SQUARE, device=clock.device).to(dtype)
         found[f"{str(dtype).removeprefix('torch.')}_flops"] = 2 * SQUARE**3 / median(partial(torch.mm, *factors))
     one = torch.zeros(1, device=clock.device)

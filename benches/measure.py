@@ -161,16 +161,16 @@ def checked_turns(cell: Cell, names: tuple[str, ...], *views: Tensor) -> dict[st
     return turns
 
 
-def gemms(cell: Cell, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[list[str], Turn]:
-    """The shapes of the GEMMs that the algorithm chosen for ``cell`` needs, and a turn that does them alone."""
+def gemms(cell: Cell, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Turn:
+    """The GEMMs alone that the algorithm chosen for ``cell`` needs."""
     n, d = cell.n, cell.d
-    dual = cell.algorithm == "dual"
-    size = n if dual else d
+    size = n if cell.algorithm == "dual" else d
     square = (torch.randn(size, size, device=device) / math.sqrt(size)).to(dtype)  # no float16 overflows
     a1, a2 = (torch.randn(2, n, d, device=device) / math.sqrt(n)).to(dtype)
-    pairs = [(a1, a1.T), (a2, a2.T), (square, a1), (square, a2)] if dual else [(a1.T, a2), (a2, square.T), (a1, square)]
-    shapes = ["·".join(f"({'×'.join(map(str, factor.shape))})" for factor in pair) for pair in pairs]
-    return shapes, lambda: [torch.mm(left, right) for left, right in pairs]
+    pairs = [(a1.T, a2), (a2, square.T), (a1, square)]
+    if cell.algorithm == "dual":
+        pairs = [(a1, a1.T), (a2, a2.T), (square, a1), (square, a2)]
+    return lambda: [torch.mm(left, right) for left, right in pairs]
 
 
 def wall(turn: Turn, calls: int = 1, now: Callable[[], float] = time.perf_counter) -> float:

@@ -44,6 +44,7 @@ OURS, PUBLISHED = "barlow_loss", "published"
 ALPHA, LAMBD, MIX_SCALE = 0.3, 0.0051, 5.0
 TWO, FOUR, EIGHT, LOOP = "2 views", "4 views", "8 views", "28 pairs of 8 views"
 VIEWS_CELL = Cell(256, 8192)
+SECONDS = 90.0  # of a cell; after them only three rounds
 
 
 class Contender(NamedTuple):
@@ -238,17 +239,16 @@ def page_with(name: str, report: Record) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the relatives cost; see the head of this file.")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="pages (default: both)")
-    parser.add_argument("--seconds", type=float, default=90.0, help="of a cell; after them only three rounds")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
     options = parser.parse_args()
     date = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
     for name in options.only:
         report: Record = {"date": date, "environment": measure.environment("lightly", "stable-pretraining")}
         if name == "views":
-            report["record"] = measure_views(VIEWS_CELL, 15, options.seconds)
+            report["record"] = measure_views(VIEWS_CELL, 15, SECONDS)
         else:
             pairs = [(relative, cell) for relative, (where, _) in RELATIVES.items() for cell in where]
-            report["records"] = [measure_relative(*pair, 9, options.seconds) for pair in pairs]
+            report["records"] = [measure_relative(*pair, 9, SECONDS) for pair in pairs]
         print(TABLES[name](report))
         if not options.dry_run:
             measure.store(report, DOCS / f"{name}.json")

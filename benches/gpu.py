@@ -172,14 +172,13 @@ class Graphed:
 
 
 def missing(name: str, clock: Events | Wall, deadline: float) -> str | None:
+    if name == COMPILED and time.monotonic() + COMPILE_SECONDS > deadline:
+        return "the budget was spent"
     if name == LIGHTLY and not contenders.installed(contenders.LIGHTLY):
         return "not installed"
     if name in (TRITON, GRAPH) and clock.device.type == "cpu":
         return "needs a GPU"
-    if name in (TRITON, GRAPH, COMPILED) and find_spec("triton") is None:
-        return "triton is not installed"
-    late = name == COMPILED and time.monotonic() + COMPILE_SECONDS > deadline
-    return "the budget was spent" if late else None
+    return "triton is not installed" if name in (TRITON, GRAPH, COMPILED) and find_spec("triton") is None else None
 
 
 def build(name: str, cell: Cell, setting: Setting, clock: Events | Wall, *views: Tensor) -> Step:

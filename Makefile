@@ -66,9 +66,26 @@ test-slow: $(VENV)/.has-test  ## whole training runs, inductor, other chips, mor
 test-all: $(VENV)/.has-test  ## both: every test that needs no GPU (sixteen minutes)
 	$(call both,$(MAKE) test,$(MAKE) test-slow)
 
-# A machine with a GPU has its own torch, and often no network: nothing is installed.
+# A machine with a GPU has its own torch, and often no network: nothing is installed, what is missing is left out. Every
+# step is run, whatever became of the one before; an end after four minutes leaves the benches their time.
+has        = $(shell $(PYTHON) -c 'import $(1)' 2>/dev/null && echo $(2))
+GPU_PYTEST = $(PYTHON) -m pytest -o addopts= -q --no-header -p no:cacheprovider $(call has,xdist,--numprocesses 6) $(call has,pytest_timeout,--timeout 60)
+GPU_LAWS   = $(GPU_PYTEST) tests/test_laws_*.py tests/test_gradients.py --device cuda --backend
+SANITIZER  = compute-sanitizer --error-exitcode 9 --report-api-errors no
+
 test-gpu:  ## the laws and tests/gpu on this machine's GPU, with the torch of PYTHON (four minutes)
-	@PYTHONPATH="$(CURDIR)" $(PYTHON) benches/gpu_steps.py --only laws tests sanitizer $(GPU_FLAGS)
+	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch finds no GPU here"'
+	@export PYTHONPATH="$(CURDIR)" PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; end=$$(($$(date +%s) + 240)); failed=; \
+	try() { echo "=== $$1"; left=$$((end - $$(date +%s))); \
+		{ [ $$left -gt 0 ] && timeout -k 5 $$((left < $$2 ? left : $$2)) $$3; } || failed="$$failed, $$1"; }; \
+	$(if $(call has,triton,yes),try "laws by Triton" 110 "$(GPU_LAWS) triton",echo "triton is not installed"); \
+	try "laws in eager mode" 80 "$(GPU_LAWS) eager"; \
+	try "tests/gpu" 120 "$(GPU_PYTEST) tests/gpu"; \
+	if command -v compute-sanitizer >/dev/null; then \
+		try "memcheck" 60 "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck $(PYTHON) tests/gpu/run_sanitizer.py"; \
+		try "racecheck" 60 "$(SANITIZER) --tool racecheck $(PYTHON) tests/gpu/run_sanitizer.py"; \
+	else echo "compute-sanitizer is not installed"; fi; \
+	[ -z "$$failed" ] || { echo "FAILED$$failed"; exit 1; }
 
 test-minimal: $(VENV_MINIMAL)/.has-test  ## the tests of library and benches without torchvision and triton (three minutes)
 	$(RUN_MINIMAL) -m pytest --numprocesses $(WORKERS) --dist loadfile --ignore tests/examples --ignore tests/kernels $(TEST_FLAGS)
@@ -105,7 +122,7 @@ bench-check: $(VENV)/.has-bench  ## measure again, and name the ratios that are 
 	$(RUN) benches/check.py $(CHECK_FLAGS)
 
 gpu:  ## test and time the loss on this machine's GPU, with the torch of PYTHON (under eight minutes)
-	@PYTHONPATH="$(CURDIR)" $(PYTHON) benches/gpu_steps.py $(GPU_FLAGS)
+	$(call both,$(MAKE) test-gpu,PYTHONPATH="$(CURDIR)" $(PYTHON) benches/gpu.py $(GPU_FLAGS))
 
 docs: $(VENV)/.has-docs  ## build the documentation as a site into build/docs: warnings are errors (half a minute)
 	$(RUN) -m sphinx -q -W --keep-going -b html docs build/docs

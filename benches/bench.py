@@ -1,16 +1,23 @@
 """`make bench`: everything that this library claims about speed, memory and exactness, measured on this machine's CPU.
 
-Writes ``<date>-<device>.json``, the same in Markdown, and two plots. Its sections:
+Writes ``<date>-<device>.json``, the same in Markdown, and two pictures. What is timed is forward and backward, down to
+the gradients of both views, on one thread. Its sections, besides those of distributed.py and training.py:
 
-* ``cells`` (sections.py): time, working memory and distance to float64 over N×D, ours in four ways, and seven others.
-* ``growth`` (sections.py): how they grow with D and N, and the largest D in 2 GB. Follows from ``cells``.
-* ``limits`` (sections.py): ours against the machine's ceilings.
-* ``host`` (sections.py): what a step costs the host where its numbers cost nothing.
-* ``distributed`` (distributed.py): several processes: time, bytes, and who computes the loss of the whole batch.
-* ``training`` (training.py): the loss's share of a training step, with the textbook's and with ours.
+**cells**: everyone over N×D: time, working memory, distance to float64. Contenders take turns, one of ours right before
+each of the others; a ratio is that of a pair. Where ours chooses the dual, ``barlow_loss, dual`` runs the same code:
+its ratio shows the noise. FLOP model: dual, for N ≤ D/2, 4 GEMMs of 2·N²·D; primal and textbook 3 GEMMs of 2·N·D². Byte
+model, float32: some dozens of passes over N×D matrices, and 39 over a D×D matrix by the textbook and lightly.
+
+**growth**: exponents fitted to the times of the cells, and the largest D in a budget of working memory.
+
+**limits**: ours against ceilings measured in the same turns: torch.mm of its products, and a copy too large for the
+caches. Parts are a profile's: matrix products; other operators; Python and autograd.
+
+**host**: the processor time of a step where its numbers cost nothing: eager, beside the textbook; and Triton on a
+pretended GPU (tests/kernels/compiled/fake_driver.py), which records each launch and runs none, beside an
+autograd.Function that computes nothing. And how many operations a step dispatches, the same on every machine.
 
     python benches/bench.py                           about ten minutes on two cores
-    python benches/bench.py --plan full               both thread counts, every cell, more rounds (about an hour)
     python benches/bench.py --only cells growth --plan check --out /tmp
 """
 
@@ -18,58 +25,85 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import importlib
+import math
+import os
+import statistics
+import sys
 import time
 import warnings
-from dataclasses import dataclass, field
+from collections import deque
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
+
+import torch
+from numpy.polynomial import Polynomial
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import distributed
+import measure
 import render
-import tables
-from contenders import COMPILED, OURS, OURS_COMPILED, PRIMAL, TEXTBOOK, contenders
-from machine import RESULTS, device_name, environment, revision, store
-from measure import Cell, cells
-from pictures import draw
-from sections import BUDGET_BYTES, GRID, LARGE, LIMITS, SAMPLES, SLOW, compare, growth, host, limits
-from training import WHOLE, Sizes, training
+from barlow_loss import BarlowTwinsLoss, _plan
+from check import SECTIONS, verdicts
+from contenders import COMPILED, FFT, OURS, OURS_COMPILED, PRIMAL, SOLO, TEXTBOOK, build, contenders, entry
+from measure import Cell, beside, cells, checked_turns, errors, interleave, ratios, spread, step, wall, watched, work
+from training import Sizes, training
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
-    from machine import Record
+    from measure import Record, Turn
 
-SECTIONS = ("cells", "growth", "limits", "host", "distributed", "training")
+    Points = list[tuple[int, Record]]
+
+# Two lines, N = 256 and D = 2048, on which costs are seen to grow, and the shape of a primal: everyone.
+GRID = cells("64x2048", "256x2048", "1024x2048", "256x4096", "256x8192", "4096x512")
+# Where a D×D matrix takes seconds, or does not fit: three of them, and the textbook as long as it can.
+LARGE = cells("2048x2048", "128x8192", "1024x8192", "256x16384", "256x32768")
+PRESENT_AT_LARGE = (OURS, TEXTBOOK, FFT)
+LARGEST = {TEXTBOOK: 8192, SOLO: 4096}  # features; solo-learn's masks take 3 s a step at 256×4096 on an EPYC
+
+SAMPLES, FEATURES = 256, 2048  # where the lines of the grid cross
+BUDGET_BYTES = 2_000_000_000
+STEP_FEATURES = 64  # largest D is a multiple of it
+INPUTS_AND_GRADIENTS = 4 * 4  # bytes for every sample and feature: two of each, in float32
+LEAST_SIZES = 3
+FIT_ROUNDS, FIT_SECONDS = 9, 8
+TAKEN = (OURS, TEXTBOOK, FFT)  # their largest D is a step that was taken
+
+LIMITS = cells("256x2048", "256x8192", "1024x8192", "4096x512")
+COPIED_BYTES = 2**28
+PROFILED_STEPS = 3
+
+EAGER, TRITON, NOTHING = "eager", "Triton on a pretended GPU", "an empty autograd.Function"
+EAGER_CELL, TRITON_CELL = cells("4x16", "16x32")
+COUNTED = cells("4x16", "64x2048")
+DRIVER = Path(__file__).parents[1] / "tests" / "kernels" / "compiled"
+WARM_UPS = 10
+
 TRAINING_ROUNDS = 3
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How much is measured. After so many seconds a cell ends with the least number of its rounds."""
 
     cells: tuple[Cell, ...] = GRID + LARGE
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = contenders()
     limits: tuple[Cell, ...] = LIMITS
-    processes: dict[int, list[Cell]] = field(default_factory=lambda: distributed.GRID)
-    training: Sizes = field(default_factory=Sizes)
-    threads: tuple[int, ...] = (1,)
+    processes: dict[int, list[Cell]] = distributed.GRID
+    training: Sizes = Sizes()
     rounds: int = 15
     seconds: float = 5
-    patient: bool = False
     budget: int = BUDGET_BYTES
 
 
 PLANS = {
     "usual": Plan(),
-    "full": Plan(
-        cells=GRID + LARGE + SLOW,
-        processes=distributed.FULL,
-        training=Sizes(batch_size=256),
-        threads=(1, 2),
-        rounds=25,
-        seconds=60,
-        patient=True,
-    ),
     "check": Plan(
         cells=tuple(cell for cell in GRID + LARGE if cell.n in (256, 1024, 4096)),
         names=(OURS, PRIMAL, OURS_COMPILED, TEXTBOOK, COMPILED),
@@ -86,145 +120,311 @@ PLANS = {
 }
 
 
-class Run:
-    """One run: measures section by section, and keeps what there is after each in a partial file."""
+def present(cell: Cell, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``names`` that there is time and memory for at ``cell``."""
+    at_cell = PRESENT_AT_LARGE if cell in LARGE else names
+    return tuple(name for name in names if name in at_cell and cell.d <= LARGEST.get(name, cell.d))
 
-    def __init__(self, plan: Plan, out: Path) -> None:
-        self._plan = plan
-        today = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
-        self.stem = out / f"{today}-{device_name()}"
-        versions = environment("lightly", "stable-pretraining")
-        self.results: Record = {"date": today, "revision": revision(), "environment": versions, "seconds": {}}
-        self._partial = out / f"{self.stem.name}.partial.json"
-        store(self.results, self._partial)  # a folder that cannot be written to is told of now
-        self._start = time.perf_counter()
 
-    def measure(self, section: str) -> None:
-        """Fills ``results[section]``."""
-        self.say(section)
-        start, plan = time.perf_counter(), self._plan
-        effort = plan.rounds, plan.seconds
-        measures: dict[str, Callable[[], Any]] = {
-            "cells": self._cells,
-            "growth": self._growth,
-            "limits": lambda: [limits(cell, threads, *effort) for cell in plan.limits for threads in plan.threads],
-            "host": lambda: host(*effort),
-            "distributed": lambda: distributed.section(plan.processes, *effort),
-            "training": lambda: training(plan.training, TRAINING_ROUNDS),
+def compare(cell: Cell, names: tuple[str, ...], rounds: int, seconds: float) -> Record:
+    """Errors, working memory, times and ratios of those that are present at ``cell``; raises where one is wrong."""
+    torch.compiler.reset()  # generated code is for one shape
+    views = cell.views()
+    right = measure.truth(*views)
+    found: dict[str, Record] = {}
+    turns: dict[str, Turn] = {}
+    for name in present(cell, names):
+        turns[name] = turn = partial(step, build(name, cell.d), *views)
+        if entry(name).compiled:
+            turn()
+        torch.manual_seed(measure.SEED)
+        answer, size = watched(turn)
+        own, of_paper = measure.error_of_own(name, answer, right, *views), errors(answer, right)
+        measure.check(name, cell, own)
+        found[name] = {
+            "definition": entry(name).definition,
+            "loss_error": of_paper.loss,
+            "gradient_error": of_paper.gradient,
+            "error_of_own": own._asdict(),
+            "working_bytes": size,
         }
-        self.results[section] = measures[section]()
-        self.results["seconds"][section] = round(time.perf_counter() - start, 1)
-        store(self.results, self._partial)
-
-    def report(self) -> list[Path]:
-        """Writes the tables and the plots; the files of this run."""
-        written, text = self.stem.with_suffix(".json"), self.stem.with_suffix(".md")
-        self._partial.replace(written)
-        text.write_text(render.markdown(self.results, written), encoding="utf-8")
-        return [written, text, *draw(self.results, written)]
-
-    def say(self, what: str) -> None:
-        """A line with the seconds that have passed."""
-        print(f"[{time.perf_counter() - self._start:5.0f} s] {what}", flush=True)
-
-    def _cells(self) -> list[Record]:
-        plan, records = self._plan, []
-        for cell in plan.cells:
-            for threads in plan.threads:
-                names = plan.names or contenders()
-                records.append(compare(cell, names, threads, plan.rounds, plan.seconds, patient=plan.patient))
-                self.say(f"  {tables.line(records[-1])}")
-        return records
-
-    def _growth(self) -> Record:
-        if "cells" not in self.results:
-            raise SystemExit("--only: growth follows from cells, name both")
-        return growth(self.results["cells"], self._plan.budget)
+    times, over_ours = beside(turns, OURS, rounds, seconds)
+    for name, record in found.items():
+        record |= {"seconds": spread(times[name]), "times_ours": spread(over_ours[name])}
+    factors = ", ".join(f"{name} {record['times_ours']['median']:.2g}×" for name, record in found.items())
+    print(f"  {cell}, {cell.algorithm}: {1e3 * found[OURS]['seconds']['median']:.3g} ms; {factors}", flush=True)
+    setting = {"threads": torch.get_num_threads(), "algorithm": cell.algorithm, "rounds": len(over_ours[OURS])}
+    return {"n": cell.n, "d": cell.d, **setting, "contenders": found}
 
 
-class Promise(NamedTuple):
-    """What is promised to be at most so much, and where results tell it."""
+def growth(records: list[Record], budget: int = BUDGET_BYTES) -> Record:
+    """Exponents of time in D and in N, and the largest D, of every contender that was measured at enough sizes.
 
-    what: str
-    at_most: float
-    found: Callable[[Record], list[float]]
-
-
-def _of(results: Record, section: str, **where: Any) -> list[Record]:
-    """The records of a section at a place."""
-    return [r for r in results.get(section, []) if all(r[key] == value for key, value in where.items())]
-
-
-def _over_gemms(n: int, d: int) -> Callable[[Record], list[float]]:
-    return lambda results: [r["ours_over_gemms"]["median"] for r in _of(results, "limits", n=n, d=d, threads=1)]
-
-
-def _exponent(results: Record) -> list[float]:
-    fits = results.get("growth", {}).get("features", {}).get("contenders", {})
-    return [fits[OURS]["exponent"]] if OURS in fits else []
+    Between two cells minutes pass, and the machine may be slower or faster by then: that is in the exponents of the
+    others. The sizes of ours take turns once more, and its exponent is the median over the rounds.
+    """
+    across = _lines([record for record in records if record["n"] == SAMPLES], "d")
+    along = _lines([record for record in records if record["d"] == FEATURES], "n")
+    largest = {name: _largest(name, points, budget) for name, points in across.items()}
+    return {
+        "features": {"n": SAMPLES, "contenders": _fits("d", across)},
+        "samples": {"d": FEATURES, "contenders": _fits("n", along)},
+        "budget": {"n": SAMPLES, "bytes": budget, "contenders": largest},
+    }
 
 
-# What this library promises about its cost on a CPU. Machines differ: a promise that another one does not keep is worth
-# an issue, so it is said, and is no failure.
-PROMISES = (
-    Promise(f"exponent of time in D, N = {SAMPLES}", 1.15, _exponent),
-    Promise(
-        "working memory over a D×D matrix, 256 × 4096",
-        0.25,
-        lambda results: [
-            cell["contenders"][OURS]["working_bytes"] / (4 * cell["d"] ** 2)
-            for cell in _of(results, "cells", n=256, d=4096)
-        ],
-    ),
-    Promise("a step over torch.mm of its own products, 256 × 8192, one thread", 1.7, _over_gemms(256, 8192)),
-    Promise("a step over torch.mm of its own products, 1024 × 8192, one thread", 1.5, _over_gemms(1024, 8192)),
-    Promise(
-        f"the loss's share of a step of {WHOLE}",
-        0.03,
-        lambda results: [record["shares"][OURS] for record in _of(results, "training", what=WHOLE)],
-    ),
-    Promise(
-        "seconds that all sections took, on two cores",
-        600,
-        lambda results: [sum(found.values())] if len(found := results.get("seconds", {})) == len(SECTIONS) else [],
-    ),
-)
+def _lines(records: list[Record], axis: str) -> dict[str, Points]:
+    lines: dict[str, Points] = {}
+    for record in sorted(records, key=lambda record: int(record[axis])):
+        for name, found in record["contenders"].items():
+            lines.setdefault(name, []).append((record[axis], found))
+    return {name: points for name, points in lines.items() if len(points) >= LEAST_SIZES}
 
 
-def verdicts(results: Record) -> list[str]:
-    """A line for each promise that these results can tell of."""
-    return [
-        f"{'kept' if found <= promise.at_most else 'NOT KEPT'}: {promise.what}: {found:.3g}, "
-        f"promised at most {promise.at_most:g}"
-        for promise in PROMISES
-        for found in promise.found(results)
-    ]
+def _fits(axis: str, lines: dict[str, Points]) -> Record:
+    fits: Record = {}
+    for name, points in lines.items():
+        sizes = [size for size, _ in points]
+        seconds = [found["seconds"]["median"] for _, found in points]
+        fits[name] = {axis: sizes, "seconds": seconds, "exponent": _slope(sizes, seconds)}
+        if name == OURS:
+            fits[name] |= _fitted_in_turns(axis, sizes)
+    return fits
+
+
+def _fitted_in_turns(axis: str, sizes: list[int]) -> Record:
+    """Ours at all sizes round by round: the median of each round's exponent."""
+    line = [Cell(SAMPLES, size) if axis == "d" else Cell(size, FEATURES) for size in sizes]
+    turns: dict[Any, Turn] = {cell: partial(step, build(OURS, cell.d), *cell.views()) for cell in line}
+    times = interleave(turns, FIT_ROUNDS, FIT_SECONDS)
+    exponents = spread([_slope(sizes, seconds) for seconds in zip(*times.values(), strict=True)])
+    medians = [statistics.median(seconds) for seconds in times.values()]
+    return {"seconds": medians, "exponent": exponents["median"], "exponents": exponents}
+
+
+def _slope(sizes: Sequence[int], seconds: Sequence[float]) -> float:
+    return statistics.linear_regression([math.log(s) for s in sizes], [math.log(t) for t in seconds]).slope
+
+
+def _largest(name: str, points: Points, budget: int) -> Record:
+    """The largest D whose step works in the budget; ``features_in_all`` with inputs and gradients in it as well.
+
+    Working memory is a polynomial of D, to the byte, wherever the same code runs: a line for what is linear in D, else
+    a parabola. Three contenders take that step for real, and a smaller one if it does not fit.
+    """
+    degree = 1 if entry(name).linear else 2
+    sizes, working = zip(*((d, found["working_bytes"]) for d, found in points[-degree - 1 :]), strict=True)
+    memory = Polynomial.fit(sizes, working, degree)
+    features, taken = _reaching(budget, memory), name in TAKEN
+    if taken:
+        features = _multiple(0.99 * features)  # a step that fits at the first attempt, and is as large within 1 %
+    found = _taken(name, features) if taken else round(memory(features))
+    while found > budget:
+        features = _multiple(features * budget / found)
+        found = _taken(name, features)
+    in_all = _reaching(budget, memory + Polynomial([0, INPUTS_AND_GRADIENTS * SAMPLES]).convert(domain=memory.domain))
+    return {"features": features, "working_bytes": found, "measured": taken, "features_in_all": in_all}
+
+
+def _multiple(features: float) -> int:
+    return int(features) // STEP_FEATURES * STEP_FEATURES
+
+
+def _reaching(value: float, memory: Polynomial) -> int:
+    """The largest D below where a polynomial first reaches ``value``."""
+    return _multiple(min(root for root in (memory - value).roots().real if root > 0))
+
+
+def _taken(name: str, features: int) -> int:
+    views = [z.requires_grad_() for z in torch.rand(2, SAMPLES, features)]  # whatever is in them
+    with measure.all_cores():
+        return watched(partial(step, build(name, features), *views))[1]
+
+
+def limits(cell: Cell, rounds: int, seconds: float) -> Record:
+    turn = partial(step, build(OURS, cell.d), *cell.views())
+    products = measure.gemms(cell)
+    source, target = torch.ones(2, COPIED_BYTES // 4)
+    copy = partial(target.copy_, source)
+    times = interleave({"step": turn, "products": products, "copy": copy}, rounds, seconds)
+    taken, alone, done = spread(times["step"]), spread(times["products"]), work(turn)
+    ceilings = {
+        "flops_per_second": work(products).flops / alone["median"],
+        "bytes_per_second": 2 * COPIED_BYTES / statistics.median(times["copy"]),  # read and written
+    }
+    return {
+        "n": cell.n,
+        "d": cell.d,
+        "threads": torch.get_num_threads(),
+        "algorithm": cell.algorithm,
+        "rounds": len(times["step"]),
+        "seconds": taken,
+        "gemms": {"seconds": alone},
+        "ours_over_gemms": ratios(times, "products")["step"],
+        "ceilings": ceilings,
+        "flops": done.flops,
+        "bytes": done.bytes,
+        "model_seconds": done.flops / ceilings["flops_per_second"] + done.bytes / ceilings["bytes_per_second"],
+        "parts": _parts(turn, taken["median"]),
+    }
+
+
+def _parts(turn: Turn, seconds: float) -> dict[str, float]:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        whole = PROFILED_STEPS * wall(turn, PROFILED_STEPS)
+    parts = {"products": 0.0, "elementwise": 0.0}
+    for operator in profiler.key_averages():
+        if operator.key.startswith("aten::"):
+            part = "products" if operator.key in ("aten::mm", "aten::bmm", "aten::addmm") else "elementwise"
+            parts[part] += operator.self_cpu_time_total / 1e6
+    parts["rest"] = whole - sum(parts.values())
+    return {part: seconds * own / whole for part, own in parts.items()}
+
+
+def host(rounds: int, seconds: float) -> Record:
+    reason, cell = obstacle(), EAGER_CELL
+    timed = _timed(checked_turns(cell, (OURS, TEXTBOOK), *cell.views()), rounds, seconds)
+    steps = [{"what": EAGER, "n": cell.n, "d": cell.d, "dtype": "float32", **timed}]
+    steps += [] if reason else [_on_pretended_gpu(rounds, seconds)]
+    return {
+        "steps": steps,
+        "left_out": {TRITON: reason} if reason else {},
+        "operations": [{"n": cell.n, "d": cell.d, "operations": operations(cell)} for cell in COUNTED],
+    }
+
+
+def operations(cell: Cell) -> int:
+    return work(partial(step, build(OURS, cell.d), *cell.views())).operations
+
+
+def _on_pretended_gpu(rounds: int, seconds: float) -> Record:
+    cell = TRITON_CELL
+    views = cell.views(dtype=torch.bfloat16)
+    loss = BarlowTwinsLoss(algorithm="dual", backend="triton")
+    turns: dict[str, Turn] = {OURS: partial(step, loss, *views), NOTHING: partial(step, nothing, *views)}
+    with pretended_gpu() as gpu:
+        turns[OURS]()
+        launches = [launch.kernel for launch in gpu.launches]
+        gpu.launches = deque(maxlen=1)  # of millions
+        timed = _timed(turns, rounds, seconds)
+    return {"what": TRITON, "n": cell.n, "d": cell.d, "dtype": "bfloat16", "launches": launches, **timed}
+
+
+def _timed(turns: dict[str, Turn], rounds: int, seconds: float) -> Record:
+    for _ in range(WARM_UPS):
+        for turn in turns.values():
+            turn()
+    times = interleave(turns, rounds, seconds, measure.processor)
+    ours, reference = times
+    return {
+        "reference": reference,
+        "rounds": len(times[ours]),
+        "seconds": spread(times[ours]),
+        "reference_seconds": spread(times[reference]),
+        "over_reference": ratios(times, reference)[ours],
+    }
+
+
+def obstacle() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "triton interprets kernels here"
+    version, known = importlib.import_module("triton").__version__, _from_tests("fake_driver").KNOWN_TRITON
+    return None if version.startswith(known) else f"triton {version} is not among {', '.join(known)}"
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[Any]:
+    """CPU tensors are launched as on an H100 that is not there, with the backend and the products that it would get."""
+    forget = _plan._remembered.cache_clear
+    forget()
+    try:
+        with (
+            _from_tests("fake_driver").pretended(_from_tests("chips").CHIPS["sm_90"]) as gpu,
+            mock.patch.object(_plan, "choose_backend", return_value="triton"),
+            mock.patch.object(_plan, "_FLOAT16_MATMUL_DEVICES", ("cpu",)),
+        ):
+            yield gpu
+    finally:
+        forget()
+
+
+def _from_tests(module: str) -> Any:
+    if str(DRIVER) not in sys.path:
+        sys.path.append(str(DRIVER))
+    return importlib.import_module(module)
+
+
+def nothing(z1: Tensor, z2: Tensor) -> Tensor:
+    """A scalar that is not computed, of gradients that are not."""
+    loss: Tensor = _Nothing.apply(z1, z2)[0]
+    return loss
+
+
+class _Nothing(torch.autograd.Function):
+    """Three outputs, two saved tensors, two fresh gradients: the least that a loss with two terms asks of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, z1: Tensor, z2: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z1, z2)
+        return tuple(z1.new_empty((), dtype=torch.float32) for _ in range(3))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+
+def run(plan: Plan, sections: Sequence[str], out: Path) -> Path:
+    """Measures section by section, and keeps what there is after each in a partial file; where the results lie."""
+    effort = plan.rounds, plan.seconds
+    measures: dict[str, Callable[[], Any]] = {
+        "cells": lambda: [compare(cell, plan.names, *effort) for cell in plan.cells],
+        "growth": lambda: growth(results["cells"], plan.budget),
+        "limits": lambda: [limits(cell, *effort) for cell in plan.limits],
+        "host": lambda: host(*effort),
+        "distributed": lambda: distributed.section(plan.processes, *effort),
+        "training": lambda: training(plan.training, TRAINING_ROUNDS),
+    }
+    today = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
+    versions = measure.environment("lightly", "stable-pretraining")
+    results: Record = {"date": today, "revision": measure.revision(), "environment": versions, "seconds": {}}
+    path = out / f"{today}-{measure.device_name()}.json"
+    unfinished = path.with_suffix(".partial.json")
+    measure.store(results, unfinished)  # a folder that cannot be written to is told of now
+    torch.set_num_threads(1)
+    for section in SECTIONS:
+        if section in sections:
+            print(section, flush=True)
+            start = time.perf_counter()
+            results[section] = measures[section]()
+            results["seconds"][section] = round(time.perf_counter() - start, 1)
+            measure.store(results, unfinished)
+    return unfinished.replace(path)
 
 
 def arguments() -> argparse.Namespace:
-    """The flags of the command line."""
     parser = argparse.ArgumentParser(description="Measure the loss against the others; see the head of this file.")
     parser.add_argument("--plan", choices=PLANS, default="usual", help="how much is measured (default: usual)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"some of {', '.join(SECTIONS)}")
     parser.add_argument("--out", type=Path, help="folder (default: benches/results; for a part, runs/bench)")
     flags = parser.parse_args()
-    whole = flags.only is None and flags.plan in ("usual", "full")  # what README may be made of
-    flags.out = flags.out or (RESULTS if whole else Path("runs/bench"))
+    whole = flags.only is None and flags.plan == "usual"  # what README may be made of
+    flags.out = flags.out or (measure.RESULTS if whole else Path("runs/bench"))
     flags.only = flags.only or SECTIONS
+    if "growth" in flags.only and "cells" not in flags.only:
+        parser.error("--only: growth follows from cells, name both")
     return flags
 
 
 def main() -> None:
-    """Measures, writes, and says what was promised."""
     flags = arguments()
     warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
-    run = Run(PLANS[flags.plan], flags.out)
-    for section in SECTIONS:
-        if section in flags.only:
-            run.measure(section)
-    files = run.report()
-    print("\n".join(verdicts(run.results)))
-    run.say("written: " + ", ".join(map(str, files)))
+    path = run(PLANS[flags.plan], flags.only, flags.out)
+    results, text = measure.load(path), path.with_suffix(".md")
+    render.write({text: render.page(results, path)}, path)
+    print("\n".join([*verdicts(results), f"written: {path}, {text.name}, and pictures"]))
 
 
 if __name__ == "__main__":

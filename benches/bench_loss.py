@@ -1,8 +1,6 @@
 """Forward + backward of the loss, float32, under pytest-benchmark; the answer of each contender is checked first.
 
-FLOP and byte models: sections.py.
-
-    pytest benches/bench_loss.py                                        the whole grid
+    pytest benches/bench_loss.py                                        the whole grid; FLOP and byte models: bench.py
     OMP_NUM_THREADS=2 pytest benches/bench_loss.py -k "256x8192"        one cell; else on one thread
     pytest benches/bench_loss.py --benchmark-disable                    answers only
 
@@ -13,14 +11,15 @@ bench.py, which lets them take turns.
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from bench import GRID, present
 from contenders import build, contenders
 from measure import SEED, Answer, Cell, check, error_of_own, step, truth
-from sections import GRID, present
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -29,39 +28,21 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch"),  # about torch.compile's own insides
 ]
+CASES = [(cell, name) for cell in GRID for name in present(cell, contenders())]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def threads() -> None:
+@cache
+def right(cell: Cell) -> Answer:
+    return truth(*cell.views())
+
+
+@pytest.mark.parametrize(("cell", "name"), CASES, ids=[f"{cell.n}x{cell.d}-{name}" for cell, name in CASES])
+def test_step(benchmark: BenchmarkFixture, cell: Cell, name: str) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-
-
-@pytest.fixture(scope="module", params=GRID, ids=lambda cell: f"{cell.n}x{cell.d}")
-def cell(request: pytest.FixtureRequest) -> Cell:
-    chosen: Cell = request.param
-    return chosen
-
-
-@pytest.fixture(scope="module")
-def views(cell: Cell) -> tuple[torch.Tensor, ...]:
-    return cell.views()
-
-
-@pytest.fixture(scope="module")
-def right(views: tuple[torch.Tensor, ...]) -> Answer:
-    return truth(*views)
-
-
-@pytest.mark.parametrize("name", contenders())
-def test_step(
-    benchmark: BenchmarkFixture, name: str, cell: Cell, views: tuple[torch.Tensor, ...], right: Answer
-) -> None:
-    if name not in present(cell, (name,)):
-        pytest.skip(f"{name} takes too long at {cell}")
     torch.compiler.reset()
-    contender = build(name, cell.d)
+    views, contender = cell.views(), build(name, cell.d)
     torch.manual_seed(SEED)
-    found = error_of_own(name, step(contender, *views), right, *views)
+    found = error_of_own(name, step(contender, *views), right(cell), *views)
     check(name, cell, found)
     benchmark.group = str(cell)
     benchmark.extra_info |= {"threads": torch.get_num_threads(), "algorithm": cell.algorithm, **found._asdict()}

@@ -1,19 +1,14 @@
-"""What the loss is timed against, and what it costs them to be right on several processes.
+"""What the loss is timed against. Each is a function of the two views that returns the scalar loss.
 
-Every contender is a function of the two views that returns the scalar loss, with λ = 0.0051 and ε = 1e-5. Those of the
-package and of PyPI run as they are published there. The others cannot be installed beside torch 2.14, so their
-published formula stands here in our own words, with its source; where a program multiplies the loss by a constant of
-its own, that constant is 1.
-
-Each says which function of the views it computes (``definition``), because not all compute the paper's:
+λ = 0.0051 and ε = 1e-5. Those of the package and of PyPI run as they are published there. The others cannot be
+installed beside torch 2.14, so their published formula stands here in our own words, with its source, times a constant
+of 1. Under torch.distributed each does what its own code does. Not all compute the paper's function (``definition``):
 
 * ``PAPER``: C from features standardised by the biased variance of each view, ε inside the root.
 * ``UNBIASED``: by the unbiased standard deviation, ε outside the root.
 * ``JOINT``: by mean and variance of both views together.
 * ``RELAXED``: the off-diagonal sum replaced by one over D − 1 sums of C's elements. Its authors weight it with a
   smaller λ, 0.00049 at D = 8192.
-
-Under torch.distributed each does what its own code does; ``distributed.py`` measures what comes of it.
 """
 
 from __future__ import annotations
@@ -36,24 +31,13 @@ Contender = Callable[[Tensor, Tensor], Tensor]
 LAMBD = 0.0051
 EPS = 1e-5
 
-OURS = "barlow_loss"
-PRIMAL = "barlow_loss, primal"
-DUAL = "barlow_loss, dual"
-OURS_COMPILED = "barlow_loss, torch.compile"
-TEXTBOOK = "textbook"
-COMPILED = "textbook, torch.compile"
-LIGHTLY = "lightly"
-LIGHTLY_GATHERING = "lightly, gathering"
-STABLE = "stable-pretraining"
-SOLO = "solo-learn"
-VISSL = "VISSL"
-FFT = "FFT relaxation"
-FULL_ONLY = (PRIMAL, DUAL)  # they tell where "auto" should change over, which the README does not discuss
+OURS, OURS_COMPILED = "barlow_loss", "barlow_loss, torch.compile"
+PRIMAL, DUAL = "barlow_loss, primal", "barlow_loss, dual"
+TEXTBOOK, COMPILED = "textbook", "textbook, torch.compile"
+LIGHTLY, LIGHTLY_GATHERING = "lightly", "lightly, gathering"
+STABLE, SOLO, VISSL, FFT = "stable-pretraining", "solo-learn", "VISSL", "FFT relaxation"
 
-PAPER = "paper"
-UNBIASED = "unbiased"
-JOINT = "joint"
-RELAXED = "relaxed"
+PAPER, UNBIASED, JOINT, RELAXED = "paper", "unbiased", "joint", "relaxed"
 
 
 class Textbook(nn.Module):
@@ -82,7 +66,7 @@ def distributed_textbook(z1: Tensor, z2: Tensor) -> Tensor:
     The sum is not differentiated there, so each rank's gradient is its own part, and DDP's mean over W ranks makes that
     1/W of the gradient of the loss. FLOPs and passes over D×D matrices are those of ``Textbook``, for the rank's rows.
     """
-    n = _sum_over_ranks(torch.tensor(float(z1.shape[0]), dtype=z1.dtype))
+    n = _SumOverRanks.apply(torch.tensor(float(z1.shape[0]), dtype=z1.dtype))
     c = _synchronized_norm(z1, n).T @ _synchronized_norm(z2, n)
     c.div_(n)
     dist.all_reduce(c.detach())  # in place as there, but past autograd, which warns of it
@@ -135,7 +119,6 @@ def fft_relaxation(z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def _loss_from(c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The two sums of squares, over ``c``."""
     on_diagonal = torch.diagonal(c).add_(-1).pow_(2).sum(dtype=dtype)
     off_diagonal = off_diagonal_of(c).pow_(2).sum(dtype=dtype)
     return on_diagonal + LAMBD * off_diagonal
@@ -148,14 +131,27 @@ def off_diagonal_of(c: Tensor) -> Tensor:
 
 
 def _norm(z: Tensor) -> Tensor:
-    """Batch norm without parameters, over these rows."""
     return nn.functional.batch_norm(z, None, None, training=True, eps=EPS)
 
 
 def _synchronized_norm(z: Tensor, n: Tensor) -> Tensor:
     """What ``SyncBatchNorm`` without parameters computes, which takes no CPU tensors; ``n`` rows on all ranks."""
-    x = z - _sum_over_ranks(z.sum(dim=0)) / n
-    return x * torch.rsqrt(_sum_over_ranks(x.square().sum(dim=0)) / n + EPS)
+    x: Tensor = z - _SumOverRanks.apply(z.sum(dim=0)) / n
+    return x * torch.rsqrt(_SumOverRanks.apply(x.square().sum(dim=0)) / n + EPS)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """y = Σ_r x_r on every rank; what arrives for x is the sum over the ranks of what arrives for y."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.clone()
+        dist.all_reduce(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _SumOverRanks.apply(grads[0])
 
 
 class _JointNorm(torch.autograd.Function):
@@ -183,25 +179,6 @@ def _averaged(c: Tensor) -> Tensor:
         return c
     dist.all_reduce(c.detach())
     return c / dist.get_world_size()
-
-
-def _sum_over_ranks(x: Tensor) -> Tensor:
-    total: Tensor = _SumOverRanks.apply(x)
-    return total
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """y = Σ_r x_r on every rank; what arrives for x is the sum over the ranks of what arrives for y."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clone()
-        dist.all_reduce(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return _sum_over_ranks(grads[0])
 
 
 def _ours(algorithm: Literal["auto", "primal", "dual"], features: int) -> Contender:
@@ -258,28 +235,22 @@ _ENTRIES = {
 }
 
 
-def contenders() -> tuple[str, ...]:
-    """The names of the contenders of one process that this environment has, ours first."""
-    return tuple(name for name in _ENTRIES if name != LIGHTLY_GATHERING and installed(name))
+def contenders(processes: int = 1) -> tuple[str, ...]:
+    """The contenders that this environment has, ours first; several processes are left without their variants."""
+    variants = (LIGHTLY_GATHERING,) if processes == 1 else (PRIMAL, DUAL, OURS_COMPILED, COMPILED)
+    return tuple(name for name in _ENTRIES if name not in variants and installed(name))
 
 
 def installed(name: str) -> bool:
-    """Whether this environment has what the contender ``name`` needs."""
     package = entry(name).package
     return package is None or find_spec(package) is not None
 
 
 def entry(name: str) -> Entry:
-    """What is known of a contender.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
     if name not in _ENTRIES:
         raise ValueError(f"name: expected one of {tuple(_ENTRIES)}, got {name!r}")
     return _ENTRIES[name]
 
 
 def build(name: str, features: int) -> Contender:
-    """The contender ``name`` for embeddings of ``features`` features."""
     return entry(name).build(features)

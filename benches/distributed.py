@@ -2,20 +2,14 @@
 
 W processes of one thread each form a gloo group over the loopback; each holds rows of its own of both views.
 
-``cells``: ours against the published program, in turns as in the cells. All ranks start a turn together and it lasts
-as long as on the slowest of them; ratios are taken within a round. What is timed is forward and backward, down to the
-gradients of the rank's rows. ``floor`` is the published program's three products and its all-reduce of C alone, all
-else free; ``header`` the exchange of shapes and settings that precedes a step of ours.
+``cells``: ours against the published program. All ranks start a turn together and it lasts as long as on the slowest of
+them. ``floor`` is the published program's three products and its all-reduce of C alone; ``header`` the exchange of
+shapes and settings that precedes a step of ours. Three counts of the bytes are made: the model, what the collectives
+called send by it, which must be the same, and the loopback's counter, which sees TCP and other programs as well.
 
 ``exactness``: every contender's loss and gradient against those of the whole batch in float64, for shards of as many
 rows and for uneven ones. The gradient is what DDP's mean over the ranks makes of theirs: 1/W of what arrives at all
 rows. The cosine tells a wrong direction from a wrong length.
-
-FLOP model, each rank: ours 8·N²·D/W, the published program 6·N·D²/W, and it passes 39 times over D×D matrices besides,
-whatever W is. Byte model: model.py. Three counts of the bytes are made: the model, what the collectives called send
-by it, which must be the same, and the loopback's counter, which sees the headers of TCP as well, and other programs.
-
-    python benches/bench.py --only distributed        under a minute on two cores
 """
 
 from __future__ import annotations
@@ -29,44 +23,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
 
 import model
 from barlow_loss._collectives import group_of
 from barlow_loss._header import check_on_all_ranks
-from contenders import (
-    FFT,
-    LIGHTLY,
-    LIGHTLY_GATHERING,
-    OURS,
-    SOLO,
-    STABLE,
-    TEXTBOOK,
-    VISSL,
-    build,
-    distributed_textbook,
-    entry,
-    installed,
-)
-from measure import SEED, Answer, Cell, Errors, check, errors, interleave, ratios, spread, step, truth, wall
+from contenders import OURS, TEXTBOOK, build, contenders, distributed_textbook, entry
+from measure import SEED, Answer, Cell, check, errors, interleave, ratios, spread, step, truth, wall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from contenders import Contender
-    from machine import Record
-    from measure import Turn
+    from measure import Record, Turn
 
 GRID = {2: [Cell(256, 4096)], 4: [Cell(256, 4096)]}
-FULL = {2: [*GRID[2], Cell(1024, 4096), Cell(256, 8192)], 4: GRID[4]}
-COMPARED = (OURS, TEXTBOOK, LIGHTLY, LIGHTLY_GATHERING, STABLE, SOLO, VISSL, FFT)
 # Rows of each rank, 256 in all: as many everywhere, and not.
 SHARES: dict[int, list[tuple[int, ...]]] = {2: [(128, 128), (96, 160)], 4: [(64, 64, 64, 64), (32, 96, 48, 80)]}
 EXACTNESS_FEATURES = 512
@@ -84,26 +59,15 @@ class Shards(Cell):
 
     @classmethod
     def even(cls, cell: Cell, processes: int) -> Shards:
-        """As many rows on every rank.
-
-        Raises:
-            ValueError: the rows cannot be shared out, or the bytes of the cell have no model.
-        """
-        if cell.n % processes or cell.algorithm != "dual":
-            raise ValueError(
-                f"grid: expected an N that {processes} processes can share, of at most D/2, as the byte model of ours "
-                f"is the dual's, got {cell}"
-            )
+        if cell.n % processes or cell.algorithm != "dual":  # the byte model of ours is the dual's
+            raise ValueError(f"grid: expected an N that {processes} processes can share, of at most D/2, got {cell}")
         return cls(cell.n, cell.d, (cell.n // processes,) * processes)
 
     def __str__(self) -> str:
         return f"{super().__str__()} as {' + '.join(map(str, self.rows))} rows"
 
     def of(self, rank: int) -> list[Tensor]:
-        """The rank's rows of both views."""
-        start = sum(self.rows[:rank])
-        own = slice(start, start + self.rows[rank])
-        return [z.detach()[own].clone().requires_grad_() for z in self.views()]
+        return [torch.split(z.detach(), list(self.rows))[rank].clone().requires_grad_() for z in self.views()]
 
 
 class Refusal(NamedTuple):
@@ -114,15 +78,12 @@ class Refusal(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a job runs."""
-
     rank: int
     processes: int
     folder: str
 
     @contextmanager
     def group(self, name: str) -> Iterator[None]:
-        """The default group of all processes, as long as the block lasts."""
         store = f"file://{self.folder}/{name}"
         dist.init_process_group("gloo", store, rank=self.rank, world_size=self.processes, timeout=TIMEOUT)
         try:
@@ -135,45 +96,28 @@ class Place(NamedTuple):
 def preload(*modules: str) -> None:
     """Have the server of the ranks import so much besides torch when it starts, once for all of them.
 
-    stable-pretraining takes 12 s of a core, and a package that it imports warns of forks; nothing here uses that one.
-    What is not installed is passed over.
+    stable-pretraining takes 12 s of a core. Under the mode that counts bytes, each rank would import dynamo by itself.
     """
-    # Under the mode that counts bytes, each rank would import dynamo by itself: 5 s of a core.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch._dynamo", *modules])
 
 
 def together(job: Callable[..., Any], processes: int, *args: Any, limit: float = JOB_SECONDS) -> list[Any]:
-    """What ``job(place, *args)`` returns on every rank, each a fresh process of one thread.
+    """What ``job(place, *args)`` returns on every rank, each a process of one thread that ends with it.
 
-    They are forks of a server that has imported what is large: see ``preload``.
-
-    Raises:
-        torch.multiprocessing.ProcessRaisedException: a rank raised; the others are ended.
-        TimeoutError: the job took longer than ``limit`` seconds; its processes are ended.
+    Raises what a rank raised, and multiprocessing.TimeoutError after ``limit`` seconds without an answer.
     """
-    start: Any = start_processes  # untyped
-    with tempfile.TemporaryDirectory(prefix="barlow-loss-") as folder:
-        given = (processes, folder, job, args)
-        ranks = start(_on_rank, given, processes, join=False, daemon=True, start_method="forkserver")
-        deadline = time.monotonic() + limit
-        while not ranks.join(max(0.0, deadline - time.monotonic())):
-            if time.monotonic() > deadline:
-                for process in ranks.processes:
-                    process.kill()
-                    process.join()
-                raise TimeoutError(f"{job.__name__}{args}: expected an end within {limit:g} s")
-        return [pickle.loads(_result(folder, rank).read_bytes()) for rank in range(processes)]
+    workers = multiprocessing.get_context("forkserver").Pool(processes)
+    with tempfile.TemporaryDirectory(prefix="barlow-loss-") as folder, workers:
+        places = [Place(rank, processes, folder) for rank in range(processes)]
+        answers = workers.imap_unordered(partial(_on_rank, job, args), places)
+        by_rank = dict(answers.next(limit) for _ in places)
+    return [pickle.loads(by_rank[rank]) for rank in range(processes)]
 
 
-def _on_rank(rank: int, processes: int, folder: str, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _on_rank(job: Callable[..., Any], args: tuple[Any, ...], place: Place) -> tuple[int, bytes]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # of torch, to the contenders
-    result = job(Place(rank, processes, folder), *args)
-    _result(folder, rank).write_bytes(pickle.dumps(result))
-
-
-def _result(folder: str, rank: int) -> Path:
-    return Path(folder, f"rank-{rank}")
+    return place.rank, pickle.dumps(job(place, *args))  # tensors by value: their process ends
 
 
 def answers(place: Place, shards: Shards, names: tuple[str, ...]) -> dict[str, Answer | Refusal]:
@@ -184,7 +128,7 @@ def answers(place: Place, shards: Shards, names: tuple[str, ...]) -> dict[str, A
     views = shards.of(place.rank)
     found: dict[str, Answer | Refusal] = {}
     for number, name in enumerate(names):
-        contender = _contender(name, shards.d)
+        contender = distributed_textbook if name == TEXTBOOK else build(name, shards.d)
         torch.manual_seed(SEED)
         with place.group(f"group-{number}"):
             try:
@@ -195,48 +139,33 @@ def answers(place: Place, shards: Shards, names: tuple[str, ...]) -> dict[str, A
     return found
 
 
-def _contender(name: str, features: int) -> Contender:
-    return distributed_textbook if name == TEXTBOOK else build(name, features)
-
-
-def distance(parts: list[Answer], right: Answer, factor: float = 1.0) -> tuple[Errors, float]:
-    """Errors of the ranks' answers, the loss's on the worst of them, and the cosine of the two gradients.
-
-    The gradient is that of DDP's mean over the ranks, divided by ``factor``.
-    """
-    gradients = [torch.cat(rows) / (len(parts) * factor) for rows in zip(*(part[1:] for part in parts), strict=True)]
-    found = [errors((part[0], *gradients), right) for part in parts]
-    flat, right_flat = (torch.cat(list(both)).double().flatten() for both in (gradients, right[1:]))
-    cosine = torch.cosine_similarity(flat, right_flat, dim=0).item()
-    return Errors(max(each.loss for each in found), found[0].gradient), cosine
-
-
-def exactness(shards: Shards, names: tuple[str, ...] = COMPARED) -> Record:
+def exactness(shards: Shards, names: tuple[str, ...]) -> Record:
     """How far each contender is from the whole batch's loss and gradient; raises where ours is too far."""
-    names = tuple(filter(installed, names))
     right = truth(*shards.views())
     by_rank = together(answers, len(shards.rows), shards, names)
-    contenders = {name: judged(name, shards, by_rank, right) for name in names}
-    return {"processes": len(shards.rows), "rows": list(shards.rows), "d": shards.d, "contenders": contenders}
+    found = {name: judged(name, shards, by_rank, right) for name in names}
+    return {"processes": len(shards.rows), "rows": list(shards.rows), "d": shards.d, "contenders": found}
 
 
 def judged(
     name: str, shards: Shards, by_rank: list[dict[str, Answer | Refusal]], right: Answer, factor: float | None = None
 ) -> Record:
-    """How far a contender is; of one whose gradient is known to be ``factor`` times the right one, from that.
+    """How far a contender is; one whose gradient is known to be ``factor`` times the right one is held to that.
 
-    Raises:
-        AssertionError: ours, or one with a factor, is further than it may be.
-        RuntimeError: ours raised.
+    Raises where ours refuses, and where ours, or one with a factor, is further than it may be.
     """
     parts = [own[name] for own in by_rank]
     if refusals := [part for part in parts if isinstance(part, Refusal)]:
         if entry(name).ours:
             raise RuntimeError(min(refusals).why)
         return {"refused": min(refusals).why}
-    found, cosine = distance([part for part in parts if not isinstance(part, Refusal)], right, factor or 1.0)
+    losses, *gradients = zip(*parts, strict=True)
+    mean = [torch.cat(rows) / (len(by_rank) * (factor or 1.0)) for rows in gradients]
+    found = max(errors((loss, *mean), right) for loss in losses)
     if entry(name).ours or factor:
         check(name, shards, found)
+    flat, right_flat = (torch.cat(list(both)).double().flatten() for both in (mean, right[1:]))
+    cosine = torch.cosine_similarity(flat, right_flat, dim=0).item()
     return {"loss_error": found.loss, "gradient_error": found.gradient, "gradient_cosine": cosine}
 
 
@@ -245,38 +174,29 @@ def measure(shards: Shards, rounds: int, seconds: float) -> Record:
     processes, right = len(shards.rows), truth(*shards.views())
     factors = {OURS: 1.0, TEXTBOOK: 1 / processes}
     by_rank = together(answers, processes, shards, tuple(factors))
-    contenders = {
-        name: judged(name, shards, by_rank, right, factor) | {"gradient_factor": factor}
-        for name, factor in factors.items()
-    }
-    timed = together(costs, processes, shards, rounds, seconds)[0]
-    called, sent = timed["contenders"][OURS]["sent"]["collectives"], model.sent_by_dual(shards, processes).sent
+    record = together(costs, processes, shards, rounds, seconds)[0]
+    called, sent = record["contenders"][OURS]["sent"]["collectives"], model.sent_by_dual(shards, processes).sent
     if abs(called - sent) > 0.5:
         raise AssertionError(f"{OURS} at {shards}: expected {sent:,.0f} bytes sent, counted {called:,.0f}")
-    for name, found in contenders.items():
-        found.update(timed["contenders"][name])
-    return {"n": shards.n, "d": shards.d, "processes": processes, **timed, "contenders": contenders}
+    for name, factor in factors.items():
+        found = judged(name, shards, by_rank, right, factor)
+        record["contenders"][name] |= found | {"gradient_factor": factor}
+    return {"n": shards.n, "d": shards.d, "processes": processes, **record}
 
 
 def costs(place: Place, shards: Shards, rounds: int, seconds: float) -> Record:
     """A job: what is sent, and times; the same on every rank but for the loopback's counter."""
     views = shards.of(place.rank)
-    steps: dict[str, Turn] = {name: partial(step, _contender(name, shards.d), *views) for name in (OURS, TEXTBOOK)}
+    steps: dict[str, Turn] = {OURS: partial(step, build(OURS, shards.d), *views)}
+    steps[TEXTBOOK] = partial(step, distributed_textbook, *views)
     with place.group("costs"):
         sent = {name: _sent(turn) for name, turn in steps.items()}
         rest: dict[str, Turn] = {"floor": _floor(shards), "header": _header(*views)}
-        for turn in rest.values():
-            turn()  # the steps have run
         times = interleave(steps | rest, rounds, seconds, _time_together)
     over_ours = ratios(times, OURS)
-    return {
-        "rounds": len(times[OURS]),
-        "contenders": {
-            name: {"sent": sent[name], "seconds": spread(times[name]), "times_ours": over_ours[name]} for name in steps
-        },
-        "floor": {"seconds": spread(times["floor"]), "times_ours": over_ours["floor"]},
-        "header": {"seconds": spread(times["header"])},
-    }
+    told = {name: {"seconds": spread(own), "times_ours": over_ours[name]} for name, own in times.items()}
+    found = {name: {"sent": sent[name], **told[name]} for name in steps}
+    return {"rounds": len(times[OURS]), "contenders": found, "floor": told["floor"], "header": told["header"]}
 
 
 def _floor(shards: Shards) -> Turn:
@@ -307,48 +227,40 @@ def _time_together(turn: Turn, calls: int) -> float:
 
 
 def _sent(turn: Turn) -> Record:
-    """Bytes that a rank sends in a step: by the collectives called, and by the loopback's counter.
-
-    From the counter is taken what passes in as much time of idleness.
-    """
-    called = model.Collectives()
+    """Bytes that a rank sends in a step: by the collectives, and by the loopback's counter, less idle traffic."""
 
     def steps() -> None:
         with called:
             for _ in range(COUNTED_STEPS):
                 turn()
 
+    called = model.Collectives()
     idle = _bytes_meanwhile(partial(time.sleep, IDLE_SECONDS)) / IDLE_SECONDS
     start = time.perf_counter()
     busy = _bytes_meanwhile(steps)
-    others = idle * (time.perf_counter() - start)
-    by_counter = (busy - others) / COUNTED_STEPS / dist.get_world_size()
-    return {
-        "collectives": called.sent / COUNTED_STEPS,
-        "loopback": None if _loopback_bytes() is None else by_counter,
-    }
+    by_counter = (busy - idle * (time.perf_counter() - start)) / COUNTED_STEPS / dist.get_world_size()
+    return {"collectives": called.sent / COUNTED_STEPS, "loopback": by_counter if by_counter > 0 else None}
 
 
 def _bytes_meanwhile(turn: Turn) -> int:
+    """What the loopback interface carries during a turn; nothing where there is none of that name."""
+
+    def carried() -> int:
+        counters = psutil.net_io_counters(pernic=True).get("lo")
+        return counters.bytes_recv if counters else 0
+
     dist.barrier()
-    before = _loopback_bytes() or 0
+    before = carried()
     turn()
     dist.barrier()
-    return (_loopback_bytes() or 0) - before
-
-
-def _loopback_bytes() -> int | None:
-    """What the loopback interface has carried since the machine started; None where there is none of that name."""
-    counters = psutil.net_io_counters(pernic=True).get("lo")
-    return counters.bytes_recv if counters else None
+    return carried() - before
 
 
 def section(grid: dict[int, list[Cell]], rounds: int, seconds: float) -> Record:
-    """Cells and exactness for the numbers of processes in ``grid``, which gives the cells of each."""
     preload("lightly.loss", "stable_pretraining.losses")
     shares = [Shards(sum(rows), EXACTNESS_FEATURES, rows) for processes in grid for rows in SHARES[processes]]
     cells = [Shards.even(cell, processes) for processes, cells in grid.items() for cell in cells]
     return {
         "cells": [measure(shards, rounds, seconds) for shards in cells],
-        "exactness": [exactness(shards) for shards in shares],
+        "exactness": [exactness(shards, contenders(len(shards.rows))) for shards in shares],
     }

@@ -1,15 +1,12 @@
 """Times the loss on a GPU against the textbook formula and lightly, beside the model of model.py.
 
-Six contenders take turns, each step timed by events around it with the L2 cache overwritten before (measure.py). What
-is timed is forward and backward, down to the gradients of both views. An answer further from float64 of the same views
-than ``allowed`` says is reported and not timed; so is what ran out of memory, or is not installed.
-
-Settings: "fp32" (views and products in float32, precision "highest") and "bf16 autocast" (bfloat16 views, as a linear
-layer under autocast gives them, and the loss under ``torch.autocast``). The ceilings (copy, 8192³ products, launches)
-are measured in the same run, and the algorithm's own products alone in the same rounds.
+Six contenders take turns, forward and backward, each step timed by events around it with the L2 cache overwritten
+before. What is further from float64 of the same views than ``allowed`` is reported and not timed; so is what ran out of
+memory, or is not installed. Settings: "fp32" (views and products in float32, precision "highest") and "bf16 autocast"
+(bfloat16 views, as a linear layer under autocast gives them, and the loss under ``torch.autocast``).
 
     python benches/gpu.py                      the whole grid into results/gpu.json and gpu.md
-    python benches/gpu.py --grid 256x8192 --settings "bf16 autocast" --out /tmp/gpu
+    python benches/gpu.py --grid 256x8192 --out /tmp/gpu
     python benches/gpu.py --smoke              no GPU: runs this program on tiny CPU tensors; its figures mean nothing
 """
 
@@ -28,57 +25,26 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import contenders
+import measure
 import model
 from barlow_loss import BarlowTwinsLoss
-from contenders import EPS, LAMBD, Textbook
-from machine import RESULTS, environment, store
-from measure import (
-    OTHERS_ALLOWED,
-    OURS_ALLOWED,
-    Answer,
-    Cell,
-    Errors,
-    Events,
-    cells,
-    errors,
-    gemms,
-    interleave,
-    ratios,
-    spread,
-    step,
-    truth,
-    wall,
-)
-from model import (
-    AUTOCAST,
-    COMPILED,
-    CONTENDERS,
-    EAGER,
-    FLOAT32,
-    GRAPH,
-    LIGHTLY,
-    MODELS,
-    SETTINGS,
-    TEXTBOOK,
-    TRITON,
-    floor,
-    predicted,
-)
-from tables import details, grid, paragraphs, plain
+from measure import OTHERS_ALLOWED, OURS_ALLOWED, RESULTS, Cell, Errors, cells, ratios, spread, step, wall
+from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, FLOAT32, GRAPH, LIGHTLY, SETTINGS, TEXTBOOK, TRITON, Chip
+from render import figure, paragraphs, plain, shape, shown, table
+from render import spread as told
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
-    from machine import Record
-    from measure import Clock
-    from model import Chip, Setting
+    from measure import Answer, Record, Turn
+    from model import Setting
 
     Step = Callable[[], Answer]
 
@@ -89,39 +55,93 @@ ORDER = (LARGE, SMALL, *cells("256x2048", "1024x8192", "4096x8192", "2048x32768"
 SMOKE_GRID = cells("16x64", "24x96")
 COMPILE_SECONDS = 20  # kept in reserve for a compilation; without it the compiled contender is left out
 CELL_SECONDS = 4
+ROUNDS = 7
 WARM_UPS = 3
 SQUARE, COPIED_BYTES, LAUNCHES = 8192, 2**30, 500
 
 PRODUCTS = "products of the dual alone"
-# Over the floor or in µs, how many times as fast as others, and MB.
-GOALS: tuple[tuple[Cell, str, float, dict[str, int], int], ...] = (
-    (LARGE, TRITON, 1.35, {TEXTBOOK: 5, COMPILED: 3}, 220),
-    (SMALL, GRAPH, 60, {TEXTBOOK: 20, COMPILED: 6}, 25),
+COLUMNS = (
+    ("N × D", "", shape),
+    ("contender", "name", str),
+    ("predicted, ms", "predicted", str),
+    ("ms", "seconds", lambda seconds: told({key: 1e3 * value for key, value in seconds.items()})),
+    ("ms back to back", "back_to_back", 1e3),
+    ("× floor", "over_floor", 1.0),
+    *((f"× {name}", f"times/{name}/median", 1.0) for name in OURS),
+    ("MB with gradients", "peak_bytes", 1e-6),
+    ("loss error", "loss_error", 1.0),
+    ("gradient error", "gradient_error", 1.0),
+    ("instead of a time", "instead", lambda why: why.replace("|", "/")),
+)
+# In bf16 autocast, by the columns.
+GOALS = (
+    (LARGE, TRITON, "× floor", "≤ 1.35"),
+    (LARGE, TEXTBOOK, f"× {TRITON}", "≥ 5"),
+    (LARGE, COMPILED, f"× {TRITON}", "≥ 3"),
+    (LARGE, TRITON, "MB with gradients", "≤ 220"),
+    (SMALL, GRAPH, "ms", "≤ 0.06"),
+    (SMALL, TEXTBOOK, f"× {GRAPH}", "≥ 20"),
+    (SMALL, COMPILED, f"× {GRAPH}", "≥ 6"),
+    (SMALL, TRITON, "MB with gradients", "≤ 25"),
 )
 NOTES = """\
 Time: forward and backward to the gradients of both views, by events, the L2 cache overwritten before each step; median
 and quartiles over rounds in which the contenders take turns; ratios are taken within a round. *Back to back*: steps in
 a row, the host's share included. A predicted range is without and with a second pass over operands just read, which
 the L2 cache serves where they fit there. *Floor*: the larger of FLOPs of the dual over the rate of a large product and
-of views read once and gradients written once over the rate of a copy. *Held*: the rise of the memory during a step,
-beyond the views and the returned gradients. Errors: relative distance to float64 on the same views, of the loss and of
-both gradients by norm. What was measured is the code of that day; predictions are those of the model as it is now."""
+of views read once and gradients written once over the rate of a copy. *MB with gradients*: the rise of the memory
+during a step, beyond the views. Errors: relative distance to float64 on the same views, of the loss and of both
+gradients by norm. What was measured is the code of that day; predictions are those of the model as it is now. What has
+none is no contender any more.
+"""
 
 
-class Device(NamedTuple):
-    """Where steps run, and its clocks: with the cache overwritten before each step, and steps in a row."""
+class Events:
+    """The clock of a GPU: an event before and after each step, its inputs in memory as after a large network.
 
-    device: torch.device
-    cold: Clock
-    in_a_row: Clock
+    The L2 cache is overwritten before each. The host issues the step while that runs, so its own launch gaps show only
+    where the host needs longer than the overwriting and the step together; ``in_a_row`` leaves the overwriting out.
+    """
 
-    @classmethod
-    def of(cls, device: torch.device) -> Device:
-        """On the CPU, where the program is tried out, both clocks are the wall's."""
-        if device.type == "cpu":
-            return cls(device, wall, wall)
-        events = Events(device)
-        return cls(device, events, events.in_a_row)
+    LEAST_FLUSH = 256 * 2**20
+    MOST_CALLS = 300  # in a turn: the overwriting takes longer than a small step
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+        self._other = torch.empty(max(4 * cache, self.LEAST_FLUSH), dtype=torch.int8, device=device)
+
+    def __call__(self, turn: Turn, calls: int) -> float:
+        pairs = []
+        for _ in range(min(calls, self.MOST_CALLS)):
+            self._other.zero_()
+            pairs.append(self._around(turn, 1))
+        torch.cuda.synchronize()
+        milliseconds: float = statistics.median(start.elapsed_time(end) for start, end in pairs)
+        return milliseconds / 1e3
+
+    def in_a_row(self, turn: Turn, calls: int) -> float:
+        """Seconds per call of ``calls`` in a row: with the host's share, and inputs in the cache where they fit."""
+        torch.cuda.synchronize()
+        start, end = self._around(turn, calls)
+        torch.cuda.synchronize()
+        seconds: float = start.elapsed_time(end) / 1e3
+        return seconds / calls
+
+    def _around(self, turn: Turn, calls: int) -> tuple[Any, Any]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            turn()
+        end.record()
+        return start, end
+
+
+class Wall:
+    """In its place on the CPU, where the program is tried out."""
+
+    device = torch.device("cpu")
+    __call__ = in_a_row = staticmethod(wall)
 
 
 class Graphed:
@@ -151,35 +171,34 @@ class Graphed:
         return self._answer
 
 
-def missing(name: str, where: Device) -> str | None:
-    """Why a contender cannot run here, or None."""
+def missing(name: str, clock: Events | Wall, deadline: float) -> str | None:
+    if name == COMPILED and time.monotonic() + COMPILE_SECONDS > deadline:
+        return "the budget was spent"
     if name == LIGHTLY and not contenders.installed(contenders.LIGHTLY):
         return "not installed"
-    if name in (TRITON, GRAPH) and where.device.type == "cpu":
+    if name in (TRITON, GRAPH) and clock.device.type == "cpu":
         return "needs a GPU"
-    if name in (TRITON, GRAPH, COMPILED) and find_spec("triton") is None:
-        return "triton is not installed"
-    return None
+    return "triton is not installed" if name in (TRITON, GRAPH, COMPILED) and find_spec("triton") is None else None
 
 
-def build(name: str, cell: Cell, setting: Setting, where: Device, *views: Tensor) -> Step:
+def build(name: str, cell: Cell, setting: Setting, clock: Events | Wall, *views: Tensor) -> Step:
     """A step of the contender ``name``: forward under the setting's autocast, backward outside of it."""
     if name in OURS:
-        loss: Any = BarlowTwinsLoss(LAMBD, eps=EPS, backend="eager" if name == EAGER else "triton")
+        loss: Any = BarlowTwinsLoss(
+            contenders.LAMBD, eps=contenders.EPS, backend="eager" if name == EAGER else "triton"
+        )
     else:
-        loss = contenders.build(contenders.LIGHTLY, cell.d) if name == LIGHTLY else Textbook(cell.d)
-    loss = loss.to(where.device)
+        loss = contenders.build(contenders.LIGHTLY, cell.d) if name == LIGHTLY else contenders.Textbook(cell.d)
+    loss = loss.to(clock.device)
     if name == COMPILED:
         loss = torch.compile(loss, fullgraph=True, dynamic=False)
 
     def forward(*z: Tensor) -> Tensor:
-        with torch.autocast(where.device.type, torch.bfloat16) if setting == AUTOCAST else nullcontext():
+        with torch.autocast(clock.device.type, torch.bfloat16) if setting == AUTOCAST else nullcontext():
             value: Tensor = loss(*z)
             return value
 
-    def turn() -> Answer:
-        return step(forward, *views)
-
+    turn = partial(step, forward, *views)
     return Graphed(turn) if name == GRAPH else turn
 
 
@@ -194,90 +213,85 @@ def allowed(name: str, setting: Setting) -> Errors:
     return OTHERS_ALLOWED if setting == FLOAT32 else Errors(0.05, 0.5)
 
 
-def measure(cell: Cell, setting: Setting, where: Device, rounds: int, deadline: float) -> Record:
-    """The record of one cell under one setting."""
+def measured(cell: Cell, setting: Setting, clock: Events | Wall, rounds: int, deadline: float) -> Record:
     torch.compiler.reset()  # generated code is for one shape and dtype
-    views = cell.views(device=where.device, dtype=setting.dtype)
-    right = truth(*views)
+    views = cell.views(device=clock.device, dtype=setting.dtype)
+    right = measure.truth(*views)
     records: dict[str, Record] = {}
     turns: dict[str, Step] = {}
     for name in CONTENDERS:
-        reason = missing(name, where)
-        if name == COMPILED and time.monotonic() + COMPILE_SECONDS > deadline:
-            reason = "the budget was spent"
-        records[name], turn = ({"left_out": reason}, None) if reason else _try(name, cell, setting, where, right, views)
+        if reason := missing(name, clock, deadline):
+            records[name] = {"left_out": reason}
+            continue
+        records[name], turn = _try(name, cell, setting, clock, right, views)
         if turn is not None:
             turns[name] = turn
     del right
-    half = setting == AUTOCAST and where.device.type != "cpu"  # the dtype that ours takes
-    _, products = gemms(cell, where.device, torch.float16 if half else torch.float32)
-    timed: dict[str, Callable[[], object]] = {**turns, "products": products}
-    for again in timed.values():
-        again()
-    times = interleave(timed, rounds, CELL_SECONDS, where.cold)
+    half = setting == AUTOCAST and clock.device.type != "cpu"  # the dtype that ours takes
+    products = measure.gemms(cell, clock.device, torch.float16 if half else torch.float32)
+    timed: dict[str, Turn] = {**turns, "products": products}
+    times = measure.interleave(timed, rounds, CELL_SECONDS, clock)
+    alone = times.pop("products")
     for over in filter(turns.__contains__, OURS):
-        for name, ratio in ratios({name: times[name] for name in turns}, over).items():
+        for name, ratio in ratios(times, over).items():
             records[name].setdefault("times", {})[over] = ratio
     for name, turn in turns.items():
         records[name]["seconds"] = spread(times[name])
         calls = max(3, math.ceil(0.02 / records[name]["seconds"]["median"]))
-        records[name]["back_to_back"] = statistics.median(where.in_a_row(turn, calls) for _ in range(3))
-    found = {"rounds": len(times["products"]), "contenders": records, "products": spread(times["products"])}
+        records[name]["back_to_back"] = statistics.median(clock.in_a_row(turn, calls) for _ in range(3))
+    found = {"rounds": len(alone), "contenders": records, "products": spread(alone)}
     return {"n": cell.n, "d": cell.d, "setting": setting.name, **found}
 
 
 def _try(
-    name: str, cell: Cell, setting: Setting, where: Device, right: Answer, views: tuple[Tensor, ...]
+    name: str, cell: Cell, setting: Setting, clock: Events | Wall, right: Answer, views: tuple[Tensor, ...]
 ) -> tuple[Record, Step | None]:
     """What is known of a contender before it is timed, and its turn if it is to be."""
     try:
-        turn = build(name, cell, setting, where, *views)
-        found = errors(turn(), right)
-        peak, gradients = _peak(turn, where)
-    except torch.OutOfMemoryError:
-        _release(where)
-        return {"failed": "out of memory"}, None
+        turn = build(name, cell, setting, clock, *views)
+        found = measure.errors(turn(), right)
+        peak = _peak(turn, clock)
     except Exception as error:  # a contender that breaks must not take the others with it
+        _release(clock)
         return {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}, None
-    record: Record = {"loss_error": found.loss, "gradient_error": found.gradient}
-    record |= {"peak_bytes": peak, "gradient_bytes": gradients}
+    record: Record = {"loss_error": found.loss, "gradient_error": found.gradient, "peak_bytes": peak}
     limit = allowed(name, setting)
     if not (found.loss <= limit.loss and found.gradient <= limit.gradient):
         return record | {"failed": f"wrong: errors of at most {limit.loss:.1e} and {limit.gradient:.1e} expected"}, None
     return record, turn
 
 
-def _peak(turn: Step, where: Device) -> tuple[int | None, int]:
-    """Bytes by which the allocated memory rises during a step; those of the gradients that it returns."""
+def _peak(turn: Step, clock: Events | Wall) -> int | None:
+    """Bytes by which the allocated memory rises during a step, its gradients among them."""
     gc.collect()
-    if where.device.type == "cpu":
-        return None, sum(gradient.nbytes for gradient in turn()[1:])
+    if clock.device.type == "cpu":
+        return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    answer = turn()
+    turn()
     torch.cuda.synchronize()
     rise: int = turn.peak if isinstance(turn, Graphed) else torch.cuda.max_memory_allocated() - before
-    return rise, sum(gradient.nbytes for gradient in answer[1:])
+    return rise
 
 
-def ceilings(where: Device) -> dict[str, float]:
+def ceilings(clock: Events | Wall) -> dict[str, float]:
     """Bandwidth of a copy, rates of large products, seconds per tiny kernel: issued by the host, and from a graph."""
-    if where.device.type == "cpu":
-        rates = dict.fromkeys(("copy_bytes_per_second", "float16_flops", "bfloat16_flops", "float32_flops"), 1e10)
+    if clock.device.type == "cpu":
+        rates = dict.fromkeys(("copy_bytes_per_second", "float16_flops", "float32_flops"), 1e10)
         return rates | {"host_seconds": 1e-5, "launch_seconds": 1e-5}
 
-    def median(turn: Callable[[], object]) -> float:
-        where.in_a_row(turn, 2)
-        return statistics.median(where.in_a_row(turn, 1) for _ in range(11))
+    def median(turn: Turn) -> float:
+        clock.in_a_row(turn, 2)
+        return statistics.median(clock.in_a_row(turn, 1) for _ in range(11))
 
-    source = torch.randn(COPIED_BYTES // 4, device=where.device)
+    source = torch.randn(COPIED_BYTES // 4, device=clock.device)
     target = torch.empty_like(source)
     found = {"copy_bytes_per_second": 2 * COPIED_BYTES / median(partial(target.copy_, source))}
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        factors = torch.randn(2, SQUARE, SQUARE, device=where.device).to(dtype)
+    for dtype in (torch.float16, torch.float32):
+        factors = torch.randn(2, SQUARE, SQUARE, device=clock.device).to(dtype)
         found[f"{str(dtype).removeprefix('torch.')}_flops"] = 2 * SQUARE**3 / median(partial(torch.mm, *factors))
-    one = torch.zeros(1, device=where.device)
+    one = torch.zeros(1, device=clock.device)
 
     def many() -> None:
         for _ in range(LAUNCHES):
@@ -290,35 +304,37 @@ def ceilings(where: Device) -> dict[str, float]:
     return found | {"launch_seconds": median(graph.replay) / LAUNCHES}
 
 
-def run(where: Device, flags: argparse.Namespace) -> Record:
+def run(clock: Events | Wall, grid: Sequence[Cell], deadline: float, out: Path) -> Record:
     """All cells, written after each, so that what was measured is kept whatever comes next."""
-    deadline = time.monotonic() + flags.budget
-    versions = environment("triton", "lightly", device=where.device)
-    results: Record = {"environment": versions, "ceilings": ceilings(where), "smoke": flags.smoke}
-    results |= {"cells": [], "left_out": []}
-    for setting, cell in product(flags.settings, flags.grid):
-        reason = "the budget was spent" if time.monotonic() > deadline else ""
+    versions = measure.environment("triton", "lightly", device=clock.device)
+    smoke = clock.device.type == "cpu"
+    results: Record = {
+        "environment": versions,
+        "ceilings": ceilings(clock),
+        "smoke": smoke,
+        "cells": [],
+        "left_out": [],
+    }
+    for setting, cell in product(SETTINGS, grid):
+        print(f"{cell}, {setting.name}", flush=True)
         try:
-            if not reason:
-                results["cells"].append(measure(cell, setting, where, flags.rounds, deadline))
-        except torch.OutOfMemoryError:
-            reason = "the memory does not hold the views and their float64 answer"
-        if reason:
-            results["left_out"].append(f"{cell}, {setting.name}: left out, {reason}")
-        print(results["left_out"][-1] if reason else line(results["cells"][-1]), flush=True)
-        store(results, flags.out / "gpu.json")
-        _release(where)
+            if time.monotonic() > deadline:
+                raise TimeoutError("the budget was spent")
+            results["cells"].append(measured(cell, setting, clock, ROUNDS, deadline))
+        except (TimeoutError, torch.OutOfMemoryError) as reason:  # the views and their float64 answer may be too large
+            results["left_out"].append(f"{cell}, {setting.name}: left out, {str(reason).partition('. ')[0]}")
+        measure.store(results, out / "gpu.json")
+        _release(clock)
     return results
 
 
-def _release(where: Device) -> None:
+def _release(clock: Events | Wall) -> None:
     gc.collect()
-    if where.device.type != "cpu":
+    if clock.device.type != "cpu":
         torch.cuda.empty_cache()
 
 
 def failures(results: Record) -> list[str]:
-    """What of ours did not run, or was wrong."""
     return [
         f"{record['n']}×{record['d']}, {record['setting']}, {name}: {record['contenders'][name]['failed']}"
         for record in results["cells"]
@@ -327,88 +343,17 @@ def failures(results: Record) -> list[str]:
     ]
 
 
-def expected(name: str, cell: Cell, setting: Setting, card: Chip) -> Record:
-    """What the model says of a contender, nothing where it has none: ranges without and with a second pass."""
-    if name not in MODELS:
-        return {}
-    cost = MODELS[name](cell, setting)
-    low, high = predicted(cost, name, setting, card)
-    least = floor(cell, setting, card)
-    return {
-        "predicted, ms": _range(1e3 * low, 1e3 * high),
-        "predicted, × floor": _range(low / least, high / least),
-        "predicted, MB held": plain(cost.working / 1e6),
-        "GFLOP": plain(cost.flops / 1e9),
-        "GB moved": plain(cost.moved / 1e9),
-    }
-
-
-def _range(low: float, high: float) -> str:
-    return "–".join(dict.fromkeys(map(plain, sorted((low, high)))))
-
-
-def measured(found: Record, least: float) -> Record:
-    """What was measured of a contender, over the floor too; or why nothing was."""
-    errors = {key.replace("_", " "): f"{found[key]:.1e}" for key in ("loss_error", "gradient_error") if key in found}
-    if "seconds" not in found:
-        return {"instead of a time": _instead(found), **errors}
-    held = {"MB held": plain((found["peak_bytes"] - found["gradient_bytes"]) / 1e6)} if found["peak_bytes"] else {}
-    scaled = {key: 1e3 * value for key, value in found["seconds"].items()}
-    return {
-        "ms": scaled,
-        "ms back to back": 1e3 * found["back_to_back"],
-        "× floor": plain(found["seconds"]["median"] / least),
-        **{f"× {over}": ratio for over, ratio in found["times"].items()},
-        **held,
-        **errors,
-    }
-
-
-def _instead(found: Record) -> str:
-    return str(found.get("failed") or found.get("left_out")).replace("|", "/")
-
-
-def line(record: Record) -> str:
-    """One cell for the terminal."""
-    told = {
-        name: f"{1e3 * found['seconds']['median']:.3g} ms" if "seconds" in found else _instead(found)
-        for name, found in record["contenders"].items()
-    }
-    said = "; ".join(f"{name}: {what}" for name, what in told.items())
-    return f"{record['n']}×{record['d']}, {record['setting']}: {said}; {record['rounds']} rounds"
+def chip(results: Record) -> Chip:
+    """The measured ceilings as the model takes them; ours multiplies in float16."""
+    found = results["ceilings"]
+    rates = found["copy_bytes_per_second"], found["float16_flops"], found["float32_flops"]
+    return Chip(results["environment"]["device"], *rates, found["launch_seconds"], found["host_seconds"])
 
 
 def markdown(results: Record) -> str:
-    """The page: what it stands on, the goals, and a table for each setting."""
-    card = model.chip(results["environment"]["device"], results["ceilings"])
-    found = sorted(results["cells"], key=lambda record: (record["n"], record["d"]))
-    parts = [*_head(results, card), "## Goals, bf16 autocast on an H100", _goals(card, found)]
-    for setting in SETTINGS:
-        records = [_with_model(record, setting, card) for record in found if record["setting"] == setting.name]
-        parts += [f"## {setting.name}", details(records)] if records else []
-    parts += [f"- {reason}" for reason in results["left_out"]]
-    former = dict.fromkeys(name for record in found for name in record["contenders"] if name not in CONTENDERS)
-    parts += [f"- {name}: as it was measured; it is no contender any more" for name in former]
-    return paragraphs(*parts, NOTES) + "\n"
-
-
-def _with_model(record: Record, setting: Setting, card: Chip) -> Record:
-    """A cell with what the model says beside what was measured."""
-    cell = Cell(record["n"], record["d"])
-    least = floor(cell, setting, card)
-    alone: Record = {"ms": {key: 1e3 * value for key, value in record["products"].items()}}
-    alone |= {"predicted, ms": plain(8e3 * cell.n**2 * cell.d / card.rate(setting))}
-    rows = {
-        name: expected(name, cell, setting, card) | measured(found, least)
-        for name, found in record["contenders"].items()
-    }
-    return {"N": cell.n, "D": cell.d, "contenders": rows | {PRODUCTS: alone}}
-
-
-def _head(results: Record, card: Chip) -> list[str]:
-    machine = results["environment"]
+    card, machine = chip(results), results["environment"]
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine["versions"].items())
-    return [
+    parts = [
         "# CPU smoke: these figures mean nothing" if results["smoke"] else "# The loss on a GPU",
         f"Measured on {machine['device']}, driver {machine['driver']}, CUDA or ROCm {machine['runtime']}, "
         f"{machine['system']}, Python {machine['python']}, {versions}.",
@@ -416,62 +361,56 @@ def _head(results: Record, card: Chip) -> list[str]:
         f"bits {card.half / 1e12:.0f} TFLOP/s, in fp32 {card.single / 1e12:.1f} TFLOP/s, {1e6 * card.launch:.1f} µs a "
         f"launch on the device, {1e6 * card.host:.1f} µs an operation on the host.",
     ]
+    for setting in SETTINGS:
+        found = sorted(results["cells"], key=lambda record: (record["n"], record["d"]))
+        rows = [row for record in found if record["setting"] == setting.name for row in _rows(record, setting, card)]
+        parts += ["## Goals, bf16 autocast on an H100", _goals(rows)] if setting == AUTOCAST else []
+        parts += [f"## {setting.name}", table(rows, COLUMNS)] if rows else []
+    return paragraphs(*parts, *(f"- {reason}" for reason in results["left_out"]), NOTES)
 
 
-def _goals(card: Chip, found: list[Record]) -> str:
-    """The figures to reach, beside what the model expects and what was measured."""
-    rows = []
-    for cell, ours, most, factors, megabytes in GOALS:
-        cells = [r for r in found if (r["n"], r["d"], r["setting"]) == (cell.n, cell.d, AUTOCAST.name)]
-        record: Record = cells[0]["contenders"] if cells else {}
-        where, (low, high) = f"{cell.n} × {cell.d}", predicted(MODELS[ours](cell, AUTOCAST), ours, AUTOCAST, card)
-        unit, label = (floor(cell, AUTOCAST, card), "× floor") if ours == TRITON else (1e-6, "µs")
-        taken = record.get(ours, {}).get("seconds", {}).get("median", math.nan) / unit
-        rows.append([f"{where}: {ours}", f"≤ {most} {label}", _range(low / unit, high / unit), _known(taken)])
-        for name, least in factors.items():
-            other = predicted(MODELS[name](cell, AUTOCAST), name, AUTOCAST, card)
-            over = record.get(name, {}).get("times", {}).get(ours, {}).get("median", math.nan)
-            ratio = _range(other[0] / low, other[1] / high)
-            rows.append([f"{where}: {name} over {ours}", f"≥ {least}×", ratio, _known(over)])
-        peak = MODELS[TRITON](cell, AUTOCAST).working + 2 * cell.n * cell.d * AUTOCAST.view
-        held = record.get(TRITON, {}).get("peak_bytes") or math.nan
-        title = f"{where}: {TRITON}, peak memory with the gradients"
-        rows.append([title, f"≤ {megabytes} MB", plain(peak / 1e6), _known(held / 1e6)])
-    return grid(["what", "goal", "predicted", "measured"], rows)
+def _rows(record: Record, setting: Setting, card: Chip) -> Iterator[Record]:
+    """What was measured at a cell, with what the model says: ranges without and with a second pass."""
+    cell = Cell(record["n"], record["d"])
+    for name, found in {**record["contenders"], PRODUCTS: {"seconds": record["products"]}}.items():
+        row = {"n": cell.n, "d": cell.d, "name": name, "instead": found.get("failed", found.get("left_out")), **found}
+        if "seconds" in found:
+            row["over_floor"] = found["seconds"]["median"] / model.floor(cell, setting, card)
+        if name in model.MODELLED:
+            seconds = model.predicted(name, cell, setting, card)
+            row["predicted"] = "–".join(dict.fromkeys(plain(1e3 * each) for each in seconds))
+        yield row
 
 
-def _known(value: float) -> str:
-    return "—" if math.isnan(value) else plain(value)
-
-
-def arguments() -> argparse.Namespace:
-    """The flags of the command line."""
-    parser = argparse.ArgumentParser(description="Time the loss on a GPU; see the head of this file.")
-    parser.add_argument("--smoke", action="store_true", help="run on tiny CPU tensors; the figures mean nothing")
-    parser.add_argument("--grid", nargs="+", type=Cell.parse, metavar="NxD", help="cells (default: all of them)")
-    names = {setting.name: setting for setting in SETTINGS}
-    parser.add_argument("--settings", nargs="+", choices=names, default=list(names))
-    parser.add_argument("--rounds", type=int, default=7, help="at most so many rounds for a cell (default: 7)")
-    parser.add_argument("--budget", type=float, default=230, help="seconds; then no further cell (default: 230)")
-    parser.add_argument("--out", type=Path, help="folder (default: benches/results; of --smoke, a temporary one)")
-    flags = parser.parse_args()
-    flags.settings = [names[name] for name in flags.settings]
-    flags.grid = flags.grid or (SMOKE_GRID if flags.smoke else ORDER)
-    if flags.smoke and flags.out is not None and flags.out.resolve() == RESULTS.resolve():
-        parser.error(f"--smoke: its figures mean nothing and do not belong into {RESULTS}")
-    flags.out = flags.out or (Path(tempfile.mkdtemp(prefix="barlow-loss-")) if flags.smoke else RESULTS)
-    return flags
+def _goals(rows: list[Record]) -> str:
+    """The figures to reach, beside what was measured."""
+    found = {(row["n"], row["d"], row["name"]): row for row in rows}
+    shows = {title: (path, show) for title, path, show in COLUMNS}
+    goals = []
+    for cell, name, title, goal in GOALS:
+        path, show = shows[title]
+        reached = shown(figure(found.get((cell.n, cell.d, name)), path), show)
+        goals.append({"what": f"{cell}: {name}, {title}", "goal": goal, "measured": reached})
+    return table(goals, [(head, head, str) for head in ("what", "goal", "measured")])
 
 
 def main() -> None:
-    """Measures, and writes the page; fails where ours did."""
-    flags = arguments()
+    parser = argparse.ArgumentParser(description="Time the loss on a GPU; see the head of this file.")
+    parser.add_argument("--smoke", action="store_true", help="run on tiny CPU tensors; the figures mean nothing")
+    parser.add_argument("--grid", nargs="+", type=Cell.parse, metavar="NxD", help="cells (default: all of them)")
+    parser.add_argument("--budget", type=float, default=230, help="seconds; then no further cell (default: 230)")
+    parser.add_argument("--out", type=Path, help="folder (default: benches/results; of --smoke, a temporary one)")
+    flags = parser.parse_args()
+    if flags.smoke and flags.out is not None and flags.out.resolve() == RESULTS.resolve():
+        parser.error(f"--smoke: its figures mean nothing and do not belong into {RESULTS}")
     if not flags.smoke and not torch.cuda.is_available():
-        sys.exit("No GPU here that torch can use, so nothing can be measured. The predictions: benches/model.py")
+        sys.exit(f"torch {torch.__version__} finds no GPU here. The predictions: benches/model.py")
     warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
-    results = run(Device.of(torch.device("cpu" if flags.smoke else "cuda")), flags)
-    (flags.out / "gpu.md").write_text(markdown(results), encoding="utf-8")
-    print(f"\n{markdown(results)}\nWritten to {flags.out}")
+    out = flags.out or (Path(tempfile.mkdtemp(prefix="barlow-loss-")) if flags.smoke else RESULTS)
+    clock = Wall() if flags.smoke else Events(torch.device("cuda"))
+    results = run(clock, flags.grid or (SMOKE_GRID if flags.smoke else ORDER), time.monotonic() + flags.budget, out)
+    (out / "gpu.md").write_text(markdown(results), encoding="utf-8")
+    print(f"\n{markdown(results)}\nWritten to {out}")
     if wrong := failures(results):
         sys.exit("Ours failed:\n  " + "\n  ".join(wrong))
 

@@ -2,7 +2,7 @@
 
 The official pipeline is that of facebookresearch/barlowtwins: Pillow decodes, torchvision's transforms work on Pillow's
 images. Ours is ``examples/barlow_recipes``. They take turns; the clock is the thread's own. Before anything is timed,
-both must agree: pixel by pixel after the same decisions, and in the statistics of the views where each draws its own.
+both must agree pixel by pixel after the same decisions; that the decisions are drawn alike is a test of the examples.
 
 The images are made here, 500×375 like ImageNet's usual ones: noise with a spectrum that falls as that of photographs
 does, three colours that vary mostly together, saved as JPEG of quality 85.
@@ -27,28 +27,25 @@ import torch
 import torchvision
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
-from torch.nn import functional
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
+import measure
 from barlow_recipes.pixels import MEAN, STD, as_float, decode
 from barlow_recipes.views import ORDERS, PAPER, Decisions, View, ViewRecipe, colored, draw
-from machine import RESULTS, environment, store
-from measure import Turn, interleave, processor, ratios, spread
-from tables import details, grid, paragraphs
-from tables import spread as told
+from render import paragraphs, spread, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from machine import Record
+    from measure import Record, Turn
 
 OFFICIAL, OURS = "official", "ours"
 SIZE = 224
 GOAL = 1.3  # times the views per second
-SAME_DRAWS, OWN_DRAWS = 4, 32  # views of each image
+DRAWS = 4  # views of each image
 MOST_DISTANCE = 1.5  # grey levels, the mean over pixels and views: Pillow cuts off decimals up to six times in a row
-MOST_DEVIATION = 4.0  # standard errors; with twelve comparisons a right program fails once in 1,300 runs
+COLUMNS = (("view", "view", str), ("distance", "distance", 1.0), ("largest distance", "largest_distance", 1.0))
 ADJUSTMENTS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
@@ -76,7 +73,6 @@ def official_blur(image: Image.Image) -> Image.Image:
 
 
 def official_view(recipe: ViewRecipe) -> transforms.Compose:
-    """The recipe, as the authors' program composes it."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(SIZE, interpolation=F.InterpolationMode.BICUBIC),
@@ -92,18 +88,13 @@ def official_view(recipe: ViewRecipe) -> transforms.Compose:
 
 
 def both_views(read: Callable[[bytes], Any], views: list[Callable[[Any], Tensor]], photos: Iterator[bytes]) -> None:
-    """What a worker does with the next file."""
     image = read(next(photos))
     for view in views:
         view(image)
 
 
-def same_decisions(content: bytes, recipe: ViewRecipe) -> tuple[float, float, float]:
-    """A view by Pillow and by ours after the same decisions.
-
-    Returns:
-        The mean distance of their pixels, and the RMS of the Laplacian of each, all in grey levels.
-    """
+def distance(content: bytes, recipe: ViewRecipe) -> float:
+    """Grey levels between a view by Pillow and by ours after the same decisions, the mean over the pixels."""
     image = official_decode(content)
     box = transforms.RandomResizedCrop.get_params(image, list(recipe.crop_scale), [3 / 4, 4 / 3])
     decisions = draw(recipe, 1)
@@ -120,101 +111,46 @@ def same_decisions(content: bytes, recipe: ViewRecipe) -> tuple[float, float, fl
         view = view.filter(ImageFilter.GaussianBlur(row.sigma))
     if row.solarize:
         view = ImageOps.solarize(view)
-    theirs = F.pil_to_tensor(view).float()
-    return float((ours - theirs).abs().mean()), sharpness(theirs), sharpness(ours)
+    return float((ours - F.pil_to_tensor(view).float()).abs().mean())
 
 
-def sharpness(pixels: Tensor) -> float:
-    """The RMS of the Laplacian."""
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).expand(3, 1, 3, 3)
-    return float(functional.conv2d(pixels[None], kernel, groups=3).square().mean().sqrt())
-
-
-def measures(view: Tensor) -> list[float]:
-    """Of a finished view, in grey levels; sharpness of means of 4×4 pixels, on which Pillow's roundings even out."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    pixels = (view * std + mean) * 255
-    colorfulness = (pixels.amax(0) - pixels.amin(0)).mean()
-    return [float(pixels.mean()), float(colorfulness), math.log(sharpness(functional.avg_pool2d(pixels, 4)) + 1)]
-
-
-MEASURES = ("brightness", "colourfulness", "log of the sharpness")
-
-
-def agreement(photos: list[bytes]) -> Record:
-    """How far the two pipelines are from each other.
-
-    Raises:
-        AssertionError: farther than they may be.
-    """
+def agreement(photos: list[bytes]) -> list[Record]:
+    """How far the two pipelines are from each other, view by view; raises where they are farther than they may be."""
     torch.manual_seed(0)
-    record: Record = {"same_decisions": [], "statistics": []}
-    images = [(official_decode(content), decode(content, "photo")) for content in photos]
+    records = []
     for number, recipe in enumerate(PAPER, start=1):
-        found = [same_decisions(content, recipe) for content in photos for _ in range(SAME_DRAWS)]
-        apart, theirs, ours = zip(*found, strict=True)
-        sharp = {OFFICIAL: statistics.mean(theirs), OURS: statistics.mean(ours)}
-        row = {"view": number, "distance": statistics.mean(apart), "largest_distance": max(apart), "sharpness": sharp}
-        record["same_decisions"].append(row)
+        apart = [distance(content, recipe) for content in photos for _ in range(DRAWS)]
+        records.append({"view": number, "distance": statistics.mean(apart), "largest_distance": max(apart)})
         if statistics.mean(apart) > MOST_DISTANCE:
-            raise AssertionError(f"expected at most {MOST_DISTANCE} grey levels between the pipelines: {row}")
-        their_view, our_view = official_view(recipe), View(recipe, SIZE)
-        drawn = [(measures(their_view(a)), measures(our_view(b))) for a, b in images for _ in range(OWN_DRAWS)]
-        rows = [{"view": number, **moments} for moments in compared(torch.tensor(drawn, dtype=torch.float64))]
-        record["statistics"] += rows
-        deviations = [abs(row[moment]["standard_errors_apart"]) for row in rows for moment in ("mean", "variance")]
-        if max(deviations) > MOST_DEVIATION:
-            raise AssertionError(f"expected at most {MOST_DEVIATION} standard errors: {rows}")
-    return record
+            raise AssertionError(f"expected at most {MOST_DISTANCE} grey levels between the pipelines: {records}")
+    return records
 
 
-def compared(drawn: Tensor) -> list[Record]:
-    """Mean and variance of each measure of (views, pipelines, measures), and how far apart in standard errors."""
-    centred = (drawn - drawn.mean(0)).square()
-    moments = {"mean": (drawn.mean(0), centred.mean(0)), "variance": (centred.mean(0), centred.var(0))}
-    rows: list[Record] = [{"measure": measure, "views": len(drawn)} for measure in MEASURES]
-    for moment, ((theirs, ours), variances) in moments.items():
-        apart = (ours - theirs) / (variances.sum(0) / len(drawn)).sqrt()
-        for row, *values in zip(rows, theirs.tolist(), ours.tolist(), apart.tolist(), strict=True):
-            row[moment] = dict(zip((OFFICIAL, OURS, "standard_errors_apart"), values, strict=True))
-    return rows
-
-
-def measure(photos: list[bytes], rounds: int) -> Record:
-    """Both views of an image, from its bytes."""
+def timed(photos: list[bytes], rounds: int) -> Record:
     theirs, ours = ([make(recipe) for recipe in PAPER] for make in (official_view, partial(View, size=SIZE)))
     turns: dict[str, Turn] = {
         OFFICIAL: partial(both_views, official_decode, theirs, cycle(photos)),
         OURS: partial(both_views, partial(decode, name="photo"), ours, cycle(photos)),
     }
-    for turn in turns.values():
-        turn()
-    times = interleave(turns, rounds, math.inf, processor)
-    whole: Record = {"seconds": {name: spread(own) for name, own in times.items()}}
-    whole["official_over_ours"] = ratios(times, OURS)[OFFICIAL]
-    size = statistics.mean(map(len, photos))
-    return {"rounds": rounds, "images": len(photos), "mean_bytes": size, "whole": whole}
+    times = measure.interleave(turns, rounds, math.inf, measure.processor)
+    over = measure.ratios(times, OURS)[OFFICIAL]
+    whole = {"seconds": {name: measure.spread(own) for name, own in times.items()}, "official_over_ours": over}
+    return {"rounds": rounds, "images": len(photos), "mean_bytes": statistics.mean(map(len, photos)), "whole": whole}
 
 
 def markdown(results: Record) -> str:
-    """The tables and what they rest on."""
-    machine, whole, found = results["environment"], results["whole"], results["agreement"]
+    machine, whole = results["environment"], results["whole"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    rates = {name: f"{2 / seconds['median']:,.0f}" for name, seconds in whole["seconds"].items()}
-    over = {OFFICIAL: told(whole["official_over_ours"]), OURS: "1"}
-    head = ["both views of an image, decoded once", "views/s of a core", "CPU time, × ours (quartiles)"]
+    rates = (f"{2 / whole['seconds'][name]['median']:,.0f} views/s of a core: {name}" for name in (OFFICIAL, OURS))
     return paragraphs(
         "# The views of the loader, one thread",
         f"{machine['cpu']}, {machine['system']}, Python {machine['python']}, {versions}. {results['images']} made JPEG "
         f"files of 500×375 pixels and {results['mean_bytes'] / 1e3:.0f} kB on average, {results['rounds']} rounds. "
-        "Official: torchvision's transforms on Pillow.",
-        grid(head, [[name, rates[name], over[name]] for name in (OFFICIAL, OURS)]),
-        "After the same decisions: distances of pixels in grey levels, and the sharpness, the RMS of the Laplacian. "
-        "Pillow cuts to 8 bits after every operation, six times within a blur, which leaves noise and undoes much of a "
-        "weak blur.",
-        details(found["same_decisions"]),
-        "Where each draws its own decisions; the sharpness here is of means of 4×4 pixels:",
-        f"{details(found['statistics'])}\n",
+        "Official: torchvision's transforms on Pillow. Both views of an image, decoded once:",
+        f"{', '.join(rates)}. The official one takes {spread(whole['official_over_ours'])} times the CPU time of ours.",
+        "After the same decisions: distances of pixels in grey levels. Pillow cuts to 8 bits after every operation, "
+        "six times within a blur, which leaves noise.",
+        table(results["agreement"]["same_decisions"], COLUMNS) + "\n",
     )
 
 
@@ -222,14 +158,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the loader's views; see the head of this file.")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for loader.json and loader.md")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder for loader.json and loader.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "Pillow": PIL.__version__}
-    machine = environment() | {"versions": versions}
+    machine = measure.environment() | {"versions": versions}
     photos = list(map(photo, range(arguments.images)))
-    results = {"environment": machine, "agreement": agreement(photos), **measure(photos, arguments.rounds)}
-    store(results, arguments.out / "loader.json")
+    agreed = {"same_decisions": agreement(photos)}
+    results = {"environment": machine, "agreement": agreed, **timed(photos, arguments.rounds)}
+    measure.store(results, arguments.out / "loader.json")
     text = markdown(results)
     (arguments.out / "loader.md").write_text(text, encoding="utf-8")
     print(f"{text}\nWritten to {arguments.out / 'loader.json'} and .md")

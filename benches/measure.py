@@ -1,28 +1,30 @@
-"""How everything is measured: the cells, a step and its right answer, time in turns, working memory, work dispatched.
+"""What all benches share: cells, a step and its right answer, turns, memory, dispatched work, the machine, its results.
 
 *Turns.* Whatever else the machine does falls on all contenders, which take turns round by round; ratios are taken
-within a round. A turn repeats a fast step until it lasts 0.1 s.
-
-*Clocks* take a turn and how often it is called, and return seconds per call: ``wall``, ``processor`` (the thread's own
-time, in which other programs are not) and ``Events`` (of a GPU).
-
-*Truth* is float64, by plain autograd. *Working memory* is what a step allocates beyond its inputs and the gradients
-that it returns. PyTorch's allocator tells its profiler of every block, so the buffers inside its kernels count, and
-those of code that ``torch.compile`` generated; the scratch of MKL and oneDNN does not.
+within a round. A turn repeats a fast step until it lasts 0.1 s. *Truth* is float64, by plain autograd. *Working memory*
+is what a step allocates beyond its inputs and the gradients that it returns. PyTorch's allocator tells its profiler of
+every block, so the buffers inside its kernels count, and those of code that ``torch.compile`` generated; the scratch of
+MKL and oneDNN does not. *Results* of a run are nobody's reference until git knows them.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
+import platform
 import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,18 +34,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import barlow_loss
 from barlow_loss import reference
 from contenders import EPS, LAMBD, PAPER, build, entry
-from machine import all_cores
 
+Record = dict[str, Any]
 Turn = Callable[[], object]
-Clock = Callable[[Turn, int], float]
+Clock = Callable[[Turn, int], float]  # of a turn and how often it is called: seconds per call
 Answer = tuple[Tensor, ...]  # the loss, and its gradient with respect to each view
 
 SEED = 0  # of contenders that draw in a step
 LARGEST_ORACLE = 4096  # features; its float64 matrices take 128 MB each
 TURN_SECONDS = 0.1
 LEAST_ROUNDS = 3
+RESULTS = Path(__file__).parent / "results"
+PATTERN = "20??-??-??-*.json"
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of every start and stop
 
@@ -57,11 +62,7 @@ class Cell:
 
     @classmethod
     def parse(cls, text: str) -> Cell:
-        """``Cell.parse("256x8192")``."""
-        match = re.fullmatch(r"(\d+)[x×](\d+)", text)
-        if match is None:
-            raise ValueError(f"cell: expected N×D as in 256x8192, got {text!r}")
-        return cls(int(match[1]), int(match[2]))
+        return cls(*map(int, text.split("x")))
 
     def __str__(self) -> str:
         return f"{self.n}×{self.d}"
@@ -103,11 +104,11 @@ def step(contender: Callable[..., Tensor], *views: Tensor) -> Answer:
 
 def truth(*views: Tensor) -> Answer:
     """The same step in float64: the package's oracle, or the Gram form for more views or where D×D is too much."""
-    return in_float64(_oracle if len(views) == 2 and views[0].shape[1] <= LARGEST_ORACLE else gram_form, *views)
+    exact = len(views) == 2 and views[0].shape[1] <= LARGEST_ORACLE
+    return in_float64(_oracle if exact else gram_form, *views)
 
 
 def in_float64(contender: Callable[..., Tensor], *views: Tensor) -> Answer:
-    """A contender's step on these numbers in float64."""
     with all_cores():
         return step(contender, *(z.detach().double().requires_grad_() for z in views))
 
@@ -129,7 +130,6 @@ def gram_form(*views: Tensor) -> Tensor:
 
 
 def errors(answer: Answer, right: Answer) -> Errors:
-    """How far ``answer`` is from the ``right`` one."""
     loss = (answer[0].double() - right[0]).abs() / right[0].abs()
     difference = [g.double() - r for g, r in zip(answer[1:], right[1:], strict=True)]
     return Errors(loss.item(), (torch.cat(difference).norm() / torch.cat(right[1:]).norm()).item())
@@ -144,95 +144,62 @@ def error_of_own(name: str, answer: Answer, right: Answer, *views: Tensor) -> Er
 
 
 def check(name: str, cell: Cell, found: Errors, allowed: Errors | None = None) -> None:
-    """Refuse to time a wrong answer.
-
-    Raises:
-        AssertionError: an error is larger than ``allowed``, which follows from the name where it is not given.
-    """
+    """Raises where an error is larger than ``allowed``, which follows from the name where it is not given."""
     allowed = allowed or (OURS_ALLOWED if entry(name).ours else OTHERS_ALLOWED)
     if not (found.loss <= allowed.loss and found.gradient <= allowed.gradient):
         raise AssertionError(f"{name} at {cell}: expected errors of at most {allowed}, found {found}")
 
 
-def gemms(cell: Cell, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[list[str], Turn]:
-    """The shapes of the GEMMs that the algorithm chosen for ``cell`` needs, and a turn that does them alone."""
+def checked_turns(cell: Cell, names: tuple[str, ...], *views: Tensor) -> dict[str, Turn]:
+    """A turn of each of ``names`` on these views; raises where its answer is wrong."""
+    right = truth(*views)
+    turns: dict[str, Turn] = {}
+    for name in names:
+        turn = partial(step, build(name, cell.d), *views)
+        check(name, cell, errors(turn(), right))
+        turns[name] = turn
+    return turns
 
-    def matrix(rows: int, columns: int) -> Tensor:
-        return (torch.randn(rows, columns, device=device) / math.sqrt(rows)).to(dtype)  # no float16 overflows
 
+def gemms(cell: Cell, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Turn:
+    """The GEMMs alone that the algorithm chosen for ``cell`` needs."""
     n, d = cell.n, cell.d
-    a1, a2 = matrix(n, d), matrix(n, d)
+    size = n if cell.algorithm == "dual" else d
+    square = (torch.randn(size, size, device=device) / math.sqrt(size)).to(dtype)  # no float16 overflows
+    a1, a2 = (torch.randn(2, n, d, device=device) / math.sqrt(n)).to(dtype)
+    pairs = [(a1.T, a2), (a2, square.T), (a1, square)]
     if cell.algorithm == "dual":
-        k = matrix(n, n)
-        pairs = [(a1, a1.T), (a2, a2.T), (k, a1), (k, a2)]
-    else:
-        m = matrix(d, d)
-        pairs = [(a1.T, a2), (a2, m.T), (a1, m)]
-    shapes = ["·".join(f"({'×'.join(map(str, factor.shape))})" for factor in pair) for pair in pairs]
-    return shapes, lambda: [torch.mm(left, right) for left, right in pairs]
+        pairs = [(a1, a1.T), (a2, a2.T), (square, a1), (square, a2)]
+    return lambda: [torch.mm(left, right) for left, right in pairs]
 
 
 def wall(turn: Turn, calls: int = 1, now: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds per call of ``turn``."""
     start = now()
     for _ in range(calls):
         turn()
     return (now() - start) / calls
 
 
-processor = partial(wall, now=time.thread_time)
+processor = partial(wall, now=time.thread_time)  # in which other programs are not
 
 
-class Events:
-    """The clock of a GPU: an event before and after each step, its inputs in memory as after a large network.
-
-    The L2 cache is overwritten before each. The host issues the step while that runs, so its own launch gaps show only
-    where the host needs longer than the overwriting and the step together; ``in_a_row`` leaves the overwriting out.
-    """
-
-    LEAST_FLUSH = 256 * 2**20
-    MOST_CALLS = 300  # in a turn: the overwriting takes longer than a small step
-
-    def __init__(self, device: torch.device) -> None:
-        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        self._other = torch.empty(max(4 * cache, self.LEAST_FLUSH), dtype=torch.int8, device=device)
-
-    def __call__(self, turn: Turn, calls: int) -> float:
-        pairs = []
-        for _ in range(min(calls, self.MOST_CALLS)):
-            self._other.zero_()
-            pairs.append(self._around(turn, 1))
-        torch.cuda.synchronize()
-        milliseconds: float = statistics.median(start.elapsed_time(end) for start, end in pairs)
-        return milliseconds / 1e3
-
-    def in_a_row(self, turn: Turn, calls: int) -> float:
-        """Seconds per call of ``calls`` in a row: with the host's share, and inputs in the cache where they fit."""
-        torch.cuda.synchronize()
-        start, end = self._around(turn, calls)
-        torch.cuda.synchronize()
-        seconds: float = start.elapsed_time(end) / 1e3
-        return seconds / calls
-
-    def _around(self, turn: Turn, calls: int) -> tuple[Any, Any]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            turn()
-        end.record()
-        return start, end
-
-
-def interleave(turns: dict[str, Turn], rounds: int, seconds: float, clock: Clock = wall) -> dict[str, list[float]]:
+def interleave(turns: dict[Any, Turn], rounds: int, seconds: float, clock: Clock = wall) -> dict[Any, list[float]]:
     """Seconds per call of each of ``turns``, round by round; after ``seconds`` only the least number of rounds.
 
-    All have run before, so that nothing is set up here; a fast one is repeated until its turn lasts.
+    The first call of each sets up what is kept, and tells how often a turn repeats it.
     """
-    taken = {name: _Repeated(turn, clock) for name, turn in turns.items()}
-    for _ in _rounds(taken, rounds, seconds):
-        for repeated in taken.values():
-            repeated.take()
-    return {name: repeated.times for name, repeated in taken.items()}
+    calls = {name: max(1, math.ceil(TURN_SECONDS / clock(turn, 1))) for name, turn in turns.items()}
+    times: dict[Any, list[float]] = {name: [] for name in turns}
+    spent = 0.0
+    gc.disable()
+    for done in range(rounds):
+        if done >= LEAST_ROUNDS and spent > seconds:
+            break
+        for name, turn in turns.items():
+            times[name].append(clock(turn, calls[name]))
+            spent += calls[name] * times[name][-1]
+    gc.enable()
+    return times
 
 
 def beside(
@@ -242,52 +209,16 @@ def beside(
 
     A round in which others take seconds is long; two turns that follow each other share what the machine does.
     """
-    taken = {name: _Repeated(turn, wall) for name, turn in turns.items()}
-    over: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in _rounds(taken, rounds, seconds):
-        for name, repeated in taken.items():
-            own = taken[reference].take()
-            over[name].append(1.0 if name == reference else repeated.take() / own)
-    return {name: repeated.times for name, repeated in taken.items()}, over
-
-
-class _Repeated:
-    """Takes turns, and keeps their ``times`` per call, and the seconds ``spent``."""
-
-    def __init__(self, turn: Turn, clock: Clock) -> None:
-        self._turn = turn
-        self._clock = clock
-        self._calls = 0
-        self.times: list[float] = []
-        self.spent = 0.0
-
-    def take(self) -> float:
-        """Seconds per call in this turn; the first call of a slow one is its first turn."""
-        seconds = None
-        if self._calls == 0:
-            seconds = self._clock(self._turn, 1)
-            self._calls = max(1, math.ceil(TURN_SECONDS / seconds))
-        if seconds is None or self._calls > 1:
-            seconds = self._clock(self._turn, self._calls)
-        self.times.append(seconds)
-        self.spent += self._calls * seconds
-        return seconds
-
-
-def _rounds(taken: dict[str, _Repeated], rounds: int, seconds: float) -> Iterator[int]:
-    """Counts rounds, without garbage collection, until there is enough."""
-    gc.disable()
-    try:
-        for done in range(rounds):
-            if done >= LEAST_ROUNDS and sum(repeated.spent for repeated in taken.values()) > seconds:
-                return
-            yield done
-    finally:
-        gc.enable()
+    others = [name for name in turns if name != reference] or [reference]
+    pairs = {(name, who): turns[who] for name in others for who in (reference, name)}
+    taken = interleave(pairs, rounds, seconds)
+    times = {name: taken[name, name] for name in others}
+    times[reference] = [t for name in others for t in taken[name, reference]]
+    over = {name: [t / own for t, own in zip(times[name], taken[name, reference], strict=True)] for name in others}
+    return times, over | {reference: [1.0] * len(over[others[0]])}
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": median, "q1": q1, "q3": q3}
 
@@ -318,21 +249,11 @@ def watched(run: Callable[[], Answer]) -> tuple[Answer, int]:
 
 def _changes(events: Any) -> Iterator[tuple[int, int, int]]:
     """(time, address, bytes) of every block given out (+) or taken back (−)."""
-    pending = list(events)
-    while pending:
-        event = pending.pop()
-        pending += event.children
+    for event in events:
         if event.tag.name == "Allocation":
             block = event.typed[1]
             yield event.start_time_ns, block.ptr, block.alloc_size
-
-
-def work(turn: Turn) -> Work:
-    """What ``turn`` dispatches."""
-    counted = Work()
-    with counted:
-        turn()
-    return counted
+        yield from _changes(event.children)
 
 
 class Work(TorchDispatchMode):
@@ -360,13 +281,17 @@ class Work(TorchDispatchMode):
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
             self.bytes_of_products += moved
-        elif name in ("mv", "addmv"):
-            raise NotImplementedError(
-                f"work: expected products of matrices, got {name}, whose FLOPs torch cannot count"
-            )
         else:
+            assert name not in ("mv", "addmv"), "a product whose FLOPs torch cannot count"
             self.bytes += moved
         return result
+
+
+def work(turn: Turn) -> Work:
+    counted = Work()
+    with counted:
+        turn()
+    return counted
 
 
 def _operands(name: str, args: Any, result: Any) -> list[Tensor]:
@@ -387,3 +312,87 @@ def _own_bytes(t: Tensor) -> int:
     return t.element_size() * math.prod(
         size if stride else min(size, 1) for size, stride in zip(t.shape, t.stride(), strict=True)
     )
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """For what is not timed on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def environment(*packages: str, device: torch.device | None = None) -> Record:
+    """What stands at the head of every file of results; of a GPU where ``device`` is one."""
+    machine: Record = {"cpu": _cpu(), "instructions": torch.backends.cpu.get_cpu_capability(), "cores": cores()}
+    if device is not None:
+        name = "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+        driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+        machine = {"device": name, "driver": driver or None, "runtime": torch.version.hip or torch.version.cuda}
+    versions: dict[str, str | None] = {"barlow-loss": barlow_loss.__version__, "torch": torch.__version__}
+    for package in packages:
+        versions[package] = next((found.version for found in metadata.distributions(name=package)), None)
+    return {
+        **machine,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def device_name() -> str:
+    words = re.sub(r"(\(.*?\)|@.*|[^a-z0-9])+", "-", f"{_cpu()} {torch.backends.cpu.get_cpu_capability()}".lower())
+    return words.strip("-")
+
+
+def revision() -> str | None:
+    """The commit that was measured, marked where the tree differs from it; None outside of a repository."""
+    return _said("git", "describe", "--always", "--dirty", "--abbrev=12").strip() or None
+
+
+def newest(folder: Path = RESULTS, *, committed: bool = False) -> Path:
+    """The newest results in ``folder``, by the date that begins their name; of those that git knows, if any."""
+    known = _said("git", "ls-files", PATTERN, folder=folder).split() if committed else []
+    found = [folder / name for name in known] or sorted(folder.glob(PATTERN))
+    if not found:
+        raise FileNotFoundError(f"{folder}: expected results named {PATTERN}, found none: run make bench")
+    return found[-1]
+
+
+def baseline(folder: Path = RESULTS) -> tuple[str, Record]:
+    """Name and content of the newest results of the last commit, whatever a later run has written over them."""
+    path = newest(folder, committed=True)
+    content = _said("git", "show", f"HEAD:./{path.name}", folder=folder)
+    return path.name, json.loads(content) if content else load(path)
+
+
+def load(path: Path) -> Record:
+    results: Record = json.loads(path.read_text(encoding="utf-8"))
+    return results
+
+
+def store(results: Record, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _said(*command: str, folder: Path = RESULTS) -> str:
+    """What a program says in ``folder``; nothing where it fails, is missing, or there is no such folder."""
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()

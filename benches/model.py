@@ -1,46 +1,13 @@
 """What a step costs by counting: a GPU FLOPs, bytes, working memory, launches and time; a rank the bytes that it sends.
 
-Nothing here is measured. N samples, D features, e = 2·N·D elements of both views of ``view`` bytes each; the matrix
-products take elements of ``product`` bytes. "bf16 autocast": view = product = 2, the views are bfloat16, as a linear
-layer under autocast returns them. "fp32": view = product = 4, ``torch.get_float32_matmul_precision() == "highest"``.
+Nothing here is measured. N samples, D features; views of ``view`` bytes an element, operands of the matrix products of
+``product`` bytes. *Moved* are the bytes where every kernel reads its operands once and writes its results once. *Again*
+are those of kernels that pass twice over an operand: they come from the L2 cache where the columns in work fit there,
+else from memory, so a prediction is a range: without and with them. Time = FLOPs/rate + bytes/bandwidth +
+launches·launch: as if products and everything else took turns; or launches·host where the host cannot keep up.
 
-**FLOPs**, those of the matrix products: dual 8·N²·D, 4 of them; the D×D formula 6·N·D².
-
-**Bytes**, three levels:
-
-* *least*: the views read once, the gradients written once, 2·e·view. No kernel can have less. With the FLOPs it makes
-  the floor: the larger of FLOPs over the rate of a matrix product and least bytes over the bandwidth of a copy.
-* *moved*: every kernel reads its operands once and writes its results once.
-* *again*: kernels that pass twice over an operand read it a second time, from the L2 cache where the columns in work
-  fit there, from memory where they do not. A prediction is a range: without and with these bytes.
-
-Moved, per contender. A pass is over all e elements of both views, or over a D×D or N×N matrix:
-
-* dual, Triton: standardise reads z (view), writes u (product); Gram matrices read u, write K1, K2; Frobenius sums read
-  K1, K2; the products of the backward read K1, K2 and u, write P; the last kernel reads P and u, writes the
-  gradient (view). e·(2·view + 6·product) + 2N²·3·product. Again: z, P and u once more, e·(view + 2·product). 8
-  launches: standardise, 2 products, Frobenius, loss terms, 2 products, input gradients.
-* dual, eager: one operation per pass, float32 (c = 4) between products. Standardise: z to x, both views put together,
-  its sum, centred, its square, the sum of that, scaled, diagonal: view + 13c, and c + product for the cast where the
-  products have 16 bits.
-  Four products: e·3·product, 2N²·2·product. Frobenius: 2N²·2c, and 2N²·(product + c) for the casts, in 16 bits.
-  Input gradients: of either view P scaled, twice another term added, a product and its sum, scaled: 14c; in 16 bits
-  the casts of P, of u twice and of the gradient besides: 4c + 3·product + view. Some 90 float32 vectors.
-* textbook, eager: a D×D matrix is passed 36 times in 16 bits (34 in fp32): product 1, divide 2, two copies off the
-  diagonal 4, square 2, sum 1; backward of the sum 1 (0), of the square 7 (6), two slices back 6, zeros and their sum 4,
-  the diagonal's two copies 4, divide 2, two products 2. Both views: 8 passes, batch norm forward 2 and backward 3,
-  products 3. Again: batch norm passes twice, forward 1, backward 2.
-* textbook, compiled: 9 passes over D×D and 11 over the views, as inductor schedules it for sm_90.
-
-**Working memory**, beyond the views, without the gradients (e·view): Triton u, K1, K2 and P; eager u, K1, K2 and
-float32 matrices of one view, five before the gradients take the place of one (one in fp32); textbook 5 (4) D×D matrices
-and both outputs of batch norm, of which the gradients take the place; compiled C and ∂L/∂C at least.
-
-**Time** = FLOPs/rate + bytes/bandwidth + launches·launch: as if products and everything else took turns; or
-launches·host where the host cannot keep up. A graph is launched once.
-
-**Bytes sent** by each of W ranks, by ring algorithms: to gather what each of them has, it sends that, and what comes
-in, W − 1 times in all; to sum a tensor over them it sends 2 (W − 1)/W times the tensor. As much arrives.
+Bytes sent by each of W ranks, by ring algorithms: to gather what each of them has, it sends that, and what comes in,
+W − 1 times in all; to sum a tensor over them it sends 2 (W − 1)/W times the tensor. As much arrives.
 
     python benches/model.py               prints the model for the grid
     python benches/model.py --verify      counts operations on meta tensors beside it, but of compiled contenders
@@ -71,19 +38,15 @@ if TYPE_CHECKING:
 
 GRID = cells("256x2048", "256x8192", "1024x8192", "2048x8192", "4096x8192", "2048x32768")
 
-TEXTBOOK = "textbook, eager"
-COMPILED = "textbook, compiled"
-LIGHTLY = "lightly"
-EAGER = "ours, eager"
-TRITON = "ours, Triton"
-GRAPH = "ours, CUDA graph"
+TEXTBOOK, COMPILED, LIGHTLY = "textbook, eager", "textbook, compiled", "lightly"
+EAGER, TRITON, GRAPH = "ours, eager", "ours, Triton", "ours, CUDA graph"
 CONTENDERS = (TEXTBOOK, COMPILED, LIGHTLY, EAGER, TRITON, GRAPH)
-
-_ACCUMULATOR = 4  # bytes of float32
+MODELLED = (TEXTBOOK, COMPILED, EAGER, TRITON, GRAPH)  # lightly's figures are the textbook's, but for its batch norm
+COUNTED = (TEXTBOOK, EAGER, TRITON)
 
 
 class Setting(NamedTuple):
-    """How the contenders are run: bytes of an element of the views and of the operands of the products."""
+    """Bytes of an element of the views, and of the operands of the products, without TF32."""
 
     name: str
     view: int
@@ -91,7 +54,6 @@ class Setting(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the views."""
         return torch.bfloat16 if self.view == 2 else torch.float32
 
 
@@ -115,20 +77,12 @@ class Chip(NamedTuple):
     host: float = 5e-6
 
     def rate(self, setting: Setting) -> float:
-        """FLOP/s of a matrix product."""
         return self.single if setting == FLOAT32 else self.half
 
 
 # Assumed until a run measures them: copy and 16-bit product as reported for H100 SXM boards, the float32 product as
 # three quarters of the data sheet's 67 TFLOP/s, launch and host as rules of thumb.
 H100 = Chip("H100", 3.0e12, 790e12, 50e12)
-
-
-def chip(name: str, ceilings: dict[str, float]) -> Chip:
-    """Measured ceilings as the model takes them; ours multiplies in float16."""
-    launch = ceilings.get("launch_seconds", ceilings["host_seconds"])
-    rates = ceilings["float16_flops"], ceilings["float32_flops"]
-    return Chip(name, ceilings["copy_bytes_per_second"], *rates, launch, ceilings["host_seconds"])
 
 
 class Cost(NamedTuple):
@@ -141,83 +95,48 @@ class Cost(NamedTuple):
     launches: int
 
 
-def least_bytes(cell: Cell, setting: Setting) -> float:
-    """Both views read once, both gradients written once."""
-    return 4 * cell.n * cell.d * setting.view
-
-
 def floor(cell: Cell, setting: Setting, chip: Chip) -> float:
-    """Seconds that no implementation of the dual without symmetry can go below: FLOPs or least bytes."""
-    return max(8 * cell.n**2 * cell.d / chip.rate(setting), least_bytes(cell, setting) / chip.bandwidth)
+    """Seconds that no dual without symmetry can go below: FLOPs, or views read once and gradients written once."""
+    least_bytes = 4 * cell.n * cell.d * setting.view
+    return max(8 * cell.n**2 * cell.d / chip.rate(setting), least_bytes / chip.bandwidth)
 
 
-def dual_triton(cell: Cell, setting: Setting) -> Cost:
-    """Four kernels, four products."""
-    n, e = cell.n, 2 * cell.n * cell.d
-    view, product = setting.view, setting.product
-    return Cost(
-        flops=8 * n**2 * cell.d,
-        moved=e * (2 * view + 6 * product) + 2 * n**2 * 3 * product,
-        again=e * (view + 2 * product),
-        working=e * 2 * product + 2 * n**2 * product,
-        launches=8,
-    )
+def cost(name: str, cell: Cell, setting: Setting) -> Cost:
+    """What a step of a contender costs. A pass is over all e elements of both views, or over a D×D or N×N matrix."""
+    e, square, matrix = 2 * cell.n * cell.d, 2 * cell.n**2, cell.d**2 * setting.product
+    dual, textbook = 8 * cell.n**2 * cell.d, 6 * cell.n * cell.d**2
+    view, operand, c = setting.view, setting.product, 4  # c: float32, in which all is but the products
+    half = operand < c
+    if name == TEXTBOOK:
+        # D×D: product 1, divide 2, two copies off the diagonal 4, square 2, sum 1; backward of the sum 1 (0), of the
+        # square 7 (6), two slices back 6, zeros and their sum 4, the diagonal's two copies 4, divide 2, two products 2.
+        # Views: batch norm forward 2 and backward 3, products 3.
+        moved = (36 if half else 34) * matrix + 8 * e * view
+        return Cost(textbook, moved, 3 * e * view, (5 if half else 4) * matrix, 44 if half else 42)
+    if name == COMPILED:  # as inductor schedules it for sm_90
+        return Cost(textbook, 9 * matrix + 11 * e * view, 0, 2 * matrix, 22)
+    if name == EAGER:
+        # One operation per pass. Standardise: z to x, both views put together, its sum, centred, its square, the sum of
+        # that, scaled, diagonal, and a cast. Input gradients: of either view P scaled, twice another term added, a
+        # product and its sum, scaled, and the casts of P, of u twice and of the gradient. Some 90 vectors.
+        standardize = view + 13 * c + half * (c + operand)
+        input_gradients = 14 * c + half * (4 * c + 3 * operand + view)
+        frobenius = 2 * c + half * (operand + c)
+        moved = e * (standardize + 3 * operand + input_gradients) + square * (2 * operand + frobenius) + 90 * c * cell.d
+        working = e * (operand + (8 if half else 2)) + square * operand
+        return Cost(dual, moved, 0, working, 73 if half else 61)
+    # Standardise reads z, writes u; Gram matrices read u, write K1, K2; Frobenius sums read K1, K2; the products of the
+    # backward read K1, K2 and u, write P; the last kernel reads P and u, writes the gradient. Again: z, P and u.
+    moved = e * (2 * view + 6 * operand) + square * 3 * operand
+    return Cost(dual, moved, e * (view + 2 * operand), e * 2 * operand + square * operand, 8)
 
 
-def dual_eager(cell: Cell, setting: Setting) -> Cost:
-    """One operation per pass, float32 between the products."""
-    n, e = cell.n, 2 * cell.n * cell.d
-    view, product, c = setting.view, setting.product, _ACCUMULATOR
-    half = product < c
-    standardize = view + 13 * c + half * (c + product)
-    input_gradients = 14 * c + half * (4 * c + 3 * product + view)
-    frobenius = 4 * c + half * 2 * (product + c)
-    return Cost(
-        flops=8 * n**2 * cell.d,
-        moved=e * (standardize + 3 * product + input_gradients) + n**2 * (4 * product + frobenius) + 90 * c * cell.d,
-        again=0,
-        working=e * (product + (8 if half else 2)) + 2 * n**2 * product,
-        launches=73 if half else 61,
-    )
-
-
-def textbook_eager(cell: Cell, setting: Setting) -> Cost:
-    """The D×D formula, operation by operation."""
-    e, matrix = 2 * cell.n * cell.d, cell.d**2 * setting.product
-    half = setting.product < _ACCUMULATOR
-    return Cost(
-        flops=6 * cell.n * cell.d**2,
-        moved=(36 if half else 34) * matrix + 8 * e * setting.view,
-        again=3 * e * setting.view,
-        working=(5 if half else 4) * matrix,
-        launches=44 if half else 42,
-    )
-
-
-def textbook_compiled(cell: Cell, setting: Setting) -> Cost:
-    """The D×D formula as inductor fuses it."""
-    e, matrix = 2 * cell.n * cell.d, cell.d**2 * setting.product
-    return Cost(6 * cell.n * cell.d**2, 9 * matrix + 11 * e * setting.view, 0, 2 * matrix, 22)
-
-
-# lightly's figures are those of the textbook within what batch norm costs; it gets no line of its own.
-MODELS: dict[str, Callable[[Cell, Setting], Cost]] = {
-    TEXTBOOK: textbook_eager,
-    COMPILED: textbook_compiled,
-    EAGER: dual_eager,
-    TRITON: dual_triton,
-    GRAPH: dual_triton,
-}
-
-
-COUNTED = (TEXTBOOK, EAGER, TRITON)
-
-
-def predicted(cost: Cost, name: str, setting: Setting, chip: Chip) -> tuple[float, float]:
-    """Seconds of a step that costs so much, without and with the bytes that are passed over again."""
-    host = chip.host * (1 if name == GRAPH else cost.launches)
-    device = cost.flops / chip.rate(setting) + chip.launch * cost.launches
-    low, high = (max(device + moved / chip.bandwidth, host) for moved in (cost.moved, cost.moved + cost.again))
+def predicted(name: str, cell: Cell, setting: Setting, chip: Chip) -> tuple[float, float]:
+    """Seconds of a step, without and with the bytes that are passed over again."""
+    found = cost(name, cell, setting)
+    host = chip.host * (1 if name == GRAPH else found.launches)
+    device = found.flops / chip.rate(setting) + chip.launch * found.launches
+    low, high = (max(device + moved / chip.bandwidth, host) for moved in (found.moved, found.moved + found.again))
     return low, high
 
 
@@ -240,16 +159,11 @@ def _ours(name: str, cell: Cell, setting: Setting) -> Callable[[Tensor, Tensor],
 
 
 class Sent(NamedTuple):
-    """What a step costs one rank: bytes sent of large matrices, bytes sent of vectors of D numbers, and FLOPs."""
+    """What a step costs one rank: bytes sent in all, those of vectors of D numbers among them, and FLOPs."""
 
-    matrices: float
+    sent: float
     vectors: float
     flops: float
-
-    @property
-    def sent(self) -> float:
-        """All bytes."""
-        return self.matrices + self.vectors
 
 
 def gathered(size: float, processes: int) -> float:
@@ -270,11 +184,9 @@ def sent_by_dual(cell: Cell, processes: int, itemsize: int = 4) -> Sent:
     """
     n, d = cell.n, cell.d
     vectors = sum(summed(8 * numbers, processes) for numbers in (2 * d, 1 + 4 * d, 1 + 3 * d))
-    return Sent(
-        matrices=2 * gathered(itemsize * n * d / processes, processes),
-        vectors=gathered(3 * 8, processes) + vectors + summed(2 * 4, processes),
-        flops=8 * n * n * d / processes,
-    )
+    vectors += gathered(3 * 8, processes) + summed(2 * 4, processes)
+    matrices = 2 * gathered(itemsize * n * d / processes, processes)
+    return Sent(matrices + vectors, vectors, 8 * n * n * d / processes)
 
 
 def sent_by_textbook(cell: Cell, processes: int) -> Sent:
@@ -308,16 +220,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The byte and FLOP model of a step; nothing is measured.")
     parser.add_argument("--verify", action="store_true", help="count the operations beside it")
     verify = parser.parse_args().verify
-    for setting, cell, (name, model) in product(SETTINGS, GRID, MODELS.items()):
-        cost = model(cell, setting)
-        low, high = (1e6 * seconds for seconds in predicted(cost, name, setting, H100))
-        said = f"{cost.moved / 1e6:,.0f} MB moved, {cost.working / 1e6:,.0f} held, {cost.launches} launches"
+    for setting, cell, name in product(SETTINGS, GRID, MODELLED):
+        found = cost(name, cell, setting)
+        low, high = (1e6 * seconds for seconds in predicted(name, cell, setting, H100))
+        said = f"{found.moved / 1e6:,.0f} MB moved, {found.working / 1e6:,.0f} held, {found.launches} launches"
         print(f"{setting.name}, {cell}, {name}: {said}, {low:,.0f} to {high:,.0f} µs")
         if verify and name in COUNTED and (name != TRITON or find_spec("triton")):
             moved, launches = counted(name, cell, setting)
             print(f"  counted: {moved / 1e6:,.0f} MB moved, {launches} launches")
-            if abs(cost.moved / moved - 1) > 0.03 or abs(cost.launches - launches) > 1:  # the fill of ∂L/∂L
-                raise SystemExit(f"model.py no longer describes {name!r}: bring its docstring and terms in line")
+            if abs(found.moved / moved - 1) > 0.03 or abs(found.launches - launches) > 1:  # the fill of ∂L/∂L
+                raise SystemExit(f"model.py no longer describes {name!r}: bring its terms in line")
 
 
 if __name__ == "__main__":

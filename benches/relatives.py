@@ -1,19 +1,14 @@
 """What the relatives of the loss cost: VICReg, Barlow Twins with mixed samples, and more than two views.
 
-A step is the value and the gradient of all views, in float32, on one thread. Each is held to float64 of what it
-computes before it is timed. Contenders take turns in one process; what is told is the median of the ratios of
-neighbouring turns, of the thread's processor time, each after a call that is not timed: the turn before has left other
-data in the cache.
+Value and gradient of all views, in float32, on one thread, held to float64 of what each computes before it is timed;
+processor time, each turn after a call that is not timed: the turn before has left other data in the cache.
 
 *relatives*: ours against the published formula. FLOP model, forward and backward: VICReg takes 12·N·D² as published and
-8·N²·D here, less what the symmetry of the Gram matrices saves. As published a D×D matrix takes 4·D² bytes, and several
-are alive at once.
+8·N²·D here, less what the symmetry of the Gram matrices saves. Byte model, as published: several D×D matrices of 4·D².
 
 *views*: two, four, eight, and the mean over the 28 pairs of eight by our own loss of two. FLOP model: 8·N²·D for two
 views, 4·V·N²·D for V, 8·N²·D·V(V − 1)/2 for the loop; the symmetry of the Gram matrices saves a quarter of each.
 Byte model: (V + 3)·N·D + (V + 4)·N² elements beyond the views and their gradients.
-
-Writes ``docs/relatives.json``, ``docs/views.json``, and the table of each in the page of that name.
 
     python benches/relatives.py                         # both, five minutes
     python benches/relatives.py --only views --dry-run  # measure and print alone
@@ -32,37 +27,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from barlow_loss import barlow_twins_loss, mixed_barlow_twins_loss, vicreg_loss
+import measure
+from barlow_loss import barlow_twins_loss, mixed_barlow_twins_loss, reference, vicreg_loss
 from contenders import off_diagonal_of
-from machine import environment, store
-from measure import (
-    Cell,
-    Errors,
-    cells,
-    check,
-    errors,
-    gram_form,
-    in_float64,
-    interleave,
-    processor,
-    ratios,
-    spread,
-    step,
-    watched,
-)
-from tables import insert, tabulated
+from measure import Cell, Errors, cells, gram_form, interleave, ratios, spread, step
+from render import insert, plain, setting, table
+from render import spread as told
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from machine import Record
-    from measure import Turn
+    from measure import Record, Turn
 
 DOCS = Path(__file__).parents[1] / "docs"
 OURS, PUBLISHED = "barlow_loss", "published"
 ALPHA, LAMBD, MIX_SCALE = 0.3, 0.0051, 5.0
 TWO, FOUR, EIGHT, LOOP = "2 views", "4 views", "8 views", "28 pairs of 8 views"
 VIEWS_CELL = Cell(256, 8192)
+SECONDS = 90.0  # of a cell; after them only three rounds
 
 
 class Contender(NamedTuple):
@@ -118,66 +100,48 @@ def _mixed(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
     return index, torch.tanh(ALPHA * z1 + (1 - ALPHA) * z2[index])
 
 
-def _mixed_oracle(z1: Tensor, z2: Tensor, *, eps: float = 1e-5, correction: int = 0) -> Tensor:
-    """The Gram form, right in float64 without D×D matrices; the published one has no ε and the unbiased deviation."""
+def _right_mixed(z1: Tensor, z2: Tensor) -> Tensor:
     index, z_mixed = _mixed(z1, z2)
-    n = z1.shape[0]
-    u1, u2, um = ((z - z.mean(dim=0)) / (z.var(dim=0, correction=correction) + eps).sqrt() for z in (z1, z2, z_mixed))
-    e = um - ALPHA * u1 - (1 - ALPHA) * u2[index]
-    grams = [u @ u.T for u in (u1, u2)]
-    c = (u1 * u2).sum(dim=0) / n
-    off_diagonal = (grams[0] * grams[1]).sum() / n**2 - c.square().sum()
-    mixture = (e @ e.T * (grams[0] + grams[1])).sum() / n**2
-    return (c - 1).square().sum() + LAMBD * off_diagonal + MIX_SCALE * LAMBD * mixture
+    return reference.mixed_barlow_twins_loss(z1, z2, z_mixed, ALPHA, index, lambd=LAMBD, mix_scale=MIX_SCALE).loss
 
 
-def _vicreg_oracle(z1: Tensor, z2: Tensor) -> Tensor:
-    """The same of VICReg."""
-    n, d = z1.shape
-    views = [z - z.mean(dim=0) for z in (z1, z2)]
-    variances = torch.stack([x.var(dim=0) for x in views])
-    hinge = functional.relu(1 - (variances + 0.0001).sqrt()).mean()
-    norms = torch.stack([(x @ x.T).square().sum() for x in views]).sum() / (n - 1) ** 2
-    return 25 * (z1 - z2).square().mean() + 25 * hinge + (norms - variances.square().sum()) / d
+def _right_vicreg(z1: Tensor, z2: Tensor) -> Tensor:
+    return reference.vicreg_loss(z1, z2).loss
 
 
 def loop_over_pairs(*views: Tensor) -> Tensor:
-    """What everybody with more than two views does."""
     return torch.stack([barlow_twins_loss(*pair) for pair in combinations(views, 2)]).mean()
 
 
-ALLOWED = {OURS: Errors(1e-5, 1e-5), PUBLISHED: Errors(1e-3, 1e-3)}
+OURS_ALLOWED, PUBLISHED_ALLOWED, PAIRS_ALLOWED = Errors(1e-5, 1e-5), Errors(1e-3, 1e-3), Errors(3e-7, 3e-6)
 RELATIVES = {
     "VICReg": (
         cells("256x2048", "256x8192"),
         {
-            OURS: Contender(vicreg_loss, _vicreg_oracle, ALLOWED[OURS]),
-            PUBLISHED: Contender(published_vicreg, _vicreg_oracle, ALLOWED[PUBLISHED]),
+            OURS: Contender(vicreg_loss, _right_vicreg, OURS_ALLOWED),
+            PUBLISHED: Contender(published_vicreg, _right_vicreg, PUBLISHED_ALLOWED),
         },
     ),
     "Mixed Barlow Twins": (
         cells("256x2048", "256x4096"),
         {
-            OURS: Contender(our_mixed, _mixed_oracle, ALLOWED[OURS]),
-            PUBLISHED: Contender(published_mixed, partial(_mixed_oracle, eps=0.0, correction=1), ALLOWED[PUBLISHED]),
+            OURS: Contender(our_mixed, _right_mixed, OURS_ALLOWED),
+            PUBLISHED: Contender(published_mixed, published_mixed, PUBLISHED_ALLOWED),
         },
     ),
 }
-PAIRS_ALLOWED = Errors(3e-7, 3e-6)
 VIEWS = {
-    name: Contender(barlow_twins_loss, gram_form, PAIRS_ALLOWED, n) for name, n in ((TWO, 2), (FOUR, 4), (EIGHT, 8))
+    TWO: Contender(barlow_twins_loss, gram_form, PAIRS_ALLOWED),
+    FOUR: Contender(barlow_twins_loss, gram_form, PAIRS_ALLOWED, 4),
+    EIGHT: Contender(barlow_twins_loss, gram_form, PAIRS_ALLOWED, 8),
+    LOOP: Contender(loop_over_pairs, gram_form, PAIRS_ALLOWED, 8),
 }
-VIEWS[LOOP] = Contender(loop_over_pairs, gram_form, PAIRS_ALLOWED, 8)
 
 
-def measure(
+def measured(
     contenders: dict[str, Contender], cell: Cell, rounds: int, seconds: float
 ) -> tuple[dict[str, Record], dict[str, list[float]]]:
-    """Errors and working memory of each, and the seconds of their turns.
-
-    Raises:
-        AssertionError: an answer is wrong.
-    """
+    """Errors and working memory of each, and the seconds of their turns; raises where an answer is wrong."""
     torch.set_num_threads(1)
     views = cell.views(max(each.views for each in contenders.values()))
     records: dict[str, Record] = {}
@@ -185,21 +149,20 @@ def measure(
     for name, contender in contenders.items():
         own = views[: contender.views]
         turn = partial(step, contender.loss, *own)
-        answer, size = watched(turn)
-        found = errors(answer, in_float64(contender.oracle, *own))
-        check(name, cell, found, contender.allowed)
+        answer, size = measure.watched(turn)
+        found = measure.errors(answer, measure.in_float64(contender.oracle, *own))
+        measure.check(name, cell, found, contender.allowed)
         records[name], turns[name] = {"errors": found, "working_bytes": size}, turn
     return records, interleave(turns, rounds, seconds, _warm)
 
 
 def _warm(turn: Turn, calls: int) -> float:
     turn()
-    return processor(turn, calls)
+    return measure.processor(turn, calls)
 
 
 def measure_relative(name: str, cell: Cell, rounds: int, seconds: float) -> Record:
-    """A relative at a cell, ours and published."""
-    records, times = measure(RELATIVES[name][1], cell, rounds, seconds)
+    records, times = measured(RELATIVES[name][1], cell, rounds, seconds)
     return {
         "loss": name,
         "cell": str(cell),
@@ -212,8 +175,7 @@ def measure_relative(name: str, cell: Cell, rounds: int, seconds: float) -> Reco
 
 
 def measure_views(cell: Cell, rounds: int, seconds: float) -> Record:
-    """All numbers of views at a cell."""
-    records, times = measure(VIEWS, cell, rounds, seconds)
+    records, times = measured(VIEWS, cell, rounds, seconds)
     of_two = ratios(times, TWO)
     for name, record in records.items():
         count = VIEWS[name].views
@@ -223,83 +185,60 @@ def measure_views(cell: Cell, rounds: int, seconds: float) -> Record:
     return {"cell": str(cell), "rounds": len(times[TWO]), "contenders": records, "loop_over_eight": loop}
 
 
+RELATIVES_COLUMNS = (
+    ("loss", "loss", str),
+    ("N × D", "cell", str),
+    ("ours, ms", f"seconds/{OURS}/median", 1e3),
+    ("published, × ours (quartiles)", "times_ours", told),
+    ("working memory, MB: ours", f"working_bytes/{OURS}", 1e-6),
+    ("published", f"working_bytes/{PUBLISHED}", 1e-6),
+    ("error of the gradient: ours", f"errors/{OURS}/gradient", 1.0),
+    ("of the published", f"errors/{PUBLISHED}/gradient", 1.0),
+)
+VIEWS_COLUMNS = (
+    ("", "name", str),
+    ("ms", "seconds/median", 1e3),
+    ("× two views (quartiles)", "times_two", told),
+    ("working memory, MB", "working_bytes", 1e-6),
+    ("(V + 3)·N·D + (V + 4)·N², MB", "model_bytes", 1e-6),
+    ("errors of loss and gradients", "errors", lambda found: " and ".join(map(plain, found))),
+)
+
+
 def relatives_table(report: Record) -> str:
-    """What stands in the page between its marks."""
-    columns: dict[str, Callable[[Record], str]] = {
-        "loss": lambda record: record["loss"],
-        "N × D": lambda record: record["cell"].replace("×", " × "),
-        "ours, ms": lambda record: f"{1e3 * record['seconds'][OURS]['median']:.1f}",
-        "published, × ours": lambda record: _ratio(record["times_ours"], 1, "×"),
-        "working memory, MB: ours": lambda record: f"{record['working_bytes'][OURS] / 1e6:.1f}",
-        "published": lambda record: f"{record['working_bytes'][PUBLISHED] / 1e6:,.0f}",
-        "error of the gradient: ours": lambda record: f"{record['errors'][OURS]['gradient']:.1e}",
-        "of the published": lambda record: f"{record['errors'][PUBLISHED]['gradient']:.1e}",
-    }
-    return f"{_setting(report)}\n\n{tabulated(report['records'], columns)}"
+    return f"{setting(report)}\n\n{table(report['records'], RELATIVES_COLUMNS)}"
 
 
 def views_table(report: Record) -> str:
-    """The same of the views."""
-    columns: dict[str, Callable[[tuple[str, Record]], str]] = {
-        "": lambda row: row[0],
-        "ms": lambda row: f"{1e3 * row[1]['seconds']['median']:.0f}",
-        "× two views": lambda row: _ratio(row[1]["times_two"], 2) if row[1]["times_two"] else "1",
-        "working memory, MB": lambda row: f"{row[1]['working_bytes'] / 1e6:.0f}",
-        "over (V + 3)·N·D + (V + 4)·N²": lambda row: f"{row[1]['working_bytes'] / row[1]['model_bytes']:.2f}",
-        "error of the loss": lambda row: f"{row[1]['errors'][0]:.1e}",
-        "gradients": lambda row: f"{row[1]['errors'][1]:.1e}",
-    }
     record = report["record"]
-    where, loop = record["cell"].replace("×", " × "), record["loop_over_eight"]
-    table = tabulated(record["contenders"].items(), columns)
-    return (
-        f"N × D = {where}. {_setting(report)}\n\n{table}\n\n"
-        f"The loop takes {loop['median']:.1f} times ({loop['q1']:.1f} to {loop['q3']:.1f}) the one call."
-    )
+    rows = [{"name": name, **found} for name, found in record["contenders"].items()]
+    loop = f"The loop takes {told(record['loop_over_eight'])} times the one call."
+    return f"N × D = {record['cell']}. {setting(report)}\n\n{table(rows, VIEWS_COLUMNS)}\n\n{loop}"
 
 
-def _setting(report: Record) -> str:
-    machine = report["environment"]
-    return (
-        f"Forward and backward, float32, 1 thread, on {machine['cpu']} ({machine['instructions']}), torch "
-        f"{machine['versions']['torch']}; {report['date']}. Processor time; medians, quartiles in brackets."
-    )
-
-
-def _ratio(values: Record, digits: int, sign: str = "") -> str:
-    median, q1, q3 = (f"{values[key]:.{digits}f}" for key in ("median", "q1", "q3"))
-    return f"{median}{sign} ({q1} to {q3})"
-
-
-TABLES = {"relatives": relatives_table, "views": views_table}
+TABLES: dict[str, Callable[[Record], str]] = {"relatives": relatives_table, "views": views_table}
 
 
 def page_with(name: str, report: Record) -> str:
-    """The page ``name`` with the table of a report."""
     return insert((DOCS / f"{name}.md").read_text(encoding="utf-8"), name, TABLES[name](report))
 
 
-def _report(name: str, rounds: int | None, seconds: float) -> Record:
-    date = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
-    report: Record = {"date": date, "environment": environment("lightly", "stable-pretraining")}
-    if name == "views":
-        return report | {"record": measure_views(VIEWS_CELL, rounds or 15, seconds)}
-    pairs = [(relative, cell) for relative, (where, _) in RELATIVES.items() for cell in where]
-    return report | {"records": [measure_relative(*pair, rounds or 9, seconds) for pair in pairs]}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="What the relatives cost; see the head of this file.")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="pages (default: both)")
-    parser.add_argument("--rounds", type=int, help="default: nine for the relatives, fifteen for the views")
-    parser.add_argument("--seconds", type=float, default=90.0, help="of a cell; after them only three rounds")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
     options = parser.parse_args()
+    date = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
     for name in options.only:
-        report = _report(name, options.rounds, options.seconds)
+        report: Record = {"date": date, "environment": measure.environment("lightly", "stable-pretraining")}
+        if name == "views":
+            report["record"] = measure_views(VIEWS_CELL, 15, SECONDS)
+        else:
+            pairs = [(relative, cell) for relative, (where, _) in RELATIVES.items() for cell in where]
+            report["records"] = [measure_relative(*pair, 9, SECONDS) for pair in pairs]
         print(TABLES[name](report))
         if not options.dry_run:
-            store(report, DOCS / f"{name}.json")
+            measure.store(report, DOCS / f"{name}.json")
             (DOCS / f"{name}.md").write_text(page_with(name, report), encoding="utf-8")
 
 

@@ -1,14 +1,9 @@
 """The section "training": a whole training step before and after the textbook loss is replaced by ours.
 
-``WHOLE``: ResNet-50 at 224 pixels, the projector 8192-8192-8192, LARS. A step is the sum of its parts: both views
-through the backbone, as chunks of images that fit this machine's memory, the median of three times their number;
-through the projector with the whole batch; the optimiser; and each loss; all forward and backward.
-
-``ALONE``: the projector, as when features were computed before. Real steps take turns with ours and with the textbook.
-
-The loss's share is its time over that of the step; ``speed_up`` is the textbook's step over ours. Both losses are held
-to float64 on the same embeddings before anything is timed. FLOP model, forward + backward, 2·3·MACs: backbone 4.1 GMACs
-a view, projector 151 MMACs a view, the loss 8·N²·D.
+``WHOLE``: ResNet-50 at 224 pixels, the projector 8192-8192-8192, LARS. A step is the sum of its parts, forward and
+backward: both views through the backbone, as chunks that fit this machine's memory; through the projector as a whole
+batch; the optimiser; and each loss. ``ALONE``: the projector, as when features were computed before, in real steps. The
+loss's share is its time over that of the step. FLOP model, 2·3·MACs: backbone 4.1 GMACs a view, projector 151 MMACs.
 
 As a program it tells what ``--chunk-size`` of the recipes costs and saves: a step of a ResNet-18 on small images, whole
 batches beside chunks in turns, each in a process of its own. Its memory is the most that the process has held in the
@@ -25,9 +20,8 @@ import math
 import multiprocessing
 import resource
 import statistics
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
@@ -37,22 +31,18 @@ from barlow_loss import BarlowTwinsLoss
 from barlow_recipes.models import build_model
 from barlow_recipes.optimization import build_optimizer
 from contenders import OURS, TEXTBOOK, build
-from machine import all_cores
-from measure import Cell, interleave, ratios, spread, wall
-from sections import checked_turns
+from measure import Cell, all_cores, checked_turns, interleave, spread, wall
 
 if TYPE_CHECKING:
-    from machine import Record
-    from measure import Turn
+    from measure import Record, Turn
 
-WHOLE = "ResNet-50 and projector"
-ALONE = "projector alone"
+WHOLE, ALONE = "ResNet-50 and projector", "projector alone"
 TIMED_CHUNKS = 3
 FEATURES = 2048  # of ResNet-50
+RATES = {"lr_weights": 0.4, "lr_biases": 0.0048, "weight_decay": 1e-6}
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Of both records. With a batch of 256 as well the backbone takes three quarters of a minute."""
 
     batch_size: int = 64
@@ -63,54 +53,48 @@ class Sizes:
 
 
 def training(sizes: Sizes, rounds: int) -> list[Record]:
-    """The section, on all cores."""
-    with all_cores():
-        return records(sizes, rounds)
-
-
-def records(sizes: Sizes, rounds: int) -> list[Record]:
-    """Both records, on the threads that torch has: with the backbone, and the projector alone.
-
-    Raises:
-        AssertionError: a loss is wrong.
-    """
+    """The section, on all cores; raises where a loss is wrong."""
     torch.manual_seed(0)
-    width = sizes.width
-    model = build_model("resnet50", f"{width}-{width}-{width}").to(memory_format=torch.channels_last)
-    return [_with_backbone(model, sizes, rounds), _projector_alone(model.projector, sizes, rounds)]
+    with all_cores():
+        model: Any = build_model("resnet50", "-".join([str(sizes.width)] * 3)).to(memory_format=torch.channels_last)
+        return [_with_backbone(model, sizes, rounds), _projector_alone(model.projector, sizes, rounds)]
 
 
 def _with_backbone(model: Any, sizes: Sizes, rounds: int) -> Record:
-    """A step as the sum of its parts."""
     cell = Cell(sizes.batch_size, sizes.width)
-    turns = checked_turns(cell, *cell.views())
     images = torch.randn(sizes.chunk, 3, sizes.image_size, sizes.image_size).to(memory_format=torch.channels_last)
     chunks = -(-2 * cell.n // sizes.chunk)
     turn = partial(_forward_and_backward, model.backbone, images)
     turn()
-    parts = {"backbone": chunks * statistics.median(wall(turn) for _ in range(min(chunks, TIMED_CHUNKS)))}
-    parts["projector"] = _time_projector(model.projector, _features(cell.n))
-    parts["optimizer"] = _time_optimizer(_lars(nn.ModuleList([model.backbone, model.projector]), cell.n))
-    losses = interleave(turns, rounds, math.inf)
-    rest = sum(parts.values())
-    steps = {name: [rest + loss for loss in own] for name, own in losses.items()}
+    backbone = chunks * statistics.median(wall(turn) for _ in range(min(chunks, TIMED_CHUNKS)))
+    parts = {"backbone": backbone, **_parts(model.projector, model, cell.n)}
+    losses = interleave(checked_turns(cell, (OURS, TEXTBOOK), *cell.views()), rounds, math.inf)
+    steps = {name: [sum(parts.values()) + loss for loss in own] for name, own in losses.items()}
     record = _record(WHOLE, cell, parts, losses, steps)
     return record | {"image_size": sizes.image_size, "chunks": [chunks, sizes.chunk]}
 
 
 def _projector_alone(projector: nn.Module, sizes: Sizes, rounds: int) -> Record:
-    """Real steps from features that were computed before."""
     cell = Cell(sizes.projector_batch_size, sizes.width)
-    features, optimizer = _features(cell.n), _lars(projector, cell.n)
+    features = _features(cell.n)
     with torch.no_grad():
         embeddings = [projector(view) for view in features]
-    turns = checked_turns(cell, *(z.requires_grad_() for z in embeddings))
-    parts = {"projector": _time_projector(projector, features), "optimizer": _time_optimizer(optimizer)}
-    losses = interleave(turns, rounds, math.inf)
+    turns = checked_turns(cell, (OURS, TEXTBOOK), *(z.requires_grad_() for z in embeddings))
+    parts, losses = _parts(projector, projector, cell.n), interleave(turns, rounds, math.inf)
+    optimizer = build_optimizer("lars", projector, batch_size=cell.n, **RATES)
     steps: dict[str, Turn] = {
         name: partial(_training_step, projector, optimizer, build(name, cell.d), features) for name in turns
     }
     return _record(ALONE, cell, parts, losses, interleave(steps, rounds, math.inf))
+
+
+def _parts(projector: nn.Module, model: nn.Module, batch_size: int) -> dict[str, float]:
+    """Seconds of both views through the projector, and of the optimiser; the first time sets up what is kept."""
+    optimizer = build_optimizer("lars", model, batch_size=batch_size, **RATES)
+    turns = [partial(_forward_and_backward, projector, view) for view in _features(batch_size)]
+    for turn in (turns[0], optimizer.step):
+        turn()
+    return {"projector": sum(map(wall, turns)), "optimizer": wall(optimizer.step)}
 
 
 def _record(
@@ -130,7 +114,6 @@ def _record(
         "losses": spreads,
         "steps": medians,
         "shares": {name: own["median"] / medians[name] for name, own in spreads.items()},
-        "textbook_over_ours": ratios(losses, OURS)[TEXTBOOK],
         "speed_up": medians[TEXTBOOK] / medians[OURS],
     }
 
@@ -142,27 +125,7 @@ def _training_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Any
 
 
 def _features(batch_size: int) -> list[Tensor]:
-    """Of both views, as a backbone would give them."""
     return [view.detach() for view in Cell(batch_size, FEATURES).views()]
-
-
-def _lars(module: nn.Module, batch_size: int) -> torch.optim.Optimizer:
-    optimizer: torch.optim.Optimizer = build_optimizer(
-        "lars", module, batch_size=batch_size, lr_weights=0.4, lr_biases=0.0048, weight_decay=1e-6
-    )
-    return optimizer
-
-
-def _time_projector(projector: nn.Module, views: list[Tensor]) -> float:
-    """Seconds of both views, forward and backward; the first time sets up what is kept."""
-    _forward_and_backward(projector, views[0])
-    return sum(wall(partial(_forward_and_backward, projector, view)) for view in views)
-
-
-def _time_optimizer(optimizer: torch.optim.Optimizer) -> float:
-    """Seconds of a step, with the gradients of before; the first one makes the momenta."""
-    optimizer.step()
-    return wall(optimizer.step)
 
 
 def _forward_and_backward(module: nn.Module, views: Tensor) -> None:
@@ -190,22 +153,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--chunk-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--stems", nargs="+", default=["imagenet", "cifar"])
     options = parser.parse_args()
-    counts = 1, -(-options.batch_size // options.chunk_size)
+    counts = (1, -(-options.batch_size // options.chunk_size))
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
-        for stem in options.stems:
-            rounds = [
-                [fresh.apply(in_chunks, (stem, options.batch_size, chunks)) for chunks in counts]
-                for _ in range(options.rounds)
-            ]
-            (whole, held), (parts, held_by_parts) = (
-                [statistics.median(figures) for figures in zip(*runs, strict=True)]
-                for runs in zip(*rounds, strict=True)
-            )
-            print(f"{stem}: whole {held:,.0f} MB, {whole:.1f} s; ", end="")
-            print(f"chunks of {options.chunk_size} {held_by_parts:,.0f} MB, {parts:.1f} s; ", end="")
-            print(f"memory / {held / held_by_parts:.1f}, time x {parts / whole:.2f}")
+        for stem in ("imagenet", "cifar"):
+            jobs = [(stem, options.batch_size, count) for _ in range(options.rounds) for count in counts]
+            found = fresh.starmap(in_chunks, jobs, chunksize=1)
+            for i, count in enumerate(counts):
+                seconds, held = map(statistics.median, zip(*found[i::2], strict=True))
+                print(f"{stem}, chunks: {count}: {held:,.0f} MB, {seconds:.1f} s")
 
 
 if __name__ == "__main__":

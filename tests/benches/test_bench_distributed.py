@@ -3,6 +3,7 @@
 The ranks are the section's own processes, two of them at a time.
 """
 
+import multiprocessing
 import os
 import time
 
@@ -91,8 +92,8 @@ def _sleep(place, folder, raising):
 @pytest.mark.parametrize(
     ("raising", "limit", "error", "message"),
     [
-        (1, 60, Exception, r"ValueError: rank 1 gives up"),
-        (None, 3, TimeoutError, r"_sleep.*: expected an end within 3 s"),
+        (1, 60, ValueError, r"rank 1 gives up"),
+        (None, 3, multiprocessing.TimeoutError, None),
     ],
     ids=["raises", "hangs"],
 )
@@ -130,5 +131,5 @@ def test_the_rows_of_the_ranks_are_the_batch():
 
 @pytest.mark.parametrize("cell", [Cell(63, 512), Cell(64, 64)], ids=str)
 def test_a_cell_that_cannot_be_shared_or_counted_is_refused(cell):
-    with pytest.raises(ValueError, match=f"grid: expected an N that 2 processes can share, of at most D/2.*got {cell}"):
+    with pytest.raises(ValueError, match=f"grid: expected an N that 2 processes can share, of at most D/2, got {cell}"):
         Shards.even(cell, 2)

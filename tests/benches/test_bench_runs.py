@@ -13,8 +13,8 @@ if not all(map(find_spec, ("matplotlib", "torchvision"))):
 from torch import Tensor
 
 import bench
+import measure
 import render
-import sections
 from contenders import FFT, OURS, TEXTBOOK, Contender
 from measure import Cell
 
@@ -39,48 +39,55 @@ def halved(contender: Contender) -> Contender:
 
 @pytest.mark.parametrize("name", [OURS, TEXTBOOK, FFT])
 def test_a_wrong_gradient_is_never_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = sections.build
+    honest = bench.build
     monkeypatch.setattr(
-        sections, "build", lambda chosen, d: halved(honest(chosen, d)) if chosen == name else honest(chosen, d)
+        bench, "build", lambda chosen, d: halved(honest(chosen, d)) if chosen == name else honest(chosen, d)
     )
-    monkeypatch.setattr(sections, "beside", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(bench, "beside", lambda *args: pytest.fail("timed"))
     with pytest.raises(AssertionError, match=f"{name} at 32×64: expected errors of at most"):
-        sections.compare(Cell(32, 64), (OURS, TEXTBOOK, FFT), threads=1, rounds=1, seconds=0)
+        bench.compare(Cell(32, 64), (OURS, TEXTBOOK, FFT), rounds=1, seconds=0)
 
 
 @pytest.mark.parametrize("name", [OURS, TEXTBOOK])
 def test_a_training_step_with_a_wrong_loss_is_never_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = sections.build
+    honest = measure.build
     monkeypatch.setattr(
-        sections, "build", lambda chosen, d: halved(honest(chosen, d)) if chosen == name else honest(chosen, d)
+        measure, "build", lambda chosen, d: halved(honest(chosen, d)) if chosen == name else honest(chosen, d)
     )
     with pytest.raises(AssertionError, match=f"{name} at 16×32: expected errors of at most"):
-        sections.checked_turns(Cell(16, 32), *Cell(16, 32).views())
+        measure.checked_turns(Cell(16, 32), (OURS, TEXTBOOK), *Cell(16, 32).views())
 
 
-def test_a_run_writes_figures_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = bench.Run(SMALL, tmp_path)
-    partial = tmp_path / f"{run.stem.name}.partial.json"
-    assert partial.exists()
-    run.measure("cells")
-    assert json.loads(partial.read_text()).keys() == {"date", "revision", "environment", "seconds", "cells"}
-    for section in ("growth", "limits", "host"):
-        run.measure(section)
-    files = run.report()
-    assert not partial.exists()
-    assert sorted(files) == sorted(tmp_path.iterdir())
-    results = json.loads(files[0].read_text())
+def test_a_run_writes_figures_page_and_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[set[str]] = []
+    store = measure.store
+
+    def watched_store(results: measure.Record, path: Path) -> None:
+        store(results, path)
+        assert path.name.endswith(".partial.json")
+        kept.append(set(json.loads(path.read_text())))
+
+    monkeypatch.setattr(measure, "store", watched_store)
+    path = bench.run(SMALL, ("cells", "growth", "limits", "host"), tmp_path)
+    assert [kept[i] - kept[i - 1] for i in range(1, 5)] == [{"cells"}, {"growth"}, {"limits"}, {"host"}]
+    page = path.with_suffix(".md")
+    render.write({page: render.page(json.loads(path.read_text()), path)}, path)
+    assert set(tmp_path.iterdir()) == {path, page, *(render.picture(path, kind) for kind in render.TITLES)}
+    results = json.loads(path.read_text())
     assert list(results["cells"][0]["contenders"]) == [OURS, TEXTBOOK, FFT]
     assert [cell["algorithm"] for cell in results["cells"]] == ["dual", "primal"]
     assert results["cells"][0]["contenders"][OURS]["times_ours"]["median"] == 1
     assert results["host"]["steps"][0]["what"] == "eager"
-    assert files[1].read_text() == render.markdown(results, files[0])
-    assert "32 × 128, 1 thread, dual" in capsys.readouterr().out
+    assert "32×128, dual: " in capsys.readouterr().out
 
 
-def test_growth_without_cells_is_told(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="growth follows from cells, name both"):
-        bench.Run(SMALL, tmp_path).measure("growth")
+def test_growth_without_cells_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--only", "growth"])
+    with pytest.raises(SystemExit):
+        bench.arguments()
+    assert "growth follows from cells, name both" in capsys.readouterr().err
 
 
 def test_a_part_is_not_written_among_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,23 +95,6 @@ def test_a_part_is_not_written_among_the_committed_results(monkeypatch: pytest.M
         monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
         return bench.arguments().out
 
-    assert out() == out("--plan", "full") == bench.RESULTS
+    assert out() == measure.RESULTS
     assert out("--only", "limits") == out("--plan", "check") == Path("runs/bench")
     assert out("--only", "limits", "--out", "there") == Path("there")
-
-
-def test_promises_are_read_off_the_results() -> None:
-    results = {
-        "cells": [{"n": 256, "d": 4096, "contenders": {OURS: {"working_bytes": 4096**2}}}],
-        "growth": {"features": {"n": 256, "contenders": {OURS: {"d": [2048, 32768], "exponent": 1.2}}}},
-        "limits": [{"n": 256, "d": 8192, "threads": threads, "ours_over_gemms": {"median": 1.3}} for threads in (1, 2)],
-        "training": [
-            {"what": "ResNet-50 and projector", "shares": {OURS: 0.01}},
-            {"what": "projector alone", "shares": {OURS: 0.2}},
-        ],
-        "seconds": dict.fromkeys(bench.SECTIONS, 120.0),
-    }
-    said = [line.split(":")[0] for line in bench.verdicts(results)]
-    assert said == ["NOT KEPT", "kept", "kept", "kept", "NOT KEPT"]
-    assert "exponent of time in D, N = 256: 1.2, promised at most 1.15" in bench.verdicts(results)[0]
-    assert bench.verdicts({"limits": []}) == []

@@ -1,6 +1,8 @@
 """The section "training": the arithmetic of its records, on a tiny real run."""
 
+from contextlib import nullcontext
 from importlib.util import find_spec
+from unittest import mock
 
 import pytest
 
@@ -8,12 +10,13 @@ if find_spec("torchvision") is None:
     pytest.skip("needs torchvision", allow_module_level=True)
 
 from contenders import OURS, TEXTBOOK
-from training import ALONE, WHOLE, Sizes, records
+from training import ALONE, WHOLE, Sizes, training
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return records(Sizes(batch_size=4, projector_batch_size=16, image_size=32, width=64, chunk=4), rounds=3)
+    with mock.patch("training.all_cores", nullcontext):
+        return training(Sizes(batch_size=4, projector_batch_size=16, image_size=32, width=64, chunk=4), rounds=3)
 
 
 def test_what_was_run(tiny):

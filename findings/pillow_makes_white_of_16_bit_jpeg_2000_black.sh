@@ -4,7 +4,7 @@
 # Guess: Pillow, which has 8 bits a channel, keeps the upper 8, as it does of a PNG or a TIFF of 16 bits.
 # Seen: it rounds, and lets the sum run over: what rounds to 256 becomes 0. White is black, of 16 bits all from 65,408
 # on, of 12 bits from 4,088 on, in .jp2 and in .j2k, in RGB and RGBA, where alpha 1 becomes 0, too. Nothing is raised.
-# Saturated sky, clouds and the background of a slide become black holes. Grey, which has 16 bits in Pillow, is right.
+# Saturated pixels become black holes. Grey, which has 16 bits in Pillow, is right.
 #
 # Exit status 0 while that is so.
 set -euo pipefail

@@ -6,8 +6,8 @@
 # 1.003 for 2,048 samples of 2,048 features (Garrido et al., arXiv 2210.02885, equation 1).
 # Seen: 1.03 for 256 of 256, 1.27 for 2,048 of 2,048: the callback adds 1e-5, to the shares that are 0, too, and each of
 # them brings 1.15e-4 of entropy. 8,192 of 8,192, the paper's projector, have 2.57. So a collapsed run seems to use more
-# directions the wider it is, every other value is as many times too high, and values of two widths do not compare. The
-# port for JAX in the same package adds 1e-7.
+# directions the wider it is, every other value is too high by about as much, and values of two widths do not compare.
+# The port for JAX in the same package adds 1e-7.
 #
 # Exit status 0 while that is so.
 set -euo pipefail

@@ -115,7 +115,7 @@ format: $(VENV)/.has-dev  ## repair what ruff can repair (a second)
 	$(RUN) -m ruff check --fix-only
 	$(RUN) -m ruff format
 
-bench: $(VENV)/.has-bench  ## speed, memory and exactness against the others, on this CPU (ten minutes)
+bench: $(VENV)/.has-bench  ## speed, memory and exactness against the others, on this CPU (eight minutes)
 	$(RUN) benches/bench.py $(BENCH_FLAGS)
 
 bench-check: $(VENV)/.has-bench  ## measure again, and name the ratios that are worse than the committed ones (seven minutes)

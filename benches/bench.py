@@ -17,7 +17,7 @@ caches. Parts are a profile's: matrix products; other operators; Python and auto
 pretended GPU (tests/kernels/compiled/fake_driver.py), which records each launch and runs none, beside an
 autograd.Function that computes nothing. And how many operations a step dispatches, the same on every machine.
 
-    python benches/bench.py                           about ten minutes on two cores
+    python benches/bench.py                           about eight minutes on two cores
     python benches/bench.py --only cells growth --plan check --out /tmp
 """
 

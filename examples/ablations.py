@@ -1,7 +1,7 @@
 """The ablations of the Barlow Twins paper in miniature, beside its figures: do they point the same way here?
 
     python examples/ablations.py                          # all, three seeds: twenty minutes on two cores
-    python examples/ablations.py --quick                  # every table with a fraction of the steps: two minutes
+    python examples/ablations.py --quick                  # every table with a fraction of the steps: a minute
     python examples/ablations.py --only terms asymmetry --seeds 5
 
 Small encoders are pretrained on scikit-learn's digits, with every method by its own learning rate, which is searched
@@ -16,7 +16,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 from barlow_recipes import ablation_report, command_line
 from barlow_recipes.ablation import BATCH_SIZE, Way, for_search, load, measure
-from barlow_recipes.ablation_rows import GROUPS
+from barlow_recipes.ablation_rows import GROUPS, chosen, ways_of
 from barlow_recipes.command_line import Positive, Real, optional_value, own_cores
 from barlow_recipes.errors import Aborted, require
 from barlow_recipes.metrics import read_rows
@@ -99,26 +99,15 @@ def marked(folder: Path) -> list[Path]:
 
 def study(settings: Settings) -> None:
     """Search the learning rates, run what is not there yet, and write the results."""
-    ways = list(
-        dict.fromkeys(
-            way for group in ablation_report.chosen(settings.only) for row in group.rows for way in row.ways()
-        )
-    )
+    ways = ways_of(chosen(settings.only))
     usual = list(dict.fromkeys(Way(way.method, way.data) for way in ways))
     log = Log(settings.out, settings.overwrite)
     processes = settings.processes or own_cores()
-    searched = log.complete(
-        [Job(way, rate, SEARCH_SEED, settings.effort, True) for way in usual for rate in RATES], processes
-    )
+    trials = [Job(way, rate, SEARCH_SEED, settings.effort, search=True) for way in usual for rate in RATES]
+    searched = log.complete(trials, processes)
     best = {way: max(of_way(searched, way), key=lambda record: record["accuracy"]) for way in usual}
     jobs = [
-        Job(
-            way,
-            best[Way(way.method, way.data)]["rate"] * math.sqrt(way.batch_size / BATCH_SIZE),
-            seed,
-            settings.effort,
-            False,
-        )
+        Job(way, rate_for(way, best), seed, settings.effort, search=False)
         for seed in range(settings.seeds)
         for way in ways
     ]
@@ -129,6 +118,12 @@ def study(settings: Settings) -> None:
         "records": [*searched, *log.complete(jobs, processes)],
     }
     report(settings.out, json.loads(json.dumps(results)))
+
+
+def rate_for(way: Way, best: Mapping[Way, Record]) -> float:
+    """That of the method on these data, by the root of the batch size."""
+    rate: float = best[Way(way.method, way.data)]["rate"]
+    return rate * math.sqrt(way.batch_size / BATCH_SIZE)
 
 
 def of_way(records: Iterable[Record], way: Way) -> list[Record]:

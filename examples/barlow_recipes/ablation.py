@@ -29,10 +29,10 @@ RECIPES = tuple(
 )
 WEIGHT_DECAY = 1e-4
 BATCH_SIZE = 128
-SHOWN = 24  # features of a cross-correlation matrix that are kept to be drawn
+CORNER = 24  # features of a cross-correlation matrix that are kept to be drawn
 PER_CLASS, DRAWS = 5, 20  # labelled images of the linear classifier, and how often they are drawn
 IMAGES = 28_000  # that a run sees, twice each
-CHANGES = {  # of COLORED, what is set so that a change is left out
+LEFT_OUT = {  # of COLORED, what is set so that a change is left out
     "grayscale": {"grayscale": 0.0},
     "color jitter": {"jitter": 0.0},
     "solarize": {"solarize": 0.0},
@@ -69,7 +69,7 @@ def measure(way: Way, rate: float, seed: int, data: DataSet, effort: float = 1.0
     started = time.process_time()
     method = pretrain(way, rate, seed, data, effort)
     found = {"accuracy": accuracy(method.encoder, data), **describe(method, way, data.test.images)}
-    return found | {"seconds": round(time.process_time() - started, 1)}
+    return found | {"seconds": round(time.process_time() - started, 2)}
 
 
 def pretrain(way: Way, rate: float, seed: int, data: DataSet, effort: float) -> Method:
@@ -109,9 +109,9 @@ def describe(method: Method, way: Way, images: Tensor) -> dict[str, Any]:
     cosines = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T
     same, n = cosines.diagonal().mean(), len(cosines)
     found = {"same": same, "other": (cosines.mean() * n - same) / (n - 1), "rank": effective_rank(z1)}
-    shown = cross_correlation(z1, z2)[:SHOWN, :SHOWN]
+    corner = cross_correlation(z1, z2)[:CORNER, :CORNER]
     return {name: round(float(value), 3) for name, value in found.items()} | {
-        "C": [[round(c, 2) for c in row] for row in shown.tolist()]
+        "C": [[round(c, 2) for c in row] for row in corner.tolist()]
     }
 
 
@@ -128,7 +128,7 @@ def views(way: Way, images: Tensor, generator: torch.Generator) -> list[Tensor]:
     """Two of each image."""
     if way.data == DIGITS:
         return [augment_digits(images, generator, way.without) for _ in range(2)]
-    left_out = {name: value for change in way.without for name, value in CHANGES[change].items()}
+    left_out = {name: value for change in way.without for name, value in LEFT_OUT[change].items()}
     return [small_views(images, draw(replace(recipe, **left_out), len(images), generator)) for recipe in RECIPES]
 
 

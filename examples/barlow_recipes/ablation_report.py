@@ -1,13 +1,12 @@
 """The ablations as tables and a picture: ours beside the paper's, and whether they point the same way."""
 
-import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from barlow_recipes.ablation import DIGITS, Way
-from barlow_recipes.ablation_rows import ALIKE, BASE, GROUPS, LESS, Group, Row
+from barlow_recipes.ablation_rows import ALIKE, BASE, GROUPS, LESS, Group, Row, chosen
 from barlow_recipes.reporting import drawing
 
 NEAR = 2.0  # percentage points: a mean difference that counts as none
@@ -21,31 +20,27 @@ SHOWN = {
 }
 
 
-def key(way: Way) -> str:
-    return json.dumps(way)
-
-
 class Measured(NamedTuple):
     """By way: a value for each seed."""
 
-    accuracies: dict[str, dict[int, float]]
+    accuracies: dict[Way, dict[int, float]]
 
     @classmethod
     def of(cls, records: Records) -> "Measured":
-        found: dict[str, dict[int, float]] = {}
+        found: dict[Way, dict[int, float]] = {}
         for record in records:
             if not record["search"]:
-                found.setdefault(key(Way.of(record["way"])), {})[record["seed"]] = record["accuracy"]
+                found.setdefault(Way.of(record["way"]), {})[record["seed"]] = record["accuracy"]
         return cls(found)
 
     def of_way(self, way: Way) -> list[float]:
-        return [value for _, value in sorted(self.accuracies.get(key(way), {}).items())]
+        return [value for _, value in sorted(self.accuracies.get(way, {}).items())]
 
     def differences(self, row: Row) -> list[float]:
         """Of each seed that all ways have: (way − base) − (other − other_base)."""
         if row.base is None:
             return []
-        by_seed = [self.accuracies.get(key(way), {}) for way in row.ways()]
+        by_seed = [self.accuracies.get(way, {}) for way in row.ways()]
         seeds = sorted(set.intersection(*map(set, by_seed)))
         signs = (1, -1, -1, 1)
         return [sum(sign * values[seed] for sign, values in zip(signs, by_seed, strict=False)) for seed in seeds]
@@ -99,10 +94,6 @@ def blocks(results: Mapping[str, Any]) -> dict[str, str]:
     measured = Measured.of(results["records"])
     tables = {f"ablations-{group.name}": table(group, measured) for group in groups_of(results)}
     return tables | {"ablations-how": how(results), "ablations-embeddings": embeddings(results["records"])}
-
-
-def chosen(names: Iterable[str]) -> list[Group]:
-    return [group for group in GROUPS if group.name in {*names}]
 
 
 def groups_of(results: Mapping[str, Any]) -> list[Group]:

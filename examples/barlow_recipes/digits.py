@@ -12,7 +12,7 @@ from barlow_recipes.data import WHOLE, MemoryPairs, PlainBatches, PretrainingDat
 from barlow_recipes.errors import require
 from barlow_recipes.pixels import PixelSettings
 
-GEOMETRY, BEND, INK, NOISE = CHANGES = ("geometry", "bend", "ink", "noise")  # of augment_digits
+CHANGES = ("geometry", "bend", "ink", "noise")  # of augment_digits
 
 
 def load_digits(

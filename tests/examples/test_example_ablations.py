@@ -19,13 +19,13 @@ from barlow_loss import barlow_twins_loss, cross_correlation
 from barlow_recipes import ablation, ablation_report, methods
 from barlow_recipes.ablation import COLORED, Way, for_search, load
 from barlow_recipes.ablation_report import Measured, verdict
-from barlow_recipes.ablation_rows import ALIKE, BASE, GROUPS, LESS, MORE, WAYS, Row
+from barlow_recipes.ablation_rows import ALIKE, BASE, GROUPS, LESS, MORE, Row, chosen, ways_of
 from barlow_recipes.digits import CHANGES, augment_digits, load_digits
 from barlow_recipes.methods import CRITERIA, METHODS
 from barlow_recipes.metrics import read_rows
 from programs import start
 
-CONFIGURATIONS = [*dict.fromkeys(way._replace(batch_size=0) for way in WAYS)]
+CONFIGURATIONS = [*dict.fromkeys(way._replace(batch_size=0) for way in ways_of(GROUPS))]
 
 
 def random_views(n: int = 32, d: int = 6) -> tuple[Tensor, Tensor]:
@@ -171,7 +171,7 @@ def test_differences_are_paired_by_seed() -> None:
 
 def study() -> dict[str, Any]:
     """As a study of one table would write it."""
-    (group,) = ablation_report.chosen(["asymmetry"])
+    (group,) = chosen(["asymmetry"])
     ways = [BASE, *(row.way for row in group.rows)]
     records = [record(way, seed, 90.0 - 2 * place + seed) for place, way in enumerate(ways) for seed in (0, 1)]
     found = {"settings": {"only": ["asymmetry"], "seeds": 2}, "environment": {"versions": {"torch": "2.14"}}}

@@ -716,6 +716,7 @@ EXAMPLE_STEPS = [
     *_in(
         "examples/barlow_recipes/optimization.py",
         OPTIMIZATION,
+        ("what-a-model-names-decays", 'callable(getattr(part, "no_weight_decay", None))', "False"),
         ("biases-decay", 'lr_biases, "weight_decay": 0.0', 'lr_biases, "weight_decay": weight_decay'),
         ("warm-up-a-step-early", "return step / warmup_steps", "return (step + 1) / warmup_steps"),
     ),
@@ -723,6 +724,11 @@ EXAMPLE_STEPS = [
         "examples/barlow_recipes/steps.py",
         STEPS,
         ("accumulated-gradients-not-averaged", "settings.scale_loss / settings.accumulate", "settings.scale_loss"),
+        (
+            "all-ranks-draw-alike",
+            "seed_of(settings.seed, state.step, distributed.rank())",
+            "seed_of(settings.seed, state.step)",
+        ),
         (
             "running-statistics-of-a-step-left-out-stay",
             "torch._foreach_copy_(list(state.model.buffers()), run.buffers_before)",

@@ -57,13 +57,13 @@ ablations: $(VENV)/.has-ablations  ## the paper's ablations in miniature, beside
 check: $(VENV)/.has-check  ## the library's own tests (three minutes)
 	$(PYTEST) --dist loadfile --ignore tests/examples --ignore tests/benches --ignore tests/kernels --ignore tests/mutants $(TEST_FLAGS)
 
-test: $(VENV)/.has-test  ## all tests but the slow ones, kernels in triton's interpreter too (seven minutes)
+test: $(VENV)/.has-test  ## all tests but the slow ones, kernels in triton's interpreter too (eight minutes)
 	$(call both,$(COMPILED) $(TEST_FLAGS),$(INTERPRETED) interpreted tests/kernels/interpreted tests/test_laws_*.py $(TEST_FLAGS))
 
-test-slow: $(VENV)/.has-test  ## whole training runs, inductor, other chips, more examples of the laws (nine minutes)
+test-slow: $(VENV)/.has-test  ## whole training runs, inductor, other chips, more examples of the laws (eleven minutes)
 	$(call both,$(COMPILED) -m slow $(TEST_FLAGS),$(INTERPRETED) interpreted-more tests/test_laws_*.py $(TEST_FLAGS))
 
-test-all: $(VENV)/.has-test  ## both: every test that needs no GPU (sixteen minutes)
+test-all: $(VENV)/.has-test  ## both: every test that needs no GPU (twenty minutes)
 	$(call both,$(MAKE) test,$(MAKE) test-slow)
 
 # A machine with a GPU has its own torch, and often no network: nothing is installed, what is missing is left out. Every

@@ -188,7 +188,7 @@ def interleave(turns: dict[Any, Turn], rounds: int, seconds: float, clock: Clock
 
     The first call of each sets up what is kept, and tells how often a turn repeats it.
     """
-    calls = {name: max(1, math.ceil(TURN_SECONDS / clock(turn, 1))) for name, turn in turns.items()}
+    calls = {turn: max(1, math.ceil(TURN_SECONDS / clock(turn, 1))) for turn in dict.fromkeys(turns.values())}
     times: dict[Any, list[float]] = {name: [] for name in turns}
     spent = 0.0
     gc.disable()
@@ -196,8 +196,8 @@ def interleave(turns: dict[Any, Turn], rounds: int, seconds: float, clock: Clock
         if done >= LEAST_ROUNDS and spent > seconds:
             break
         for name, turn in turns.items():
-            times[name].append(clock(turn, calls[name]))
-            spent += calls[name] * times[name][-1]
+            times[name].append(clock(turn, calls[turn]))
+            spent += calls[turn] * times[name][-1]
     gc.enable()
     return times
 

@@ -16,6 +16,10 @@ __all__ = ["Peers", "wait"]
 # A rank that has waited for a second says so in the store. The warning comes once, from one rank: a checkpoint or a
 # compilation on one rank makes the others wait too.
 VISIBLE_AFTER, TOLD_AFTER = 1.0, 10.0
+# At the end of the interpreter a thread within torch's C++ aborts the process (pytorch/pytorch#38228), so it is waited
+# for; but not longer than this, since its store may block.
+ENDED_WITHIN = 1.0
+THREAD = "barlow_loss waits for other ranks"
 _REMEDY = (
     "Every rank of the group has to call it, equally often. For one rank alone pass synchronize=False, where it can be "
     "passed; a rank that has no rows left takes part with none (z[:0])."
@@ -71,12 +75,14 @@ def _wait_watched(work: Any, caller: str, peers: Peers) -> None:
     A thread, since a store may fail or block, where the collective does neither.
     """
     done = threading.Event()
-    threading.Thread(target=_watch, args=(done, caller, peers), daemon=True).start()
+    watching = threading.Thread(target=_watch, args=(done, caller, peers), name=THREAD, daemon=True)
+    watching.start()
     try:
         while not _done_within(VISIBLE_AFTER, work):
             pass
     finally:
         done.set()
+        watching.join(ENDED_WITHIN)
 
 
 def _watch(done: threading.Event, caller: str, peers: Peers) -> None:

@@ -380,9 +380,10 @@ PROCESSES = [
         ),
         (
             "a-store-that-fails-fails-the-call",
-            "threading.Thread(target=_watch, args=(done, caller, peers), daemon=True).start()",
-            "peers.store().set(_key(peers.own), '')",
+            "watching.start()",
+            "(peers.store().set(_key(peers.own), ''), watching.start())",
         ),
+        ("a-thread-outlives-its-wait", "        watching.join(ENDED_WITHIN)\n", ""),
     ),
     *_in(
         "barlow_loss/monitoring.py",

@@ -19,10 +19,10 @@ class OfGroup(nn.Module):
     process_group: Any
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OfGroup:
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        memo[id(self.process_group)] = self.process_group
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
+        copied: Any = type(self).__new__(type(self))
+        memo |= {id(self): copied, id(self.process_group): self.process_group}
+        copied.__setstate__(copy.deepcopy(self.__reduce_ex__(2)[2], memo))
+        return cast("OfGroup", copied)
 
 
 class LossModule(OfGroup):

@@ -45,9 +45,7 @@ def _saved(module):
 
 
 @every_module
-@pytest.mark.parametrize(
-    "copied", [copy.copy, copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), _saved]
-)
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, _pickled, _saved])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_copy_does_the_same(make, inputs, copied, training):
     module = make().train(training)
@@ -68,6 +66,28 @@ def test_a_deep_copy_has_tensors_of_its_own(make, inputs):
             parameter.add_(1)
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+class Lazy(BarlowTwinsLoss):
+    """Of a user: what it has opened stays behind, and is opened anew."""
+
+    def __init__(self):
+        super().__init__(lambd=0.02)
+        self.opened = "by the first"
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "opened"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.opened = "by the copy"
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, _pickled, _saved])
+def test_a_copy_is_made_as_a_users_class_says(copied):
+    module = Lazy()
+    assert copied(module).opened == "by the copy"
+    assert copied(module)(*Z).equal(module(*Z))
 
 
 @every_module

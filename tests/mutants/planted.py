@@ -393,8 +393,9 @@ PROCESSES = [
     *_in(
         "barlow_loss/_module.py",
         ("tests/test_module_habits.py", "tests/distributed/test_wrappers.py"),
-        ("a-group-is-copied-with-its-module", "memo[id(self.process_group)] = self.process_group", "pass"),
-        ("a-copy-shares-its-tensors", "copy.deepcopy(self.__dict__, memo)", "self.__dict__"),
+        ("a-group-is-copied-with-its-module", ", id(self.process_group): self.process_group", ""),
+        ("a-copy-shares-its-tensors", "copy.deepcopy(self.__reduce_ex__(2)[2], memo)", "self.__dict__"),
+        ("a-copy-takes-what-a-class-leaves-behind", "self.__reduce_ex__(2)[2]", "self.__dict__"),
     ),
     *_in(
         "barlow_loss/_header.py",

@@ -34,7 +34,8 @@ from barlow_recipes.program import exit_status, start
 from barlow_recipes.reporting import versions
 
 RUNS, TABLES, DIFFERENCES, MATRICES = "runs.jsonl", "tables.md", "ablations.png", "terms.png"
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # of AdamW at the usual batch size, among which the search chooses
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # of AdamW at the usual batch size, with which the search begins
+LIMITS = (6e-5, 4e-2)  # where it ends
 SEARCH_SEED = 100
 Name = Literal["terms", "asymmetry", "batch", "width", "depth", "augmentations", "lambda", "methods"]
 File = Annotated[Path | None, optional_value(Path, Path("docs/ablations.json"))]
@@ -103,9 +104,7 @@ def study(settings: Settings) -> None:
     usual = list(dict.fromkeys(Way(way.method, way.data) for way in ways))
     log = Log(settings.out, settings.overwrite)
     processes = settings.processes or own_cores()
-    trials = [Job(way, rate, SEARCH_SEED, settings.effort, search=True) for way in usual for rate in RATES]
-    searched = log.complete(trials, processes)
-    best = {way: max(of_way(searched, way), key=lambda record: record["accuracy"]) for way in usual}
+    searched, best = search(usual, log, settings.effort, processes)
     jobs = [
         Job(way, rate_for(way, best), seed, settings.effort, search=False)
         for seed in range(settings.seeds)
@@ -118,6 +117,27 @@ def study(settings: Settings) -> None:
         "records": [*searched, *log.complete(jobs, processes)],
     }
     report(settings.out, json.loads(json.dumps(results)))
+
+
+def search(ways: list[Way], log: "Log", effort: float, processes: int) -> tuple[list[Record], dict[Way, Record]]:
+    """All that was tried, and the best of each way; where that has an outermost rate, the next one is tried as well."""
+    rates = dict.fromkeys(ways, RATES)
+    while True:
+        trials = [Job(way, rate, SEARCH_SEED, effort, search=True) for way in ways for rate in rates[way]]
+        searched = log.complete(trials, processes)
+        best = {way: max(of_way(searched, way), key=lambda record: record["accuracy"]) for way in ways}
+        wider = {way: beyond(rates[way], best[way]["rate"]) for way in ways}
+        if wider == rates:
+            return searched, best
+        rates = wider
+
+
+def beyond(rates: tuple[float, ...], best: float) -> tuple[float, ...]:
+    """With half the smallest rate or twice the greatest, if that is the best, within the limits."""
+    half, twice = best / 2, 2 * best
+    return (
+        (half,) * (rates[0] == best and half > LIMITS[0]) + rates + (twice,) * (rates[-1] == best and twice < LIMITS[1])
+    )
 
 
 def rate_for(way: Way, best: Mapping[Way, Record]) -> float:

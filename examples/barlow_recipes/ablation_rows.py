@@ -87,6 +87,9 @@ GROUPS = (
         Row("one layer", BASE.but(depth=1), paper="fewer layers are worse"),
         Row("two layers", BASE.but(depth=2), paper="fewer layers are worse"),
         Row("four layers", BASE.but(depth=4), expected=ALIKE, paper="saturates at three"),
+        *(Row(f"{method}, {layers}", Way(method).but(depth=depth), Way(method), "")
+          for method in ("SimCLR", "BYOL")
+          for layers, depth in (("one layer", 1), ("three layers", 3), ("four layers", 4))),
     )),
     Group("augmentations", "Augmentations left out", "figure 3", (
         *(Row(f"{method}, {left}", colored(method, *removed), colored(method), "" if removed == REMOVED[0] else LESS,

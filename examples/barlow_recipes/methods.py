@@ -116,26 +116,30 @@ class BarlowTwins(Method):
         return self.criterion(self.predictor(z1), z2.detach() if self.stop_gradient else z2, self.lambd)
 
 
-class SimCLR(Method):
-    """InfoNCE: each view against all others of the batch."""
+class Joint(Method):
+    """The loss is of the embeddings of both views."""
 
-    def __init__(self, encoder: nn.Module, features: int, *, width: int = 128) -> None:
-        super().__init__(encoder)
-        lightly = parts()
-        self.head = lightly.modules.SimCLRProjectionHead(features, HIDDEN, width)
-        self.criterion = lightly.loss.NTXentLoss()
+    criterion: Callable[[Tensor, Tensor], Tensor]
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
-        loss: Tensor = self.criterion(self.embed(x1), self.embed(x2))
-        return loss
+        return self.criterion(self.embed(x1), self.embed(x2))
 
 
-class VICReg(SimCLR):
+class SimCLR(Joint):
+    """InfoNCE: each view against all others of the batch."""
+
+    def __init__(self, encoder: nn.Module, features: int, *, width: int = 128, depth: int = 2) -> None:
+        super().__init__(encoder)
+        self.head = mlp(features, width, depth, nn.BatchNorm1d(width))
+        self.criterion = parts().loss.NTXentLoss()
+
+
+class VICReg(Joint):
     """Variance, invariance, covariance."""
 
-    def __init__(self, encoder: nn.Module, features: int, *, width: int = HIDDEN) -> None:
-        super().__init__(encoder, features)
-        self.head = Projector(features, HIDDEN, width)
+    def __init__(self, encoder: nn.Module, features: int) -> None:
+        super().__init__(encoder)
+        self.head = Projector(features, HIDDEN, HIDDEN)
         self.criterion = parts().loss.VICRegLoss()
 
 
@@ -156,15 +160,14 @@ class SwAV(Method):
         return loss
 
 
-class SimSiam(Method):
-    """Each view predicts the embedding of the other, which gets no gradient."""
+class Predicting(Method):
+    """A predictor turns the embedding of each view into a target made of the other, which gets no gradient."""
 
-    def __init__(self, encoder: nn.Module, features: int) -> None:
+    predictor: nn.Module
+
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__(encoder)
-        lightly = parts()
-        self.head = lightly.modules.SimSiamProjectionHead(features, HIDDEN, HIDDEN)
-        self.predictor = lightly.modules.SimSiamPredictionHead(HIDDEN, HIDDEN // 4, HIDDEN)
-        self.criterion = lightly.loss.NegativeCosineSimilarity()
+        self.criterion = parts().loss.NegativeCosineSimilarity()
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         z1, z2 = self.embed(x1), self.embed(x2)
@@ -172,17 +175,29 @@ class SimSiam(Method):
         return (self.criterion(self.predictor(z1), target2) + self.criterion(self.predictor(z2), target1)) / 2
 
     def targets(self, z1: Tensor, z2: Tensor, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class SimSiam(Predicting):
+    """The target is the embedding of the other view."""
+
+    def __init__(self, encoder: nn.Module, features: int) -> None:
+        super().__init__(encoder)
+        lightly = parts()
+        self.head = lightly.modules.SimSiamProjectionHead(features, HIDDEN, HIDDEN)
+        self.predictor = lightly.modules.SimSiamPredictionHead(HIDDEN, HIDDEN // 4, HIDDEN)
+
+    def targets(self, z1: Tensor, z2: Tensor, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         return z1.detach(), z2.detach()
 
 
-class BYOL(SimSiam):
-    """Each view predicts what a slowly moving mean of the network makes of the other."""
+class BYOL(Predicting):
+    """The target is what a slowly moving mean of the network makes of the other view."""
 
-    def __init__(self, encoder: nn.Module, features: int, *, width: int = 128) -> None:
-        super().__init__(encoder, features)
-        lightly = parts()
-        self.head = lightly.modules.BYOLProjectionHead(features, HIDDEN, width)
-        self.predictor = lightly.modules.BYOLPredictionHead(width, HIDDEN, width)
+    def __init__(self, encoder: nn.Module, features: int, *, width: int = 128, depth: int = 2) -> None:
+        super().__init__(encoder)
+        self.head = mlp(features, width, depth)
+        self.predictor = parts().modules.BYOLPredictionHead(width, HIDDEN, width)
         self.target = MovingMean(encoder, self.head)
 
     def targets(self, z1: Tensor, z2: Tensor, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,6 +240,14 @@ class MovingMean(nn.Module):
         models: Any = require("lightly.models.utils", "BYOL and MoCo")
         momentum = 1 - (1 - MOMENTUM) * (math.cos(math.pi * progress) + 1) / 2
         models.update_momentum(nn.Sequential(encoder, head), self.network, momentum)
+
+
+def mlp(features: int, width: int, depth: int, last: nn.Module | None = None) -> nn.Module:
+    """lightly's head of so many layers; of two it is that of SimCLR, or without a last norm that of BYOL."""
+    sizes = [features, *[HIDDEN] * (depth - 1)]
+    hidden = [(n_in, HIDDEN, nn.BatchNorm1d(HIDDEN), nn.ReLU()) for n_in in sizes[:-1]]
+    head: nn.Module = parts().modules.heads.ProjectionHead([*hidden, (sizes[-1], width, last, None)])
+    return head
 
 
 def parts() -> Any:

@@ -223,7 +223,9 @@ def test_an_interrupted_study_goes_on(finished: Path, capsys: pytest.CaptureFixt
     """Of the lines of a killed run the last is cut off: it alone is run again, and gives the same."""
     lines = (finished / "runs.jsonl").read_text().splitlines()
     wanted = json.loads((finished / "results.json").read_text())
-    assert len([line for line in lines if line]) == 4 + 2 * 4
+    searched = {each["rate"] for each in wanted["records"] if each["search"]}
+    assert searched >= {*ablations.RATES}
+    assert len([line for line in lines if line]) == len(searched) + 2 * 4
     (finished / "runs.jsonl").write_text("\n".join(lines)[:-40])
     assert ablations.main([*SHORT, "--out", str(finished)]) == 0
     assert "7 of 8 runs are in" in capsys.readouterr().out
@@ -245,6 +247,39 @@ def test_a_signal_ends_program_and_processes_and_keeps_what_is_done(number: sign
     assert process.errors.splitlines()[-1] == "error: interrupted"
     assert len(read_rows(out / "runs.jsonl")) > 5
     assert not (out / "results.json").exists()
+
+
+class Ideal:
+    """Of a method that would be best with some rate: a log of runs that need not be made."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self.asked = rate, []
+
+    def complete(self, jobs: list[ablations.Job], processes: int) -> list[dict[str, Any]]:
+        self.asked = [job.rate for job in jobs]
+        return [record(job.way, job.seed, -abs(math.log(job.rate / self.rate))) | {"rate": job.rate} for job in jobs]
+
+
+@pytest.mark.parametrize(
+    ("rate", "found", "tried"),
+    [(1e-3, 1e-3, 4), (4e-3, 4e-3, 5), (1.1e-2, 8e-3, 6), (3e-4, 2.5e-4, 6), (1e-9, 6.25e-5, 7), (1e9, 3.2e-2, 7)],
+)
+def test_the_search_goes_on_while_the_outermost_rate_is_the_best(rate: float, found: float, tried: int) -> None:
+    log = Ideal(rate)
+    records, best = ablations.search([BASE], log, 1.0, 1)
+    assert best[BASE]["rate"] == found
+    assert len(records) == len(log.asked) == tried
+    assert log.asked == sorted(log.asked)
+
+
+@pytest.mark.parametrize(("name", "method"), [("SimCLR", "SimCLR"), ("BYOL", "BYOL")])
+def test_of_two_layers_the_head_is_the_published_one(name: str, method: str) -> None:
+    published = getattr(methods.parts().modules, f"{name}ProjectionHead")(16, methods.HIDDEN, 128)
+    ours = METHODS[method](nn.Linear(8, 16), 16).head
+    ours.load_state_dict(published.state_dict())
+    x = torch.randn(32, 16)
+    assert ours(x).equal(published(x))
+    assert str(ours.layers) == str(published.layers)
 
 
 def test_other_settings_are_other_runs(finished: Path) -> None:

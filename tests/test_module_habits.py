@@ -79,8 +79,7 @@ class Lazy(BarlowTwinsLoss):
         return {name: value for name, value in self.__dict__.items() if name != "opened"}
 
     def __setstate__(self, state):
-        super().__setstate__(state)
-        self.opened = "by the copy"
+        super().__setstate__({"opened": "by the copy"} | state)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, _pickled, _saved])

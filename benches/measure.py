@@ -35,7 +35,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import barlow_loss
-from barlow_loss import reference
 from contenders import EPS, LAMBD, PAPER, build, entry
 
 Record = dict[str, Any]
@@ -44,7 +43,6 @@ Clock = Callable[[Turn, int], float]  # of a turn and how often it is called: se
 Answer = tuple[Tensor, ...]  # the loss, and its gradient with respect to each view
 
 SEED = 0  # of contenders that draw in a step
-LARGEST_ORACLE = 4096  # features; its float64 matrices take 128 MB each
 TURN_SECONDS = 0.1
 LEAST_ROUNDS = 3
 RESULTS = Path(__file__).parent / "results"
@@ -102,23 +100,13 @@ def step(contender: Callable[..., Tensor], *views: Tensor) -> Answer:
     return loss.detach(), *torch.autograd.grad(loss, views)
 
 
-def truth(*views: Tensor) -> Answer:
-    """The same step in float64: the package's oracle, or the Gram form for more views or where D×D is too much."""
-    exact = len(views) == 2 and views[0].shape[1] <= LARGEST_ORACLE
-    return in_float64(_oracle if exact else gram_form, *views)
-
-
 def in_float64(contender: Callable[..., Tensor], *views: Tensor) -> Answer:
     with all_cores():
         return step(contender, *(z.detach().double().requires_grad_() for z in views))
 
 
-def _oracle(z1: Tensor, z2: Tensor) -> Tensor:
-    return reference.barlow_twins_loss(z1, z2, lambd=LAMBD, eps=EPS).loss
-
-
 def gram_form(*views: Tensor) -> Tensor:
-    """The loss through ‖C‖² = ⟨K1, K2⟩/N², the mean over the pairs of views; in float64 as right as the oracle."""
+    """The loss through ‖C‖² = ⟨K1, K2⟩/N², the mean over the pairs of views; no D×D matrix, no code of the package."""
     n = views[0].shape[0]
     standardized = [(z - z.mean(dim=0)) / (z.var(dim=0, correction=0) + EPS).sqrt() for z in views]
     losses = []
@@ -127,6 +115,9 @@ def gram_form(*views: Tensor) -> Tensor:
         off_diagonal = (k1 * k2).sum() / n**2 - diagonal.square().sum()
         losses.append((diagonal - 1).square().sum() + LAMBD * off_diagonal)
     return torch.stack(losses).mean()
+
+
+truth = partial(in_float64, gram_form)
 
 
 def errors(answer: Answer, right: Answer) -> Errors:
@@ -257,33 +248,27 @@ def _changes(events: Any) -> Iterator[tuple[int, int, int]]:
 
 
 class Work(TorchDispatchMode):
-    """FLOPs of the products; bytes that they, and that all other operations, read and write; and how many there are.
+    """Operations, views and allocations among them; FLOPs of the products; and bytes that all others read and write.
 
-    A block that is still in the cache when the next operation reads it counts again. ``operations`` are all, views and
-    allocations too; ``launches`` those that read or write.
+    A block that is still in the cache when the next operation reads it counts again.
     """
 
     _NOTHING_MOVES = ("empty", "new_empty", "detach", "_unsafe_view", "promote_types")
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.operations = self.launches = 0
-        self.bytes = self.bytes_of_products = 0
+        self.flops = self.bytes = self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         self.operations += 1
-        if func.is_view or name.startswith(self._NOTHING_MOVES):
-            return result
-        moved = sum(map(_own_bytes, _operands(name, args, result)))
-        self.launches += 1 + (name == "slice_backward")
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
-            self.bytes_of_products += moved
-        else:
+        elif not (func.is_view or name.startswith(self._NOTHING_MOVES)):
             assert name not in ("mv", "addmv"), "a product whose FLOPs torch cannot count"
-            self.bytes += moved
+            written, read = _tensors(result), _tensors(args[1:] if name == "copy_" else args)
+            self.bytes += sum(map(_own_bytes, written + (written if name == "index_select" else read)))
         return result
 
 
@@ -294,24 +279,16 @@ def work(turn: Turn) -> Work:
     return counted
 
 
-def _operands(name: str, args: Any, result: Any) -> list[Tensor]:
-    """What an operation reads, each tensor once (x∘x and u uᵀ have one operand), and what it writes."""
-    written, found = ([leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (result, args))
-    read = list({(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in found}.values())
-    if name == "copy_":
-        read = read[1:]
-    if name == "index_select":  # the rows that come out, not all there are
-        read = written
-    if name == "slice_backward":  # zeros first, then the copy over them
-        written = 2 * written
-    return read + written
+def _tensors(tree: Any) -> list[Tensor]:
+    """Each once: x∘x has one operand."""
+    found = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return list({(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in found}.values())
 
 
 def _own_bytes(t: Tensor) -> int:
     """The bytes of a tensor's own elements: one of an expanded dimension counts once."""
-    return t.element_size() * math.prod(
-        size if stride else min(size, 1) for size, stride in zip(t.shape, t.stride(), strict=True)
-    )
+    sizes = (size if stride else min(size, 1) for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.element_size() * math.prod(sizes)
 
 
 def cores() -> int:

@@ -1,7 +1,7 @@
 """Puts the results into README, docs, and the page and pictures beside them; or checks that they are what stands there.
 
-Each block of a page stands between two markers. The figures are those of the newest file of results; those of the block
-on bytes are a model's. A picture keeps in its PNG the SHA-256 of the figures that it was drawn from.
+Each block of a page stands between two markers. The figures are those of the newest file of results; those of the
+block on bytes are the model's in distributed.py. A picture keeps in its PNG the SHA-256 of the figures that it shows.
 
     python benches/render.py             takes over the newest results: blocks, and the pages and pictures beside them
     python benches/render.py --check     writes nothing; names what is not as the newest results that git tracks say
@@ -19,7 +19,6 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import model
 from contenders import COMPILED, DUAL, OURS, OURS_COMPILED, PAPER, PRIMAL, TEXTBOOK, entry
 from measure import RESULTS, cells, load, newest
 
@@ -172,9 +171,11 @@ def _names(records: Iterable[Record]) -> list[str]:
 
 def gain(results: Record) -> str:
     """Time and memory of a step by the textbook and with ours, by device and mode."""
+    import gpu
+
     found = [(cell, "one CPU thread", (TEXTBOOK, COMPILED, OURS, "")) for cell in results["cells"]]
     for cell in figure(results, "gpu/cells") or []:
-        names = (model.TEXTBOOK, model.COMPILED, model.TRITON, model.GRAPH)
+        names = (gpu.TEXTBOOK, gpu.COMPILED, gpu.TRITON, gpu.GRAPH)
         found.append((cell, results["gpu"]["environment"]["device"], names))
     rows = [
         {"where": f"{where}, {cell.get('setting', 'float32')}"}
@@ -260,6 +261,8 @@ def _shards(found: Record) -> str:
 
 
 def bytes_on_gpus(results: Record) -> str:
+    import distributed as model
+
     rows = []
     for cell, count in product(GPU_CELLS, GPUS):
         textbook = model.sent_by_textbook(cell, count)

@@ -260,7 +260,6 @@ def costs(place: Place, shards: Shards, rounds: int, seconds: float) -> Record:
 
 
 def _time_together(turn: Turn, calls: int) -> float:
-    """Seconds per call on the slowest rank, the same figure on all of them."""
     dist.barrier()
     slowest = torch.tensor(wall(turn, calls), dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)

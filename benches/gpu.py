@@ -41,7 +41,7 @@ from render import figure, paragraphs, shape, shown, table
 from render import spread as told
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -59,10 +59,8 @@ SMALL, LARGE = cells("256x8192", "2048x8192")
 ORDER = (LARGE, SMALL, *cells("256x2048", "1024x8192", "4096x8192", "2048x32768"))
 SMOKE_GRID = cells("16x64", "24x96")
 COMPILE_SECONDS = 20  # kept in reserve for a compilation; without it the compiled contender is left out
-CELL_SECONDS = 4
-ROUNDS = 7
-WARM_UPS = 3
-SQUARE, COPIED_BYTES, LAUNCHES = 8192, 2**30, 500
+CELL_SECONDS, ROUNDS, WARM_UPS = 4, 7, 3
+SQUARE, COPIED_BYTES = 8192, 2**30
 
 COLUMNS = (
     ("N × D", "", shape),
@@ -268,10 +266,9 @@ def _tried(
 
 
 def ceilings(clock: Events | Wall) -> dict[str, float]:
-    """Bandwidth of a copy, rates of large products, seconds per tiny kernel: issued by the host, and from a graph."""
+    """Bandwidth of a copy, and rates of large products."""
     if clock.device.type == "cpu":
-        rates = dict.fromkeys(("copy_bytes_per_second", "float16_flops", "float32_flops"), 1e10)
-        return rates | {"host_seconds": 1e-5, "launch_seconds": 1e-5}
+        return dict.fromkeys(("copy_bytes_per_second", "float16_flops", "float32_flops"), 1e10)
 
     def median(turn: Turn) -> float:
         clock.in_a_row(turn, 2)
@@ -283,17 +280,7 @@ def ceilings(clock: Events | Wall) -> dict[str, float]:
     for dtype in (torch.float16, torch.float32):
         factors = torch.randn(2, SQUARE, SQUARE, device=clock.device).to(dtype)
         found[f"{str(dtype).removeprefix('torch.')}_flops"] = 2 * SQUARE**3 / median(partial(torch.mm, *factors))
-    one = torch.zeros(1, device=clock.device)
-
-    def many() -> None:
-        for _ in range(LAUNCHES):
-            one.add_(1)
-
-    found["host_seconds"] = median(many) / LAUNCHES
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        many()
-    return found | {"launch_seconds": median(graph.replay) / LAUNCHES}
+    return found
 
 
 def floor(cell: Cell, setting: str, rates: dict[str, float]) -> float:
@@ -306,13 +293,8 @@ def floor(cell: Cell, setting: str, rates: dict[str, float]) -> float:
 def run(clock: Events | Wall, grid: Sequence[Cell], deadline: float, out: Path) -> Record:
     """All cells, written after each, so that what was measured is kept whatever comes next."""
     versions, smoke = measure.environment("triton", "lightly", device=clock.device), clock.device.type == "cpu"
-    results: Record = {
-        "environment": versions,
-        "ceilings": ceilings(clock),
-        "smoke": smoke,
-        "cells": [],
-        "left_out": [],
-    }
+    results: Record = {"environment": versions, "ceilings": ceilings(clock), "smoke": smoke}
+    results |= {"cells": [], "left_out": []}
     for setting, cell in product(SETTINGS, grid):
         print(f"{cell}, {setting}", flush=True)
         try:
@@ -349,8 +331,7 @@ def markdown(results: Record) -> str:
         f"{machine['system']}, Python {machine['python']}, {versions}.",
         f"Ceilings measured in the same run: copy {rates['copy_bytes_per_second'] / 1e12:.2f} TB/s (read and written), "
         f"products in 16 bits {rates['float16_flops'] / 1e12:.0f} TFLOP/s, in fp32 "
-        f"{rates['float32_flops'] / 1e12:.1f} TFLOP/s, {1e6 * rates['launch_seconds']:.1f} µs a launch on the device, "
-        f"{1e6 * rates['host_seconds']:.1f} µs an operation on the host.",
+        f"{rates['float32_flops'] / 1e12:.1f} TFLOP/s.",
     ]
     found = sorted(results["cells"], key=lambda record: (record["n"], record["d"]))
     for setting in SETTINGS:
@@ -360,21 +341,16 @@ def markdown(results: Record) -> str:
     return paragraphs(*parts, *(f"- {reason}" for reason in results["left_out"]), NOTES)
 
 
-def _rows(record: Record, rates: dict[str, float]) -> list[Record]:
-    rows = []
-    least = floor(Cell(record["n"], record["d"]), record["setting"], rates)
+def _rows(record: Record, rates: dict[str, float]) -> Iterator[Record]:
+    where = {"n": record["n"], "d": record["d"]}
+    least = floor(Cell(**where), record["setting"], rates)
     alone = {"products of the dual alone": {"seconds": record["products"]}}
     for name, found in (record["contenders"] | alone).items():
-        instead, median = found.get("failed", found.get("left_out")), figure(found, "seconds/median")
-        over_floor = median / least if median else None
-        rows.append(
-            {"n": record["n"], "d": record["d"], "name": name, "instead": instead, "over_floor": over_floor} | found
-        )
-    return rows
+        row = {**where, "name": name, "instead": found.get("failed", found.get("left_out")), **found}
+        yield row | ({"over_floor": found["seconds"]["median"] / least} if "seconds" in found else {})
 
 
 def _goals(rows: list[Record]) -> str:
-    """The figures to reach, beside what was measured."""
     found = {(row["n"], row["d"], row["name"]): row for row in rows}
     shows = {title: (path, show) for title, path, show in COLUMNS}
     goals = []

@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from itertools import combinations
+from itertools import accumulate, combinations
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,8 +43,7 @@ Clock = Callable[[Turn, int], float]  # of a turn and how often it is called: se
 Answer = tuple[Tensor, ...]  # the loss, and its gradient with respect to each view
 
 SEED = 0  # of contenders that draw in a step
-TURN_SECONDS = 0.1
-LEAST_ROUNDS = 3
+TURN_SECONDS, LEAST_ROUNDS = 0.1, 3
 RESULTS = Path(__file__).parent / "results"
 PATTERN = "20??-??-??-*.json"
 
@@ -53,8 +52,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of ev
 
 @dataclass(frozen=True)
 class Cell:
-    """A point of a grid: a batch of ``n`` samples with ``d`` features."""
-
     n: int
     d: int
 
@@ -66,13 +63,11 @@ class Cell:
         return f"{self.n}×{self.d}"
 
     @property
-    def algorithm(self) -> Literal["primal", "dual"]:
+    def algorithm(self) -> str:
         """What ``algorithm="auto"`` runs here."""
         return "dual" if 2 * self.n <= self.d else "primal"
 
-    def views(
-        self, count: int = 2, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, ...]:
+    def views(self, count: int = 2, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """Views that agree as those of a half-trained encoder do: the same signal, each with its own noise."""
         generator = torch.Generator(device).manual_seed(self.n * 100_003 + self.d)
         signal, *noise = torch.randn(1 + count, self.n, self.d, generator=generator, device=device)
@@ -80,7 +75,6 @@ class Cell:
 
 
 def cells(*texts: str) -> tuple[Cell, ...]:
-    """``cells("256x8192", "64x2048")``."""
     return tuple(map(Cell.parse, texts))
 
 
@@ -143,16 +137,13 @@ def check(name: str, cell: Cell, found: Errors, allowed: Errors | None = None) -
 
 def checked_turns(cell: Cell, names: tuple[str, ...], *views: Tensor) -> dict[str, Turn]:
     """A turn of each of ``names`` on these views; raises where its answer is wrong."""
-    right = truth(*views)
-    turns: dict[str, Turn] = {}
-    for name in names:
-        turn = partial(step, build(name, cell.d), *views)
+    right, turns = truth(*views), {name: partial(step, build(name, cell.d), *views) for name in names}
+    for name, turn in turns.items():
         check(name, cell, errors(turn(), right))
-        turns[name] = turn
-    return turns
+    return dict(turns)
 
 
-def gemms(cell: Cell, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Turn:
+def gemms(cell: Cell, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> Turn:
     """The GEMMs alone that the algorithm chosen for ``cell`` needs."""
     n, d = cell.n, cell.d
     size = n if cell.algorithm == "dual" else d
@@ -215,7 +206,6 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ratios(times: dict[str, list[float]], over: str) -> dict[str, dict[str, float]]:
-    """Each one's time over that of ``over``, taken within each round."""
     return {name: spread([t / base for t, base in zip(own, times[over], strict=True)]) for name, own in times.items()}
 
 
@@ -227,15 +217,11 @@ def watched(run: Callable[[], Answer]) -> tuple[Answer, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         answer = run()
     tree: Any = profiler.profiler
-    changes = sorted(_changes(tree.kineto_results.experimental_event_tree()))
     results = {tensor.data_ptr() for tensor in answer}
+    changes = sorted(_changes(tree.kineto_results.experimental_event_tree()))
     born = {address: i for i, (_, address, size) in enumerate(changes) if size > 0 and address in results}
-    live = peak = 0
-    for i, (_, address, size) in enumerate(changes):
-        if born.get(address) != i:
-            live += size
-            peak = max(peak, live)
-    return answer, peak
+    sizes = (size for i, (_, address, size) in enumerate(changes) if born.get(address) != i)
+    return answer, max(accumulate(sizes, initial=0))
 
 
 def _changes(events: Any) -> Iterator[tuple[int, int, int]]:
@@ -267,8 +253,8 @@ class Work(TorchDispatchMode):
             self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
         elif not (func.is_view or name.startswith(self._NOTHING_MOVES)):
             assert name not in ("mv", "addmv"), "a product whose FLOPs torch cannot count"
-            written, read = _tensors(result), _tensors(args[1:] if name == "copy_" else args)
-            self.bytes += sum(map(_own_bytes, written + (written if name == "index_select" else read)))
+            read = result if name == "index_select" else args[1:] if name == "copy_" else args
+            self.bytes += _bytes(result) + _bytes(read)
         return result
 
 
@@ -279,16 +265,12 @@ def work(turn: Turn) -> Work:
     return counted
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    """Each once: x∘x has one operand."""
+def _bytes(tree: Any) -> int:
+    """Of the tensors in it, each once, as x∘x has one operand; and once the elements of an expanded dimension."""
     found = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-    return list({(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in found}.values())
-
-
-def _own_bytes(t: Tensor) -> int:
-    """The bytes of a tensor's own elements: one of an expanded dimension counts once."""
-    sizes = (size if stride else min(size, 1) for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.element_size() * math.prod(sizes)
+    each = {(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in found}.values()
+    own = ([size if stride else min(size, 1) for size, stride in zip(t.shape, t.stride(), strict=True)] for t in each)
+    return sum(t.element_size() * math.prod(sizes) for t, sizes in zip(each, own, strict=True))
 
 
 def cores() -> int:
@@ -297,7 +279,6 @@ def cores() -> int:
 
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """For what is not timed on one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(cores())
     try:
@@ -311,16 +292,14 @@ def environment(*packages: str, device: torch.device | None = None) -> Record:
     machine: Record = {"cpu": _cpu(), "instructions": torch.backends.cpu.get_cpu_capability(), "cores": cores()}
     if device is not None:
         name = "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
-        driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
         machine = {"device": name, "driver": driver or None, "runtime": torch.version.hip or torch.version.cuda}
-    versions: dict[str, str | None] = {"barlow-loss": barlow_loss.__version__, "torch": torch.__version__}
-    for package in packages:
-        versions[package] = next((found.version for found in metadata.distributions(name=package)), None)
+    installed = {name: next((each.version for each in metadata.distributions(name=name)), None) for name in packages}
     return {
         **machine,
         "system": platform.system(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {"barlow-loss": barlow_loss.__version__, "torch": torch.__version__, **installed},
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
 
@@ -330,14 +309,9 @@ def device_name() -> str:
     return words.strip("-")
 
 
-def revision() -> str | None:
-    """The commit that was measured, marked where the tree differs from it; None outside of a repository."""
-    return _said("git", "describe", "--always", "--dirty", "--abbrev=12").strip() or None
-
-
 def newest(folder: Path = RESULTS, *, committed: bool = False) -> Path:
     """The newest results in ``folder``, by the date that begins their name; of those that git knows, if any."""
-    known = _said("git", "ls-files", PATTERN, folder=folder).split() if committed else []
+    known = said("git", "ls-files", PATTERN, folder=folder).split() if committed else []
     found = [folder / name for name in known] or sorted(folder.glob(PATTERN))
     if not found:
         raise FileNotFoundError(f"{folder}: expected results named {PATTERN}, found none: run make bench")
@@ -347,7 +321,7 @@ def newest(folder: Path = RESULTS, *, committed: bool = False) -> Path:
 def baseline(folder: Path = RESULTS) -> tuple[str, Record]:
     """Name and content of the newest results of the last commit, whatever a later run has written over them."""
     path = newest(folder, committed=True)
-    content = _said("git", "show", f"HEAD:./{path.name}", folder=folder)
+    content = said("git", "show", f"HEAD:./{path.name}", folder=folder)
     return path.name, json.loads(content) if content else load(path)
 
 
@@ -361,7 +335,7 @@ def store(results: Record, path: Path) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def _said(*command: str, folder: Path = RESULTS) -> str:
+def said(*command: str, folder: Path = RESULTS) -> str:
     """What a program says in ``folder``; nothing where it fails, is missing, or there is no such folder."""
     try:
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=True).stdout

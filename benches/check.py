@@ -19,14 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from contenders import OURS, TEXTBOOK, entry
-from measure import baseline, load, newest
+from measure import Record, baseline, load, newest
 from render import figure, table
-
-if TYPE_CHECKING:
-    from measure import Record
 
 BENCH = Path(__file__).with_name("bench.py")
 ROWS = 12  # of the table at least, if there are as many

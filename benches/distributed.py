@@ -38,12 +38,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from barlow_loss._collectives import group_of
 from barlow_loss._header import check_on_all_ranks
 from contenders import OURS, TEXTBOOK, build, contenders, distributed_textbook, entry
-from measure import SEED, Answer, Cell, check, errors, interleave, ratios, spread, step, truth, wall
+from measure import SEED, Answer, Cell, Record, Turn, check, errors, interleave, ratios, spread, step, truth, wall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from measure import Record, Turn
 
 GRID = {2: [Cell(256, 4096)], 4: [Cell(256, 4096)]}
 # Rows of each rank, 256 in all: as many everywhere, and not.

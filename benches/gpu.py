@@ -23,31 +23,26 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import contenders
 import measure
 from barlow_loss import BarlowTwinsLoss
 from contenders import EPS, LAMBD
-from measure import OTHERS_ALLOWED, OURS_ALLOWED, RESULTS, Cell, Errors, cells, ratios, spread, step, wall
+from measure import RESULTS, Answer, Cell, Errors, Record, Turn, cells, ratios, spread, step, wall
 from render import figure, paragraphs, shape, shown, table
 from render import spread as told
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from torch import Tensor
-
-    from measure import Answer, Record, Turn
-
-    Step = Callable[[], Answer]
+Step = Callable[[], Answer]
 
 TEXTBOOK, COMPILED, LIGHTLY = "textbook, eager", "textbook, compiled", "lightly"
 EAGER, TRITON, GRAPH = OURS = "ours, eager", "ours, Triton", "ours, CUDA graph"
@@ -215,8 +210,8 @@ def allowed(name: str, setting: str) -> Errors:
     gradient.
     """
     if name in OURS:
-        return OURS_ALLOWED if setting == FLOAT32 else Errors(2**-10, 2**-9 + 2**-8)
-    return OTHERS_ALLOWED if setting == FLOAT32 else Errors(0.05, 0.5)
+        return measure.OURS_ALLOWED if setting == FLOAT32 else Errors(2**-10, 2**-9 + 2**-8)
+    return measure.OTHERS_ALLOWED if setting == FLOAT32 else Errors(0.05, 0.5)
 
 
 def measured(cell: Cell, setting: str, clock: Events | Wall, rounds: int, deadline: float) -> Record:

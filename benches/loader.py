@@ -32,12 +32,11 @@ from torchvision.transforms import functional as F
 import measure
 from barlow_recipes.pixels import MEAN, STD, as_float, decode
 from barlow_recipes.views import ORDERS, PAPER, Decisions, View, ViewRecipe, colored, draw
+from measure import Record, Turn
 from render import paragraphs, spread, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from measure import Record, Turn
 
 OFFICIAL, OURS = "official", "ours"
 SIZE = 224

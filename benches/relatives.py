@@ -30,14 +30,12 @@ from torch.nn import functional
 import measure
 from barlow_loss import barlow_twins_loss, mixed_barlow_twins_loss, reference, vicreg_loss
 from contenders import off_diagonal_of
-from measure import Cell, Errors, cells, gram_form, ratios, spread, step
+from measure import Cell, Errors, Record, Turn, cells, gram_form, ratios, spread, step
 from render import insert, plain, setting, table
 from render import spread as told
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from measure import Record, Turn
 
 DOCS = Path(__file__).parents[1] / "docs"
 OURS, PUBLISHED = "barlow_loss", "published"

@@ -15,21 +15,18 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contenders import COMPILED, DUAL, OURS, OURS_COMPILED, PAPER, PRIMAL, TEXTBOOK, entry
-from measure import RESULTS, cells, load, newest
+from measure import RESULTS, Record, cells, load, newest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
     from matplotlib.figure import Figure
 
-    from measure import Record
-
-    Columns = Sequence[tuple[str, str, Any]]  # title, path in a record, what shows the figure there or is its factor
+Columns = Sequence[tuple[str, str, Any]]  # title, path in a record, what shows the figure there or is its factor
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/performance.md", "docs/processes.md")  # of a repository, with markers for the blocks

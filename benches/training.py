@@ -21,7 +21,7 @@ import multiprocessing
 import resource
 import statistics
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -31,10 +31,7 @@ from barlow_loss import BarlowTwinsLoss
 from barlow_recipes.models import build_model
 from barlow_recipes.optimization import build_optimizer
 from contenders import OURS, TEXTBOOK, build
-from measure import Cell, all_cores, checked_turns, interleave, spread, wall
-
-if TYPE_CHECKING:
-    from measure import Record, Turn
+from measure import Cell, Record, Turn, all_cores, checked_turns, interleave, spread, wall
 
 WHOLE, ALONE = "ResNet-50 and projector", "projector alone"
 TIMED_CHUNKS = 3

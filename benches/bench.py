@@ -51,7 +51,7 @@ import render
 from barlow_loss import BarlowTwinsLoss, _plan
 from check import SECTIONS, verdicts
 from contenders import COMPILED, FFT, OURS, OURS_COMPILED, PRIMAL, SOLO, TEXTBOOK, build, contenders, entry
-from measure import Cell, beside, cells, checked_turns, errors, interleave, ratios, spread, step, wall, watched, work
+from measure import Cell, Work, beside, cells, checked_turns, errors, interleave, ratios, spread, step, wall, watched
 from training import Sizes, training
 
 if TYPE_CHECKING:
@@ -240,8 +240,8 @@ def limits(cell: Cell, rounds: int, seconds: float) -> Record:
     turn, products = partial(step, build(OURS, cell.d), *cell.views()), measure.gemms(cell)
     source, target = torch.ones(2, COPIED_BYTES // 4)
     times = interleave({"step": turn, "products": products, "copy": partial(target.copy_, source)}, rounds, seconds)
-    taken, alone, done = spread(times["step"]), spread(times["products"]), work(turn)
-    flops = work(products).flops / alone["median"]
+    taken, alone, done = spread(times["step"]), spread(times["products"]), Work(turn)
+    flops = Work(products).flops / alone["median"]
     copied = 2 * COPIED_BYTES / statistics.median(times["copy"])  # read and written
     return {
         **_where(cell, len(times["step"])),
@@ -281,7 +281,7 @@ def host(rounds: int, seconds: float) -> Record:
 
 
 def operations(cell: Cell) -> int:
-    return work(partial(step, build(OURS, cell.d), *cell.views())).operations
+    return Work(partial(step, build(OURS, cell.d), *cell.views())).operations
 
 
 def _on_pretended_gpu(rounds: int, seconds: float) -> Record:

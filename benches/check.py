@@ -45,11 +45,10 @@ class Key(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A ratio, the larger the worse; an exponent with the span of sizes it was fitted over; or a count, exactly."""
+    """A ratio, the larger the worse; an exponent with the span of sizes it was fitted over; or a count."""
 
     value: float
     span: float | None = None
-    exact: bool = False
 
     def worse_by(self, now: Figure) -> float:
         """By which part ``now`` is worse than this; negative where it is better.
@@ -78,7 +77,7 @@ class Change(NamedTuple):
         return min(self.committed.worse_by(found) for found in (self.now, self.again) if found is not None)
 
     def is_worse(self, tolerance: float) -> bool:
-        return self.worse_by > (0 if self.committed.exact else tolerance)
+        return self.worse_by > (0 if self.key.what == OPERATIONS else tolerance)  # a count, the same everywhere
 
     def __str__(self) -> str:
         return f"{self.key} ({self.committed} → {self.now}, {100 * self.worse_by:+.1f} %)"
@@ -150,7 +149,7 @@ def _quotients(results: Record) -> Ratios:
     for section, where, place, what, over, under in QUOTIENTS:
         for record in figure(results, f"{section}/{where}") or []:
             ratio = (figure(record, over) if over else 1) / (figure(record, under) if under else 1)
-            yield Key(section, place.format(**record), what.format(**record)), Figure(ratio, exact=what == OPERATIONS)
+            yield Key(section, place.format(**record), what.format(**record)), Figure(ratio)
 
 
 def absent(here: Figures, there: Figures) -> list[str]:

@@ -49,8 +49,7 @@ SHARES: dict[int, list[tuple[int, ...]]] = {2: [(128, 128), (96, 160)], 4: [(64,
 EXACTNESS_FEATURES = 512
 TIMEOUT = timedelta(seconds=60)  # of a collective; the slowest step takes five
 JOB_SECONDS = 300.0
-COUNTED_STEPS = 2
-IDLE_SECONDS = 0.5
+COUNTED_STEPS, IDLE_SECONDS = 2, 0.5
 
 
 @dataclass(frozen=True)
@@ -107,14 +106,16 @@ def sent_by_textbook(cell: Cell, processes: int) -> Sent:
 
 
 class Collectives(TorchDispatchMode):
-    """Adds up in ``sent`` what the model says of every collective called inside."""
+    """Adds up in ``sent`` what the model says of every collective that a turn calls."""
 
     # By operator: which argument holds what a rank puts in, and what it sends for that. Any other one is a KeyError.
     _KNOWN: ClassVar = {"c10d::allreduce_": (0, summed), "c10d::allgather_": (1, gathered)}
 
-    def __init__(self) -> None:
+    def __init__(self, turn: Turn) -> None:
         super().__init__()
         self.sent = 0.0
+        with self:
+            turn()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -266,9 +267,7 @@ def _time_together(turn: Turn, calls: int) -> float:
 
 def _sent(turn: Turn) -> Record:
     """Bytes that a rank sends in a step: by the collectives, and by the loopback's counter, less idle traffic."""
-    called = Collectives()
-    with called:
-        turn()
+    called = Collectives(turn)
     idle = _carried(partial(time.sleep, IDLE_SECONDS)) / IDLE_SECONDS
     start = time.perf_counter()
     busy = _carried(partial(wall, turn, COUNTED_STEPS))

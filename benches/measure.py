@@ -234,16 +234,18 @@ def _changes(events: Any) -> Iterator[tuple[int, int, int]]:
 
 
 class Work(TorchDispatchMode):
-    """Operations, views and allocations among them; FLOPs of the products; and bytes that all others read and write.
+    """Operations of a turn, views and allocations too; FLOPs of the products; bytes that all others read and write.
 
     A block that is still in the cache when the next operation reads it counts again.
     """
 
     _NOTHING_MOVES = ("empty", "new_empty", "detach", "_unsafe_view", "promote_types")
 
-    def __init__(self) -> None:
+    def __init__(self, turn: Turn) -> None:
         super().__init__()
         self.flops = self.bytes = self.operations = 0
+        with self:
+            turn()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -256,13 +258,6 @@ class Work(TorchDispatchMode):
             read = result if name == "index_select" else args[1:] if name == "copy_" else args
             self.bytes += _bytes(result) + _bytes(read)
         return result
-
-
-def work(turn: Turn) -> Work:
-    counted = Work()
-    with counted:
-        turn()
-    return counted
 
 
 def _bytes(tree: Any) -> int:

@@ -51,7 +51,7 @@ import render
 from barlow_loss import BarlowTwinsLoss, _plan
 from check import SECTIONS, verdicts
 from contenders import COMPILED, FFT, OURS, OURS_COMPILED, PRIMAL, SOLO, TEXTBOOK, build, contenders, entry
-from measure import Cell, beside, cells, checked_turns, errors, interleave, ratios, spread, step, wall, watched, work
+from measure import Cell, Work, beside, cells, checked_turns, errors, interleave, ratios, spread, step, wall, watched
 from training import Sizes, training
 
 if TYPE_CHECKING:
@@ -77,16 +77,13 @@ FIT_ROUNDS, FIT_SECONDS = 9, 8
 TAKEN = (OURS, TEXTBOOK, FFT)  # their largest D is a step that was taken
 
 LIMITS = cells("256x2048", "256x8192", "1024x8192", "4096x512")
-COPIED_BYTES = 2**28
-PROFILED_STEPS = 3
+COPIED_BYTES, PROFILED_STEPS = 2**28, 3
 
 EAGER, TRITON, NOTHING = "eager", "Triton on a pretended GPU", "an empty autograd.Function"
 EAGER_CELL, TRITON_CELL = cells("4x16", "16x32")
 COUNTED = cells("4x16", "64x2048")
 DRIVER = Path(__file__).parents[1] / "tests" / "kernels" / "compiled"
-WARM_UPS = 10
-
-TRAINING_ROUNDS = 3
+WARM_UPS, TRAINING_ROUNDS = 10, 3
 
 
 class Plan(NamedTuple):
@@ -121,7 +118,6 @@ PLANS = {
 
 
 def present(cell: Cell, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``names`` that there is time and memory for at ``cell``."""
     at_cell = PRESENT_AT_LARGE if cell in LARGE else names
     return tuple(name for name in names if name in at_cell and cell.d <= LARGEST.get(name, cell.d))
 
@@ -153,8 +149,12 @@ def compare(cell: Cell, names: tuple[str, ...], rounds: int, seconds: float) -> 
         record |= {"seconds": spread(times[name]), "times_ours": spread(over_ours[name])}
     factors = ", ".join(f"{name} {record['times_ours']['median']:.2g}×" for name, record in found.items())
     print(f"  {cell}, {cell.algorithm}: {1e3 * found[OURS]['seconds']['median']:.3g} ms; {factors}", flush=True)
-    setting = {"threads": torch.get_num_threads(), "algorithm": cell.algorithm, "rounds": len(over_ours[OURS])}
-    return {"n": cell.n, "d": cell.d, **setting, "contenders": found}
+    return {**_where(cell, len(over_ours[OURS])), "contenders": found}
+
+
+def _where(cell: Cell, rounds: int) -> Record:
+    threads = torch.get_num_threads()
+    return {"n": cell.n, "d": cell.d, "threads": threads, "algorithm": cell.algorithm, "rounds": rounds}
 
 
 def growth(records: list[Record], budget: int = BUDGET_BYTES) -> Record:
@@ -184,22 +184,17 @@ def _lines(records: list[Record], axis: str) -> dict[str, Points]:
 def _fits(axis: str, lines: dict[str, Points]) -> Record:
     fits: Record = {}
     for name, points in lines.items():
-        sizes = [size for size, _ in points]
-        seconds = [found["seconds"]["median"] for _, found in points]
+        sizes, seconds = [size for size, _ in points], [found["seconds"]["median"] for _, found in points]
         fits[name] = {axis: sizes, "seconds": seconds, "exponent": _slope(sizes, seconds)}
-        if name == OURS:
-            fits[name] |= _fitted_in_turns(axis, sizes)
+    if OURS in fits:
+        sizes = fits[OURS][axis]
+        line = [Cell(SAMPLES, size) if axis == "d" else Cell(size, FEATURES) for size in sizes]
+        turns: dict[Any, Turn] = {cell: partial(step, build(OURS, cell.d), *cell.views()) for cell in line}
+        times = interleave(turns, FIT_ROUNDS, FIT_SECONDS)
+        exponents = spread([_slope(sizes, seconds) for seconds in zip(*times.values(), strict=True)])
+        medians = [statistics.median(seconds) for seconds in times.values()]
+        fits[OURS] |= {"seconds": medians, "exponent": exponents["median"], "exponents": exponents}
     return fits
-
-
-def _fitted_in_turns(axis: str, sizes: list[int]) -> Record:
-    """Ours at all sizes round by round: the median of each round's exponent."""
-    line = [Cell(SAMPLES, size) if axis == "d" else Cell(size, FEATURES) for size in sizes]
-    turns: dict[Any, Turn] = {cell: partial(step, build(OURS, cell.d), *cell.views()) for cell in line}
-    times = interleave(turns, FIT_ROUNDS, FIT_SECONDS)
-    exponents = spread([_slope(sizes, seconds) for seconds in zip(*times.values(), strict=True)])
-    medians = [statistics.median(seconds) for seconds in times.values()]
-    return {"seconds": medians, "exponent": exponents["median"], "exponents": exponents}
 
 
 def _slope(sizes: Sequence[int], seconds: Sequence[float]) -> float:
@@ -214,15 +209,15 @@ def _largest(name: str, points: Points, budget: int) -> Record:
     """
     degree = 1 if entry(name).linear else 2
     sizes, working = zip(*((d, found["working_bytes"]) for d, found in points[-degree - 1 :]), strict=True)
-    memory = Polynomial.fit(sizes, working, degree)
-    features, taken = _reaching(budget, memory), name in TAKEN
+    memory, taken = Polynomial.fit(sizes, working, degree).convert(), name in TAKEN
+    features = _reaching(budget, memory)
     if taken:
         features = _multiple(0.99 * features)  # a step that fits at the first attempt, and is as large within 1 %
     found = _taken(name, features) if taken else round(memory(features))
     while found > budget:
         features = _multiple(features * budget / found)
         found = _taken(name, features)
-    in_all = _reaching(budget, memory + Polynomial([0, INPUTS_AND_GRADIENTS * SAMPLES]).convert(domain=memory.domain))
+    in_all = _reaching(budget, memory + Polynomial([0, INPUTS_AND_GRADIENTS * SAMPLES]))
     return {"features": features, "working_bytes": found, "measured": taken, "features_in_all": in_all}
 
 
@@ -242,29 +237,21 @@ def _taken(name: str, features: int) -> int:
 
 
 def limits(cell: Cell, rounds: int, seconds: float) -> Record:
-    turn = partial(step, build(OURS, cell.d), *cell.views())
-    products = measure.gemms(cell)
+    turn, products = partial(step, build(OURS, cell.d), *cell.views()), measure.gemms(cell)
     source, target = torch.ones(2, COPIED_BYTES // 4)
-    copy = partial(target.copy_, source)
-    times = interleave({"step": turn, "products": products, "copy": copy}, rounds, seconds)
-    taken, alone, done = spread(times["step"]), spread(times["products"]), work(turn)
-    ceilings = {
-        "flops_per_second": work(products).flops / alone["median"],
-        "bytes_per_second": 2 * COPIED_BYTES / statistics.median(times["copy"]),  # read and written
-    }
+    times = interleave({"step": turn, "products": products, "copy": partial(target.copy_, source)}, rounds, seconds)
+    taken, alone, done = spread(times["step"]), spread(times["products"]), Work(turn)
+    flops = Work(products).flops / alone["median"]
+    copied = 2 * COPIED_BYTES / statistics.median(times["copy"])  # read and written
     return {
-        "n": cell.n,
-        "d": cell.d,
-        "threads": torch.get_num_threads(),
-        "algorithm": cell.algorithm,
-        "rounds": len(times["step"]),
+        **_where(cell, len(times["step"])),
         "seconds": taken,
         "gemms": {"seconds": alone},
         "ours_over_gemms": ratios(times, "products")["step"],
-        "ceilings": ceilings,
+        "ceilings": {"flops_per_second": flops, "bytes_per_second": copied},
         "flops": done.flops,
         "bytes": done.bytes,
-        "model_seconds": done.flops / ceilings["flops_per_second"] + done.bytes / ceilings["bytes_per_second"],
+        "model_seconds": done.flops / flops + done.bytes / copied,
         "parts": _parts(turn, taken["median"]),
     }
 
@@ -294,14 +281,15 @@ def host(rounds: int, seconds: float) -> Record:
 
 
 def operations(cell: Cell) -> int:
-    return work(partial(step, build(OURS, cell.d), *cell.views())).operations
+    return Work(partial(step, build(OURS, cell.d), *cell.views())).operations
 
 
 def _on_pretended_gpu(rounds: int, seconds: float) -> Record:
     cell = TRITON_CELL
     views = cell.views(dtype=torch.bfloat16)
-    loss = BarlowTwinsLoss(algorithm="dual", backend="triton")
-    turns: dict[str, Turn] = {OURS: partial(step, loss, *views), NOTHING: partial(step, nothing, *views)}
+    ours = BarlowTwinsLoss(algorithm="dual", backend="triton")
+    turns: dict[str, Turn] = {OURS: partial(step, ours, *views)}
+    turns[NOTHING] = partial(step, lambda *z: _Nothing.apply(*z)[0], *views)
     with pretended_gpu() as gpu:
         turns[OURS]()
         launches = [launch.kernel for launch in gpu.launches]
@@ -311,9 +299,8 @@ def _on_pretended_gpu(rounds: int, seconds: float) -> Record:
 
 
 def _timed(turns: dict[str, Turn], rounds: int, seconds: float) -> Record:
-    for _ in range(WARM_UPS):
-        for turn in turns.values():
-            turn()
+    for turn in WARM_UPS * list(turns.values()):
+        turn()
     times = interleave(turns, rounds, seconds, measure.processor)
     ours, reference = times
     return {
@@ -356,12 +343,6 @@ def _from_tests(module: str) -> Any:
     return importlib.import_module(module)
 
 
-def nothing(z1: Tensor, z2: Tensor) -> Tensor:
-    """A scalar that is not computed, of gradients that are not."""
-    loss: Tensor = _Nothing.apply(z1, z2)[0]
-    return loss
-
-
 class _Nothing(torch.autograd.Function):
     """Three outputs, two saved tensors, two fresh gradients: the least that a loss with two terms asks of autograd."""
 
@@ -388,19 +369,19 @@ def run(plan: Plan, sections: Sequence[str], out: Path) -> Path:
         "training": lambda: training(plan.training, TRAINING_ROUNDS),
     }
     today = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
+    revision = measure.said("git", "describe", "--always", "--dirty", "--abbrev=12").strip() or None
     versions = measure.environment("lightly", "stable-pretraining")
-    results: Record = {"date": today, "revision": measure.revision(), "environment": versions, "seconds": {}}
+    results: Record = {"date": today, "revision": revision, "environment": versions, "seconds": {}}
     path = out / f"{today}-{measure.device_name()}.json"
     unfinished = path.with_suffix(".partial.json")
     measure.store(results, unfinished)  # a folder that cannot be written to is told of now
     torch.set_num_threads(1)
-    for section in SECTIONS:
-        if section in sections:
-            print(section, flush=True)
-            start = time.perf_counter()
-            results[section] = measures[section]()
-            results["seconds"][section] = round(time.perf_counter() - start, 1)
-            measure.store(results, unfinished)
+    for section in filter(sections.__contains__, SECTIONS):
+        print(section, flush=True)
+        start = time.perf_counter()
+        results[section] = measures[section]()
+        results["seconds"][section] = round(time.perf_counter() - start, 1)
+        measure.store(results, unfinished)
     return unfinished.replace(path)
 
 

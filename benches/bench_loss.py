@@ -11,7 +11,6 @@ bench.py, which lets them take turns.
 from __future__ import annotations
 
 import os
-from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,7 +18,7 @@ import torch
 
 from bench import GRID, present
 from contenders import build, contenders
-from measure import SEED, Answer, Cell, check, error_of_own, step, truth
+from measure import SEED, Cell, check, error_of_own, step, truth
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -31,18 +30,13 @@ pytestmark = [
 CASES = [(cell, name) for cell in GRID for name in present(cell, contenders())]
 
 
-@cache
-def right(cell: Cell) -> Answer:
-    return truth(*cell.views())
-
-
 @pytest.mark.parametrize(("cell", "name"), CASES, ids=[f"{cell.n}x{cell.d}-{name}" for cell, name in CASES])
 def test_step(benchmark: BenchmarkFixture, cell: Cell, name: str) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.compiler.reset()
     views, contender = cell.views(), build(name, cell.d)
     torch.manual_seed(SEED)
-    found = error_of_own(name, step(contender, *views), right(cell), *views)
+    found = error_of_own(name, step(contender, *views), truth(*views), *views)
     check(name, cell, found)
     benchmark.group = str(cell)
     benchmark.extra_info |= {"threads": torch.get_num_threads(), "algorithm": cell.algorithm, **found._asdict()}

@@ -17,15 +17,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from contenders import OURS, TEXTBOOK, entry
-from measure import baseline, load, newest
+from measure import Record, baseline, load, newest
 from render import figure, table
-
-if TYPE_CHECKING:
-    from measure import Record
 
 BENCH = Path(__file__).with_name("bench.py")
 ROWS = 12  # of the table at least, if there are as many
@@ -47,11 +45,10 @@ class Key(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A ratio, the larger the worse; an exponent with the span of sizes it was fitted over; or a count, exactly."""
+    """A ratio, the larger the worse; an exponent with the span of sizes it was fitted over; or a count."""
 
     value: float
     span: float | None = None
-    exact: bool = False
 
     def worse_by(self, now: Figure) -> float:
         """By which part ``now`` is worse than this; negative where it is better.
@@ -60,8 +57,7 @@ class Figure(NamedTuple):
         then means there, too, that the largest takes 20 % longer, against the smallest.
         """
         if self.span is not None and now.span is not None:
-            growth: float = min(self.span, now.span) ** (now.value - self.value)
-            return growth - 1
+            return float(min(self.span, now.span) ** (now.value - self.value)) - 1
         return now.value / self.value - 1
 
     def __str__(self) -> str:
@@ -81,8 +77,7 @@ class Change(NamedTuple):
         return min(self.committed.worse_by(found) for found in (self.now, self.again) if found is not None)
 
     def is_worse(self, tolerance: float) -> bool:
-        """By more than ``tolerance``, or at all where that is exact."""
-        return self.worse_by > (0 if self.committed.exact else tolerance)
+        return self.worse_by > (0 if self.key.what == OPERATIONS else tolerance)  # a count, the same everywhere
 
     def __str__(self) -> str:
         return f"{self.key} ({self.committed} → {self.now}, {100 * self.worse_by:+.1f} %)"
@@ -116,18 +111,14 @@ def figures(results: Record) -> Figures:
 
 def _of_cells(cells: list[Record]) -> Ratios:
     for cell in cells:
-        key, contenders = (
-            partial(Key, "cells", CELL.format(**cell)),
-            cell["contenders"],
-        )
-        textbook = contenders.get(TEXTBOOK)
+        key, contenders = partial(Key, "cells", CELL.format(**cell)), cell["contenders"]
+        textbook, working = contenders.get(TEXTBOOK), contenders[OURS]["working_bytes"]
         for name, found in contenders.items():
             ratio = found["times_ours"]["median"]
             if not entry(name).ours:
                 yield key(f"time over {name}"), Figure(1 / ratio)
             elif name != OURS and textbook:
                 yield key(f"time of {name} over {TEXTBOOK}"), Figure(ratio / textbook["times_ours"]["median"])
-        working = contenders[OURS]["working_bytes"]
         yield key("working memory over the inputs"), Figure(working / (2 * 4 * cell["n"] * cell["d"]))
         if textbook:
             yield key(f"working memory over {TEXTBOOK}"), Figure(working / textbook["working_bytes"])
@@ -139,11 +130,8 @@ def _of_growth(growth: Record | None) -> Ratios:
             key = Key("growth", f"{fixed.upper()} = {figure(growth, line)[fixed]}", f"exponent of time in {axis}")
             yield key, Figure(fit["exponent"], max(fit[axis]) / min(fit[axis]))
     if largest := figure(growth, f"budget/contenders/{OURS}/features"):
-        budget = figure(growth, "budget")
-        yield (
-            Key("growth", f"N = {budget['n']}", "working memory over D, the largest"),
-            Figure(budget["bytes"] / largest),
-        )
+        key = Key("growth", f"N = {figure(growth, 'budget/n')}", "working memory over D, the largest")
+        yield key, Figure(figure(growth, "budget/bytes") / largest)
 
 
 # Of each: the section, where its records lie, the place, of what, and the figures whose quotient it is.
@@ -161,15 +149,13 @@ def _quotients(results: Record) -> Ratios:
     for section, where, place, what, over, under in QUOTIENTS:
         for record in figure(results, f"{section}/{where}") or []:
             ratio = (figure(record, over) if over else 1) / (figure(record, under) if under else 1)
-            yield Key(section, place.format(**record), what.format(**record)), Figure(ratio, exact=what == OPERATIONS)
+            yield Key(section, place.format(**record), what.format(**record)), Figure(ratio)
 
 
 def absent(here: Figures, there: Figures) -> list[str]:
-    """What ``here`` has and ``there`` lacks, place by place."""
-    missing: dict[str, list[str]] = {}
-    for key in sorted(here.keys() - there.keys()):
-        missing.setdefault(f"{key.section} at {key.place}", []).append(key.what)
-    return [f"{where}: {', '.join(what)}" for where, what in missing.items()]
+    keys = sorted(here.keys() - there.keys())
+    places = groupby(keys, lambda key: f"{key.section} at {key.place}")
+    return [f"{where}: {', '.join(key.what for key in of)}" for where, of in places]
 
 
 def differences(old: Record, new: Record) -> str:
@@ -205,7 +191,6 @@ def once_more(changes: list[Change], tolerance: float, measure: Callable[[list[s
 
 
 def report(old: Record, new: Record, changes: list[Change], tolerance: float) -> str:
-    """What differs in the setting, the table, what could not be compared, and the verdict."""
     worse = [change for change in changes if change.is_worse(tolerance)]
     others = [change for change in changes if not change.is_worse(tolerance)]
     shown = worse + others[: max(0, ROWS - len(worse))]

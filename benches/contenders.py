@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,15 +49,14 @@ class Textbook(nn.Module):
     views the off-diagonal elements in place of copying them would need 24.
     """
 
-    def __init__(self, features: int, sums: torch.dtype | None = None) -> None:
+    def __init__(self, features: int) -> None:
         super().__init__()
         self.bn = nn.BatchNorm1d(features, eps=EPS, affine=False)
-        self.sums = sums  # float32 is what autocast makes of them on CUDA alone
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         c: Tensor = self.bn(z1).T @ self.bn(z2)
         c.div_(z1.shape[0])
-        return _loss_from(c, self.sums)
+        return _loss_from(c)
 
 
 def distributed_textbook(z1: Tensor, z2: Tensor) -> Tensor:
@@ -79,8 +78,8 @@ def solo_learn(z1: Tensor, z2: Tensor) -> Tensor:
     Source: ``solo/losses/barlow.py`` of github.com/vturrisi/solo-learn. The off-diagonal elements are picked by a
     boolean mask of D×D elements.
     """
-    n, d = z1.shape
-    c = _averaged(torch.einsum("ni,nj->ij", _norm(z1), _norm(z2)) / n)
+    d = z1.shape[1]
+    c = _averaged(torch.einsum("ni,nj->ij", _norm(z1), _norm(z2)) / z1.shape[0])
     identity = torch.eye(d, device=c.device)
     squares = (c - identity).pow(2)
     squares[~identity.bool()] *= LAMBD
@@ -118,10 +117,9 @@ def fft_relaxation(z1: Tensor, z2: Tensor) -> Tensor:
     return loss
 
 
-def _loss_from(c: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    on_diagonal = torch.diagonal(c).add_(-1).pow_(2).sum(dtype=dtype)
-    off_diagonal = off_diagonal_of(c).pow_(2).sum(dtype=dtype)
-    return on_diagonal + LAMBD * off_diagonal
+def _loss_from(c: Tensor) -> Tensor:
+    on_diagonal = torch.diagonal(c).add_(-1).pow_(2).sum()
+    return on_diagonal + LAMBD * off_diagonal_of(c).pow_(2).sum()
 
 
 def off_diagonal_of(c: Tensor) -> Tensor:
@@ -181,33 +179,19 @@ def _averaged(c: Tensor) -> Tensor:
     return c / dist.get_world_size()
 
 
-def _ours(algorithm: Literal["auto", "primal", "dual"], features: int) -> Contender:
-    return BarlowTwinsLoss(LAMBD, eps=EPS, algorithm=algorithm)
+_ours = partial(BarlowTwinsLoss, LAMBD, eps=EPS)
+_compiled: Any = partial(torch.compile, fullgraph=True, dynamic=False)
 
 
-def _compiled(build: Callable[[int], Contender], features: int) -> Contender:
-    compiled: Contender = torch.compile(build(features), fullgraph=True, dynamic=False)
-    return compiled
-
-
-def _lightly(features: int, *, gather: bool = False) -> Contender:
-    from lightly.loss import BarlowTwinsLoss as Lightly  # a heavy import
-
-    loss: Contender = Lightly(lambda_param=LAMBD, gather_distributed=gather)
-    return loss
-
-
-def _stable_pretraining(features: int) -> Contender:
+def _published(module: str, **settings: Any) -> Contender:
+    """A package's own loss; the import is a heavy one, and stable-pretraining's brings its own tracebacks."""
     hook = sys.excepthook
-    from stable_pretraining.losses import BarlowTwinsLoss as Stable  # a heavy import, which brings its own tracebacks
-
+    loss: Contender = import_module(module).BarlowTwinsLoss(**settings)
     sys.excepthook = hook
-    loss: Contender = Stable(lambd=LAMBD)
     return loss
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A contender: how it is built for so many features, what it computes, the package it needs, what else is known."""
 
     build: Callable[[int], Contender]
@@ -218,20 +202,20 @@ class Entry:
     compiled: bool = False
 
 
-_AUTO = partial(_ours, "auto")
+_lightly = partial(_published, "lightly.loss", lambda_param=LAMBD)
 _ENTRIES = {
-    OURS: Entry(_AUTO, ours=True, linear=True),
-    PRIMAL: Entry(partial(_ours, "primal"), ours=True),
-    DUAL: Entry(partial(_ours, "dual"), ours=True, linear=True),
-    OURS_COMPILED: Entry(partial(_compiled, _AUTO), ours=True, linear=True, compiled=True),
+    OURS: Entry(lambda d: _ours(), ours=True, linear=True),
+    PRIMAL: Entry(lambda d: _ours(algorithm="primal"), ours=True),
+    DUAL: Entry(lambda d: _ours(algorithm="dual"), ours=True, linear=True),
+    OURS_COMPILED: Entry(lambda d: _compiled(_ours()), ours=True, linear=True, compiled=True),
     TEXTBOOK: Entry(Textbook),
-    COMPILED: Entry(partial(_compiled, Textbook), compiled=True),
-    LIGHTLY: Entry(_lightly, package="lightly"),
-    LIGHTLY_GATHERING: Entry(partial(_lightly, gather=True), package="lightly"),
-    STABLE: Entry(_stable_pretraining, UNBIASED, package="stable_pretraining"),
-    SOLO: Entry(lambda features: solo_learn),
-    VISSL: Entry(lambda features: vissl, JOINT),
-    FFT: Entry(lambda features: fft_relaxation, RELAXED, linear=True),
+    COMPILED: Entry(lambda d: _compiled(Textbook(d)), compiled=True),
+    LIGHTLY: Entry(lambda d: _lightly(), package="lightly"),
+    LIGHTLY_GATHERING: Entry(lambda d: _lightly(gather_distributed=True), package="lightly"),
+    STABLE: Entry(lambda d: _published("stable_pretraining.losses", lambd=LAMBD), UNBIASED, "stable_pretraining"),
+    SOLO: Entry(lambda d: solo_learn),
+    VISSL: Entry(lambda d: vissl, JOINT),
+    FFT: Entry(lambda d: fft_relaxation, RELAXED, linear=True),
 }
 
 

@@ -4,8 +4,12 @@ W processes of one thread each form a gloo group over the loopback; each holds r
 
 ``cells``: ours against the published program. All ranks start a turn together and it lasts as long as on the slowest of
 them. ``floor`` is the published program's three products and its all-reduce of C alone; ``header`` the exchange of
-shapes and settings that precedes a step of ours. Three counts of the bytes are made: the model, what the collectives
-called send by it, which must be the same, and the loopback's counter, which sees TCP and other programs as well.
+shapes and settings that precedes a step of ours.
+
+Three counts of the bytes are made: the model, what the collectives called send by it, which must be the same, and the
+loopback's counter, which sees TCP and other programs as well. The model is that of ring algorithms: of W ranks each
+sends what it has, and what comes in, W − 1 times in all to gather, and 2 (W − 1)/W times a tensor to sum it over them.
+As much arrives.
 
 ``exactness``: every contender's loss and gradient against those of the whole batch in float64, for shards of as many
 rows and for uneven ones. The gradient is what DDP's mean over the ranks makes of theirs: 1/W of what arrives at all
@@ -23,23 +27,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import model
 from barlow_loss._collectives import group_of
 from barlow_loss._header import check_on_all_ranks
 from contenders import OURS, TEXTBOOK, build, contenders, distributed_textbook, entry
-from measure import SEED, Answer, Cell, check, errors, interleave, ratios, spread, step, truth, wall
+from measure import SEED, Answer, Cell, Record, Turn, check, errors, interleave, ratios, spread, step, truth, wall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from measure import Record, Turn
 
 GRID = {2: [Cell(256, 4096)], 4: [Cell(256, 4096)]}
 # Rows of each rank, 256 in all: as many everywhere, and not.
@@ -47,8 +49,7 @@ SHARES: dict[int, list[tuple[int, ...]]] = {2: [(128, 128), (96, 160)], 4: [(64,
 EXACTNESS_FEATURES = 512
 TIMEOUT = timedelta(seconds=60)  # of a collective; the slowest step takes five
 JOB_SECONDS = 300.0
-COUNTED_STEPS = 2
-IDLE_SECONDS = 0.5
+COUNTED_STEPS, IDLE_SECONDS = 2, 0.5
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,59 @@ class Shards(Cell):
 
     def of(self, rank: int) -> list[Tensor]:
         return [torch.split(z.detach(), list(self.rows))[rank].clone().requires_grad_() for z in self.views()]
+
+
+class Sent(NamedTuple):
+    """What a step costs one rank: bytes sent in all, those of vectors of D numbers among them, and FLOPs."""
+
+    sent: float
+    vectors: float
+    flops: float
+
+
+def gathered(size: float, processes: int) -> float:
+    return size * (processes - 1)
+
+
+def summed(size: float, processes: int) -> float:
+    return 2 * size * (processes - 1) / processes
+
+
+def sent_by_dual(cell: Cell, processes: int, itemsize: int = 4) -> Sent:
+    """Ours for N ≤ D/2: û of both views, gathered, four products, and what is per feature, in float64.
+
+    The vectors: the pivot; N, s₁ and s₂ of both views; C_ii, ‖C‖² and q of both views. Besides, the header's three
+    integers, and two float32 in backward.
+    """
+    n, d = cell.n, cell.d
+    vectors = sum(summed(8 * numbers, processes) for numbers in (2 * d, 1 + 4 * d, 1 + 3 * d))
+    vectors += gathered(3 * 8, processes) + summed(2 * 4, processes)
+    matrices = 2 * gathered(itemsize * n * d / processes, processes)
+    return Sent(matrices + vectors, vectors, 8 * n * n * d / processes)
+
+
+def sent_by_textbook(cell: Cell, processes: int) -> Sent:
+    """The published program: C summed in float32, three products; the vectors of its batch norm are left out."""
+    return Sent(summed(4 * cell.d**2, processes), 0, 6 * cell.n * cell.d**2 / processes)
+
+
+class Collectives(TorchDispatchMode):
+    """Adds up in ``sent`` what the model says of every collective that a turn calls."""
+
+    # By operator: which argument holds what a rank puts in, and what it sends for that. Any other one is a KeyError.
+    _KNOWN: ClassVar = {"c10d::allreduce_": (0, summed), "c10d::allgather_": (1, gathered)}
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__()
+        self.sent = 0.0
+        with self:
+            turn()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            inputs, sends = self._KNOWN[func.name()]
+            self.sent += sum(sends(t.nbytes, dist.get_world_size()) for t in args[inputs])
+        return func(*args, **(kwargs or {}))
 
 
 class Refusal(NamedTuple):
@@ -141,8 +195,7 @@ def answers(place: Place, shards: Shards, names: tuple[str, ...]) -> dict[str, A
 
 def exactness(shards: Shards, names: tuple[str, ...]) -> Record:
     """How far each contender is from the whole batch's loss and gradient; raises where ours is too far."""
-    right = truth(*shards.views())
-    by_rank = together(answers, len(shards.rows), shards, names)
+    right, by_rank = truth(*shards.views()), together(answers, len(shards.rows), shards, names)
     found = {name: judged(name, shards, by_rank, right) for name in names}
     return {"processes": len(shards.rows), "rows": list(shards.rows), "d": shards.d, "contenders": found}
 
@@ -174,24 +227,30 @@ def measure(shards: Shards, rounds: int, seconds: float) -> Record:
     processes, right = len(shards.rows), truth(*shards.views())
     factors = {OURS: 1.0, TEXTBOOK: 1 / processes}
     by_rank = together(answers, processes, shards, tuple(factors))
+    held = {name: judged(name, shards, by_rank, right, factor) for name, factor in factors.items()}
     record = together(costs, processes, shards, rounds, seconds)[0]
-    called, sent = record["contenders"][OURS]["sent"]["collectives"], model.sent_by_dual(shards, processes).sent
+    for name, factor in factors.items():
+        record["contenders"][name] |= held[name] | {"gradient_factor": factor}
+    called, sent = record["contenders"][OURS]["sent"]["collectives"], sent_by_dual(shards, processes).sent
     if abs(called - sent) > 0.5:
         raise AssertionError(f"{OURS} at {shards}: expected {sent:,.0f} bytes sent, counted {called:,.0f}")
-    for name, factor in factors.items():
-        found = judged(name, shards, by_rank, right, factor)
-        record["contenders"][name] |= found | {"gradient_factor": factor}
     return {"n": shards.n, "d": shards.d, "processes": processes, **record}
 
 
 def costs(place: Place, shards: Shards, rounds: int, seconds: float) -> Record:
     """A job: what is sent, and times; the same on every rank but for the loopback's counter."""
-    views = shards.of(place.rank)
-    steps: dict[str, Turn] = {OURS: partial(step, build(OURS, shards.d), *views)}
-    steps[TEXTBOOK] = partial(step, distributed_textbook, *views)
+    z1, z2 = shards.of(place.rank)
+    steps: dict[str, Turn] = {OURS: partial(step, build(OURS, shards.d), z1, z2)}
+    steps[TEXTBOOK] = partial(step, distributed_textbook, z1, z2)
+    a1, a2, m = z1.detach(), z2.detach(), torch.randn(shards.d, shards.d)
+    claims = {f"claim {i}": (z1.dtype, shards.d) for i in range(10)}  # as much to compare as the loss has
     with place.group("costs"):
+        group = group_of("header", None)
+        rest: dict[str, Turn] = {
+            "floor": lambda: (dist.all_reduce(a1.T @ a2), a2 @ m.T, a1 @ m),
+            "header": lambda: check_on_all_ranks("header", group, z1, lambda: (len(z1), claims)),
+        }
         sent = {name: _sent(turn) for name, turn in steps.items()}
-        rest: dict[str, Turn] = {"floor": _floor(shards), "header": _header(*views)}
         times = interleave(steps | rest, rounds, seconds, _time_together)
     over_ours = ratios(times, OURS)
     told = {name: {"seconds": spread(own), "times_ours": over_ours[name]} for name, own in times.items()}
@@ -199,27 +258,7 @@ def costs(place: Place, shards: Shards, rounds: int, seconds: float) -> Record:
     return {"rounds": len(times[OURS]), "contenders": found, "floor": told["floor"], "header": told["header"]}
 
 
-def _floor(shards: Shards) -> Turn:
-    a1, a2 = torch.randn(2, shards.rows[0], shards.d)
-    m = torch.randn(shards.d, shards.d)
-
-    def turn() -> None:
-        dist.all_reduce(torch.mm(a1.T, a2))
-        torch.mm(a2, m.T)
-        torch.mm(a1, m)
-
-    return turn
-
-
-def _header(z1: Tensor, z2: Tensor) -> Turn:
-    """The exchange that precedes each step, with as much to compare as the loss has."""
-    group = group_of("header", None)
-    must_match = {f"claim {i}": (z1.dtype, z2.shape[1]) for i in range(10)}
-    return lambda: check_on_all_ranks("header", group, z1, lambda: (z1.shape[0], must_match))
-
-
 def _time_together(turn: Turn, calls: int) -> float:
-    """Seconds per call on the slowest rank, the same figure on all of them."""
     dist.barrier()
     slowest = torch.tensor(wall(turn, calls), dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -228,32 +267,25 @@ def _time_together(turn: Turn, calls: int) -> float:
 
 def _sent(turn: Turn) -> Record:
     """Bytes that a rank sends in a step: by the collectives, and by the loopback's counter, less idle traffic."""
-
-    def steps() -> None:
-        with called:
-            for _ in range(COUNTED_STEPS):
-                turn()
-
-    called = model.Collectives()
-    idle = _bytes_meanwhile(partial(time.sleep, IDLE_SECONDS)) / IDLE_SECONDS
+    called = Collectives(turn)
+    idle = _carried(partial(time.sleep, IDLE_SECONDS)) / IDLE_SECONDS
     start = time.perf_counter()
-    busy = _bytes_meanwhile(steps)
+    busy = _carried(partial(wall, turn, COUNTED_STEPS))
     by_counter = (busy - idle * (time.perf_counter() - start)) / COUNTED_STEPS / dist.get_world_size()
-    return {"collectives": called.sent / COUNTED_STEPS, "loopback": by_counter if by_counter > 0 else None}
+    return {"collectives": called.sent, "loopback": by_counter if by_counter > 0 else None}
 
 
-def _bytes_meanwhile(turn: Turn) -> int:
-    """What the loopback interface carries during a turn; nothing where there is none of that name."""
+def _carried(turn: Turn) -> int:
+    """Bytes that the loopback interface carries during a turn; none where there is none of that name."""
 
-    def carried() -> int:
+    def total() -> int:
+        dist.barrier()
         counters = psutil.net_io_counters(pernic=True).get("lo")
         return counters.bytes_recv if counters else 0
 
-    dist.barrier()
-    before = carried()
+    before = total()
     turn()
-    dist.barrier()
-    return carried() - before
+    return total() - before
 
 
 def section(grid: dict[int, list[Cell]], rounds: int, seconds: float) -> Record:

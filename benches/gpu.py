@@ -1,9 +1,12 @@
-"""Times the loss on a GPU against the textbook formula and lightly, beside the model of model.py.
+"""Times the loss on a GPU against the textbook formula and lightly.
 
 Six contenders take turns, forward and backward, each step timed by events around it with the L2 cache overwritten
 before. What is further from float64 of the same views than ``allowed`` is reported and not timed; so is what ran out of
 memory, or is not installed. Settings: "fp32" (views and products in float32, precision "highest") and "bf16 autocast"
 (bfloat16 views, as a linear layer under autocast gives them, and the loss under ``torch.autocast``).
+
+FLOP model, forward and backward: the dual 8·N²·D, the textbook 6·N·D². Byte model: the dual passes some thirty times
+over the elements of both views, in Triton eight times; the textbook 34 times over a D×D matrix, nine times compiled.
 
     python benches/gpu.py                      the whole grid into results/gpu.json and gpu.md
     python benches/gpu.py --grid 256x8192 --out /tmp/gpu
@@ -20,50 +23,43 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import contenders
 import measure
-import model
 from barlow_loss import BarlowTwinsLoss
-from measure import OTHERS_ALLOWED, OURS_ALLOWED, RESULTS, Cell, Errors, cells, ratios, spread, step, wall
-from model import AUTOCAST, COMPILED, CONTENDERS, EAGER, FLOAT32, GRAPH, LIGHTLY, SETTINGS, TEXTBOOK, TRITON, Chip
-from render import figure, paragraphs, plain, shape, shown, table
+from contenders import EPS, LAMBD
+from measure import RESULTS, Answer, Cell, Errors, Record, Turn, cells, ratios, spread, step, wall
+from render import figure, paragraphs, shape, shown, table
 from render import spread as told
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+Step = Callable[[], Answer]
 
-    from torch import Tensor
+TEXTBOOK, COMPILED, LIGHTLY = "textbook, eager", "textbook, compiled", "lightly"
+EAGER, TRITON, GRAPH = OURS = "ours, eager", "ours, Triton", "ours, CUDA graph"
+AUTOCAST, FLOAT32 = "bf16 autocast", "fp32"
+SETTINGS = {AUTOCAST: torch.bfloat16, FLOAT32: torch.float32}  # of the views
 
-    from measure import Answer, Record, Turn
-    from model import Setting
-
-    Step = Callable[[], Answer]
-
-OURS = (EAGER, TRITON, GRAPH)
 # The cells of the stated goals first, in case the budget does not last.
 SMALL, LARGE = cells("256x8192", "2048x8192")
 ORDER = (LARGE, SMALL, *cells("256x2048", "1024x8192", "4096x8192", "2048x32768"))
 SMOKE_GRID = cells("16x64", "24x96")
 COMPILE_SECONDS = 20  # kept in reserve for a compilation; without it the compiled contender is left out
-CELL_SECONDS = 4
-ROUNDS = 7
-WARM_UPS = 3
-SQUARE, COPIED_BYTES, LAUNCHES = 8192, 2**30, 500
+CELL_SECONDS, ROUNDS, WARM_UPS = 4, 7, 3
+SQUARE, COPIED_BYTES = 8192, 2**30
 
-PRODUCTS = "products of the dual alone"
 COLUMNS = (
     ("N × D", "", shape),
     ("contender", "name", str),
-    ("predicted, ms", "predicted", str),
     ("ms", "seconds", lambda seconds: told({key: 1e3 * value for key, value in seconds.items()})),
     ("ms back to back", "back_to_back", 1e3),
     ("× floor", "over_floor", 1.0),
@@ -87,12 +83,10 @@ GOALS = (
 NOTES = """\
 Time: forward and backward to the gradients of both views, by events, the L2 cache overwritten before each step; median
 and quartiles over rounds in which the contenders take turns; ratios are taken within a round. *Back to back*: steps in
-a row, the host's share included. A predicted range is without and with a second pass over operands just read, which
-the L2 cache serves where they fit there. *Floor*: the larger of FLOPs of the dual over the rate of a large product and
-of views read once and gradients written once over the rate of a copy. *MB with gradients*: the rise of the memory
-during a step, beyond the views. Errors: relative distance to float64 on the same views, of the loss and of both
-gradients by norm. What was measured is the code of that day; predictions are those of the model as it is now. What has
-none is no contender any more.
+a row, the host's share included. *Floor*: the larger of FLOPs of the dual over the rate of a large product and of views
+read once and gradients written once over the rate of a copy. *MB with gradients*: the rise of the memory during a step,
+beyond the views. Errors: relative distance to float64 on the same views, of the loss and of both gradients by norm.
+What was measured is the code of that day; one or the other of its contenders is none any more.
 """
 
 
@@ -148,27 +142,36 @@ class Graphed:
     """Forward and backward captured once on static views and replayed: one launch for the host.
 
     Warmed up and captured on one side stream, whose cuBLAS workspace then exists before the capture, so that ``peak``,
-    the rise of the allocated memory during it, holds what the step needs. The graph keeps that memory until it dies.
+    the rise of the memory during it, holds what the step needs. The graph keeps that memory until it dies.
     """
 
     def __init__(self, turn: Step) -> None:
-        stream = torch.cuda.Stream()
+        self._graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 turn()
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._answer = turn()
-        self.peak: int = torch.cuda.max_memory_allocated() - before
+
+        def capture() -> None:
+            with torch.cuda.graph(self._graph, stream=stream):
+                self._answer = turn()
+
+        self.peak = rise(capture)
 
     def __call__(self) -> Answer:
         self._graph.replay()
         return self._answer
+
+
+def rise(turn: Turn) -> int:
+    """Bytes by which the allocated memory rises during a step, its gradients among them."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    turn()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def missing(name: str, clock: Events | Wall, deadline: float) -> str | None:
@@ -181,14 +184,12 @@ def missing(name: str, clock: Events | Wall, deadline: float) -> str | None:
     return "triton is not installed" if name in (TRITON, GRAPH, COMPILED) and find_spec("triton") is None else None
 
 
-def build(name: str, cell: Cell, setting: Setting, clock: Events | Wall, *views: Tensor) -> Step:
+def build(name: str, setting: str, clock: Events | Wall, *views: Tensor) -> Step:
     """A step of the contender ``name``: forward under the setting's autocast, backward outside of it."""
     if name in OURS:
-        loss: Any = BarlowTwinsLoss(
-            contenders.LAMBD, eps=contenders.EPS, backend="eager" if name == EAGER else "triton"
-        )
+        loss: Any = BarlowTwinsLoss(LAMBD, eps=EPS, backend="eager" if name == EAGER else "triton")
     else:
-        loss = contenders.build(contenders.LIGHTLY, cell.d) if name == LIGHTLY else contenders.Textbook(cell.d)
+        loss = contenders.build(LIGHTLY if name == LIGHTLY else contenders.TEXTBOOK, views[0].shape[1])
     loss = loss.to(clock.device)
     if name == COMPILED:
         loss = torch.compile(loss, fullgraph=True, dynamic=False)
@@ -202,35 +203,33 @@ def build(name: str, cell: Cell, setting: Setting, clock: Events | Wall, *views:
     return Graphed(turn) if name == GRAPH else turn
 
 
-def allowed(name: str, setting: Setting) -> Errors:
+def allowed(name: str, setting: str) -> Errors:
     """Errors above which a time means nothing: ours to its promise, the others to what D×D matrices in 16 bits give.
 
     16 bits, ours: float16 operands, 2⁻¹⁰, in the loss, and two of them and the rounding to bfloat16, 2⁻⁸, in the
     gradient.
     """
     if name in OURS:
-        return OURS_ALLOWED if setting == FLOAT32 else Errors(2**-10, 2**-9 + 2**-8)
-    return OTHERS_ALLOWED if setting == FLOAT32 else Errors(0.05, 0.5)
+        return measure.OURS_ALLOWED if setting == FLOAT32 else Errors(2**-10, 2**-9 + 2**-8)
+    return measure.OTHERS_ALLOWED if setting == FLOAT32 else Errors(0.05, 0.5)
 
 
-def measured(cell: Cell, setting: Setting, clock: Events | Wall, rounds: int, deadline: float) -> Record:
+def measured(cell: Cell, setting: str, clock: Events | Wall, rounds: int, deadline: float) -> Record:
     torch.compiler.reset()  # generated code is for one shape and dtype
-    views = cell.views(device=clock.device, dtype=setting.dtype)
+    views = cell.views(device=clock.device, dtype=SETTINGS[setting])
     right = measure.truth(*views)
     records: dict[str, Record] = {}
     turns: dict[str, Step] = {}
-    for name in CONTENDERS:
+    for name in (TEXTBOOK, COMPILED, LIGHTLY, *OURS):
         if reason := missing(name, clock, deadline):
             records[name] = {"left_out": reason}
-            continue
-        records[name], turn = _try(name, cell, setting, clock, right, views)
-        if turn is not None:
-            turns[name] = turn
+        else:
+            records[name], own = _tried(name, cell, setting, clock, right, *views)
+            turns |= own
     del right
     half = setting == AUTOCAST and clock.device.type != "cpu"  # the dtype that ours takes
     products = measure.gemms(cell, clock.device, torch.float16 if half else torch.float32)
-    timed: dict[str, Turn] = {**turns, "products": products}
-    times = measure.interleave(timed, rounds, CELL_SECONDS, clock)
+    times = measure.interleave({**turns, "products": products}, rounds, CELL_SECONDS, clock)
     alone = times.pop("products")
     for over in filter(turns.__contains__, OURS):
         for name, ratio in ratios(times, over).items():
@@ -240,46 +239,31 @@ def measured(cell: Cell, setting: Setting, clock: Events | Wall, rounds: int, de
         calls = max(3, math.ceil(0.02 / records[name]["seconds"]["median"]))
         records[name]["back_to_back"] = statistics.median(clock.in_a_row(turn, calls) for _ in range(3))
     found = {"rounds": len(alone), "contenders": records, "products": spread(alone)}
-    return {"n": cell.n, "d": cell.d, "setting": setting.name, **found}
+    return {"n": cell.n, "d": cell.d, "setting": setting, **found}
 
 
-def _try(
-    name: str, cell: Cell, setting: Setting, clock: Events | Wall, right: Answer, views: tuple[Tensor, ...]
-) -> tuple[Record, Step | None]:
+def _tried(
+    name: str, cell: Cell, setting: str, clock: Events | Wall, right: Answer, *views: Tensor
+) -> tuple[Record, dict[str, Step]]:
     """What is known of a contender before it is timed, and its turn if it is to be."""
+    record: Record = {}
     try:
-        turn = build(name, cell, setting, clock, *views)
+        turn = build(name, setting, clock, *views)
         found = measure.errors(turn(), right)
-        peak = _peak(turn, clock)
+        gc.collect()
+        peak = None if clock.device.type == "cpu" else turn.peak if isinstance(turn, Graphed) else rise(turn)
+        record |= {"loss_error": found.loss, "gradient_error": found.gradient, "peak_bytes": peak}
+        measure.check(name, cell, found, allowed(name, setting))
+        return record, {name: turn}
     except Exception as error:  # a contender that breaks must not take the others with it
-        _release(clock)
-        return {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}, None
-    record: Record = {"loss_error": found.loss, "gradient_error": found.gradient, "peak_bytes": peak}
-    limit = allowed(name, setting)
-    if not (found.loss <= limit.loss and found.gradient <= limit.gradient):
-        return record | {"failed": f"wrong: errors of at most {limit.loss:.1e} and {limit.gradient:.1e} expected"}, None
-    return record, turn
-
-
-def _peak(turn: Step, clock: Events | Wall) -> int | None:
-    """Bytes by which the allocated memory rises during a step, its gradients among them."""
-    gc.collect()
-    if clock.device.type == "cpu":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    turn()
-    torch.cuda.synchronize()
-    rise: int = turn.peak if isinstance(turn, Graphed) else torch.cuda.max_memory_allocated() - before
-    return rise
+        _release()
+        return record | {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}, {}
 
 
 def ceilings(clock: Events | Wall) -> dict[str, float]:
-    """Bandwidth of a copy, rates of large products, seconds per tiny kernel: issued by the host, and from a graph."""
+    """Bandwidth of a copy, and rates of large products."""
     if clock.device.type == "cpu":
-        rates = dict.fromkeys(("copy_bytes_per_second", "float16_flops", "float32_flops"), 1e10)
-        return rates | {"host_seconds": 1e-5, "launch_seconds": 1e-5}
+        return dict.fromkeys(("copy_bytes_per_second", "float16_flops", "float32_flops"), 1e10)
 
     def median(turn: Turn) -> float:
         clock.in_a_row(turn, 2)
@@ -291,47 +275,37 @@ def ceilings(clock: Events | Wall) -> dict[str, float]:
     for dtype in (torch.float16, torch.float32):
         factors = torch.randn(2, SQUARE, SQUARE, device=clock.device).to(dtype)
         found[f"{str(dtype).removeprefix('torch.')}_flops"] = 2 * SQUARE**3 / median(partial(torch.mm, *factors))
-    one = torch.zeros(1, device=clock.device)
+    return found
 
-    def many() -> None:
-        for _ in range(LAUNCHES):
-            one.add_(1)
 
-    found["host_seconds"] = median(many) / LAUNCHES
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        many()
-    return found | {"launch_seconds": median(graph.replay) / LAUNCHES}
+def floor(cell: Cell, setting: str, rates: dict[str, float]) -> float:
+    """Seconds that no dual without symmetry can go below: FLOPs, or views read once and gradients written once."""
+    flops = rates["float32_flops" if setting == FLOAT32 else "float16_flops"]  # ours multiplies in float16
+    least_bytes = 4 * cell.n * cell.d * SETTINGS[setting].itemsize
+    return max(8 * cell.n**2 * cell.d / flops, least_bytes / rates["copy_bytes_per_second"])
 
 
 def run(clock: Events | Wall, grid: Sequence[Cell], deadline: float, out: Path) -> Record:
     """All cells, written after each, so that what was measured is kept whatever comes next."""
-    versions = measure.environment("triton", "lightly", device=clock.device)
-    smoke = clock.device.type == "cpu"
-    results: Record = {
-        "environment": versions,
-        "ceilings": ceilings(clock),
-        "smoke": smoke,
-        "cells": [],
-        "left_out": [],
-    }
+    versions, smoke = measure.environment("triton", "lightly", device=clock.device), clock.device.type == "cpu"
+    results: Record = {"environment": versions, "ceilings": ceilings(clock), "smoke": smoke}
+    results |= {"cells": [], "left_out": []}
     for setting, cell in product(SETTINGS, grid):
-        print(f"{cell}, {setting.name}", flush=True)
+        print(f"{cell}, {setting}", flush=True)
         try:
             if time.monotonic() > deadline:
                 raise TimeoutError("the budget was spent")
             results["cells"].append(measured(cell, setting, clock, ROUNDS, deadline))
         except (TimeoutError, torch.OutOfMemoryError) as reason:  # the views and their float64 answer may be too large
-            results["left_out"].append(f"{cell}, {setting.name}: left out, {str(reason).partition('. ')[0]}")
+            results["left_out"].append(f"{cell}, {setting}: left out, {str(reason).partition('. ')[0]}")
         measure.store(results, out / "gpu.json")
-        _release(clock)
+        _release()
     return results
 
 
-def _release(clock: Events | Wall) -> None:
+def _release() -> None:
     gc.collect()
-    if clock.device.type != "cpu":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def failures(results: Record) -> list[str]:
@@ -343,47 +317,35 @@ def failures(results: Record) -> list[str]:
     ]
 
 
-def chip(results: Record) -> Chip:
-    """The measured ceilings as the model takes them; ours multiplies in float16."""
-    found = results["ceilings"]
-    rates = found["copy_bytes_per_second"], found["float16_flops"], found["float32_flops"]
-    return Chip(results["environment"]["device"], *rates, found["launch_seconds"], found["host_seconds"])
-
-
 def markdown(results: Record) -> str:
-    card, machine = chip(results), results["environment"]
+    rates, machine = results["ceilings"], results["environment"]
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine["versions"].items())
     parts = [
         "# CPU smoke: these figures mean nothing" if results["smoke"] else "# The loss on a GPU",
         f"Measured on {machine['device']}, driver {machine['driver']}, CUDA or ROCm {machine['runtime']}, "
         f"{machine['system']}, Python {machine['python']}, {versions}.",
-        f"Ceilings measured in the same run: copy {card.bandwidth / 1e12:.2f} TB/s (read and written), products in 16 "
-        f"bits {card.half / 1e12:.0f} TFLOP/s, in fp32 {card.single / 1e12:.1f} TFLOP/s, {1e6 * card.launch:.1f} µs a "
-        f"launch on the device, {1e6 * card.host:.1f} µs an operation on the host.",
+        f"Ceilings measured in the same run: copy {rates['copy_bytes_per_second'] / 1e12:.2f} TB/s (read and written), "
+        f"products in 16 bits {rates['float16_flops'] / 1e12:.0f} TFLOP/s, in fp32 "
+        f"{rates['float32_flops'] / 1e12:.1f} TFLOP/s.",
     ]
+    found = sorted(results["cells"], key=lambda record: (record["n"], record["d"]))
     for setting in SETTINGS:
-        found = sorted(results["cells"], key=lambda record: (record["n"], record["d"]))
-        rows = [row for record in found if record["setting"] == setting.name for row in _rows(record, setting, card)]
+        rows = [row for record in found if record["setting"] == setting for row in _rows(record, rates)]
         parts += ["## Goals, bf16 autocast on an H100", _goals(rows)] if setting == AUTOCAST else []
-        parts += [f"## {setting.name}", table(rows, COLUMNS)] if rows else []
+        parts += [f"## {setting}", table(rows, COLUMNS)] if rows else []
     return paragraphs(*parts, *(f"- {reason}" for reason in results["left_out"]), NOTES)
 
 
-def _rows(record: Record, setting: Setting, card: Chip) -> Iterator[Record]:
-    """What was measured at a cell, with what the model says: ranges without and with a second pass."""
-    cell = Cell(record["n"], record["d"])
-    for name, found in {**record["contenders"], PRODUCTS: {"seconds": record["products"]}}.items():
-        row = {"n": cell.n, "d": cell.d, "name": name, "instead": found.get("failed", found.get("left_out")), **found}
-        if "seconds" in found:
-            row["over_floor"] = found["seconds"]["median"] / model.floor(cell, setting, card)
-        if name in model.MODELLED:
-            seconds = model.predicted(name, cell, setting, card)
-            row["predicted"] = "–".join(dict.fromkeys(plain(1e3 * each) for each in seconds))
-        yield row
+def _rows(record: Record, rates: dict[str, float]) -> Iterator[Record]:
+    where = {"n": record["n"], "d": record["d"]}
+    least = floor(Cell(**where), record["setting"], rates)
+    alone = {"products of the dual alone": {"seconds": record["products"]}}
+    for name, found in (record["contenders"] | alone).items():
+        row = {**where, "name": name, "instead": found.get("failed", found.get("left_out")), **found}
+        yield row | ({"over_floor": found["seconds"]["median"] / least} if "seconds" in found else {})
 
 
 def _goals(rows: list[Record]) -> str:
-    """The figures to reach, beside what was measured."""
     found = {(row["n"], row["d"], row["name"]): row for row in rows}
     shows = {title: (path, show) for title, path, show in COLUMNS}
     goals = []
@@ -404,7 +366,7 @@ def main() -> None:
     if flags.smoke and flags.out is not None and flags.out.resolve() == RESULTS.resolve():
         parser.error(f"--smoke: its figures mean nothing and do not belong into {RESULTS}")
     if not flags.smoke and not torch.cuda.is_available():
-        sys.exit(f"torch {torch.__version__} finds no GPU here. The predictions: benches/model.py")
+        sys.exit(f"torch {torch.__version__} finds no GPU here")
     warnings.filterwarnings("ignore", module="torch")  # about torch.compile's own insides
     out = flags.out or (Path(tempfile.mkdtemp(prefix="barlow-loss-")) if flags.smoke else RESULTS)
     clock = Wall() if flags.smoke else Events(torch.device("cuda"))

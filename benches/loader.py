@@ -26,19 +26,17 @@ import PIL
 import torch
 import torchvision
 from PIL import Image, ImageFilter, ImageOps
-from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
 import measure
 from barlow_recipes.pixels import MEAN, STD, as_float, decode
 from barlow_recipes.views import ORDERS, PAPER, Decisions, View, ViewRecipe, colored, draw
+from measure import Record, Turn
 from render import paragraphs, spread, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from measure import Record, Turn
 
 OFFICIAL, OURS = "official", "ours"
 SIZE = 224
@@ -68,29 +66,22 @@ def official_decode(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content)).convert("RGB")
 
 
-def official_blur(image: Image.Image) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(torch.empty(1).uniform_(0.1, 2).item()))
-
-
 def official_view(recipe: ViewRecipe) -> transforms.Compose:
+    def blur(image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(torch.empty(1).uniform_(0.1, 2).item()))
+
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(SIZE, interpolation=F.InterpolationMode.BICUBIC),
             transforms.RandomHorizontalFlip(0.5),
             transforms.RandomApply([transforms.ColorJitter(*recipe.color_jitter)], p=recipe.jitter),
             transforms.RandomGrayscale(recipe.grayscale),
-            transforms.RandomApply([official_blur], p=recipe.blur),
+            transforms.RandomApply([blur], p=recipe.blur),
             transforms.RandomApply([partial(ImageOps.solarize, threshold=128)], p=recipe.solarize),
             transforms.ToTensor(),
             transforms.Normalize(MEAN, STD),
         ]
     )
-
-
-def both_views(read: Callable[[bytes], Any], views: list[Callable[[Any], Tensor]], photos: Iterator[bytes]) -> None:
-    image = read(next(photos))
-    for view in views:
-        view(image)
 
 
 def distance(content: bytes, recipe: ViewRecipe) -> float:
@@ -127,6 +118,11 @@ def agreement(photos: list[bytes]) -> list[Record]:
 
 
 def timed(photos: list[bytes], rounds: int) -> Record:
+    def both_views(read: Callable[[bytes], Any], views: list[Any], files: Iterator[bytes]) -> None:
+        image = read(next(files))
+        for view in views:
+            view(image)
+
     theirs, ours = ([make(recipe) for recipe in PAPER] for make in (official_view, partial(View, size=SIZE)))
     turns: dict[str, Turn] = {
         OFFICIAL: partial(both_views, official_decode, theirs, cycle(photos)),

@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from itertools import combinations
+from itertools import accumulate, combinations
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import barlow_loss
-from barlow_loss import reference
 from contenders import EPS, LAMBD, PAPER, build, entry
 
 Record = dict[str, Any]
@@ -44,9 +43,7 @@ Clock = Callable[[Turn, int], float]  # of a turn and how often it is called: se
 Answer = tuple[Tensor, ...]  # the loss, and its gradient with respect to each view
 
 SEED = 0  # of contenders that draw in a step
-LARGEST_ORACLE = 4096  # features; its float64 matrices take 128 MB each
-TURN_SECONDS = 0.1
-LEAST_ROUNDS = 3
+TURN_SECONDS, LEAST_ROUNDS = 0.1, 3
 RESULTS = Path(__file__).parent / "results"
 PATTERN = "20??-??-??-*.json"
 
@@ -55,8 +52,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of ev
 
 @dataclass(frozen=True)
 class Cell:
-    """A point of a grid: a batch of ``n`` samples with ``d`` features."""
-
     n: int
     d: int
 
@@ -68,13 +63,11 @@ class Cell:
         return f"{self.n}×{self.d}"
 
     @property
-    def algorithm(self) -> Literal["primal", "dual"]:
+    def algorithm(self) -> str:
         """What ``algorithm="auto"`` runs here."""
         return "dual" if 2 * self.n <= self.d else "primal"
 
-    def views(
-        self, count: int = 2, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, ...]:
+    def views(self, count: int = 2, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """Views that agree as those of a half-trained encoder do: the same signal, each with its own noise."""
         generator = torch.Generator(device).manual_seed(self.n * 100_003 + self.d)
         signal, *noise = torch.randn(1 + count, self.n, self.d, generator=generator, device=device)
@@ -82,7 +75,6 @@ class Cell:
 
 
 def cells(*texts: str) -> tuple[Cell, ...]:
-    """``cells("256x8192", "64x2048")``."""
     return tuple(map(Cell.parse, texts))
 
 
@@ -102,23 +94,13 @@ def step(contender: Callable[..., Tensor], *views: Tensor) -> Answer:
     return loss.detach(), *torch.autograd.grad(loss, views)
 
 
-def truth(*views: Tensor) -> Answer:
-    """The same step in float64: the package's oracle, or the Gram form for more views or where D×D is too much."""
-    exact = len(views) == 2 and views[0].shape[1] <= LARGEST_ORACLE
-    return in_float64(_oracle if exact else gram_form, *views)
-
-
 def in_float64(contender: Callable[..., Tensor], *views: Tensor) -> Answer:
     with all_cores():
         return step(contender, *(z.detach().double().requires_grad_() for z in views))
 
 
-def _oracle(z1: Tensor, z2: Tensor) -> Tensor:
-    return reference.barlow_twins_loss(z1, z2, lambd=LAMBD, eps=EPS).loss
-
-
 def gram_form(*views: Tensor) -> Tensor:
-    """The loss through ‖C‖² = ⟨K1, K2⟩/N², the mean over the pairs of views; in float64 as right as the oracle."""
+    """The loss through ‖C‖² = ⟨K1, K2⟩/N², the mean over the pairs of views; no D×D matrix, no code of the package."""
     n = views[0].shape[0]
     standardized = [(z - z.mean(dim=0)) / (z.var(dim=0, correction=0) + EPS).sqrt() for z in views]
     losses = []
@@ -127,6 +109,9 @@ def gram_form(*views: Tensor) -> Tensor:
         off_diagonal = (k1 * k2).sum() / n**2 - diagonal.square().sum()
         losses.append((diagonal - 1).square().sum() + LAMBD * off_diagonal)
     return torch.stack(losses).mean()
+
+
+truth = partial(in_float64, gram_form)
 
 
 def errors(answer: Answer, right: Answer) -> Errors:
@@ -152,16 +137,13 @@ def check(name: str, cell: Cell, found: Errors, allowed: Errors | None = None) -
 
 def checked_turns(cell: Cell, names: tuple[str, ...], *views: Tensor) -> dict[str, Turn]:
     """A turn of each of ``names`` on these views; raises where its answer is wrong."""
-    right = truth(*views)
-    turns: dict[str, Turn] = {}
-    for name in names:
-        turn = partial(step, build(name, cell.d), *views)
+    right, turns = truth(*views), {name: partial(step, build(name, cell.d), *views) for name in names}
+    for name, turn in turns.items():
         check(name, cell, errors(turn(), right))
-        turns[name] = turn
-    return turns
+    return dict(turns)
 
 
-def gemms(cell: Cell, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Turn:
+def gemms(cell: Cell, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> Turn:
     """The GEMMs alone that the algorithm chosen for ``cell`` needs."""
     n, d = cell.n, cell.d
     size = n if cell.algorithm == "dual" else d
@@ -224,7 +206,6 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ratios(times: dict[str, list[float]], over: str) -> dict[str, dict[str, float]]:
-    """Each one's time over that of ``over``, taken within each round."""
     return {name: spread([t / base for t, base in zip(own, times[over], strict=True)]) for name, own in times.items()}
 
 
@@ -236,15 +217,11 @@ def watched(run: Callable[[], Answer]) -> tuple[Answer, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         answer = run()
     tree: Any = profiler.profiler
-    changes = sorted(_changes(tree.kineto_results.experimental_event_tree()))
     results = {tensor.data_ptr() for tensor in answer}
+    changes = sorted(_changes(tree.kineto_results.experimental_event_tree()))
     born = {address: i for i, (_, address, size) in enumerate(changes) if size > 0 and address in results}
-    live = peak = 0
-    for i, (_, address, size) in enumerate(changes):
-        if born.get(address) != i:
-            live += size
-            peak = max(peak, live)
-    return answer, peak
+    sizes = (size for i, (_, address, size) in enumerate(changes) if born.get(address) != i)
+    return answer, max(accumulate(sizes, initial=0))
 
 
 def _changes(events: Any) -> Iterator[tuple[int, int, int]]:
@@ -257,61 +234,38 @@ def _changes(events: Any) -> Iterator[tuple[int, int, int]]:
 
 
 class Work(TorchDispatchMode):
-    """FLOPs of the products; bytes that they, and that all other operations, read and write; and how many there are.
+    """Operations of a turn, views and allocations too; FLOPs of the products; bytes that all others read and write.
 
-    A block that is still in the cache when the next operation reads it counts again. ``operations`` are all, views and
-    allocations too; ``launches`` those that read or write.
+    A block that is still in the cache when the next operation reads it counts again.
     """
 
     _NOTHING_MOVES = ("empty", "new_empty", "detach", "_unsafe_view", "promote_types")
 
-    def __init__(self) -> None:
+    def __init__(self, turn: Turn) -> None:
         super().__init__()
-        self.flops = self.operations = self.launches = 0
-        self.bytes = self.bytes_of_products = 0
+        self.flops = self.bytes = self.operations = 0
+        with self:
+            turn()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         self.operations += 1
-        if func.is_view or name.startswith(self._NOTHING_MOVES):
-            return result
-        moved = sum(map(_own_bytes, _operands(name, args, result)))
-        self.launches += 1 + (name == "slice_backward")
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
-            self.bytes_of_products += moved
-        else:
+        elif not (func.is_view or name.startswith(self._NOTHING_MOVES)):
             assert name not in ("mv", "addmv"), "a product whose FLOPs torch cannot count"
-            self.bytes += moved
+            read = result if name == "index_select" else args[1:] if name == "copy_" else args
+            self.bytes += _bytes(result) + _bytes(read)
         return result
 
 
-def work(turn: Turn) -> Work:
-    counted = Work()
-    with counted:
-        turn()
-    return counted
-
-
-def _operands(name: str, args: Any, result: Any) -> list[Tensor]:
-    """What an operation reads, each tensor once (x∘x and u uᵀ have one operand), and what it writes."""
-    written, found = ([leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (result, args))
-    read = list({(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in found}.values())
-    if name == "copy_":
-        read = read[1:]
-    if name == "index_select":  # the rows that come out, not all there are
-        read = written
-    if name == "slice_backward":  # zeros first, then the copy over them
-        written = 2 * written
-    return read + written
-
-
-def _own_bytes(t: Tensor) -> int:
-    """The bytes of a tensor's own elements: one of an expanded dimension counts once."""
-    return t.element_size() * math.prod(
-        size if stride else min(size, 1) for size, stride in zip(t.shape, t.stride(), strict=True)
-    )
+def _bytes(tree: Any) -> int:
+    """Of the tensors in it, each once, as x∘x has one operand; and once the elements of an expanded dimension."""
+    found = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    each = {(t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t for t in found}.values()
+    own = ([size if stride else min(size, 1) for size, stride in zip(t.shape, t.stride(), strict=True)] for t in each)
+    return sum(t.element_size() * math.prod(sizes) for t, sizes in zip(each, own, strict=True))
 
 
 def cores() -> int:
@@ -320,7 +274,6 @@ def cores() -> int:
 
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """For what is not timed on one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(cores())
     try:
@@ -334,16 +287,14 @@ def environment(*packages: str, device: torch.device | None = None) -> Record:
     machine: Record = {"cpu": _cpu(), "instructions": torch.backends.cpu.get_cpu_capability(), "cores": cores()}
     if device is not None:
         name = "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
-        driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
         machine = {"device": name, "driver": driver or None, "runtime": torch.version.hip or torch.version.cuda}
-    versions: dict[str, str | None] = {"barlow-loss": barlow_loss.__version__, "torch": torch.__version__}
-    for package in packages:
-        versions[package] = next((found.version for found in metadata.distributions(name=package)), None)
+    installed = {name: next((each.version for each in metadata.distributions(name=name)), None) for name in packages}
     return {
         **machine,
         "system": platform.system(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {"barlow-loss": barlow_loss.__version__, "torch": torch.__version__, **installed},
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
 
@@ -353,14 +304,9 @@ def device_name() -> str:
     return words.strip("-")
 
 
-def revision() -> str | None:
-    """The commit that was measured, marked where the tree differs from it; None outside of a repository."""
-    return _said("git", "describe", "--always", "--dirty", "--abbrev=12").strip() or None
-
-
 def newest(folder: Path = RESULTS, *, committed: bool = False) -> Path:
     """The newest results in ``folder``, by the date that begins their name; of those that git knows, if any."""
-    known = _said("git", "ls-files", PATTERN, folder=folder).split() if committed else []
+    known = said("git", "ls-files", PATTERN, folder=folder).split() if committed else []
     found = [folder / name for name in known] or sorted(folder.glob(PATTERN))
     if not found:
         raise FileNotFoundError(f"{folder}: expected results named {PATTERN}, found none: run make bench")
@@ -370,7 +316,7 @@ def newest(folder: Path = RESULTS, *, committed: bool = False) -> Path:
 def baseline(folder: Path = RESULTS) -> tuple[str, Record]:
     """Name and content of the newest results of the last commit, whatever a later run has written over them."""
     path = newest(folder, committed=True)
-    content = _said("git", "show", f"HEAD:./{path.name}", folder=folder)
+    content = said("git", "show", f"HEAD:./{path.name}", folder=folder)
     return path.name, json.loads(content) if content else load(path)
 
 
@@ -384,7 +330,7 @@ def store(results: Record, path: Path) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def _said(*command: str, folder: Path = RESULTS) -> str:
+def said(*command: str, folder: Path = RESULTS) -> str:
     """What a program says in ``folder``; nothing where it fails, is missing, or there is no such folder."""
     try:
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=True).stdout

@@ -21,7 +21,7 @@ import datetime as dt
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,29 +30,27 @@ from torch.nn import functional
 import measure
 from barlow_loss import barlow_twins_loss, mixed_barlow_twins_loss, reference, vicreg_loss
 from contenders import off_diagonal_of
-from measure import Cell, Errors, cells, gram_form, interleave, ratios, spread, step
+from measure import Cell, Errors, Record, Turn, cells, gram_form, ratios, spread, step
 from render import insert, plain, setting, table
 from render import spread as told
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from measure import Record, Turn
-
 DOCS = Path(__file__).parents[1] / "docs"
 OURS, PUBLISHED = "barlow_loss", "published"
 ALPHA, LAMBD, MIX_SCALE = 0.3, 0.0051, 5.0
 TWO, FOUR, EIGHT, LOOP = "2 views", "4 views", "8 views", "28 pairs of 8 views"
-VIEWS_CELL = Cell(256, 8192)
-SECONDS = 90.0  # of a cell; after them only three rounds
+ROUNDS, SECONDS = 15, 90.0  # of a cell; after so many seconds only three rounds
 
 
 class Contender(NamedTuple):
-    """A loss of so many views, what it computes, for float64, and the largest errors at which it is timed."""
+    """A loss of so many views, what it computes, for float64, the largest errors, and whose times its are beside."""
 
     loss: Callable[..., Tensor]
     oracle: Callable[..., Tensor]
     allowed: Errors
+    beside: tuple[str, ...] = ()
     views: int = 2
 
 
@@ -89,24 +87,20 @@ def published_mixed(z1: Tensor, z2: Tensor) -> Tensor:
     return on_diagonal + LAMBD * off_diagonal + MIX_SCALE * LAMBD * mixture
 
 
-def our_mixed(z1: Tensor, z2: Tensor) -> Tensor:
-    index, z_mixed = _mixed(z1, z2)
-    return mixed_barlow_twins_loss(z1, z2, z_mixed, ALPHA, index, lambd=LAMBD, mix_scale=MIX_SCALE)
-
-
 def _mixed(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
     """A permutation, and what an encoder could make of the mixed samples; the noise is no linear function of them."""
     index = torch.randperm(z1.shape[0], generator=torch.Generator().manual_seed(1))
     return index, torch.tanh(ALPHA * z1 + (1 - ALPHA) * z2[index])
 
 
-def _right_mixed(z1: Tensor, z2: Tensor) -> Tensor:
+def _of_mixed(loss: Callable[..., Any], z1: Tensor, z2: Tensor) -> Any:
     index, z_mixed = _mixed(z1, z2)
-    return reference.mixed_barlow_twins_loss(z1, z2, z_mixed, ALPHA, index, lambd=LAMBD, mix_scale=MIX_SCALE).loss
+    return loss(z1, z2, z_mixed, ALPHA, index, lambd=LAMBD, mix_scale=MIX_SCALE)
 
 
-def _right_vicreg(z1: Tensor, z2: Tensor) -> Tensor:
-    return reference.vicreg_loss(z1, z2).loss
+def _right(oracle: Callable[..., Any], *views: Tensor) -> Tensor:
+    loss: Tensor = oracle(*views).loss
+    return loss
 
 
 def loop_over_pairs(*views: Tensor) -> Tensor:
@@ -114,46 +108,53 @@ def loop_over_pairs(*views: Tensor) -> Tensor:
 
 
 OURS_ALLOWED, PUBLISHED_ALLOWED, PAIRS_ALLOWED = Errors(1e-5, 1e-5), Errors(1e-3, 1e-3), Errors(3e-7, 3e-6)
+RIGHT_VICREG = partial(_right, reference.vicreg_loss)
+RIGHT_MIXED = partial(_right, partial(_of_mixed, reference.mixed_barlow_twins_loss))
+# By loss: where it is measured, and what.
 RELATIVES = {
     "VICReg": (
         cells("256x2048", "256x8192"),
         {
-            OURS: Contender(vicreg_loss, _right_vicreg, OURS_ALLOWED),
-            PUBLISHED: Contender(published_vicreg, _right_vicreg, PUBLISHED_ALLOWED),
+            OURS: Contender(vicreg_loss, RIGHT_VICREG, OURS_ALLOWED),
+            PUBLISHED: Contender(published_vicreg, RIGHT_VICREG, PUBLISHED_ALLOWED, (OURS,)),
         },
     ),
     "Mixed Barlow Twins": (
         cells("256x2048", "256x4096"),
         {
-            OURS: Contender(our_mixed, _right_mixed, OURS_ALLOWED),
-            PUBLISHED: Contender(published_mixed, published_mixed, PUBLISHED_ALLOWED),
+            OURS: Contender(partial(_of_mixed, mixed_barlow_twins_loss), RIGHT_MIXED, OURS_ALLOWED),
+            PUBLISHED: Contender(published_mixed, published_mixed, PUBLISHED_ALLOWED, (OURS,)),
         },
     ),
 }
 VIEWS = {
     TWO: Contender(barlow_twins_loss, gram_form, PAIRS_ALLOWED),
-    FOUR: Contender(barlow_twins_loss, gram_form, PAIRS_ALLOWED, 4),
-    EIGHT: Contender(barlow_twins_loss, gram_form, PAIRS_ALLOWED, 8),
-    LOOP: Contender(loop_over_pairs, gram_form, PAIRS_ALLOWED, 8),
+    FOUR: Contender(barlow_twins_loss, gram_form, PAIRS_ALLOWED, (TWO,), 4),
+    EIGHT: Contender(barlow_twins_loss, gram_form, PAIRS_ALLOWED, (TWO,), 8),
+    LOOP: Contender(loop_over_pairs, gram_form, PAIRS_ALLOWED, (TWO, EIGHT), 8),
 }
+PAGES = {"relatives": RELATIVES, "views": {"Barlow Twins": (cells("256x8192"), VIEWS)}}
 
 
-def measured(
-    contenders: dict[str, Contender], cell: Cell, rounds: int, seconds: float
-) -> tuple[dict[str, Record], dict[str, list[float]]]:
-    """Errors and working memory of each, and the seconds of their turns; raises where an answer is wrong."""
+def measured(loss: str, cell: Cell, contenders: dict[str, Contender], rounds: int, seconds: float) -> Record:
+    """Errors, working memory, times and their ratios; raises where an answer is wrong."""
     torch.set_num_threads(1)
     views = cell.views(max(each.views for each in contenders.values()))
-    records: dict[str, Record] = {}
+    found: dict[str, Record] = {}
     turns: dict[str, Turn] = {}
     for name, contender in contenders.items():
         own = views[: contender.views]
-        turn = partial(step, contender.loss, *own)
+        turns[name] = turn = partial(step, contender.loss, *own)
         answer, size = measure.watched(turn)
-        found = measure.errors(answer, measure.in_float64(contender.oracle, *own))
-        measure.check(name, cell, found, contender.allowed)
-        records[name], turns[name] = {"errors": found, "working_bytes": size}, turn
-    return records, interleave(turns, rounds, seconds, _warm)
+        distance = measure.errors(answer, measure.in_float64(contender.oracle, *own))
+        measure.check(name, cell, distance, contender.allowed)
+        found[name] = {"errors": distance, "working_bytes": size}
+    times = measure.interleave(turns, rounds, seconds, _warm)
+    for name, record in found.items():
+        over = {other: ratios(times, other)[name] for other in contenders[name].beside}
+        record |= {"seconds": spread(times[name]), "over": over}
+    rounds = min(map(len, times.values()))
+    return {"loss": loss, "cell": str(cell), "rounds": rounds, "contenders": found}
 
 
 def _warm(turn: Turn, calls: int) -> float:
@@ -161,82 +162,54 @@ def _warm(turn: Turn, calls: int) -> float:
     return measure.processor(turn, calls)
 
 
-def measure_relative(name: str, cell: Cell, rounds: int, seconds: float) -> Record:
-    records, times = measured(RELATIVES[name][1], cell, rounds, seconds)
-    return {
-        "loss": name,
-        "cell": str(cell),
-        "seconds": {who: spread(own) for who, own in times.items()},
-        "times_ours": ratios(times, OURS)[PUBLISHED],
-        "rounds": len(times[OURS]),
-        "working_bytes": {who: record["working_bytes"] for who, record in records.items()},
-        "errors": {who: record["errors"]._asdict() for who, record in records.items()},
-    }
-
-
-def measure_views(cell: Cell, rounds: int, seconds: float) -> Record:
-    records, times = measured(VIEWS, cell, rounds, seconds)
-    of_two = ratios(times, TWO)
-    for name, record in records.items():
-        count = VIEWS[name].views
-        record["model_bytes"] = 4 * ((count + 3) * cell.n * cell.d + (count + 4) * cell.n**2)
-        record |= {"seconds": spread(times[name]), "times_two": of_two[name] if name != TWO else None}
-    loop = ratios(times, EIGHT)[LOOP]
-    return {"cell": str(cell), "rounds": len(times[TWO]), "contenders": records, "loop_over_eight": loop}
-
-
 RELATIVES_COLUMNS = (
     ("loss", "loss", str),
     ("N × D", "cell", str),
-    ("ours, ms", f"seconds/{OURS}/median", 1e3),
-    ("published, × ours (quartiles)", "times_ours", told),
-    ("working memory, MB: ours", f"working_bytes/{OURS}", 1e-6),
-    ("published", f"working_bytes/{PUBLISHED}", 1e-6),
-    ("error of the gradient: ours", f"errors/{OURS}/gradient", 1.0),
-    ("of the published", f"errors/{PUBLISHED}/gradient", 1.0),
+    ("ours, ms", f"contenders/{OURS}/seconds/median", 1e3),
+    ("published, × ours (quartiles)", f"contenders/{PUBLISHED}/over/{OURS}", told),
+    ("working memory, MB: ours", f"contenders/{OURS}/working_bytes", 1e-6),
+    ("published", f"contenders/{PUBLISHED}/working_bytes", 1e-6),
+    ("error of the gradient: ours", f"contenders/{OURS}/errors", lambda found: plain(found[1])),
+    ("of the published", f"contenders/{PUBLISHED}/errors", lambda found: plain(found[1])),
 )
 VIEWS_COLUMNS = (
     ("", "name", str),
     ("ms", "seconds/median", 1e3),
-    ("× two views (quartiles)", "times_two", told),
+    ("× two views (quartiles)", f"over/{TWO}", told),
     ("working memory, MB", "working_bytes", 1e-6),
     ("(V + 3)·N·D + (V + 4)·N², MB", "model_bytes", 1e-6),
     ("errors of loss and gradients", "errors", lambda found: " and ".join(map(plain, found))),
 )
 
 
-def relatives_table(report: Record) -> str:
-    return f"{setting(report)}\n\n{table(report['records'], RELATIVES_COLUMNS)}"
-
-
-def views_table(report: Record) -> str:
-    record = report["record"]
+def block(name: str, report: Record) -> str:
+    if name == "relatives":
+        return f"{setting(report)}\n\n{table(report['records'], RELATIVES_COLUMNS)}"
+    (record,) = report["records"]
+    n, d = map(int, record["cell"].split("×"))
     rows = [{"name": name, **found} for name, found in record["contenders"].items()]
-    loop = f"The loop takes {told(record['loop_over_eight'])} times the one call."
+    for row in rows:
+        count = VIEWS[row["name"]].views
+        row["model_bytes"] = 4 * ((count + 3) * n * d + (count + 4) * n**2)
+    loop = f"The loop takes {told(record['contenders'][LOOP]['over'][EIGHT])} times the one call."
     return f"N × D = {record['cell']}. {setting(report)}\n\n{table(rows, VIEWS_COLUMNS)}\n\n{loop}"
 
 
-TABLES: dict[str, Callable[[Record], str]] = {"relatives": relatives_table, "views": views_table}
-
-
 def page_with(name: str, report: Record) -> str:
-    return insert((DOCS / f"{name}.md").read_text(encoding="utf-8"), name, TABLES[name](report))
+    return insert((DOCS / f"{name}.md").read_text(encoding="utf-8"), name, block(name, report))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the relatives cost; see the head of this file.")
-    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="pages (default: both)")
+    parser.add_argument("--only", nargs="+", choices=PAGES, default=list(PAGES), help="pages (default: both)")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
     options = parser.parse_args()
     date = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
     for name in options.only:
-        report: Record = {"date": date, "environment": measure.environment("lightly", "stable-pretraining")}
-        if name == "views":
-            report["record"] = measure_views(VIEWS_CELL, 15, SECONDS)
-        else:
-            pairs = [(relative, cell) for relative, (where, _) in RELATIVES.items() for cell in where]
-            report["records"] = [measure_relative(*pair, 9, SECONDS) for pair in pairs]
-        print(TABLES[name](report))
+        cases = [(loss, cell, them) for loss, (where, them) in PAGES[name].items() for cell in where]
+        records = [measured(*case, ROUNDS, SECONDS) for case in cases]
+        report = {"date": date, "environment": measure.environment("lightly", "stable-pretraining"), "records": records}
+        print(block(name, report))
         if not options.dry_run:
             measure.store(report, DOCS / f"{name}.json")
             (DOCS / f"{name}.md").write_text(page_with(name, report), encoding="utf-8")

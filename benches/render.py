@@ -1,7 +1,7 @@
 """Puts the results into README, docs, and the page and pictures beside them; or checks that they are what stands there.
 
-Each block of a page stands between two markers. The figures are those of the newest file of results; those of the block
-on bytes are a model's. A picture keeps in its PNG the SHA-256 of the figures that it was drawn from.
+Each block of a page stands between two markers. The figures are those of the newest file of results; those of the
+block on bytes are the model's in distributed.py. A picture keeps in its PNG the SHA-256 of the figures that it shows.
 
     python benches/render.py             takes over the newest results: blocks, and the pages and pictures beside them
     python benches/render.py --check     writes nothing; names what is not as the newest results that git tracks say
@@ -15,23 +15,18 @@ import json
 import os
 import statistics
 import sys
-from itertools import product
+from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import model
 from contenders import COMPILED, DUAL, OURS, OURS_COMPILED, PAPER, PRIMAL, TEXTBOOK, entry
-from measure import RESULTS, cells, load, newest
+from measure import RESULTS, Record, cells, load, newest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from measure import Record
-
-    Columns = Sequence[tuple[str, str, Any]]  # title, path in a record, what shows the figure there or is its factor
+Columns = Sequence[tuple[str, str, Any]]  # title, path in a record, what shows the figure there or is its factor
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/performance.md", "docs/processes.md")  # of a repository, with markers for the blocks
@@ -81,7 +76,6 @@ def plain(value: float) -> str:
 
 
 def spread(values: Record) -> str:
-    """Median, and quartiles in brackets."""
     median, q1, q3 = (f"{values[key]:.4g}" for key in ("median", "q1", "q3"))
     return f"{median} ({q1}–{q3})"
 
@@ -105,8 +99,8 @@ OURS_MS = ("ours, ms", f"contenders/{OURS}/seconds/median", 1e3)
 EXACTNESS: Columns = (
     ("", "name", str),
     ("computes", "definition", str),
-    ("from its own float64: loss", "error_of_own loss", 1.0),
-    ("gradient", "error_of_own gradient", 1.0),
+    ("from its own float64: loss", "own loss", 1.0),
+    ("gradient", "own gradient", 1.0),
     ("from the paper's: loss", "loss_error", 1.0),
     ("and gradient", "gradient_error", 1.0),
 )
@@ -155,26 +149,26 @@ TRAINING: Columns = (
 BYTES: Columns = (
     CELL,
     ("GPUs", "count", str),
-    ("all-reduce of C, MB", "textbook", 1e-6),
-    ("ours, float32, MB", "ours", 1e-6),
-    ("ours, 16 bit, MB", "half", 1e-6),
-    ("vectors in either, MB", "vectors", 1e-6),
-    ("textbook, GFLOP", "their flops", 1e-9),
-    ("ours, GFLOP", "flops", 1e-9),
+    ("all-reduce of C, MB", "textbook/sent", 1e-6),
+    ("ours, float32, MB", "ours/sent", 1e-6),
+    ("ours, 16 bit, MB", "half/sent", 1e-6),
+    ("vectors in either, MB", "ours/vectors", 1e-6),
+    ("textbook, GFLOP", "textbook/flops", 1e-9),
+    ("ours, GFLOP", "ours/flops", 1e-9),
 )
 
 
 def _names(records: Iterable[Record]) -> list[str]:
-    """The contenders of all ``records``, in the order in which they are first met."""
     found = dict.fromkeys(name for record in records for name in record["contenders"])
     return [name for name in found if name not in HIDDEN]
 
 
 def gain(results: Record) -> str:
-    """Time and memory of a step by the textbook and with ours, by device and mode."""
+    import gpu
+
     found = [(cell, "one CPU thread", (TEXTBOOK, COMPILED, OURS, "")) for cell in results["cells"]]
     for cell in figure(results, "gpu/cells") or []:
-        names = (model.TEXTBOOK, model.COMPILED, model.TRITON, model.GRAPH)
+        names = (gpu.TEXTBOOK, gpu.COMPILED, gpu.TRITON, gpu.GRAPH)
         found.append((cell, results["gpu"]["environment"]["device"], names))
     rows = [
         {"where": f"{where}, {cell.get('setting', 'float32')}"}
@@ -192,7 +186,6 @@ def gain(results: Record) -> str:
 
 
 def speed(results: Record) -> str:
-    """Ours in milliseconds, the others in multiples of it; then the working memory of all."""
     found = sorted(results["cells"], key=lambda cell: (cell["n"], cell["d"]))
     names = _names(found)
     ratios = [(name, f"contenders/{name}/times_ours/median", 1.0) for name in names if name != OURS]
@@ -209,7 +202,6 @@ def speed(results: Record) -> str:
 
 
 def growth(results: Record) -> str:
-    """Fitted exponents of time, and the largest D that a budget of memory holds."""
     found = results["growth"]
     lines = {kind: each["contenders"] for kind, each in found.items()}
     rows = [{"name": name} | {kind: own.get(name) for kind, own in lines.items()} for name in _names(found.values())]
@@ -229,15 +221,14 @@ def exactness(results: Record) -> str:
     rows = []
     for name in _names(results["cells"]):
         found = [cell["contenders"][name] for cell in results["cells"] if name in cell["contenders"]]
-        paths = ["error_of_own/loss", "error_of_own/gradient"]
-        paths += ["loss_error", "gradient_error"] if found[0]["definition"] != PAPER else []
-        largest = {path.replace("/", " "): max(figure(own, path) for own in found) for path in paths}
-        rows.append({"name": name, "definition": found[0]["definition"], **largest})
+        own = {f"own {of}": max(each["error_of_own"][of] for each in found) for of in ("loss", "gradient")}
+        papers = {of: max(each[of] for each in found) for of in ("loss_error", "gradient_error")}
+        definition = found[0]["definition"]
+        rows.append({"name": name, "definition": definition, **own, **(papers if definition != PAPER else {})})
     return table(rows, EXACTNESS)
 
 
 def host(results: Record) -> str:
-    """Small steps beside what they are measured against, and the operations of a step."""
     found = results["host"]
     counts = [CELL, ("operations that a step dispatches in eager mode, views among them", "operations", str)]
     absent = [f"Not measured: {what}, because {reason}." for what, reason in found["left_out"].items()]
@@ -245,7 +236,6 @@ def host(results: Record) -> str:
 
 
 def distributed(results: Record) -> str:
-    """Time and bytes over several processes, and what becomes of everybody's answers there."""
     settings = results["distributed"]["exactness"]
     of = {" + ".join(map(str, each["rows"])): each["contenders"] for each in settings}
     rows = [{"name": name} | {rows: own.get(name) for rows, own in of.items()} for name in _names(settings)]
@@ -260,13 +250,13 @@ def _shards(found: Record) -> str:
 
 
 def bytes_on_gpus(results: Record) -> str:
+    from distributed import sent_by_dual, sent_by_textbook
+
     rows = []
     for cell, count in product(GPU_CELLS, GPUS):
-        textbook = model.sent_by_textbook(cell, count)
-        ours, half = (model.sent_by_dual(cell, count, itemsize) for itemsize in (4, 2))
-        sent = {"textbook": textbook.sent, "ours": ours.sent, "half": half.sent, "vectors": ours.vectors}
-        flops = {"flops": ours.flops, "their flops": textbook.flops}
-        rows.append({"n": cell.n, "d": cell.d, "count": count, **sent, **flops})
+        sent = {"textbook": sent_by_textbook(cell, count), "ours": sent_by_dual(cell, count)}
+        sent["half"] = sent_by_dual(cell, count, itemsize=2)
+        rows.append({"n": cell.n, "d": cell.d, "count": count} | {name: of._asdict() for name, of in sent.items()})
     return table(rows, BYTES)
 
 
@@ -299,15 +289,8 @@ PANELS = (  # title, axis, what is fixed, and the figure in which unit
 BLUE, INK = "#0072B2", "#222222"
 OTHERS = ("#C85200", "#007A5A", "#B0558A", "#857700", "#7B5EA7", "#666666", "#8C4A3C", "#A87000")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-STYLE: Any = {
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "font.size": 9.5,
-    "legend.frameon": False,
-}
+STYLE: Any = {"axes.spines.right": False, "axes.spines.top": False, "font.size": 9.5, "legend.frameon": False}
+STYLE |= {"axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold"}
 
 
 def picture(results_path: Path, kind: str) -> Path:
@@ -330,14 +313,11 @@ def draw(results: Record, results_path: Path) -> list[Path]:
 
 
 def draw_growth(results: Record) -> Figure:
-    """Time against D and against N, and memory against D, on the lines of the grid."""
     from matplotlib.figure import Figure
 
     names = [name for name in _names(results["cells"]) if name not in (OURS, OURS_COMPILED)]  # which would cover ours
-    styles: dict[str, Any] = {
-        name: {"color": OTHERS[i % len(OTHERS)], "linestyle": DASHES[i % len(DASHES)], "markersize": 3}
-        for i, name in enumerate(names)
-    }
+    others = zip(names, cycle(OTHERS), cycle(DASHES), strict=False)
+    styles: Any = {name: {"color": colour, "linestyle": dash, "markersize": 3} for name, colour, dash in others}
     styles[OURS] = {"color": BLUE, "linewidth": 3.4, "markersize": 6.5}
     drawing = Figure(figsize=(9.2, 5.2), layout="constrained")
     for axes, (title, axis, fixed, path, unit) in zip(drawing.subplots(1, 3), PANELS, strict=True):
@@ -357,51 +337,43 @@ def draw_growth(results: Record) -> Figure:
 
 def compared(results: Record) -> Record:
     """The cell of the picture of the comparison: 256 × 8192, or the largest where most were measured."""
-    found: Record = max(
-        results["cells"], key=lambda cell: ((cell["n"], cell["d"]) == SHOWN, len(cell["contenders"]), cell["d"])
-    )
-    return found
+    cells: list[Record] = results["cells"]
+    return max(cells, key=lambda cell: ((cell["n"], cell["d"]) == SHOWN, len(cell["contenders"]), cell["d"]))
 
 
 def draw_comparison(results: Record) -> Figure:
-    """Everybody's time and working memory over ours, in one cell, on either side of ours."""
+    """Everybody's time and working memory over ours, in one cell: bars from ours, at 1×, on logarithmic axes."""
     from matplotlib.figure import Figure
 
     cell = compared(results)
     found, ours = cell["contenders"], cell["contenders"][OURS]
     names = sorted(_names([cell]), key=lambda name: float(found[name]["times_ours"]["median"]))
+    ticks = range(len(names))
     drawing = Figure(figsize=(9.2, 0.34 * len(names) + 1.5), layout="constrained")
-    left, right = drawing.subplots(1, 2, sharey=True)
-    _draw_bars(left, names, [found[name]["times_ours"]["median"] for name in names])
-    _draw_bars(right, names, [found[name]["working_bytes"] / ours["working_bytes"] for name in names])
-    left.set_title(f"Time of a step at {shape(cell)}\n{OURS}: {plain(1e3 * ours['seconds']['median'])} ms")
-    right.set_title(f"Working memory at {shape(cell)}\n{OURS}: {plain(ours['working_bytes'] / 1e6)} MB")
-    left.set_yticks(range(len(names)), names)
+    panels = (
+        (f"Time of a step at {shape(cell)}", f"{plain(1e3 * ours['seconds']['median'])} ms", "times_ours/median", 1),
+        (f"Working memory at {shape(cell)}", f"{plain(ours['working_bytes'] / 1e6)} MB", "working_bytes", None),
+    )
+    for axes, (title, of_ours, path, unit) in zip(drawing.subplots(1, 2, sharey=True), panels, strict=True):
+        values = [figure(found[name], path) / (unit or figure(ours, path)) for name in names]
+        axes.set_title(f"{title}\n{OURS}: {of_ours}")
+        axes.set_xscale("log")
+        colours = ["#8fbfdd" if entry(name).ours else "#a6a6a6" for name in names]
+        bars = axes.barh(ticks, [value - 1 for value in values], left=1, color=colours, height=0.7)
+        axes.bar_label(bars, [f"{plain(value)}×" for value in values], padding=6, color=INK)
+        axes.axvline(1, color=BLUE, linewidth=1.6)
+        room = max(max(values) / min(values), 10) ** 0.24  # for the numbers at the bars' ends
+        axes.set_xlim(min(values) / room, max(values) * room)
+        axes.tick_params(axis="both", which="both", length=0, labelbottom=False)
+        axes.spines[["left", "bottom"]].set_visible(False)
+    left = drawing.axes[0]
+    left.set_yticks(ticks, names)
     left.invert_yaxis()
     for label, name in zip(left.get_yticklabels(), names, strict=True):
         label.set(color=BLUE if entry(name).ours else INK)
         label.set(fontstyle="normal" if found[name]["definition"] == PAPER else "italic")
     drawing.supxlabel("Logarithmic scale. In italics: another loss than the paper's.", fontsize=8.5)
     return drawing
-
-
-def _draw_bars(axes: Axes, names: Sequence[str], values: list[float]) -> None:
-    """From ours, at 1×, to each value, on a logarithmic axis; the numbers stand at the ends."""
-    colours = ["#8fbfdd" if entry(name).ours else "#a6a6a6" for name in names]
-    axes.set_xscale("log")
-    bars = axes.barh(range(len(names)), [value - 1 for value in values], left=1, color=colours, height=0.7)
-    axes.bar_label(bars, [f"{plain(value)}×" for value in values], padding=6, color=INK)
-    axes.axvline(1, color=BLUE, linewidth=1.6)
-    room = max(max(values) / min(values), 10) ** 0.24  # for the numbers at the bars' ends
-    axes.set_xlim(min(values) / room, max(values) * room)
-    axes.tick_params(axis="both", which="both", length=0, labelbottom=False)
-    axes.spines[["left", "bottom"]].set_visible(False)
-
-
-def image(results: Record, results_path: Path, kind: str, folder: Path) -> str:
-    """The Markdown that shows a picture in a page of ``folder``, if these results have it."""
-    path = Path(os.path.relpath(picture(results_path, kind), folder)).as_posix()
-    return f"![{TITLES[kind]}]({path})" if results.get("cells") else ""
 
 
 def page(results: Record, results_path: Path) -> str:
@@ -411,13 +383,13 @@ def page(results: Record, results_path: Path) -> str:
 
 def blocks(results: Record, results_path: Path, folder: Path) -> dict[str, str]:
     """What stands in the pages of ``folder`` between the markers, by their name."""
-    absent = f"Not among the results of {results['date']}."
-    return {
-        name: paragraphs(kind and image(results, results_path, kind, folder), write(results))
-        if results.get(section)
-        else absent
-        for name, (section, write, kind) in BLOCKS.items()
-    }
+    found = dict.fromkeys(BLOCKS, f"Not among the results of {results['date']}.")
+    for name, (section, write, kind) in BLOCKS.items():
+        if results.get(section):
+            path = Path(os.path.relpath(picture(results_path, kind), folder)).as_posix()
+            image = f"![{TITLES[kind]}]({path})" if kind and results.get("cells") else ""
+            found[name] = paragraphs(image, write(results))
+    return found
 
 
 def pages(results_path: Path, root: Path = ROOT) -> dict[Path, str]:
@@ -443,7 +415,7 @@ def other_pages() -> dict[Path, str]:
     import relatives
 
     found = {RESULTS / "gpu.md": gpu.markdown(load(RESULTS / "gpu.json"))}
-    for name in relatives.TABLES:
+    for name in relatives.PAGES:
         path = relatives.DOCS / f"{name}.md"
         if path.exists():  # no part of a source distribution
             found[path] = relatives.page_with(name, load(path.with_suffix(".json")))
@@ -458,7 +430,7 @@ def stale_pictures(results_path: Path) -> list[str]:
     """The pictures that were drawn from other figures, or not at all."""
     results = load(results_path)
     paths = [picture(results_path, kind) for kind in TITLES] if results.get("cells") else []
-    wanted = f"{KEYWORD}\0{digest(results)}".encode()
+    wanted = f"{KEYWORD}\0{digest(results)}".encode() if paths else b""
     return [path.name for path in paths if not path.exists() or wanted not in path.read_bytes()]
 
 

@@ -21,7 +21,7 @@ import multiprocessing
 import resource
 import statistics
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -31,10 +31,7 @@ from barlow_loss import BarlowTwinsLoss
 from barlow_recipes.models import build_model
 from barlow_recipes.optimization import build_optimizer
 from contenders import OURS, TEXTBOOK, build
-from measure import Cell, all_cores, checked_turns, interleave, spread, wall
-
-if TYPE_CHECKING:
-    from measure import Record, Turn
+from measure import Cell, Record, Turn, all_cores, checked_turns, interleave, spread, wall
 
 WHOLE, ALONE = "ResNet-50 and projector", "projector alone"
 TIMED_CHUNKS = 3
@@ -53,7 +50,6 @@ class Sizes(NamedTuple):
 
 
 def training(sizes: Sizes, rounds: int) -> list[Record]:
-    """The section, on all cores; raises where a loss is wrong."""
     torch.manual_seed(0)
     with all_cores():
         model: Any = build_model("resnet50", "-".join([str(sizes.width)] * 3)).to(memory_format=torch.channels_last)
@@ -100,22 +96,13 @@ def _parts(projector: nn.Module, model: nn.Module, batch_size: int) -> dict[str,
 def _record(
     what: str, cell: Cell, parts: dict[str, float], losses: dict[str, list[float]], steps: dict[str, list[float]]
 ) -> Record:
-    """Before and after replacing the loss, from the rounds' seconds of losses and of whole steps."""
     medians = {name: statistics.median(own) for name, own in steps.items()}
     spreads = {name: spread(own) for name, own in losses.items()}
-    return {
-        "what": what,
-        "batch_size": cell.n,
-        "image_size": None,
-        "projector": cell.d,
-        "parts": parts,
-        "threads": torch.get_num_threads(),
-        "rounds": len(losses[OURS]),
-        "losses": spreads,
-        "steps": medians,
-        "shares": {name: own["median"] / medians[name] for name, own in spreads.items()},
-        "speed_up": medians[TEXTBOOK] / medians[OURS],
-    }
+    where = {"what": what, "batch_size": cell.n, "image_size": None, "projector": cell.d, "parts": parts}
+    effort = {"threads": torch.get_num_threads(), "rounds": len(losses[OURS])}
+    shares = {name: own["median"] / medians[name] for name, own in spreads.items()}
+    found = {"losses": spreads, "steps": medians, "shares": shares, "speed_up": medians[TEXTBOOK] / medians[OURS]}
+    return {**where, **effort, **found}
 
 
 def _training_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Any, views: list[Tensor]) -> None:

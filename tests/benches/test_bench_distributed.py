@@ -14,9 +14,19 @@ import torch.distributed as dist
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs gloo", allow_module_level=True)
 
-import model
 from contenders import OURS, SOLO, TEXTBOOK, VISSL
-from distributed import Shards, answers, exactness, judged, measure, preload, together
+from distributed import (
+    Shards,
+    answers,
+    exactness,
+    judged,
+    measure,
+    preload,
+    sent_by_dual,
+    sent_by_textbook,
+    summed,
+    together,
+)
 from measure import Cell, truth
 
 EVEN, UNEVEN = Shards(64, 512, (32, 32)), Shards(64, 512, (24, 40))
@@ -112,10 +122,10 @@ def test_the_bytes_of_a_cell_are_those_of_the_model():
     cell = Cell(32, 256)
     record = measure(Shards.even(cell, 2), rounds=1, seconds=0.0)
     ours, textbook = (record["contenders"][name] for name in (OURS, TEXTBOOK))
-    batch_norm = 2 * 4 * model.summed(4 * cell.d, 2)  # two views: mean and variance, forward and backward
-    batch_norm += model.summed(4, 2)  # the number of rows
-    assert ours["sent"]["collectives"] == pytest.approx(model.sent_by_dual(cell, 2).sent, abs=0.5)
-    assert textbook["sent"]["collectives"] == model.sent_by_textbook(cell, 2).sent + batch_norm
+    batch_norm = 2 * 4 * summed(4 * cell.d, 2)  # two views: mean and variance, forward and backward
+    batch_norm += summed(4, 2)  # the number of rows
+    assert ours["sent"]["collectives"] == pytest.approx(sent_by_dual(cell, 2).sent, abs=0.5)
+    assert textbook["sent"]["collectives"] == sent_by_textbook(cell, 2).sent + batch_norm
     assert (record["n"], record["d"], record["processes"], record["rounds"]) == (32, 256, 2, 1)
     assert (ours["gradient_factor"], textbook["gradient_factor"]) == (1, 0.5)
     assert ours["times_ours"] == {"median": 1, "q1": 1, "q3": 1}

@@ -14,6 +14,7 @@ from contenders import FFT, OURS, TEXTBOOK, build
 from measure import (
     TURN_SECONDS,
     Cell,
+    Work,
     device_name,
     environment,
     gemms,
@@ -23,7 +24,6 @@ from measure import (
     spread,
     step,
     watched,
-    work,
 )
 
 MEGABYTE = 2**20
@@ -99,14 +99,14 @@ def test_work_is_counted_to_the_byte() -> None:
         product = a @ b
         return product.T, product + c.expand(3, 7)
 
-    counted = work(turn)
+    counted = Work(turn)
     assert counted.flops == 2 * 3 * 5 * 7
     assert counted.bytes == 4 * (21 + 3 + 21)  # an expanded column is read once
 
 
 @pytest.mark.parametrize(("text", "flops"), [("32x128", 8 * 32**2 * 128), ("128x32", 6 * 128 * 32**2)])
 def test_the_products_alone_are_those_of_the_algorithm(text: str, flops: int) -> None:
-    assert work(gemms(Cell.parse(text))).flops == flops
+    assert Work(gemms(Cell.parse(text))).flops == flops
 
 
 def test_a_record_of_the_limits_adds_up() -> None:
@@ -125,8 +125,8 @@ def test_products_of_every_kind_are_counted() -> None:
     def turn():
         return a @ b, torch.addmm(torch.ones(3, 7), a, b, beta=0), torch.bmm(both, both.mT), torch.mm(a.T, a)
 
-    assert work(turn).flops == 2 * 3 * 5 * 7 + 2 * 3 * 5 * 7 + 2 * 2 * 3 * 5 * 3 + 2 * 5 * 3 * 5
-    assert work(lambda: a.T.add(1).unsqueeze(0)).operations == 3
+    assert Work(turn).flops == 2 * 3 * 5 * 7 + 2 * 3 * 5 * 7 + 2 * 2 * 3 * 5 * 3 + 2 * 5 * 3 * 5
+    assert Work(lambda: a.T.add(1).unsqueeze(0)).operations == 3
 
 
 def test_processor_time_leaves_out_waiting() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import measure
 import relatives
 from measure import Cell, errors, gram_form, step
 from relatives import ALPHA, EIGHT, LAMBD, MIX_SCALE, OURS, PUBLISHED, RELATIVES, VIEWS
@@ -59,33 +60,36 @@ def test_the_truth_of_many_views_is_the_mean_over_pairs():
 
 @pytest.mark.parametrize("name", RELATIVES)
 def test_a_measurement_of_a_relative_becomes_a_row(name):
-    record = relatives.measure_relative(name, CELL, rounds=3, seconds=0.1)
+    record = relatives.measured(name, CELL, RELATIVES[name][1], rounds=3, seconds=0.1)
     assert record["rounds"] == 3
-    assert record["working_bytes"][PUBLISHED] > 2 * 4 * CELL.d**2
-    text = relatives.relatives_table({**HEAD, "records": [record]})
+    found = record["contenders"][PUBLISHED]
+    assert found["working_bytes"] > 2 * 4 * CELL.d**2
+    assert found["over"].keys() == {OURS}
+    text = relatives.block("relatives", {**HEAD, "records": [record]})
     assert text.splitlines()[-1].startswith(f"| {name} | 24×60 | ")
 
 
 def test_a_measurement_of_views_becomes_the_rows():
-    record = relatives.measure_views(CELL, rounds=3, seconds=0.1)
+    record = relatives.measured("Barlow Twins", CELL, VIEWS, rounds=3, seconds=0.1)
     assert record["rounds"] == 3
     assert set(record["contenders"]) == set(VIEWS)
-    text = relatives.views_table({**HEAD, "record": record})
-    assert [line.split("|")[1].strip() for line in text.splitlines()[4:8]] == list(VIEWS)
+    text = relatives.block("views", {**HEAD, "records": [record]})
+    rows = [[cell.strip() for cell in line.split("|")[1:]] for line in text.splitlines()[4:8]]
+    assert [row[0] for row in rows] == list(VIEWS)
+    assert [row[2] for row in rows].index("—") == 0  # the two views are what the others stand beside
+    assert rows[0][4] == f"{4e-6 * (5 * 24 * 60 + 6 * 24**2):.3g}"
 
 
 @pytest.mark.parametrize("name", [OURS, PUBLISHED])
 def test_a_wrong_relative_is_not_timed(monkeypatch, name):
-    cells, contenders = RELATIVES["VICReg"]
-    wrong = contenders[name]._replace(loss=lambda a, b: (a * b).sum())
-    monkeypatch.setitem(RELATIVES, "VICReg", (cells, {**contenders, name: wrong}))
-    monkeypatch.setattr(relatives, "interleave", lambda *args: pytest.fail("timed"))
+    contenders = dict(RELATIVES["VICReg"][1])
+    contenders[name] = contenders[name]._replace(loss=lambda a, b: (a * b).sum())
+    monkeypatch.setattr(measure, "interleave", lambda *args: pytest.fail("timed"))
     with pytest.raises(AssertionError, match=f"{name} at 24×60: expected errors of at most"):
-        relatives.measure_relative("VICReg", CELL, rounds=3, seconds=0.1)
+        relatives.measured("VICReg", CELL, contenders, rounds=3, seconds=0.1)
 
 
-def test_a_wrong_answer_of_many_views_is_not_timed(monkeypatch):
+def test_a_wrong_answer_of_many_views_is_not_timed():
     wrong = VIEWS[EIGHT]._replace(loss=lambda *z: torch.stack([view.sum() for view in z]).sum())
-    monkeypatch.setitem(VIEWS, EIGHT, wrong)
     with pytest.raises(AssertionError, match="8 views at 24×60: expected errors of at most"):
-        relatives.measure_views(CELL, rounds=3, seconds=0.1)
+        relatives.measured("Barlow Twins", CELL, {**VIEWS, EIGHT: wrong}, rounds=3, seconds=0.1)

@@ -229,6 +229,13 @@ def test_a_missing_marker_is_named(folder: Folder) -> None:
         folder.complaints()
 
 
+def test_a_part_without_cells_has_no_pictures_and_needs_none(folder: Folder) -> None:
+    folder.change(lambda results: [results.pop(name) for name in ("cells", "growth")])
+    assert render.stale_pictures(folder.results) == []
+    folder.write()
+    assert "![" not in folder.page("growth").read_text()
+
+
 def test_a_block_without_figures_needs_no_place(folder: Folder) -> None:
     folder.change(lambda results: results.pop("host"))
     page = folder.page("host")

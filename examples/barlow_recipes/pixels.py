@@ -214,7 +214,8 @@ def _of_pillow(image: Image.Image, name: str, channels: int) -> Any:
         return _black_is_zero(values, name, tags.get(PHOTOMETRIC), tags.get(BITS, (8 * values.itemsize,))[0])
     if channels not in (1, 3) and len(image.getbands()) != channels:
         raise UnfitError(f"{name}: {len(image.getbands())} channels, but --channels is {channels}")
-    values = np.array(image.convert({1: "L", 3: "RGB"}.get(channels, image.mode)))
+    mode = {1: "L", 3: "RGB"}.get(channels, image.mode)
+    values = np.array(image if image.mode == mode else image.convert(mode))  # convert copies in any case
     return torch.from_numpy(values).view(image.height, image.width, channels).permute(2, 0, 1)
 
 

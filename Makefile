@@ -51,7 +51,7 @@ demo: $(VENV)/.has-examples  ## pretrain on scikit-learn's digits and show what 
 evaluate: $(VENV)/.has-examples  ## pretrain with three seeds on the built-in data, and show what it is worth (twenty minutes)
 	$(RUN) examples/evaluate_small.py $(EVALUATE_FLAGS)
 
-ablations: $(VENV)/.has-ablations  ## the paper's ablations in miniature, beside its figures; interrupted, it goes on (twenty minutes)
+ablations: $(VENV)/.has-ablations  ## the paper's ablations in miniature, beside its figures; interrupted, it goes on (twenty to thirty minutes)
 	$(RUN) examples/ablations.py $(ABLATIONS_FLAGS)
 
 check: $(VENV)/.has-check  ## the library's own tests (three minutes)

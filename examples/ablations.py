@@ -1,6 +1,6 @@
 """The ablations of the Barlow Twins paper in miniature, beside its figures: do they point the same way here?
 
-    python examples/ablations.py                          # all, three seeds: twenty minutes on two cores
+    python examples/ablations.py                          # all, three seeds: twenty to thirty minutes on two cores
     python examples/ablations.py --quick                  # every table with a fraction of the steps: a minute
     python examples/ablations.py --only terms asymmetry --seeds 5
 

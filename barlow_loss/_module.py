@@ -14,7 +14,10 @@ __all__ = ["LossModule", "OfGroup"]
 
 
 class OfGroup(nn.Module):
-    """A module whose copies have the same process group. An average of the weights copies the whole model."""
+    """A module whose copies have the same process group. An average of the weights copies the whole model.
+
+    Of a subclass __getstate__ and __setstate__ count, as they do for any other module.
+    """
 
     process_group: Any
 

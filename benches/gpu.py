@@ -5,9 +5,6 @@ before. What is further from float64 of the same views than ``allowed`` is repor
 memory, or is not installed. Settings: "fp32" (views and products in float32, precision "highest") and "bf16 autocast"
 (bfloat16 views, as a linear layer under autocast gives them, and the loss under ``torch.autocast``).
 
-FLOP model, forward and backward: the dual 8·N²·D, the textbook 6·N·D². Byte model: the dual passes some thirty times
-over the elements of both views, in Triton eight times; the textbook 34 times over a D×D matrix, nine times compiled.
-
     python benches/gpu.py                      the whole grid into results/gpu.json and gpu.md
     python benches/gpu.py --grid 256x8192 --out /tmp/gpu
     python benches/gpu.py --smoke              no GPU: runs this program on tiny CPU tensors; its figures mean nothing
@@ -86,7 +83,7 @@ and quartiles over rounds in which the contenders take turns; ratios are taken w
 a row, the host's share included. *Floor*: the larger of FLOPs of the dual over the rate of a large product and of views
 read once and gradients written once over the rate of a copy. *MB with gradients*: the rise of the memory during a step,
 beyond the views. Errors: relative distance to float64 on the same views, of the loss and of both gradients by norm.
-What was measured is the code of that day; one or the other of its contenders is none any more.
+What was measured is the code of that day; some of its contenders are none any more.
 """
 
 

@@ -35,7 +35,7 @@ from barlow_recipes.reporting import versions
 
 RUNS, TABLES, DIFFERENCES, MATRICES = "runs.jsonl", "tables.md", "ablations.png", "terms.png"
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # of AdamW at the usual batch size, with which the search begins
-LIMITS = (6e-5, 4e-2)  # where it ends
+LIMITS = (6e-5, 4e-2)  # between which it stays
 SEARCH_SEED = 100
 Name = Literal["terms", "asymmetry", "batch", "width", "depth", "augmentations", "lambda", "methods"]
 File = Annotated[Path | None, optional_value(Path, Path("docs/ablations.json"))]
@@ -134,10 +134,11 @@ def search(ways: list[Way], log: "Log", effort: float, processes: int) -> tuple[
 
 def beyond(rates: tuple[float, ...], best: float) -> tuple[float, ...]:
     """With half the smallest rate or twice the greatest, if that is the best, within the limits."""
-    half, twice = best / 2, 2 * best
-    return (
-        (half,) * (rates[0] == best and half > LIMITS[0]) + rates + (twice,) * (rates[-1] == best and twice < LIMITS[1])
-    )
+    if best == rates[0] and best / 2 > LIMITS[0]:
+        return (best / 2, *rates)
+    if best == rates[-1] and 2 * best < LIMITS[1]:
+        return (*rates, 2 * best)
+    return rates
 
 
 def rate_for(way: Way, best: Mapping[Way, Record]) -> float:

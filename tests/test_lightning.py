@@ -202,7 +202,7 @@ trainer = Trainer(
 )
 trainer.fit(Learner(), torch.utils.data.DataLoader(torch.randn(160, 6), batch_size=8))
 print(f"rank {trainer.global_rank}: {trainer.global_step} steps")
-torch.distributed.destroy_process_group()  # Lightning does so for NCCL alone, and threads of Gloo may abort the exit
+torch.distributed.destroy_process_group()  # Lightning does for NCCL alone; see docs/processes.md
 """
 
 

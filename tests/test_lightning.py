@@ -175,6 +175,7 @@ def test_the_trainer_of_the_other_package_takes_it(pytorch_lightning, callback, 
 
 
 TWO_PROCESSES = """
+import sys
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.connectors import callback_connector
@@ -192,8 +193,11 @@ class Learner(LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
+def tell(text):  # in one write: print() makes two of it under PYTHONUNBUFFERED, and the other rank's lies between
+    sys.stdout.write(f"rank {trainer.global_rank}: {text}\\n")
+
 def gate(report, step):
-    print(f"rank {trainer.global_rank}: report of {report.n} samples")
+    tell(f"report of {report.n} samples")
     return "enough" if trainer.global_rank == 1 and step == 4 else None
 
 trainer = Trainer(
@@ -201,7 +205,7 @@ trainer = Trainer(
     enable_progress_bar=False, enable_model_summary=False, callbacks=[CollapseCallback(every=2, gate=gate)],
 )
 trainer.fit(Learner(), torch.utils.data.DataLoader(torch.randn(160, 6), batch_size=8))
-print(f"rank {trainer.global_rank}: {trainer.global_step} steps")
+tell(f"{trainer.global_step} steps")
 torch.distributed.destroy_process_group()  # Lightning does for NCCL alone; see docs/processes.md
 """
 

@@ -36,7 +36,7 @@ def exit_status(body: Callable[[], None], out_of_memory: str = OUT_OF_MEMORY) ->
         if not failures:
             raise
         message, status = failures[0], Aborted.exit_code
-    print(f"error: {message}", file=sys.stderr)
+    sys.stderr.write(f"error: {message}\n")  # one write, where print() may make two: other processes tell theirs, too
     return status
 
 

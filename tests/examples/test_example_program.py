@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,6 +253,15 @@ def test_a_process_that_nobody_numbered_is_told_how_to_start(run: Run, monkeypat
     assert (status, output) == (2, "")
     assert errors.startswith("error: WORLD_SIZE is 2, but the processes do not find each other (")
     assert errors.endswith("RANK expected, but not set): start them with torchrun\n")
+
+
+def test_the_line_of_an_error_is_one_write(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that fail together share a stream; under PYTHONUNBUFFERED each write of theirs reaches it alone."""
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append))
+    assert run("--data", "nowhere")[0] == 2
+    (line,) = written
+    assert re.fullmatch("error: .*nowhere.*\n", line)
 
 
 SIGNALS = [

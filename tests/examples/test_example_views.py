@@ -131,6 +131,24 @@ def test_the_decisions_are_the_published_ones(recipe: ViewRecipe, blur: float, s
     assert not torch.equal(draw(recipe, 9, generator(3)), draw(recipe, 9, generator(4)))
 
 
+@recipes
+def test_what_is_decided_does_not_depend_on_who_crops(recipe: ViewRecipe) -> None:
+    states = generator(), generator()
+    ours, theirs = draw(recipe, 9, states[0]), draw(recipe, 9, states[1], crops=False)
+    assert torch.equal(ours[:, 2:], theirs[:, 2:])
+    assert theirs[:, :2].eq(1).all()
+    assert torch.equal(*(state.get_state() for state in states))
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.2, 0.5, 0.99])
+def test_a_narrow_blur_leaves_out_what_weighs_nothing(sigma: float) -> None:
+    """Beside a wide one, it is done with all taps."""
+    pixels = as_float(images(2, size=32))
+    sigmas = torch.tensor([sigma, 2.0]).view(2, 1, 1, 1)
+    alone, beside = views.blur(pixels[:1], sigmas[:1]), views.blur(pixels, sigmas)[:1]
+    torch.testing.assert_close(alone, beside, rtol=0, atol=2e-7)
+
+
 def kolmogorov(one: Tensor, other: Tensor) -> float:
     """The greatest distance of two samples' distribution functions."""
     places = torch.cat([one, other]).sort().values

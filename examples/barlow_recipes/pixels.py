@@ -1,6 +1,7 @@
 """From the bytes of an image file, or what a Dataset gives, to pixels, and how an encoder is to see them."""
 
 import io
+import logging
 import struct
 import warnings
 from dataclasses import dataclass
@@ -139,10 +140,19 @@ def _opened(content: bytes, name: str, pixels: PixelSettings) -> Any:
     except UnidentifiedImageError:
         if not tiff:
             raise ValueError("in no format that is known") from None
-    with require("tifffile", f"{name}, a TIFF that Pillow cannot read,").TiffFile(io.BytesIO(content)) as file:
+    tifffile = require("tifffile", f"{name}, a TIFF that Pillow cannot read,")
+    tifffile.logger().setLevel(logging.ERROR)  # or of a set of files a line is printed for each that is read
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
         page = file.pages[0]
-        values = _black_is_zero(file.asarray(), name, page.photometric, page.bitspersample)
+        values = _black_is_zero(_own_planes(file), name, page.photometric, page.bitspersample)
     return _without_black(values) if (page.photometric, pixels.channels) == (SEPARATED, 3) else values
+
+
+def _own_planes(file: Any) -> Any:
+    """Of the first image in a TIFF. Those that are in the other files of an OME set tifffile makes black."""
+    planes = [*file.series[0].pages]
+    own = [plane for plane in planes if plane is not None]
+    return file.asarray() if len(own) == len(planes) else np.stack([plane.asarray() for plane in own])
 
 
 def _check_depth(image: Any, content: bytes, name: str, pixels: PixelSettings) -> None:

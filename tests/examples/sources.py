@@ -6,6 +6,7 @@ import struct
 import zlib
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import tifffile
@@ -84,6 +85,27 @@ def masked_tiff(values: Any, **options: Any) -> bytes:
         writer.write(values, metadata=None, **{"photometric": "minisblack"} | options)
         writer.write(np.ones(values.shape[:2], bool), metadata=None, subfiletype=4)
     return file.getvalue()
+
+
+def ome_set(values: Any, files: int) -> list[bytes]:
+    """One image, (C, H, W), in several files, each with its share of the channels and the plan of all of them."""
+    channels, height, width = values.shape
+    own = channels // files
+    place = '<Channel SamplesPerPixel="1"/>' * channels + "".join(
+        f'<TiffData FirstC="{c}" IFD="{c % own}" PlaneCount="1"><UUID FileName="{c // own}.ome.tif">'
+        f"urn:uuid:{UUID(int=c // own)}</UUID></TiffData>"
+        for c in range(channels)
+    )
+    plan = (
+        f'<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="{values.dtype}" SizeX="{width}" '
+        f'SizeY="{height}" SizeC="{channels}" SizeZ="1" SizeT="1">{place}</Pixels></Image></OME>'
+    )
+    heads = (
+        f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:{UUID(int=number)}">'
+        for number in range(files)
+    )
+    parts = zip(np.split(values, files), heads, strict=True)
+    return [tiff(part, description=head + plan, metadata=None) for part, head in parts]
 
 
 def npy(values: Any) -> bytes:

@@ -23,7 +23,7 @@ import torch
 import torchvision
 from outcomes import EXAMPLES
 from PIL import Image, UnidentifiedImageError, features
-from sources import fill, jpeg_2000, load, masked_tiff, npy, packed_tiff, png_16, same, saved, tiff
+from sources import fill, jpeg_2000, load, masked_tiff, npy, ome_set, packed_tiff, png_16, same, saved, tiff
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -361,6 +361,22 @@ def test_a_mask_beside_an_image_of_eight_bits_is_left_alone() -> None:
     values = (255 * RAMP).astype("u1")
     decoded = decode(masked_tiff(values), "image", PixelSettings(channels=1))
     assert torch.equal(decoded, torch.from_numpy(values)[None])
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2", "u4"])
+@pytest.mark.parametrize("files", [1, 2, 4])
+def test_a_file_of_an_ome_set_has_its_own_planes(files: int, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """tifffile alone gives black for those of the other files."""
+    white, own = 255 if kind == "u1" else 65535, 4 // files
+    values = (white * BANDS[:4]).astype(kind)
+    for content, planes in zip(ome_set(values, files), np.split(values, files), strict=True):
+        decoded = decode(content, "image", PixelSettings(channels=own, value_range=(0, white)))
+        scale = 255 if decoded.dtype == torch.uint8 else 1
+        torch.testing.assert_close(decoded / scale, torch.from_numpy(planes / white).float())
+        if files > 1:
+            with pytest.raises(UnfitError, match=f"{own} channels, but --channels is 4"):
+                decode(content, "image", PixelSettings(channels=4, value_range=(0, white)))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("content", "flags", "message"), UNFIT.values(), ids=UNFIT)

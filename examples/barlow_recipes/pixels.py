@@ -141,7 +141,7 @@ def _opened(content: bytes, name: str, pixels: PixelSettings) -> Any:
         if not tiff:
             raise ValueError("in no format that is known") from None
     tifffile = require("tifffile", f"{name}, a TIFF that Pillow cannot read,")
-    tifffile.logger().setLevel(logging.ERROR)  # or of a set of files a line is printed for each that is read
+    logging.getLogger("tifffile").setLevel(logging.ERROR)  # or of a set of files a line is printed for each
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         page = file.pages[0]
         values = _black_is_zero(_own_planes(file), name, page.photometric, page.bitspersample)

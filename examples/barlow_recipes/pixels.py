@@ -150,9 +150,11 @@ def _opened(content: bytes, name: str, pixels: PixelSettings) -> Any:
 
 def _own_planes(file: Any) -> Any:
     """Of the first image in a TIFF. Those that are in the other files of an OME set tifffile makes black."""
-    planes = [*file.series[0].pages]
-    own = [plane for plane in planes if plane is not None]
-    return file.asarray() if len(own) == len(planes) else np.stack([plane.asarray() for plane in own])
+    pages = [*file.series[0].pages]
+    if None not in pages:
+        return file.asarray()
+    planes = [page.asarray() for page in pages if page is not None]
+    return np.stack(planes) if len(planes) > 1 else planes[0]
 
 
 def _check_depth(image: Any, content: bytes, name: str, pixels: PixelSettings) -> None:

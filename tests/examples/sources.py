@@ -88,24 +88,27 @@ def masked_tiff(values: Any, **options: Any) -> bytes:
 
 
 def ome_set(values: Any, files: int) -> list[bytes]:
-    """One image, (C, H, W), in several files, each with its share of the channels and the plan of all of them."""
-    channels, height, width = values.shape
-    own = channels // files
-    place = '<Channel SamplesPerPixel="1"/>' * channels + "".join(
-        f'<TiffData FirstC="{c}" IFD="{c % own}" PlaneCount="1"><UUID FileName="{c // own}.ome.tif">'
-        f"urn:uuid:{UUID(int=c // own)}</UUID></TiffData>"
-        for c in range(channels)
+    """Planes (C, H, W), or colour images (T, H, W, 3), in several files, each with its share and the plan of all."""
+    count, height, width, *samples = values.shape
+    own, axis, colors = count // files, "T" if samples else "C", 3 if samples else count
+    channels = '<Channel SamplesPerPixel="3"/>' if samples else '<Channel SamplesPerPixel="1"/>' * count
+    places = "".join(
+        f'<TiffData First{axis}="{k}" IFD="{k % own}" PlaneCount="1"><UUID FileName="{k // own}.ome.tif">'
+        f"urn:uuid:{UUID(int=k // own)}</UUID></TiffData>"
+        for k in range(count)
     )
     plan = (
         f'<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="{values.dtype}" SizeX="{width}" '
-        f'SizeY="{height}" SizeC="{channels}" SizeZ="1" SizeT="1">{place}</Pixels></Image></OME>'
+        f'SizeY="{height}" SizeC="{colors}" SizeZ="1" SizeT="{count if samples else 1}">{channels}{places}'
+        "</Pixels></Image></OME>"
     )
     heads = (
         f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:{UUID(int=number)}">'
         for number in range(files)
     )
+    kind = "rgb" if samples else "minisblack"
     parts = zip(np.split(values, files), heads, strict=True)
-    return [tiff(part, description=head + plan, metadata=None) for part, head in parts]
+    return [tiff(part, description=head + plan, metadata=None, photometric=kind) for part, head in parts]
 
 
 def npy(values: Any) -> bytes:

@@ -379,6 +379,14 @@ def test_a_file_of_an_ome_set_has_its_own_planes(files: int, kind: str, caplog: 
     assert not caplog.records
 
 
+@pytest.mark.parametrize("kind", ["u1", "u2"])
+def test_a_colour_image_of_an_ome_set_is_one_image(kind: str) -> None:
+    values = np.stack([COLORS, COLORS[::-1]]).astype(kind)
+    for content, image in zip(ome_set(values, 2), values, strict=True):
+        decoded = decode(content, "image") * (1 if kind == "u1" else 65535)
+        torch.testing.assert_close(decoded.double(), torch.from_numpy(image.astype("f8")).permute(2, 0, 1))
+
+
 @pytest.mark.parametrize(("content", "flags", "message"), UNFIT.values(), ids=UNFIT)
 def test_nothing_is_clipped_in_silence(content: bytes, flags: dict[str, Any], message: str) -> None:
     with pytest.raises(UnfitError, match=message):

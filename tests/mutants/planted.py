@@ -706,6 +706,12 @@ EXAMPLE_IMAGES = [
             "images.mean(dim=(-2, -1), keepdim=True)",
             "images.mean(dim=(0, -2, -1), keepdim=True)",
         ),
+        ("blur-of-four-deviations", "math.ceil(6 * sigma", "math.ceil(4 * sigma"),
+    ),
+    *_in(
+        "examples/barlow_recipes/pixels.py",
+        ("tests/examples/test_example_data.py",),
+        ("planes-of-other-files-are-black", "if None not in pages:", "if pages:"),
     ),
 ]
 
